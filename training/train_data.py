@@ -95,9 +95,10 @@ class ImageData:
             row[:] = self._pixel_chunks[chunk][index]
         shape = (len(out), self.resolution, self.resolution, self.channels)
         images = torch.from_numpy(out).view(shape).permute(0, 3, 1, 2).contiguous()  # [B, H, W, C] -> [B, C, H, W]
-        if flip is None:
-            return images
-        return torch.where(torch.as_tensor(flip, dtype=torch.bool)[:, None, None, None], images.flip(-1), images)
+        if flip is not None:
+            array, mirrored = images.numpy(), np.asarray(flip, dtype=bool)  # numpy's view: twice as fast as torch here
+            array[mirrored] = array[mirrored][..., ::-1]
+        return images
 
     def column(self, name: str, indices: Sequence[int]) -> torch.Tensor | list:
         """A kept column's values: int64 [B] for labels and whole numbers, else a list of B strings (or lists of them).

@@ -135,8 +135,9 @@ def _rescale_zero_terminal_snr(log_alphas: np.ndarray) -> np.ndarray:
     """
     half = 0.5 * log_alphas[1:]
     half_log_remaining = half[::-1].cumsum()[::-1]  # log √(ᾱ_T/ᾱ_{t-1})
-    with np.errstate(divide="ignore"):  # the last α is 0 and its logarithm -inf
-        return np.concatenate([log_alphas[:1], 2 * np.log1p(-np.expm1(half) / np.expm1(half_log_remaining))])
+    with np.errstate(divide="ignore", invalid="ignore"):  # where betas are too small for it, which is checked after
+        middle = 2 * np.log1p(-np.expm1(half[:-1]) / np.expm1(half_log_remaining[:-1]))
+    return np.concatenate([log_alphas[:1], middle, [-np.inf]])
 
 
 class _Table:
@@ -351,6 +352,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"rescale_betas_zero_snr needs at least 2 timesteps, not {num_train_timesteps}.")
             if math.isfinite(log_alphas[-1]):  # else its terminal SNR is zero already
                 log_alphas = _rescale_zero_terminal_snr(log_alphas)
+                _check_betas(-np.expm1(log_alphas), f"rescale_betas_zero_snr on {source}")
         log_alphas_cumprod = log_alphas.cumsum(dtype=np.longdouble).astype(np.float64)
         self._check_terminal_signal(float(log_alphas_cumprod[-1]))
 

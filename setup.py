@@ -1,0 +1,50 @@
+"""Packaging of ddpm-pipeline; pyproject.toml names the build backend and holds the settings of ruff and pytest."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "src/ddpm_pipeline/__init__.py").read_text("utf-8")).group(1)
+
+TRAIN = [
+    "accelerate>=1.0",
+    "datasets>=3.0",
+    "transformers>=5.0",
+    "scikit-learn>=1.3",
+    "pyyaml>=6.0",
+    "tqdm>=4.66",
+]
+EVAL = [*TRAIN, "torchmetrics>=1.6", "scipy>=1.11", "matplotlib>=3.8"]
+TEST = [*EVAL, "pytest>=8.0", "hypothesis>=6.100", "mpmath>=1.3", "tensorboard>=2.16", "ruff>=0.6"]
+
+setup(
+    name="ddpm-pipeline",
+    version=VERSION,
+    description="DDPM for diffusers: exact forward and posterior maths, pipelines, training and likelihoods",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"ddpm_pipeline": ["py.typed", "model_card.md"]},
+    install_requires=[
+        "diffusers>=0.42",
+        "torch>=2.5",
+        "huggingface-hub>=0.34",
+        "safetensors>=0.4",
+        "numpy>=1.26",
+        "pillow>=10.0",
+    ],
+    extras_require={"train": TRAIN, "eval": EVAL, "tensorboard": ["tensorboard>=2.16"], "test": TEST},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

@@ -1,0 +1,31 @@
+"""DDPM for diffusers: the forward process, its posterior, the reverse process, likelihoods and pipelines.
+
+Names are imported on first use, so that `import ddpm_pipeline` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "AlphaDDPMScheduler": "scheduling_alpha_ddpm",
+    "Moments": "scheduling_alpha_ddpm",
+    "ReverseMoments": "scheduling_alpha_ddpm",
+    "AlphaDDPMPipeline": "pipeline_alpha_ddpm",
+}
+__all__ = ["__version__", *_LAZY]
+
+if TYPE_CHECKING:
+    from .pipeline_alpha_ddpm import AlphaDDPMPipeline
+    from .scheduling_alpha_ddpm import AlphaDDPMScheduler, Moments, ReverseMoments
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

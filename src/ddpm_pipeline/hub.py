@@ -1,0 +1,66 @@
+"""Pipeline folders as they go to the Hub: whole on disk, and with a model card that says only what is known.
+
+Imports the pipelines, huggingface_hub and diffusers. Called by training/train.py.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard, ModelCardData
+
+CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
+
+
+def export(pipe: DiffusionPipeline, folder: str | Path) -> None:
+    """Save `pipe` into `folder`, replacing an earlier export; what was there stays whole until the new one is."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as temporary:
+        pipe.save_pretrained(temporary)
+        for entry in sorted(Path(temporary).iterdir(), key=lambda path: path.name == "model_index.json"):
+            target = folder / entry.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(entry, target)  # model_index.json last: with it the folder is a pipeline
+
+
+def build_card(
+    pipe: DiffusionPipeline,
+    *,
+    name: str,
+    dataset: str,
+    num_images: int,
+    training: Mapping[str, Any],
+    repo_id: str | None = None,
+) -> ModelCard:
+    """The card of a model trained on `num_images` images of `dataset`, with `training` as a table of facts."""
+    unet, schedule = pipe.unet.config, pipe.scheduler.config
+    colours = {1: "grey", 3: "RGB", 4: "RGBA"}.get(unet.in_channels, f"{unet.in_channels}-channel")
+    known_schedule = "trained betas" if schedule.trained_betas is not None else f"{schedule.beta_schedule} schedule"
+    return ModelCard.from_template(
+        ModelCardData(
+            library_name="diffusers",
+            pipeline_tag="unconditional-image-generation",
+            tags=["ddpm", "ddpm-pipeline", "pytorch", "unconditional-image-generation"],
+        ),
+        template_path=str(CARD_TEMPLATE),
+        name=name,
+        repo_id=repo_id or name,
+        summary=(
+            f"A denoising diffusion probabilistic model (Ho et al. 2020) of {colours} {unet.sample_size}x{unet.sample_size} "
+            f"images, trained from scratch on {num_images:,} images of `{dataset}`."
+        ),
+        training_table="\n".join(
+            ["| | |", "|---|---|", *(f"| {fact} | {value} |" for fact, value in training.items())]
+        ),
+        diffusion=(
+            f"{schedule.num_train_timesteps} steps, {known_schedule}, {schedule.prediction_type} prediction, "
+            f"{schedule.variance_type} variance"
+        ),
+        resolution=f"{unet.sample_size}x{unet.sample_size}",
+    )

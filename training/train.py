@@ -1,0 +1,359 @@
+"""Train a diffusion model: `accelerate launch training/train.py` runs the digits recipe, `--help` lists the options.
+
+Reads top to bottom: the configuration, the parts, the loop, what is left behind.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from diffusers import UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline.hub import build_card, export
+from ddpm_pipeline.objectives import mean_squared_error, min_snr_weights
+from train_checkpoint import CONFIG_FILE, load_checkpoint, prepare_output_folder, save_checkpoint
+from train_config import ConfigError, TrainingConfig, parse_config
+from train_data import DataError, ImageData, load_images, to_model_range
+from train_model import build_model
+from train_random import Stream, image_indices, noise_of, seeds, uniform
+from train_samples import draw, grid, save_picture
+
+logger = logging.getLogger("train")
+
+
+# ---- parts ----------------------------------------------------------------------------------------
+
+
+class MicroBatches(Dataset):
+    """What this process feeds the network: item k is forward pass k, update k // accumulation of the run.
+
+    An item is a function of (seed, step, position in the global batch) alone, so it does not matter who asks for it, or
+    whether anybody asked for the ones before.
+    """
+
+    def __init__(self, data: ImageData, config: TrainingConfig, num_timesteps: int, rank: int, world_size: int):
+        self.data, self.config, self.num_timesteps = data, config, num_timesteps
+        self.rank, self.world_size = rank, world_size
+        self.size = config.batch_size // (world_size * config.gradient_accumulation_steps)
+
+    def __getitem__(self, k: int) -> dict[str, torch.Tensor]:
+        """`pixels` uint8 [b, C, H, W], `timesteps` int64 [b] and `noise_seeds` int64 [b]."""
+        config = self.config
+        step, pass_index = divmod(k, config.gradient_accumulation_steps)
+        start = (pass_index * self.world_size + self.rank) * self.size
+        mine = slice(start, start + self.size)
+        indices = image_indices(config.seed, len(self.data), step, config.batch_size)[mine]
+        flips = uniform(config.seed, Stream.FLIP, step, config.batch_size)[mine] < 0.5 if config.random_flip else None
+        timesteps = uniform(config.seed, Stream.TIMESTEP, step, config.batch_size)[mine] * self.num_timesteps
+        noise_seeds = seeds(config.seed, Stream.NOISE, step, config.batch_size)[mine]
+        return {
+            "pixels": self.data.pixels(indices, flips),
+            "timesteps": torch.from_numpy(timesteps.astype(np.int64)),
+            "noise_seeds": torch.from_numpy(noise_seeds),
+        }
+
+
+def share_out_batch(config: TrainingConfig, world_size: int) -> None:
+    """Raise ConfigError where the batch cannot be split evenly."""
+    parts = world_size * config.gradient_accumulation_steps
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"--batch_size {config.batch_size} cannot be split over {world_size} processes x "
+            f"{config.gradient_accumulation_steps} accumulation steps; use a multiple of {parts}."
+        )
+
+
+def use_all_cores(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """`accelerate launch` sets one thread a process where it was told nothing; on the CPU that wastes the other cores."""
+    if accelerator.device.type == "cpu":
+        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = min(available, psutil.cpu_count(logical=False) or available)
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        torch.set_num_threads(config.num_cpu_threads or max(1, cores // local_processes))
+
+
+def set_up_logging(accelerator: Accelerator, folder: Path) -> None:
+    """The main process logs to the console and to train.log; the others only what is wrong."""
+    level = logging.INFO if accelerator.is_main_process else logging.ERROR
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if accelerator.is_main_process:
+        handlers.append(logging.FileHandler(folder / "train.log"))
+    logging.basicConfig(
+        level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
+    )
+    for noisy in ("httpx", "datasets", "accelerate", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def averaged_weights(pipe: AlphaDDPMPipeline, ema: EMAModel | None) -> Iterator[None]:
+    """Within, the pipeline draws with the averaged weights, in evaluation mode."""
+    parameters = list(pipe.unet.parameters())
+    if ema is not None:
+        ema.store(parameters)
+        ema.copy_to(parameters)
+    was_training = pipe.unet.training
+    pipe.unet.eval()
+    try:
+        yield
+    finally:
+        pipe.unet.train(was_training)
+        if ema is not None:
+            ema.restore(parameters)
+
+
+def draw_grid(pipe: AlphaDDPMPipeline, config: TrainingConfig, count: int, steps: int | None, path: Path) -> None:
+    batch = max(1, config.batch_size // config.gradient_accumulation_steps)
+    save_picture(grid(draw(pipe, count, steps, config.seed, batch)), path)
+
+
+class MetricsLog:
+    """Lines of metrics.jsonl, and the trackers'."""
+
+    def __init__(self, accelerator: Accelerator, path: Path):
+        self.accelerator, self.path = accelerator, path
+
+    def __call__(self, metrics: Mapping[str, float], step: int) -> None:
+        self.accelerator.log(dict(metrics), step=step)
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+# ---- the run --------------------------------------------------------------------------------------
+
+
+def train(config: TrainingConfig) -> Path:
+    """Run training as configured; the folder with what it left. Raises ConfigError or DataError before it starts."""
+    began = time.monotonic()
+    default_tracker = None if config.report_to == "none" else config.report_to
+    folder = Path(config.output_dir or f"ddpm-{Path(config.dataset.rstrip('/')).stem or 'model'}")
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=default_tracker,
+        project_dir=str(folder),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    config = replace(config, output_dir=str(folder), mixed_precision=accelerator.mixed_precision)
+    share_out_batch(config, accelerator.num_processes)
+    use_all_cores(config, accelerator)
+    with accelerator.main_process_first():
+        checkpoint = prepare_output_folder(folder, config) if accelerator.is_main_process else None
+        data = load_images(
+            config.dataset,
+            dataset_config=config.dataset_config,
+            split=config.split,
+            image_column=config.image_column,
+            resolution=config.resolution,
+            channels=config.channels,
+            cache_dir=config.cache_dir,
+            preprocessing_num_workers=config.preprocessing_num_workers,
+        )
+    set_up_logging(accelerator, folder)
+    torch.manual_seed(int(seeds(config.seed, Stream.MODEL, 0, 1)[0]))  # the UNet's initial weights
+    unet, scheduler = build_model(config, data.resolution, data.channels)
+    max_train_steps = config.max_train_steps or -(-len(data) * config.num_train_epochs // config.batch_size)
+    config = replace(
+        config,
+        resolution=data.resolution,
+        channels=data.channels,
+        max_train_steps=max_train_steps,
+        num_train_timesteps=scheduler.config.num_train_timesteps,
+    )
+    if accelerator.is_main_process:
+        (folder / CONFIG_FILE).write_text(config.to_yaml())
+    accelerator.init_trackers("ddpm-pipeline", config={key: value for key, value in asdict(config).items() if value})
+
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if config.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    ema = None
+    if config.ema_decay:
+        unet.to(accelerator.device)
+        ema = EMAModel(
+            unet.parameters(),
+            decay=config.ema_decay,
+            use_ema_warmup=True,
+            power=config.ema_power,
+            foreach=True,
+        )
+    optimizer = torch.optim.AdamW(
+        unet.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=accelerator.device.type in ("cuda", "cpu"),
+    )
+    lr_scheduler = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+    )
+    plain_unet: UNet2DModel = unet
+    model = torch.compile(unet) if config.compile else unet
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(lr_scheduler)  # not prepared: it counts updates, whatever the processes
+    first_step = load_checkpoint(accelerator, ema, checkpoint) if checkpoint else 0
+    pipe = AlphaDDPMPipeline(unet=plain_unet, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+
+    batches = MicroBatches(data, config, len(scheduler), accelerator.process_index, accelerator.num_processes)
+    passes = range(
+        first_step * config.gradient_accumulation_steps, max_train_steps * config.gradient_accumulation_steps
+    )
+    loader = iter(
+        DataLoader(
+            batches,
+            batch_size=None,
+            sampler=passes,
+            num_workers=config.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+    )
+    parameters = sum(parameter.numel() for parameter in plain_unet.parameters())
+    logger.info(
+        "%s: %d images of %dx%dx%d; UNet of %.2f M parameters; updates %d to %d of %d images; %s, %s, %d threads",
+        data.name, len(data), data.resolution, data.resolution, data.channels, parameters / 1e6, first_step,
+        max_train_steps, config.batch_size, accelerator.device, accelerator.mixed_precision, torch.get_num_threads(),
+    )  # fmt: skip
+
+    log = MetricsLog(accelerator, folder / "metrics.jsonl")
+    progress = tqdm(
+        total=max_train_steps,
+        initial=first_step,
+        disable=not accelerator.is_main_process,
+        desc="training",
+        unit="update",
+    )
+    losses: list[torch.Tensor] = []
+    window_began = time.monotonic()
+    model.train()
+    for step in range(first_step, max_train_steps):
+        for pass_index in range(config.gradient_accumulation_steps):
+            last_pass = pass_index == config.gradient_accumulation_steps - 1
+            with contextlib.nullcontext() if last_pass else accelerator.no_sync(model):
+                loss = loss_of(model, scheduler, next(loader), config, accelerator.device)
+                accelerator.backward(loss / config.gradient_accumulation_steps)
+            losses.append(loss.detach())
+        grad_norm = accelerator.clip_grad_norm_(plain_unet.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if not accelerator.optimizer_step_was_skipped:  # as the fp16 scaler does where gradients overflow
+            lr_scheduler.step()
+            if ema is not None:
+                ema.step(plain_unet.parameters())
+        progress.update()
+
+        done = step + 1
+        if done % config.log_every == 0 or done == max_train_steps:
+            mean_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+            seconds = time.monotonic() - window_began
+            images = len(losses) * batches.size * accelerator.num_processes
+            metrics = {
+                "loss": mean_loss,
+                "grad_norm": float(grad_norm),
+                "learning_rate": lr_scheduler.get_last_lr()[0],
+                "images_per_second": images / seconds,
+            }
+            log(metrics, done)
+            progress.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+            losses, window_began = [], time.monotonic()
+        if config.preview_every and done % config.preview_every == 0 and done < max_train_steps:
+            if accelerator.is_main_process:
+                path = folder / "samples" / f"step-{done:08d}.png"
+                with averaged_weights(pipe, ema):
+                    draw_grid(pipe, config, config.preview_images, config.preview_inference_steps, path)
+            accelerator.wait_for_everyone()
+            window_began = time.monotonic()
+        if config.checkpoint_every and (done % config.checkpoint_every == 0 or done == max_train_steps):
+            save_checkpoint(accelerator, ema, folder, done, config.checkpoints_total_limit)
+            window_began = time.monotonic()
+    progress.close()
+
+    trained = time.monotonic() - began
+    if accelerator.is_main_process:
+        with averaged_weights(pipe, ema):
+            logger.info("drawing %d samples over %d steps", config.num_samples, len(scheduler))
+            draw_grid(pipe, config, config.num_samples, None, folder / "samples.png")
+            export(pipe, folder)
+        card = build_card(
+            pipe,
+            name=folder.name,
+            dataset=data.name,
+            num_images=len(data),
+            training=training_facts(config, parameters, trained, accelerator),
+        )
+        (folder / "README.md").write_text(str(card))
+        logger.info("done in %.0f s: the model, its card and samples.png are in %s", time.monotonic() - began, folder)
+    accelerator.end_training()
+    return folder
+
+
+def loss_of(
+    model: torch.nn.Module,
+    scheduler: AlphaDDPMScheduler,
+    batch: dict[str, torch.Tensor],
+    config: TrainingConfig,
+    device: torch.device,
+) -> torch.Tensor:
+    """The mean loss of one forward pass: noise the images, predict, compare (report §6). Float32 but for the network."""
+    original_samples = to_model_range(batch["pixels"].to(device, non_blocking=True))
+    timesteps = batch["timesteps"].to(device, non_blocking=True)
+    noise = noise_of(batch["noise_seeds"], original_samples.shape[1:], device)
+    noisy = scheduler.add_noise(original_samples, noise, timesteps)
+    if config.channels_last:
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
+    prediction = model(noisy, timesteps).sample
+    loss = mean_squared_error(scheduler, prediction, original_samples, noise, timesteps)
+    if config.snr_gamma is not None:
+        loss = loss * min_snr_weights(scheduler, timesteps, config.snr_gamma)
+    return loss.mean()
+
+
+def training_facts(config: TrainingConfig, parameters: int, seconds: float, accelerator: Accelerator) -> dict[str, Any]:
+    """What the model card says of the run; no path and no name of a machine or person."""
+    device = accelerator.device.type
+    return {
+        "parameters": f"{parameters / 1e6:.2f} M",
+        "updates": config.max_train_steps,
+        "batch size": config.batch_size,
+        "learning rate": f"{config.learning_rate} ({config.lr_scheduler}, {config.lr_warmup_steps} warm-up updates)",
+        "moving average of weights": f"decay up to {config.ema_decay}" if config.ema_decay else "none",
+        "precision": config.mixed_precision,
+        "seed": config.seed,
+        "hardware": f"{accelerator.num_processes} x {torch.cuda.get_device_name() if device == 'cuda' else device}",
+        "time": f"{seconds / 60:.1f} minutes",
+        "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}",
+    }
+
+
+def main() -> None:
+    try:
+        train(parse_config(sys.argv[1:]))
+    except (ConfigError, DataError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The UNet and the schedule that a run starts from: a preset, a config file, or somebody's pipeline.
+
+Imports diffusers, torch and the package.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DModel
+from huggingface_hub.utils import HFValidationError
+
+from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from train_config import ConfigError, TrainingConfig
+
+# Sides of images up to which a preset is meant, and its UNet2DModel. From 32 on these are the networks of Ho et al. 2020
+# (appendix B), the 64-pixel one between its neighbours.
+PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tiny": (
+        16,
+        {
+            "block_out_channels": (32, 64),
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            "norm_num_groups": 8,
+        },
+    ),
+    "32": (
+        32,
+        {
+            "block_out_channels": (128, 256, 256, 256),
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            "dropout": 0.1,
+        },
+    ),
+    "64": (
+        64,
+        {
+            "block_out_channels": (128, 256, 256, 256),
+            "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        },
+    ),
+    "128": (
+        128,
+        {
+            "block_out_channels": (128, 128, 256, 256, 512),
+            "down_block_types": ("DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
+        },
+    ),
+    "256": (
+        256,
+        {
+            "block_out_channels": (128, 128, 256, 256, 512, 512),
+            "down_block_types": ("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+        },
+    ),
+}
+
+SCHEDULE_OPTIONS = (
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "prediction_type",
+    "variance_type",
+    "rescale_betas_zero_snr",
+)
+
+
+def build_model(config: TrainingConfig, resolution: int, channels: int) -> tuple[UNet2DModel, AlphaDDPMScheduler]:
+    """The UNet for images [B, channels, resolution, resolution] and its scheduler.
+
+    Raises ConfigError where preset, config file or `--init_from` cannot be used, or do not fit the images.
+    """
+    schedule = {name: value for name in SCHEDULE_OPTIONS if (value := getattr(config, name)) is not None}
+    try:
+        if config.init_from is not None:
+            unet, scheduler = _from_pipeline(config.init_from, schedule)
+        else:
+            unet = UNet2DModel.from_config(_unet_config(config, resolution, channels))
+            scheduler = AlphaDDPMScheduler(**schedule)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, OSError, NotImplementedError, HFValidationError) as error:
+        what = f"--init_from {config.init_from}" if config.init_from else f"the model ({config.model}) or its schedule"
+        raise ConfigError(f"{what} cannot be used: {error}") from error
+    _check_fit(unet, config, resolution, channels)
+    return unet, scheduler
+
+
+def _from_pipeline(source: str, schedule: dict[str, Any]) -> tuple[UNet2DModel, AlphaDDPMScheduler]:
+    pipe = AlphaDDPMPipeline.from_pretrained(source, low_cpu_mem_usage=False)
+    if not isinstance(pipe.unet, UNet2DModel):
+        raise ConfigError(f"--init_from {source} has a {type(pipe.unet).__name__}; this script trains a UNet2DModel.")
+    if schedule.keys() & {"beta_schedule", "beta_start", "beta_end", "num_train_timesteps"}:
+        schedule = {"trained_betas": None, **schedule}  # flags of the schedule take the place of stored values
+    return pipe.unet.float(), AlphaDDPMScheduler.from_config(pipe.scheduler.config, **schedule)
+
+
+def _unet_config(config: TrainingConfig, resolution: int, channels: int) -> dict[str, Any]:
+    images = {"sample_size": resolution, "in_channels": channels, "out_channels": channels}
+    dropout = {} if config.dropout is None else {"dropout": config.dropout}
+    if config.model == "auto" or config.model in PRESETS:
+        return {**PRESETS[_preset_for(config.model, resolution)][1], **images, **dropout}
+    path = Path(config.model)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"--model {config.model} is no preset (auto, {', '.join(PRESETS)}), and as a file: {error.strerror}."
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--model {path} is not a JSON file: {error}") from error
+    if not isinstance(stored, dict):
+        raise ConfigError(f"--model {path} must hold a UNet2DModel's config, an object.")
+    return {"sample_size": resolution, **images, **stored, **dropout}
+
+
+def _preset_for(name: str, resolution: int) -> str:
+    if name != "auto":
+        return name
+    for preset, (largest, _) in PRESETS.items():
+        if resolution <= largest:
+            return preset
+    raise ConfigError(
+        f"no preset is meant for {resolution} pixels; give --model a preset or a UNet2DModel config file."
+    )
+
+
+def _check_fit(unet: UNet2DModel, config: TrainingConfig, resolution: int, channels: int) -> None:
+    levels = len(unet.config.block_out_channels) - 1
+    if resolution % 2**levels:
+        low = resolution // 2**levels * 2**levels
+        raise ConfigError(
+            f"a resolution of {resolution} cannot be halved {levels} times, as this UNet does; use --resolution "
+            f"{f'{low} or ' if low else ''}{low + 2**levels}, or a --model with fewer levels."
+        )
+    if unet.config.in_channels != channels:
+        raise ConfigError(
+            f"the images have {channels} channels and the UNet takes {unet.config.in_channels}; "
+            f"use --channels {unet.config.in_channels}."
+        )
+    if unet.config.out_channels != channels:
+        raise ConfigError(
+            f"the UNet gives {unet.config.out_channels} channels for images of {channels}: learned variances cannot be "
+            "trained by the mean squared error, which is the only objective of this version."
+        )
+    sample_size = unet.config.sample_size
+    if sample_size not in (None, resolution) and tuple(_pair(sample_size)) != (resolution, resolution):
+        raise ConfigError(f"the UNet draws images of {sample_size} pixels; use --resolution {_pair(sample_size)[0]}.")
+    if unet.config.class_embed_type or unet.config.num_class_embeds:
+        raise ConfigError(
+            f"{config.init_from or config.model} is a class-conditional UNet, and this run has no labels."
+        )
+
+
+def _pair(size: int | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)

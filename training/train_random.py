@@ -1,0 +1,68 @@
+"""Everything random in training, as a function of (seed, step, position in the global batch).
+
+Nothing here keeps a state: a resumed run, and a run on another number of processes with the same global batch, sees the same
+images in the same order, the same flips, timesteps and noise. A position is 0..batch_size-1 within one optimiser update.
+Imports numpy and torch only.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+
+class Stream(IntEnum):
+    """What is drawn; each has a stream of its own. Numbers are part of a run's identity and never change."""
+
+    ORDER = 0
+    FLIP = 1
+    TIMESTEP = 2
+    NOISE = 3
+    CONDITION = 4
+    CONDITION_DROPOUT = 5
+    MODEL = 6
+    PREVIEW = 7
+
+
+def _generator(seed: int, stream: Stream, step: int) -> np.random.Generator:
+    """Philox counts draws in the low words of its counter, so that steps, in the high one, never overlap."""
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, step]))
+
+
+def uniform(seed: int, stream: Stream, step: int, count: int) -> np.ndarray:
+    """Numbers in [0, 1) for positions 0..count-1, float64 [count]; the first n are the same for every count >= n."""
+    return _generator(seed, stream, step).random(count)
+
+
+def seeds(seed: int, stream: Stream, step: int, count: int) -> np.ndarray:
+    """A 53-bit seed for each position 0..count-1, int64 [count]."""
+    return (uniform(seed, stream, step, count) * 2**53).astype(np.int64)
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, num_images: int, epoch: int) -> np.ndarray:
+    return _generator(seed, Stream.ORDER, epoch).permutation(num_images)
+
+
+def image_indices(seed: int, num_images: int, step: int, batch_size: int) -> np.ndarray:
+    """Which images update `step` sees, int64 [batch_size]: every image once an epoch, a fresh order each epoch.
+
+    A batch may reach over the end of an epoch, so no image is ever dropped.
+    """
+    ordinals = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs, offsets = np.divmod(ordinals, num_images)
+    orders = {epoch: _permutation(seed, num_images, int(epoch)) for epoch in np.unique(epochs)}
+    return np.array([orders[epoch][offset] for epoch, offset in zip(epochs, offsets, strict=True)], dtype=np.int64)
+
+
+def noise_of(
+    image_seeds: Sequence[int] | np.ndarray | torch.Tensor, shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """Standard normal noise, float32 [B, *shape], each image's from its own seed. Draws differ between device types."""
+    generator = torch.Generator(device)
+    noise = torch.empty(len(image_seeds), *shape, device=device)
+    for image, image_seed in zip(noise, image_seeds, strict=True):
+        image.normal_(generator=generator.manual_seed(int(image_seed)))
+    return noise
