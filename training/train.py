@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,7 @@ from tqdm.auto import tqdm
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
 from ddpm_pipeline.hub import build_card, export
 from ddpm_pipeline.objectives import mean_squared_error, min_snr_weights
-from train_checkpoint import CONFIG_FILE, load_checkpoint, prepare_output_folder, save_checkpoint
+from train_checkpoint import CONFIG_FILE, find_checkpoint, load_checkpoint, prepare_output_folder, save_checkpoint
 from train_config import ConfigError, TrainingConfig, parse_config
 from train_data import DataError, ImageData, load_images, to_model_range
 from train_model import build_model
@@ -69,6 +70,12 @@ class MicroBatches(Dataset):
             "timesteps": torch.from_numpy(timesteps.astype(np.int64)),
             "noise_seeds": torch.from_numpy(noise_seeds),
         }
+
+
+def default_output_dir(dataset: str) -> str:
+    """ddpm-NAME, from the last part of a data set's name or path."""
+    name = re.sub(r"[^\w-]+", "-", Path(dataset.rstrip("/")).stem).strip("-")
+    return f"ddpm-{name or 'model'}"
 
 
 def share_out_batch(config: TrainingConfig, world_size: int) -> None:
@@ -145,7 +152,7 @@ def train(config: TrainingConfig) -> Path:
     """Run training as configured; the folder with what it left. Raises ConfigError or DataError before it starts."""
     began = time.monotonic()
     default_tracker = None if config.report_to == "none" else config.report_to
-    folder = Path(config.output_dir or f"ddpm-{Path(config.dataset.rstrip('/')).stem or 'model'}")
+    folder = Path(config.output_dir or default_output_dir(config.dataset))
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=default_tracker,
@@ -156,7 +163,8 @@ def train(config: TrainingConfig) -> Path:
     share_out_batch(config, accelerator.num_processes)
     use_all_cores(config, accelerator)
     with accelerator.main_process_first():
-        checkpoint = prepare_output_folder(folder, config) if accelerator.is_main_process else None
+        if accelerator.is_main_process:
+            prepare_output_folder(folder, config)
         data = load_images(
             config.dataset,
             dataset_config=config.dataset_config,
@@ -178,8 +186,10 @@ def train(config: TrainingConfig) -> Path:
         max_train_steps=max_train_steps,
         num_train_timesteps=scheduler.config.num_train_timesteps,
     )
+    checkpoint = find_checkpoint(folder, config) if config.resume else None
+    accelerator.wait_for_everyone()  # the others have read the folder before it is written to
     if accelerator.is_main_process:
-        (folder / CONFIG_FILE).write_text(config.to_yaml())
+        (folder / CONFIG_FILE).write_text(config.to_yaml(), "utf-8")
     accelerator.init_trackers("ddpm-pipeline", config={key: value for key, value in asdict(config).items() if value})
 
     if config.gradient_checkpointing:
@@ -292,6 +302,7 @@ def train(config: TrainingConfig) -> Path:
     progress.close()
 
     trained = time.monotonic() - began
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the samples are what the saved float32 weights draw
     if accelerator.is_main_process:
         with averaged_weights(pipe, ema):
             logger.info("drawing %d samples over %d steps", config.num_samples, len(scheduler))
@@ -353,6 +364,8 @@ def main() -> None:
         train(parse_config(sys.argv[1:]))
     except (ConfigError, DataError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command with --resume latest goes on from the last checkpoint")
 
 
 if __name__ == "__main__":
