@@ -24,12 +24,12 @@ RELATIVE = 1e-12
 STEP_RELATIVE = 1e-10
 
 
-def given_alphas(length: int) -> np.ndarray:
-    return 1 - np.geomspace(3e-5, 0.3, length) * np.random.default_rng(length).uniform(0.5, 1, length)
-
-
 def given_betas(length: int) -> np.ndarray:
-    return np.geomspace(3e-5, 0.3, length) * np.random.default_rng(length).uniform(0.5, 1, length)
+    return np.geomspace(3e-5, 0.3 if length < 1000 else 0.03, length) * np.random.default_rng(1).uniform(0.5, 1, length)
+
+
+def given_alphas(length: int) -> np.ndarray:
+    return 1 - given_betas(length)
 
 
 # ---- 50 digits ------------------------------------------------------------------------------------
@@ -130,8 +130,9 @@ def use_chain(scheduler: AlphaDDPMScheduler, name: str) -> list[tuple[int, int]]
         scheduler.register_to_config(timestep_spacing=name)
         scheduler.set_timesteps(max(1, length // 3))
     ascending = scheduler.timesteps.tolist()[::-1]
-    positions = sorted({0, 1, 2, 3, len(ascending) // 3, len(ascending) // 2} | set(range(len(ascending) - 5, 10**6)))
-    positions = [p for p in positions[:12] if 0 <= p < len(ascending)]
+    count = len(ascending)
+    positions = {0, 1, 2, 3, count // 3, count // 2, *range(count - 5, count)}
+    positions = sorted(p for p in positions if 0 <= p < count)
     return [(ascending[p - 1] if p else -1, ascending[p]) for p in positions]
 
 
