@@ -122,10 +122,15 @@ class AlphaDDPMPipeline(DiffusionPipeline):
         """The network's output in the precision of the chain, with the channels that the scheduler can use."""
         model_input = self.scheduler.scale_model_input(image, t).to(self.unet.dtype)
         output = self.unet(model_input, t).sample.to(image.dtype)
-        has_variance = output.shape[1] == 2 * image.shape[1]
-        if has_variance and self.scheduler.config.get("variance_type") not in LEARNED_VARIANCE_TYPES:
-            output = output.chunk(2, dim=1)[0]  # a scheduler with a variance of its own wants the prediction only
+        if output.shape[1] == 2 * image.shape[1] and not self._scheduler_learns_variance:
+            output = output.chunk(2, dim=1)[0]  # it has a variance of its own and wants the prediction only
         return output
+
+    @property
+    def _scheduler_learns_variance(self) -> bool:
+        """Whether the scheduler reads a variance half; one that does not still keeps the key of another's config."""
+        reads = "variance_type" in inspect.signature(type(self.scheduler).__init__).parameters
+        return reads and self.scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
 
     def _step_options(self, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
         """Some of diffusers' schedulers draw no noise and take no generator."""
