@@ -21,16 +21,16 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline import AlphaDDPMScheduler
 from ddpm_pipeline.hub import build_card, export
 from ddpm_pipeline.objectives import mean_squared_error, min_snr_weights
 from train_checkpoint import CONFIG_FILE, find_checkpoint, load_checkpoint, prepare_output_folder, save_checkpoint
+from train_conditions import Conditions, build_conditions
 from train_config import ConfigError, TrainingConfig, parse_config
 from train_data import DataError, ImageData, load_images, to_model_range
 from train_model import build_model
@@ -50,13 +50,21 @@ class MicroBatches(Dataset):
     whether anybody asked for the ones before.
     """
 
-    def __init__(self, data: ImageData, config: TrainingConfig, num_timesteps: int, rank: int, world_size: int):
-        self.data, self.config, self.num_timesteps = data, config, num_timesteps
+    def __init__(
+        self,
+        data: ImageData,
+        conditions: Conditions,
+        config: TrainingConfig,
+        num_timesteps: int,
+        rank: int,
+        world_size: int,
+    ):
+        self.data, self.conditions, self.config, self.num_timesteps = data, conditions, config, num_timesteps
         self.rank, self.world_size = rank, world_size
         self.size = config.batch_size // (world_size * config.gradient_accumulation_steps)
 
-    def __getitem__(self, k: int) -> dict[str, torch.Tensor]:
-        """`pixels` uint8 [b, C, H, W], `timesteps` int64 [b] and `noise_seeds` int64 [b]."""
+    def __getitem__(self, k: int) -> dict[str, Any]:
+        """`pixels` uint8 [b, C, H, W], `timesteps` int64 [b], `noise_seeds` int64 [b] and their `condition`."""
         config = self.config
         step, pass_index = divmod(k, config.gradient_accumulation_steps)
         start = (pass_index * self.world_size + self.rank) * self.size
@@ -69,6 +77,7 @@ class MicroBatches(Dataset):
             "pixels": self.data.pixels(indices, flips),
             "timesteps": torch.from_numpy(timesteps.astype(np.int64)),
             "noise_seeds": torch.from_numpy(noise_seeds),
+            "condition": self.conditions.draw(indices, step, mine),
         }
 
 
@@ -111,25 +120,30 @@ def set_up_logging(accelerator: Accelerator, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def averaged_weights(pipe: AlphaDDPMPipeline, ema: EMAModel | None) -> Iterator[None]:
-    """Within, the pipeline draws with the averaged weights, in evaluation mode."""
-    parameters = list(pipe.unet.parameters())
+def averaged_weights(network: torch.nn.Module, ema: EMAModel | None) -> Iterator[None]:
+    """Within, the network has the averaged weights and is in evaluation mode."""
+    parameters = list(network.parameters())
     if ema is not None:
         ema.store(parameters)
         ema.copy_to(parameters)
-    was_training = pipe.unet.training
-    pipe.unet.eval()
+    was_training = network.training
+    network.eval()
     try:
         yield
     finally:
-        pipe.unet.train(was_training)
+        network.train(was_training)
         if ema is not None:
             ema.restore(parameters)
 
 
-def draw_grid(pipe: AlphaDDPMPipeline, config: TrainingConfig, count: int, steps: int | None, path: Path) -> None:
+def draw_grid(
+    pipe: Any, conditions: Conditions, config: TrainingConfig, count: int, steps: int | None, path: Path
+) -> None:
     batch = max(1, config.batch_size // config.gradient_accumulation_steps)
-    save_picture(grid(draw(pipe, count, steps, config.seed, batch)), path)
+    condition, columns = conditions.preview(count)
+    count = count if condition is None else len(condition[1])
+    guidance = config.preview_guidance if config.condition_dropout else 1.0
+    save_picture(grid(draw(pipe, count, steps, config.seed, batch, condition, guidance), columns), path)
 
 
 class MetricsLog:
@@ -174,10 +188,14 @@ def train(config: TrainingConfig) -> Path:
             channels=config.channels,
             cache_dir=config.cache_dir,
             preprocessing_num_workers=config.preprocessing_num_workers,
+            label_column=config.label_column,
+            text_column=config.text_column,
         )
     set_up_logging(accelerator, folder)
-    torch.manual_seed(int(seeds(config.seed, Stream.MODEL, 0, 1)[0]))  # the UNet's initial weights
-    unet, scheduler = build_model(config, data.resolution, data.channels)
+    torch.manual_seed(int(seeds(config.seed, Stream.MODEL, 0, 1)[0]))  # the initial weights
+    conditions = build_conditions(config, data)
+    unet, scheduler = build_model(config, data.resolution, data.channels, conditions)
+    network = conditions.network(unet)
     max_train_steps = config.max_train_steps or -(-len(data) * config.num_train_epochs // config.batch_size)
     config = replace(
         config,
@@ -198,16 +216,16 @@ def train(config: TrainingConfig) -> Path:
         unet.to(memory_format=torch.channels_last)
     ema = None
     if config.ema_decay:
-        unet.to(accelerator.device)
+        network.to(accelerator.device)
         ema = EMAModel(
-            unet.parameters(),
+            network.parameters(),
             decay=config.ema_decay,
             use_ema_warmup=True,
             power=config.ema_power,
             foreach=True,
         )
     optimizer = torch.optim.AdamW(
-        unet.parameters(),
+        network.parameters(),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
@@ -220,15 +238,16 @@ def train(config: TrainingConfig) -> Path:
         num_warmup_steps=config.lr_warmup_steps,
         num_training_steps=max_train_steps,
     )
-    plain_unet: UNet2DModel = unet
-    model = torch.compile(unet) if config.compile else unet
+    model = torch.compile(network) if config.compile else network
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)  # not prepared: it counts updates, whatever the processes
     first_step = load_checkpoint(accelerator, ema, checkpoint) if checkpoint else 0
-    pipe = AlphaDDPMPipeline(unet=plain_unet, scheduler=scheduler)
+    pipe = conditions.pipeline(unet, scheduler)
     pipe.set_progress_bar_config(disable=True)
 
-    batches = MicroBatches(data, config, len(scheduler), accelerator.process_index, accelerator.num_processes)
+    batches = MicroBatches(
+        data, conditions, config, len(scheduler), accelerator.process_index, accelerator.num_processes
+    )
     passes = range(
         first_step * config.gradient_accumulation_steps, max_train_steps * config.gradient_accumulation_steps
     )
@@ -241,9 +260,9 @@ def train(config: TrainingConfig) -> Path:
             pin_memory=accelerator.device.type == "cuda",
         )
     )
-    parameters = sum(parameter.numel() for parameter in plain_unet.parameters())
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     logger.info(
-        "%s: %d images of %dx%dx%d; UNet of %.2f M parameters; updates %d to %d of %d images; %s, %s, %d threads",
+        "%s: %d images of %dx%dx%d; %.2f M parameters; updates %d to %d of %d images; %s, %s, %d threads",
         data.name, len(data), data.resolution, data.resolution, data.channels, parameters / 1e6, first_step,
         max_train_steps, config.batch_size, accelerator.device, accelerator.mixed_precision, torch.get_num_threads(),
     )  # fmt: skip
@@ -263,16 +282,16 @@ def train(config: TrainingConfig) -> Path:
         for pass_index in range(config.gradient_accumulation_steps):
             last_pass = pass_index == config.gradient_accumulation_steps - 1
             with contextlib.nullcontext() if last_pass else accelerator.no_sync(model):
-                loss = loss_of(model, scheduler, next(loader), config, accelerator.device)
+                loss = loss_of(model, scheduler, conditions, next(loader), config, accelerator.device)
                 accelerator.backward(loss / config.gradient_accumulation_steps)
             losses.append(loss.detach())
-        grad_norm = accelerator.clip_grad_norm_(plain_unet.parameters(), config.max_grad_norm)
+        grad_norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         if not accelerator.optimizer_step_was_skipped:  # as the fp16 scaler does where gradients overflow
             lr_scheduler.step()
             if ema is not None:
-                ema.step(plain_unet.parameters())
+                ema.step(network.parameters())
         progress.update()
 
         done = step + 1
@@ -292,8 +311,8 @@ def train(config: TrainingConfig) -> Path:
         if config.preview_every and done % config.preview_every == 0 and done < max_train_steps:
             if accelerator.is_main_process:
                 path = folder / "samples" / f"step-{done:08d}.png"
-                with averaged_weights(pipe, ema):
-                    draw_grid(pipe, config, config.preview_images, config.preview_inference_steps, path)
+                with averaged_weights(network, ema):
+                    draw_grid(pipe, conditions, config, config.preview_images, config.preview_inference_steps, path)
             accelerator.wait_for_everyone()
             window_began = time.monotonic()
         if config.checkpoint_every and (done % config.checkpoint_every == 0 or done == max_train_steps):
@@ -304,16 +323,17 @@ def train(config: TrainingConfig) -> Path:
     trained = time.monotonic() - began
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the samples are what the saved float32 weights draw
     if accelerator.is_main_process:
-        with averaged_weights(pipe, ema):
+        with averaged_weights(network, ema):
             logger.info("drawing %d samples over %d steps", config.num_samples, len(scheduler))
-            draw_grid(pipe, config, config.num_samples, None, folder / "samples.png")
+            draw_grid(pipe, conditions, config, config.num_samples, None, folder / "samples.png")
             export(pipe, folder)
         card = build_card(
             pipe,
             name=folder.name,
             dataset=data.name,
             num_images=len(data),
-            training=training_facts(config, parameters, trained, accelerator),
+            training=conditions.facts() | training_facts(config, parameters, trained, accelerator),
+            example=conditions.example(),
         )
         (folder / "README.md").write_text(str(card))
         logger.info("done in %.0f s: the model, its card and samples.png are in %s", time.monotonic() - began, folder)
@@ -324,7 +344,8 @@ def train(config: TrainingConfig) -> Path:
 def loss_of(
     model: torch.nn.Module,
     scheduler: AlphaDDPMScheduler,
-    batch: dict[str, torch.Tensor],
+    conditions: Conditions,
+    batch: dict[str, Any],
     config: TrainingConfig,
     device: torch.device,
 ) -> torch.Tensor:
@@ -335,7 +356,7 @@ def loss_of(
     noisy = scheduler.add_noise(original_samples, noise, timesteps)
     if config.channels_last:
         noisy = noisy.contiguous(memory_format=torch.channels_last)
-    prediction = model(noisy, timesteps).sample
+    prediction = model(noisy, timesteps, **conditions.inputs(batch["condition"], device)).sample
     loss = mean_squared_error(scheduler, prediction, original_samples, noise, timesteps)
     if config.snr_gamma is not None:
         loss = loss * min_snr_weights(scheduler, timesteps, config.snr_gamma)

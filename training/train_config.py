@@ -18,6 +18,7 @@ DEFAULT_CONFIG = CONFIGS / "digits.yaml"  # the main job: used where neither --c
 
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+CONDITIONS = ("none", "class", "text")
 REPORT_TO = ("none", "tensorboard", "wandb")
 OBJECTIVE_VARIANCES = ("fixed_small", "fixed_large")
 
@@ -52,10 +53,28 @@ class TrainingConfig:
     preprocessing_num_workers: int | None = _option(None, "Processes that preprocess the images once.")
     dataloader_num_workers: int = _option(0, "Processes that read batches ahead, for each training process.")
 
-    # model
-    model: str = _option(
-        "auto", "UNet2DModel: a preset (tiny, 32, 64, 128, 256), 'auto' (by resolution), or a config file."
+    # conditions
+    condition: str = _option("none", "What images are drawn for: none, class (labels) or text (captions).")
+    label_column: str | None = _option(None, "Column with class labels; the only ClassLabel column if not given.")
+    text_column: str | None = _option(None, "Column with captions, strings or lists of them.")
+    caption_templates: str | None = _option(
+        None, "YAML file with wordings for the labels, where there is no --text_column (docs/conditions.md)."
     )
+    condition_dropout: float = _option(0.1, "Share of images trained without their condition, for guidance.")
+    word_dropout: float = _option(0.0, "Share of a caption's words left out at each use; never the name of the class.")
+    text_encoder: str | None = _option(
+        None,
+        "'small' (made from the captions and trained with the UNet; the default), or the Hub name or folder of a "
+        "transformers text model.",
+    )
+    train_text_encoder: bool = _option(False, "Train a loaded text encoder too, instead of keeping it frozen.")
+    preview_prompts: str | None = _option(
+        None, "Prompts of previews, separated by '|'; from the captions if not given."
+    )
+    preview_guidance: float = _option(2.0, "Guidance scale of previews and of samples.png, with a condition.")
+
+    # model
+    model: str = _option("auto", "UNet: a preset (tiny, 32, 64, 128, 256), 'auto' (by resolution), or a config file.")
     dropout: float | None = _option(None, "Dropout in the UNet; the preset's own if not given.")
     init_from: str | None = _option(
         None, "Hub repository or folder of a DDPM pipeline to go on from (weights and schedule)."
@@ -143,6 +162,15 @@ class TrainingConfig:
                 f"--variance_type {self.variance_type}: only {' and '.join(OBJECTIVE_VARIANCES)} can be trained by the mean "
                 "squared error. Learned variances need the likelihood bound as their objective, which this version does not "
                 "have yet; 'analytic' is measured after training."
+            )
+        self._require("condition", self.condition in CONDITIONS, f"one of {', '.join(CONDITIONS)}")
+        for name in ("condition_dropout", "word_dropout"):
+            self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        self._require("preview_guidance", math.isfinite(self.preview_guidance), "a finite number")
+        text_options = ("text_column", "caption_templates", "text_encoder", "train_text_encoder", "preview_prompts")
+        if self.condition != "text" and (given := [name for name in text_options if getattr(self, name)]):
+            raise ConfigError(
+                f"--{given[0]} is of use with --condition text only, and this is --condition {self.condition}."
             )
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other: go on with the run, or start anew.")

@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from huggingface_hub.utils import HFValidationError
 
-from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline import AlphaDDPMScheduler
+from train_conditions import Conditions
 from train_config import ConfigError, TrainingConfig
 
 # Sides of images up to which a preset is meant, and its UNet2DModel. From 32 on these are the networks of Ho et al. 2020
@@ -71,7 +72,9 @@ SCHEDULE_OPTIONS = (
 )
 
 
-def build_model(config: TrainingConfig, resolution: int, channels: int) -> tuple[UNet2DModel, AlphaDDPMScheduler]:
+def build_model(
+    config: TrainingConfig, resolution: int, channels: int, conditions: Conditions
+) -> tuple[UNet2DModel | UNet2DConditionModel, AlphaDDPMScheduler]:
     """The UNet for images [B, channels, resolution, resolution] and its scheduler.
 
     Raises ConfigError where preset, config file or `--init_from` cannot be used, or do not fit the images.
@@ -79,33 +82,41 @@ def build_model(config: TrainingConfig, resolution: int, channels: int) -> tuple
     schedule = {name: value for name in SCHEDULE_OPTIONS if (value := getattr(config, name)) is not None}
     try:
         if config.init_from is not None:
-            unet, scheduler = _from_pipeline(config.init_from, schedule)
+            unet, scheduler = _from_pipeline(config.init_from, schedule, conditions)
         else:
-            unet = UNet2DModel.from_config(_unet_config(config, resolution, channels))
+            unet = conditions.unet_class.from_config(_unet_config(config, resolution, channels, conditions))
             scheduler = AlphaDDPMScheduler(**schedule)
     except ConfigError:
         raise
     except (ValueError, TypeError, OSError, NotImplementedError, HFValidationError) as error:
         what = f"--init_from {config.init_from}" if config.init_from else f"the model ({config.model}) or its schedule"
         raise ConfigError(f"{what} cannot be used: {error}") from error
-    _check_fit(unet, config, resolution, channels)
+    _check_fit(unet, config, resolution, channels, conditions)
     return unet, scheduler
 
 
-def _from_pipeline(source: str, schedule: dict[str, Any]) -> tuple[UNet2DModel, AlphaDDPMScheduler]:
-    pipe = AlphaDDPMPipeline.from_pretrained(source, low_cpu_mem_usage=False)
-    if not isinstance(pipe.unet, UNet2DModel):
-        raise ConfigError(f"--init_from {source} has a {type(pipe.unet).__name__}; this script trains a UNet2DModel.")
+def _from_pipeline(
+    source: str, schedule: dict[str, Any], conditions: Conditions
+) -> tuple[UNet2DModel | UNet2DConditionModel, AlphaDDPMScheduler]:
+    pipe = conditions.pipeline_class.from_pretrained(source, low_cpu_mem_usage=False)
+    if not isinstance(pipe.unet, conditions.unet_class):
+        raise ConfigError(
+            f"--init_from {source} has a {type(pipe.unet).__name__}; with this --condition a "
+            f"{conditions.unet_class.__name__} is trained."
+        )
     if schedule.keys() & {"beta_schedule", "beta_start", "beta_end", "num_train_timesteps"}:
         schedule = {"trained_betas": None, **schedule}  # flags of the schedule take the place of stored values
     return pipe.unet.float(), AlphaDDPMScheduler.from_config(pipe.scheduler.config, **schedule)
 
 
-def _unet_config(config: TrainingConfig, resolution: int, channels: int) -> dict[str, Any]:
+def _unet_config(config: TrainingConfig, resolution: int, channels: int, conditions: Conditions) -> dict[str, Any]:
     images = {"sample_size": resolution, "in_channels": channels, "out_channels": channels}
     dropout = {} if config.dropout is None else {"dropout": config.dropout}
     if config.model == "auto" or config.model in PRESETS:
-        return {**PRESETS[_preset_for(config.model, resolution)][1], **images, **dropout}
+        preset = PRESETS[_preset_for(config.model, resolution)][1]
+        if conditions.unet_class is UNet2DConditionModel:
+            preset = _with_cross_attention(preset)
+        return {**preset, **images, **dropout, **conditions.unet_config()}
     path = Path(config.model)
     path = path / "config.json" if path.is_dir() else path
     try:
@@ -117,8 +128,17 @@ def _unet_config(config: TrainingConfig, resolution: int, channels: int) -> dict
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--model {path} is not a JSON file: {error}") from error
     if not isinstance(stored, dict):
-        raise ConfigError(f"--model {path} must hold a UNet2DModel's config, an object.")
-    return {"sample_size": resolution, **images, **stored, **dropout}
+        raise ConfigError(f"--model {path} must hold a {conditions.unet_class.__name__}'s config, an object.")
+    return {"sample_size": resolution, **images, **conditions.unet_config(), **stored, **dropout}
+
+
+def _with_cross_attention(preset: dict[str, Any]) -> dict[str, Any]:
+    """The same network as a UNet2DConditionModel, whose attention sees the text states too."""
+    blocks = {
+        kind: tuple(block.replace("Attn", "CrossAttn") for block in preset[kind])
+        for kind in ("down_block_types", "up_block_types")
+    }
+    return {**preset, **blocks}
 
 
 def _preset_for(name: str, resolution: int) -> str:
@@ -132,7 +152,13 @@ def _preset_for(name: str, resolution: int) -> str:
     )
 
 
-def _check_fit(unet: UNet2DModel, config: TrainingConfig, resolution: int, channels: int) -> None:
+def _check_fit(
+    unet: UNet2DModel | UNet2DConditionModel,
+    config: TrainingConfig,
+    resolution: int,
+    channels: int,
+    conditions: Conditions,
+) -> None:
     levels = len(unet.config.block_out_channels) - 1
     if resolution % 2**levels:
         low = resolution // 2**levels * 2**levels
@@ -153,10 +179,13 @@ def _check_fit(unet: UNet2DModel, config: TrainingConfig, resolution: int, chann
     sample_size = unet.config.sample_size
     if sample_size not in (None, resolution) and tuple(_pair(sample_size)) != (resolution, resolution):
         raise ConfigError(f"the UNet draws images of {sample_size} pixels; use --resolution {_pair(sample_size)[0]}.")
-    if unet.config.class_embed_type or unet.config.num_class_embeds:
-        raise ConfigError(
-            f"{config.init_from or config.model} is a class-conditional UNet, and this run has no labels."
-        )
+    for name, needed in {"num_class_embeds": None, **conditions.unet_config()}.items():
+        has = unet.config.get(name)
+        if has != needed:
+            raise ConfigError(
+                f"{config.init_from or config.model}: the UNet has {name}={has}, and --condition {config.condition} with "
+                f"these data needs {needed}."
+            )
 
 
 def _pair(size: int | list[int]) -> tuple[int, int]:
