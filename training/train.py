@@ -106,6 +106,11 @@ def use_all_cores(config: TrainingConfig, accelerator: Accelerator) -> None:
         torch.set_num_threads(config.num_cpu_threads or max(1, cores // local_processes))
 
 
+def seed_dropout(seed: int, step: int, accelerator: Accelerator) -> None:
+    """Dropout draws from torch's global generator; make that a function of (seed, step, process) too."""
+    torch.manual_seed(int(seeds(seed, Stream.DROPOUT, step, accelerator.num_processes)[accelerator.process_index]))
+
+
 def set_up_logging(accelerator: Accelerator, folder: Path) -> None:
     """The main process logs to the console and to train.log; the others only what is wrong."""
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
@@ -279,6 +284,7 @@ def train(config: TrainingConfig) -> Path:
     window_began = time.monotonic()
     model.train()
     for step in range(first_step, max_train_steps):
+        seed_dropout(config.seed, step, accelerator)
         for pass_index in range(config.gradient_accumulation_steps):
             last_pass = pass_index == config.gradient_accumulation_steps - 1
             with contextlib.nullcontext() if last_pass else accelerator.no_sync(model):

@@ -201,10 +201,15 @@ class AlphaDDPMSampling:
             output = guide(unconditional, conditional, x.shape[1], guidance.scale, guidance.rescale)
         else:
             output = self.unet(model_input, t, **condition.arguments).sample.to(x.dtype)
-        has_variance = output.shape[1] == 2 * x.shape[1]
-        if has_variance and self.scheduler.config.get("variance_type") not in LEARNED_VARIANCE_TYPES:
-            output = output.chunk(2, dim=1)[0]  # a scheduler with a variance of its own wants the prediction only
+        if output.shape[1] == 2 * x.shape[1] and not self._scheduler_learns_variance:
+            output = output.chunk(2, dim=1)[0]  # it has a variance of its own and wants the prediction only
         return output
+
+    @property
+    def _scheduler_learns_variance(self) -> bool:
+        """Whether the scheduler reads a variance half; one that does not still keeps the key of another's config."""
+        reads = "variance_type" in inspect.signature(type(self.scheduler).__init__).parameters
+        return reads and self.scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
 
     def _noise(self, shape: Sequence[int], generator: Generators) -> torch.Tensor:
         """z ~ N(0, I) in float32: only the network computes in half precision, never the chain."""
