@@ -11,6 +11,7 @@ from diffusers import UNet2DModel
 from huggingface_hub.utils import HFValidationError
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline.scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES
 from train_config import ConfigError, TrainingConfig
 
 # Sides of images up to which a preset is meant, and its UNet2DModel. From 32 on these are the networks of Ho et al. 2020
@@ -88,8 +89,26 @@ def build_model(config: TrainingConfig, resolution: int, channels: int) -> tuple
     except (ValueError, TypeError, OSError, NotImplementedError, HFValidationError) as error:
         what = f"--init_from {config.init_from}" if config.init_from else f"the model ({config.model}) or its schedule"
         raise ConfigError(f"{what} cannot be used: {error}") from error
-    _check_fit(unet, config, resolution, channels)
+    _check_fit(unet, scheduler, config, resolution, channels)
+    objective_for(config, scheduler)
     return unet, scheduler
+
+
+def objective_for(config: TrainingConfig, scheduler: AlphaDDPMScheduler) -> str:
+    """The objective asked for, or the one that trains what the scheduler needs. Raises ConfigError where it cannot."""
+    learned = scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
+    objective = config.objective or ("hybrid" if learned else "simple")
+    if objective == "simple" and learned:
+        raise ConfigError(
+            f"--objective simple does not train the variance that variance_type={scheduler.config.variance_type} has the UNet "
+            "learn; use hybrid or bound."
+        )
+    if objective == "hybrid" and not learned:
+        raise ConfigError(
+            f"--objective hybrid trains a learned variance, and this run has variance_type={scheduler.config.variance_type}; "
+            "add --variance_type learned_range, or use simple or bound."
+        )
+    return objective
 
 
 def _from_pipeline(source: str, schedule: dict[str, Any]) -> tuple[UNet2DModel, AlphaDDPMScheduler]:
@@ -102,7 +121,8 @@ def _from_pipeline(source: str, schedule: dict[str, Any]) -> tuple[UNet2DModel, 
 
 
 def _unet_config(config: TrainingConfig, resolution: int, channels: int) -> dict[str, Any]:
-    images = {"sample_size": resolution, "in_channels": channels, "out_channels": channels}
+    out_channels = channels * (2 if config.variance_type in LEARNED_VARIANCE_TYPES else 1)
+    images = {"sample_size": resolution, "in_channels": channels, "out_channels": out_channels}
     dropout = {} if config.dropout is None else {"dropout": config.dropout}
     if config.model == "auto" or config.model in PRESETS:
         return {**PRESETS[_preset_for(config.model, resolution)][1], **images, **dropout}
@@ -132,7 +152,9 @@ def _preset_for(name: str, resolution: int) -> str:
     )
 
 
-def _check_fit(unet: UNet2DModel, config: TrainingConfig, resolution: int, channels: int) -> None:
+def _check_fit(
+    unet: UNet2DModel, scheduler: AlphaDDPMScheduler, config: TrainingConfig, resolution: int, channels: int
+) -> None:
     levels = len(unet.config.block_out_channels) - 1
     if resolution % 2**levels:
         low = resolution // 2**levels * 2**levels
@@ -145,10 +167,12 @@ def _check_fit(unet: UNet2DModel, config: TrainingConfig, resolution: int, chann
             f"the images have {channels} channels and the UNet takes {unet.config.in_channels}; "
             f"use --channels {unet.config.in_channels}."
         )
-    if unet.config.out_channels != channels:
+    learned = scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
+    if unet.config.out_channels != channels * (1 + learned):
         raise ConfigError(
-            f"the UNet gives {unet.config.out_channels} channels for images of {channels}: learned variances cannot be "
-            "trained by the mean squared error, which is the only objective of this version."
+            f"the UNet gives {unet.config.out_channels} channels for images of {channels}, and "
+            f"variance_type={scheduler.config.variance_type} needs {channels * (1 + learned)}; use --variance_type "
+            f"{'fixed_small or a UNet with twice the channels' if learned else 'learned_range where it has twice as many'}."
         )
     sample_size = unet.config.sample_size
     if sample_size not in (None, resolution) and tuple(_pair(sample_size)) != (resolution, resolution):
