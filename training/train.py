@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
@@ -28,12 +27,12 @@ from tqdm.auto import tqdm
 
 from ddpm_pipeline import AlphaDDPMScheduler
 from ddpm_pipeline.hub import build_card, export
-from ddpm_pipeline.objectives import mean_squared_error, min_snr_weights
+from ddpm_pipeline.objectives import min_snr_weights, per_image_loss, timestep_quantiles, timestep_sampler
 from train_checkpoint import CONFIG_FILE, find_checkpoint, load_checkpoint, prepare_output_folder, save_checkpoint
 from train_conditions import Conditions, build_conditions
 from train_config import ConfigError, TrainingConfig, parse_config
 from train_data import DataError, ImageData, load_images, to_model_range
-from train_model import build_model
+from train_model import build_model, objective_for
 from train_random import Stream, image_indices, noise_of, seeds, uniform
 from train_samples import draw, grid, save_picture
 
@@ -55,27 +54,26 @@ class MicroBatches(Dataset):
         data: ImageData,
         conditions: Conditions,
         config: TrainingConfig,
-        num_timesteps: int,
         rank: int,
         world_size: int,
     ):
-        self.data, self.conditions, self.config, self.num_timesteps = data, conditions, config, num_timesteps
+        self.data, self.conditions, self.config = data, conditions, config
         self.rank, self.world_size = rank, world_size
         self.size = config.batch_size // (world_size * config.gradient_accumulation_steps)
 
     def __getitem__(self, k: int) -> dict[str, Any]:
-        """`pixels` uint8 [b, C, H, W], `timesteps` int64 [b], `noise_seeds` int64 [b] and their `condition`."""
+        """`pixels` uint8 [b, C, H, W], `quantiles` of timesteps float64 [b], `noise_seeds` int64 [b] and their `condition`."""
         config = self.config
         step, pass_index = divmod(k, config.gradient_accumulation_steps)
         start = (pass_index * self.world_size + self.rank) * self.size
         mine = slice(start, start + self.size)
         indices = image_indices(config.seed, len(self.data), step, config.batch_size)[mine]
         flips = uniform(config.seed, Stream.FLIP, step, config.batch_size)[mine] < 0.5 if config.random_flip else None
-        timesteps = uniform(config.seed, Stream.TIMESTEP, step, config.batch_size)[mine] * self.num_timesteps
+        drawn = uniform(config.seed, Stream.TIMESTEP, step, config.batch_size)
         noise_seeds = seeds(config.seed, Stream.NOISE, step, config.batch_size)[mine]
         return {
             "pixels": self.data.pixels(indices, flips),
-            "timesteps": torch.from_numpy(timesteps.astype(np.int64)),
+            "quantiles": torch.from_numpy(timestep_quantiles(drawn, config.timestep_sampling)[mine]),
             "noise_seeds": torch.from_numpy(noise_seeds),
             "condition": self.conditions.draw(indices, step, mine),
         }
@@ -208,6 +206,7 @@ def train(config: TrainingConfig) -> Path:
         channels=data.channels,
         max_train_steps=max_train_steps,
         num_train_timesteps=scheduler.config.num_train_timesteps,
+        objective=objective_for(config, scheduler),
     )
     checkpoint = find_checkpoint(folder, config) if config.resume else None
     accelerator.wait_for_everyone()  # the others have read the folder before it is written to
@@ -246,13 +245,14 @@ def train(config: TrainingConfig) -> Path:
     model = torch.compile(network) if config.compile else network
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)  # not prepared: it counts updates, whatever the processes
+    sampler = timestep_sampler(config.timestep_sampling, len(scheduler))
+    if sampler.observes_losses:
+        accelerator.register_for_checkpointing(sampler)
     first_step = load_checkpoint(accelerator, ema, checkpoint) if checkpoint else 0
     pipe = conditions.pipeline(unet, scheduler)
     pipe.set_progress_bar_config(disable=True)
 
-    batches = MicroBatches(
-        data, conditions, config, len(scheduler), accelerator.process_index, accelerator.num_processes
-    )
+    batches = MicroBatches(data, conditions, config, accelerator.process_index, accelerator.num_processes)
     passes = range(
         first_step * config.gradient_accumulation_steps, max_train_steps * config.gradient_accumulation_steps
     )
@@ -285,12 +285,20 @@ def train(config: TrainingConfig) -> Path:
     model.train()
     for step in range(first_step, max_train_steps):
         seed_dropout(config.seed, step, accelerator)
+        observed: list[tuple[torch.Tensor, torch.Tensor]] = []  # of timesteps and losses
         for pass_index in range(config.gradient_accumulation_steps):
             last_pass = pass_index == config.gradient_accumulation_steps - 1
             with contextlib.nullcontext() if last_pass else accelerator.no_sync(model):
-                loss = loss_of(model, scheduler, conditions, next(loader), config, accelerator.device)
+                batch = next(loader)
+                timesteps, weights = (each.to(accelerator.device) for each in sampler.draw(batch["quantiles"]))
+                image_losses = losses_of(model, scheduler, conditions, batch, timesteps, config)
+                loss = (weights * image_losses).mean()
                 accelerator.backward(loss / config.gradient_accumulation_steps)
             losses.append(loss.detach())
+            if sampler.observes_losses:
+                observed.append(accelerator.gather((timesteps, image_losses.detach())))
+        for observation in observed:  # after the update's last draw, which so does not depend on how it was split
+            sampler.observe(*observation)
         grad_norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -347,26 +355,27 @@ def train(config: TrainingConfig) -> Path:
     return folder
 
 
-def loss_of(
+def losses_of(
     model: torch.nn.Module,
     scheduler: AlphaDDPMScheduler,
     conditions: Conditions,
     batch: dict[str, Any],
+    timesteps: torch.Tensor,
     config: TrainingConfig,
-    device: torch.device,
 ) -> torch.Tensor:
-    """The mean loss of one forward pass: noise the images, predict, compare (report §6). Float32 but for the network."""
-    original_samples = to_model_range(batch["pixels"].to(device, non_blocking=True))
-    timesteps = batch["timesteps"].to(device, non_blocking=True)
-    noise = noise_of(batch["noise_seeds"], original_samples.shape[1:], device)
+    """Each image's loss in one forward pass, [B]: noise the images, predict, compare (report §6). Float32 but for the
+    network.
+    """
+    original_samples = to_model_range(batch["pixels"].to(timesteps.device, non_blocking=True))
+    noise = noise_of(batch["noise_seeds"], original_samples.shape[1:], timesteps.device)
     noisy = scheduler.add_noise(original_samples, noise, timesteps)
     if config.channels_last:
         noisy = noisy.contiguous(memory_format=torch.channels_last)
-    prediction = model(noisy, timesteps, **conditions.inputs(batch["condition"], device)).sample
-    loss = mean_squared_error(scheduler, prediction, original_samples, noise, timesteps)
-    if config.snr_gamma is not None:
-        loss = loss * min_snr_weights(scheduler, timesteps, config.snr_gamma)
-    return loss.mean()
+    prediction = model(noisy, timesteps, **conditions.inputs(batch["condition"], timesteps.device)).sample
+    weights = 1.0 if config.snr_gamma is None else min_snr_weights(scheduler, timesteps, config.snr_gamma)
+    return per_image_loss(
+        config.objective, scheduler, prediction, original_samples, noisy, noise, timesteps, config.bound_weight, weights
+    )
 
 
 def training_facts(config: TrainingConfig, parameters: int, seconds: float, accelerator: Accelerator) -> dict[str, Any]:
@@ -374,6 +383,7 @@ def training_facts(config: TrainingConfig, parameters: int, seconds: float, acce
     device = accelerator.device.type
     return {
         "parameters": f"{parameters / 1e6:.2f} M",
+        "objective": config.objective,
         "updates": config.max_train_steps,
         "batch size": config.batch_size,
         "learning rate": f"{config.learning_rate} ({config.lr_scheduler}, {config.lr_warmup_steps} warm-up updates)",

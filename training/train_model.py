@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from huggingface_hub.utils import HFValidationError
 
 from ddpm_pipeline import AlphaDDPMScheduler
+from ddpm_pipeline.scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES
 from train_conditions import Conditions
 from train_config import ConfigError, TrainingConfig
 
@@ -93,8 +94,26 @@ def build_model(
     except (ValueError, TypeError, OSError, NotImplementedError, HFValidationError) as error:
         what = f"--init_from {config.init_from}" if config.init_from else f"the model ({config.model}) or its schedule"
         raise ConfigError(f"{what} cannot be used: {error}") from error
-    _check_fit(unet, config, resolution, channels, conditions)
+    _check_fit(unet, scheduler, config, resolution, channels, conditions)
+    objective_for(config, scheduler)
     return unet, scheduler
+
+
+def objective_for(config: TrainingConfig, scheduler: AlphaDDPMScheduler) -> str:
+    """The objective asked for, or the one that trains what the scheduler needs. Raises ConfigError where it cannot."""
+    learned = scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
+    objective = config.objective or ("hybrid" if learned else "simple")
+    if objective == "simple" and learned:
+        raise ConfigError(
+            f"--objective simple does not train the variance that variance_type={scheduler.config.variance_type} has the UNet "
+            "learn; use hybrid or bound."
+        )
+    if objective == "hybrid" and not learned:
+        raise ConfigError(
+            f"--objective hybrid trains a learned variance, and this run has variance_type={scheduler.config.variance_type}; "
+            "add --variance_type learned_range, or use simple or bound."
+        )
+    return objective
 
 
 def _from_pipeline(
@@ -112,7 +131,8 @@ def _from_pipeline(
 
 
 def _unet_config(config: TrainingConfig, resolution: int, channels: int, conditions: Conditions) -> dict[str, Any]:
-    images = {"sample_size": resolution, "in_channels": channels, "out_channels": channels}
+    out_channels = channels * (2 if config.variance_type in LEARNED_VARIANCE_TYPES else 1)
+    images = {"sample_size": resolution, "in_channels": channels, "out_channels": out_channels}
     dropout = {} if config.dropout is None else {"dropout": config.dropout}
     if config.model == "auto" or config.model in PRESETS:
         preset = PRESETS[_preset_for(config.model, resolution)][1]
@@ -156,6 +176,7 @@ def _preset_for(name: str, resolution: int) -> str:
 
 def _check_fit(
     unet: UNet2DModel | UNet2DConditionModel,
+    scheduler: AlphaDDPMScheduler,
     config: TrainingConfig,
     resolution: int,
     channels: int,
@@ -173,10 +194,12 @@ def _check_fit(
             f"the images have {channels} channels and the UNet takes {unet.config.in_channels}; "
             f"use --channels {unet.config.in_channels}."
         )
-    if unet.config.out_channels != channels:
+    learned = scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
+    if unet.config.out_channels != channels * (1 + learned):
         raise ConfigError(
-            f"the UNet gives {unet.config.out_channels} channels for images of {channels}: learned variances cannot be "
-            "trained by the mean squared error, which is the only objective of this version."
+            f"the UNet gives {unet.config.out_channels} channels for images of {channels}, and "
+            f"variance_type={scheduler.config.variance_type} needs {channels * (1 + learned)}; use --variance_type "
+            f"{'fixed_small or a UNet with twice the channels' if learned else 'learned_range where it has twice as many'}."
         )
     sample_size = unet.config.sample_size
     if sample_size not in (None, resolution) and tuple(_pair(sample_size)) != (resolution, resolution):
