@@ -249,7 +249,8 @@ def train(config: TrainingConfig) -> Path:
     if sampler.observes_losses:
         accelerator.register_for_checkpointing(sampler)
     first_step = load_checkpoint(accelerator, ema, checkpoint) if checkpoint else 0
-    pipe = conditions.pipeline(unet, scheduler)
+    # with a scheduler of its own: previews choose shorter chains, and the bound is that of the full one
+    pipe = conditions.pipeline(unet, AlphaDDPMScheduler.from_config(scheduler.config))
     pipe.set_progress_bar_config(disable=True)
 
     batches = MicroBatches(data, conditions, config, accelerator.process_index, accelerator.num_processes)

@@ -155,12 +155,13 @@ def _unet_config(config: TrainingConfig, resolution: int, channels: int, conditi
 
 
 def _with_cross_attention(preset: dict[str, Any]) -> dict[str, Any]:
-    """The same network as a UNet2DConditionModel, whose attention sees the text states too."""
-    blocks = {
-        kind: tuple(block.replace("Attn", "CrossAttn") for block in preset[kind])
-        for kind in ("down_block_types", "up_block_types")
-    }
-    return {**preset, **blocks}
+    """The same network as a UNet2DConditionModel: its attention sees the text states too, at least at the lowest level."""
+    down = [block.replace("Attn", "CrossAttn") for block in preset["down_block_types"]]
+    up = [block.replace("Attn", "CrossAttn") for block in preset["up_block_types"]]
+    if not any("Attn" in block for block in down):
+        down[-1], up[0] = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+    kept = {name: value for name, value in preset.items() if name != "add_attention"}  # the middle always attends
+    return {**kept, "down_block_types": tuple(down), "up_block_types": tuple(up)}
 
 
 def _preset_for(name: str, resolution: int) -> str:
