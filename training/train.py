@@ -50,14 +50,9 @@ class MicroBatches(Dataset):
     """
 
     def __init__(
-        self,
-        data: ImageData,
-        conditions: Conditions,
-        config: TrainingConfig,
-        rank: int,
-        world_size: int,
+        self, data: ImageData, config: TrainingConfig, rank: int, world_size: int, conditions: Conditions | None = None
     ):
-        self.data, self.conditions, self.config = data, conditions, config
+        self.data, self.config, self.conditions = data, config, conditions or Conditions()
         self.rank, self.world_size = rank, world_size
         self.size = config.batch_size // (world_size * config.gradient_accumulation_steps)
 
@@ -71,11 +66,12 @@ class MicroBatches(Dataset):
         flips = uniform(config.seed, Stream.FLIP, step, config.batch_size)[mine] < 0.5 if config.random_flip else None
         drawn = uniform(config.seed, Stream.TIMESTEP, step, config.batch_size)
         noise_seeds = seeds(config.seed, Stream.NOISE, step, config.batch_size)[mine]
+        condition = self.conditions.draw(indices, step, mine)
         return {
             "pixels": self.data.pixels(indices, flips),
             "quantiles": torch.from_numpy(timestep_quantiles(drawn, config.timestep_sampling)[mine]),
             "noise_seeds": torch.from_numpy(noise_seeds),
-            "condition": self.conditions.draw(indices, step, mine),
+            **({} if condition is None else {"condition": condition}),
         }
 
 
@@ -253,7 +249,7 @@ def train(config: TrainingConfig) -> Path:
     pipe = conditions.pipeline(unet, AlphaDDPMScheduler.from_config(scheduler.config))
     pipe.set_progress_bar_config(disable=True)
 
-    batches = MicroBatches(data, conditions, config, accelerator.process_index, accelerator.num_processes)
+    batches = MicroBatches(data, config, accelerator.process_index, accelerator.num_processes, conditions)
     passes = range(
         first_step * config.gradient_accumulation_steps, max_train_steps * config.gradient_accumulation_steps
     )
@@ -292,7 +288,7 @@ def train(config: TrainingConfig) -> Path:
             with contextlib.nullcontext() if last_pass else accelerator.no_sync(model):
                 batch = next(loader)
                 timesteps, weights = (each.to(accelerator.device) for each in sampler.draw(batch["quantiles"]))
-                image_losses = losses_of(model, scheduler, conditions, batch, timesteps, config)
+                image_losses = losses_of(model, scheduler, batch, timesteps, config, conditions)
                 loss = (weights * image_losses).mean()
                 accelerator.backward(loss / config.gradient_accumulation_steps)
             losses.append(loss.detach())
@@ -359,10 +355,10 @@ def train(config: TrainingConfig) -> Path:
 def losses_of(
     model: torch.nn.Module,
     scheduler: AlphaDDPMScheduler,
-    conditions: Conditions,
     batch: dict[str, Any],
     timesteps: torch.Tensor,
     config: TrainingConfig,
+    conditions: Conditions | None = None,
 ) -> torch.Tensor:
     """Each image's loss in one forward pass, [B]: noise the images, predict, compare (report §6). Float32 but for the
     network.
@@ -372,7 +368,8 @@ def losses_of(
     noisy = scheduler.add_noise(original_samples, noise, timesteps)
     if config.channels_last:
         noisy = noisy.contiguous(memory_format=torch.channels_last)
-    prediction = model(noisy, timesteps, **conditions.inputs(batch["condition"], timesteps.device)).sample
+    condition = conditions.inputs(batch["condition"], timesteps.device) if "condition" in batch else {}
+    prediction = model(noisy, timesteps, **condition).sample
     weights = 1.0 if config.snr_gamma is None else min_snr_weights(scheduler, timesteps, config.snr_gamma)
     return per_image_loss(
         config.objective, scheduler, prediction, original_samples, noisy, noise, timesteps, config.bound_weight, weights

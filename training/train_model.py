@@ -76,12 +76,13 @@ SCHEDULE_OPTIONS = (
 
 
 def build_model(
-    config: TrainingConfig, resolution: int, channels: int, conditions: Conditions
+    config: TrainingConfig, resolution: int, channels: int, conditions: Conditions | None = None
 ) -> tuple[UNet2DModel | UNet2DConditionModel, AlphaDDPMScheduler]:
     """The UNet for images [B, channels, resolution, resolution] and its scheduler.
 
     Raises ConfigError where preset, config file or `--init_from` cannot be used, or do not fit the images.
     """
+    conditions = conditions or Conditions()
     schedule = {name: value for name in SCHEDULE_OPTIONS if (value := getattr(config, name)) is not None}
     try:
         if config.init_from is not None:

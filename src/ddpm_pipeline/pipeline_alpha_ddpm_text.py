@@ -172,7 +172,7 @@ class AlphaDDPMTextToImagePipeline(AlphaDDPMSampling, DiffusionPipeline):
     def _warn_if_cut(self, prompt: str) -> None:
         ids = self.tokenizer(prepare_prompt(prompt), verbose=False).input_ids
         if len(ids) > MAX_TOKENS:
-            cut = self.tokenizer.decode(ids[MAX_TOKENS - 1 : -1])
+            cut = self.tokenizer.decode(ids[MAX_TOKENS - 1 : -1]).strip()
             cut = cut if len(cut) <= SHOWN else f"{cut[:SHOWN]}... ({len(cut)} characters)"
             warnings.warn(f"the prompt has more than {MAX_TOKENS} tokens; this was cut from it: {cut!r}", stacklevel=5)
 
