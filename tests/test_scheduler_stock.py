@@ -426,7 +426,8 @@ def test_compatible_schedulers_take_our_config(name):
             other = getattr(diffusers, name).from_config(ours.config)
         except ImportError as error:
             pytest.skip(str(error).strip())
-        torch.testing.assert_close(other.alphas_cumprod, ours.alphas_cumprod, rtol=3e-5, atol=2e-6)
+        if name != "EDMEulerScheduler":  # by sigmas alone
+            torch.testing.assert_close(other.alphas_cumprod, ours.alphas_cumprod, rtol=3e-5, atol=2e-6)
         back = AlphaDDPMScheduler.from_config(other.config)
         assert settings(back).items() >= {(k, v) for k, v in settings(ours).items() if k != "trained_betas"}
         assert back.config.trained_betas == ours.config.trained_betas

@@ -54,7 +54,6 @@ FACTORS = frozenset(
         "sqrt_alpha_cumprod",
         "inverse_sqrt_alpha_cumprod",
         "posterior_x0",
-        "log_std_half_range",
         "log_std_middle",
     )
 )
@@ -185,8 +184,6 @@ class _Table:
             raise ValueError(
                 f"timesteps has shape {tuple(timesteps.shape)}; give one for all images or one for each of {len(like)}."
             )
-        if timesteps.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-            raise ValueError(f"timesteps has dtype {timesteps.dtype}; they are integers, such as torch.int64.")
         if timesteps.device.type == "cpu":
             self.check(timesteps.tolist())
         return _Gathered(self, timesteps.to(like.device, torch.long), like)
@@ -209,12 +206,15 @@ class _Gathered:
 
     def __getattr__(self, name: str) -> torch.Tensor:
         shape = (-1,) + (1,) * (self._like.ndim - 1)
-        return self._table.on_device(name, self._like)[self._timesteps].view(shape)
+        # not by brackets, which would read a 0-dim index back to the host
+        return self._table.on_device(name, self._like).index_select(0, self._timesteps.view(-1)).view(shape)
 
 
 def _host_timestep(timesteps: int | torch.Tensor) -> int | None:
     """The one timestep as an int where knowing it costs no device synchronisation; else None."""
     if isinstance(timesteps, torch.Tensor):
+        if timesteps.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+            raise ValueError(f"timesteps has dtype {timesteps.dtype}; they are integers, such as torch.int64.")
         return timesteps.item() if timesteps.ndim == 0 and timesteps.device.type == "cpu" else None
     return operator.index(timesteps)
 
@@ -247,7 +247,7 @@ def _check_number(name: str, value: Any, low: float, high: float) -> None:
 def _as_table(name: str, values: Any, length: int) -> np.ndarray:
     """`values` as float64 [length]; ValueError where it is not that many finite numbers."""
     try:
-        table = np.asarray(_on_host(values), dtype=np.float64)
+        table = np.asarray(_on_host(values)).astype(np.float64, casting="same_kind")
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} must be a list of {length} numbers, not {type(values).__name__}.") from error
     if table.shape != (length,):
@@ -620,7 +620,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> int:
         """s, the timestep before `timestep` in the chain in use; -1 where that is clean data."""
-        timestep = timestep.item() if isinstance(timestep, torch.Tensor) else timestep
+        timestep = timestep.cpu() if isinstance(timestep, torch.Tensor) else timestep
         return int(self._chain.at(timestep, self.betas).previous)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
@@ -687,12 +687,12 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         x_t = _compute(sample)
         chain = self._chain.at(timesteps, x_t)
-        mean = self._posterior_mean(_cast(original_samples, x_t.dtype), x_t, timesteps)
+        mean = self._posterior_mean(_cast(original_samples, x_t.dtype), x_t, chain)
         return _moments(mean, chain.posterior_variance, chain.posterior_log_variance)
 
-    def _posterior_mean(self, x_0: torch.Tensor, x_t: torch.Tensor, timesteps: int | torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def _posterior_mean(x_0: torch.Tensor, x_t: torch.Tensor, chain: "SimpleNamespace | _Gathered") -> torch.Tensor:
         """μ̃ = [√ᾱ_s (1-α_{t|s}) x_0 + √α_{t|s} (1-ᾱ_s) x_t] / (1-ᾱ_t)."""
-        chain = self._chain.at(timesteps, x_t)
         return _mix(chain.posterior_x0, x_0, chain.posterior_xt, x_t)
 
     def predict_original_sample(
@@ -741,12 +741,14 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
             f" (a UNet with out_channels = {'2 * ' if self._learned else ''}in_channels) and all else the same."
         )
 
-    def _learned_log_std(self, raw_variance: torch.Tensor, timesteps: int | torch.Tensor) -> torch.Tensor:
+    def _learned_log_std(self, raw_variance: torch.Tensor, chain: "SimpleNamespace | _Gathered") -> torch.Tensor:
         """log σ, half the log-variance, from the network's variance half (Nichol & Dhariwal 2021, eq. 15)."""
         if self._variance_type == "learned":
             return raw_variance * 0.5
-        chain = self._chain.at(timesteps, raw_variance)
-        return (raw_variance * chain.log_std_half_range).add_(chain.log_std_middle)
+        middle, half_range = chain.log_std_middle, chain.log_std_half_range
+        if isinstance(half_range, float):
+            return torch.add(middle, raw_variance, alpha=half_range)
+        return torch.addcmul(middle, half_range, raw_variance)
 
     def p_mean_variance(
         self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
@@ -759,13 +761,13 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         prediction, raw_variance = self._split(model_output, sample)
         x_t = _compute(sample)
+        chain = self._chain.at(timesteps, x_t)
         x_0 = self._clip(self._predict_x0(_cast(prediction, x_t.dtype), timesteps, x_t))
-        mean = self._posterior_mean(x_0, x_t, timesteps)
+        mean = self._posterior_mean(x_0, x_t, chain)
         if raw_variance is None:
-            chain = self._chain.at(timesteps, x_t)
             variance, log_variance = chain.model_variance, chain.model_log_variance
         else:
-            log_variance = 2 * self._learned_log_std(_cast(raw_variance, x_t.dtype), timesteps)
+            log_variance = 2 * self._learned_log_std(_cast(raw_variance, x_t.dtype), chain)
             variance = log_variance.exp()
         moments = _moments(mean, variance, log_variance)
         return ReverseMoments(moments.mean, moments.variance, moments.log_variance, x_0)
@@ -788,13 +790,13 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         x_t = _compute(sample)
         chain = self._chain.at(timestep, x_t)
         x_0 = self._clip(self._predict_x0(_cast(prediction, x_t.dtype), timestep, x_t))
-        x_s = self._posterior_mean(x_0, x_t, timestep)
+        x_s = self._posterior_mean(x_0, x_t, chain)
         if host_timestep is None or chain.noise_gate:
             noise = _cast(self._noise_like(prediction, generator), x_t.dtype)
             if raw_variance is None:
                 std = chain.model_std
             else:
-                std = self._learned_log_std(_cast(raw_variance, x_t.dtype), timestep).exp_()
+                std = self._learned_log_std(_cast(raw_variance, x_t.dtype), chain).exp_()
             if host_timestep is None:
                 std = std * chain.noise_gate
             x_s = x_s.add_(noise, alpha=std) if isinstance(std, float) else x_s.addcmul_(noise, std)
