@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
 from helpers import TINY_UNET, run_command
-from train import MicroBatches, default_output_dir, loss_of, main, train
+from train import MicroBatches, default_output_dir, losses_of, main, train
 from train_config import ConfigError, TrainingConfig
 from train_data import DataError, load_images
 
@@ -211,10 +211,10 @@ def test_the_default_folder_is_named_after_the_data():
 @pytest.mark.parametrize("world_size, accumulation", [(1, 1), (2, 1), (4, 1), (2, 2), (1, 4)])
 def test_a_batch_is_the_same_however_it_is_split(world_size, accumulation, tmp_path):
     data = load_images("digits", cache_dir=str(tmp_path))
-    whole = MicroBatches(data, TrainingConfig(batch_size=16, random_flip=True), 1000, 0, 1)[5]
+    whole = MicroBatches(data, TrainingConfig(batch_size=16, random_flip=True), 0, 1)[5]
     config = TrainingConfig(batch_size=16, random_flip=True, gradient_accumulation_steps=accumulation)
     parts = [
-        MicroBatches(data, config, 1000, rank, world_size)[5 * accumulation + index]
+        MicroBatches(data, config, rank, world_size)[5 * accumulation + index]
         for index in range(accumulation)
         for rank in range(world_size)
     ]
@@ -225,8 +225,9 @@ def test_a_batch_is_the_same_however_it_is_split(world_size, accumulation, tmp_p
 def test_the_loss_is_the_definition(tmp_path):
     """Against x_t and the squared error written out by hand from the scheduler's public tables."""
     data = load_images("digits", cache_dir=str(tmp_path))
-    config, scheduler = TrainingConfig(batch_size=4), AlphaDDPMScheduler()
-    batch = MicroBatches(data, config, 1000, 0, 1)[0]
+    config, scheduler = TrainingConfig(batch_size=4, objective="simple"), AlphaDDPMScheduler()
+    batch = MicroBatches(data, config, 0, 1)[0]
+    timesteps = (batch["quantiles"] * len(scheduler)).long()
     seen = {}
 
     class Network(torch.nn.Module):
@@ -234,9 +235,9 @@ def test_the_loss_is_the_definition(tmp_path):
             seen.update(noisy=noisy, timesteps=timesteps)
             return type("Output", (), {"sample": torch.zeros_like(noisy)})
 
-    loss = loss_of(Network(), scheduler, batch, config, torch.device("cpu"))
+    loss = losses_of(Network(), scheduler, batch, timesteps, config).mean()
     x_0 = batch["pixels"].double() / 127.5 - 1
-    alpha = scheduler.alphas_cumprod[batch["timesteps"]].double().view(-1, 1, 1, 1)
+    alpha = scheduler.alphas_cumprod[timesteps].double().view(-1, 1, 1, 1)
     noise = (seen["noisy"].double() - alpha.sqrt() * x_0) / (1 - alpha).sqrt()
     assert loss.item() == pytest.approx(noise.square().mean().item(), rel=1e-4)
     assert abs(noise.mean()) < 0.3 and noise.std() == pytest.approx(1, abs=0.15)

@@ -16,24 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline import AlphaDDPMScheduler
 from ddpm_pipeline.hub import build_card, export
-from ddpm_pipeline.objectives import mean_squared_error, min_snr_weights
+from ddpm_pipeline.objectives import min_snr_weights, per_image_loss, timestep_quantiles, timestep_sampler
 from train_checkpoint import CONFIG_FILE, find_checkpoint, load_checkpoint, prepare_output_folder, save_checkpoint
+from train_conditions import Conditions, build_conditions
 from train_config import ConfigError, TrainingConfig, parse_config
 from train_data import DataError, ImageData, load_images, to_model_range
-from train_model import build_model
+from train_model import build_model, objective_for
 from train_random import Stream, image_indices, noise_of, seeds, uniform
 from train_samples import draw, grid, save_picture
 
@@ -50,25 +49,29 @@ class MicroBatches(Dataset):
     whether anybody asked for the ones before.
     """
 
-    def __init__(self, data: ImageData, config: TrainingConfig, num_timesteps: int, rank: int, world_size: int):
-        self.data, self.config, self.num_timesteps = data, config, num_timesteps
+    def __init__(
+        self, data: ImageData, config: TrainingConfig, rank: int, world_size: int, conditions: Conditions | None = None
+    ):
+        self.data, self.config, self.conditions = data, config, conditions or Conditions()
         self.rank, self.world_size = rank, world_size
         self.size = config.batch_size // (world_size * config.gradient_accumulation_steps)
 
-    def __getitem__(self, k: int) -> dict[str, torch.Tensor]:
-        """`pixels` uint8 [b, C, H, W], `timesteps` int64 [b] and `noise_seeds` int64 [b]."""
+    def __getitem__(self, k: int) -> dict[str, Any]:
+        """`pixels` uint8 [b, C, H, W], `quantiles` of timesteps float64 [b], `noise_seeds` int64 [b] and their `condition`."""
         config = self.config
         step, pass_index = divmod(k, config.gradient_accumulation_steps)
         start = (pass_index * self.world_size + self.rank) * self.size
         mine = slice(start, start + self.size)
         indices = image_indices(config.seed, len(self.data), step, config.batch_size)[mine]
         flips = uniform(config.seed, Stream.FLIP, step, config.batch_size)[mine] < 0.5 if config.random_flip else None
-        timesteps = uniform(config.seed, Stream.TIMESTEP, step, config.batch_size)[mine] * self.num_timesteps
+        drawn = uniform(config.seed, Stream.TIMESTEP, step, config.batch_size)
         noise_seeds = seeds(config.seed, Stream.NOISE, step, config.batch_size)[mine]
+        condition = self.conditions.draw(indices, step, mine)
         return {
             "pixels": self.data.pixels(indices, flips),
-            "timesteps": torch.from_numpy(timesteps.astype(np.int64)),
+            "quantiles": torch.from_numpy(timestep_quantiles(drawn, config.timestep_sampling)[mine]),
             "noise_seeds": torch.from_numpy(noise_seeds),
+            **({} if condition is None else {"condition": condition}),
         }
 
 
@@ -116,25 +119,30 @@ def set_up_logging(accelerator: Accelerator, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def averaged_weights(pipe: AlphaDDPMPipeline, ema: EMAModel | None) -> Iterator[None]:
-    """Within, the pipeline draws with the averaged weights, in evaluation mode."""
-    parameters = list(pipe.unet.parameters())
+def averaged_weights(network: torch.nn.Module, ema: EMAModel | None) -> Iterator[None]:
+    """Within, the network has the averaged weights and is in evaluation mode."""
+    parameters = list(network.parameters())
     if ema is not None:
         ema.store(parameters)
         ema.copy_to(parameters)
-    was_training = pipe.unet.training
-    pipe.unet.eval()
+    was_training = network.training
+    network.eval()
     try:
         yield
     finally:
-        pipe.unet.train(was_training)
+        network.train(was_training)
         if ema is not None:
             ema.restore(parameters)
 
 
-def draw_grid(pipe: AlphaDDPMPipeline, config: TrainingConfig, count: int, steps: int | None, path: Path) -> None:
+def draw_grid(
+    pipe: Any, conditions: Conditions, config: TrainingConfig, count: int, steps: int | None, path: Path
+) -> None:
     batch = max(1, config.batch_size // config.gradient_accumulation_steps)
-    save_picture(grid(draw(pipe, count, steps, config.seed, batch)), path)
+    condition, columns = conditions.preview(count)
+    count = count if condition is None else len(condition[1])
+    guidance = config.preview_guidance if config.condition_dropout else 1.0
+    save_picture(grid(draw(pipe, count, steps, config.seed, batch, condition, guidance), columns), path)
 
 
 class MetricsLog:
@@ -179,10 +187,14 @@ def train(config: TrainingConfig) -> Path:
             channels=config.channels,
             cache_dir=config.cache_dir,
             preprocessing_num_workers=config.preprocessing_num_workers,
+            label_column=config.label_column,
+            text_column=config.text_column,
         )
     set_up_logging(accelerator, folder)
-    torch.manual_seed(int(seeds(config.seed, Stream.MODEL, 0, 1)[0]))  # the UNet's initial weights
-    unet, scheduler = build_model(config, data.resolution, data.channels)
+    torch.manual_seed(int(seeds(config.seed, Stream.MODEL, 0, 1)[0]))  # the initial weights
+    conditions = build_conditions(config, data)
+    unet, scheduler = build_model(config, data.resolution, data.channels, conditions)
+    network = conditions.network(unet)
     max_train_steps = config.max_train_steps or -(-len(data) * config.num_train_epochs // config.batch_size)
     config = replace(
         config,
@@ -190,6 +202,7 @@ def train(config: TrainingConfig) -> Path:
         channels=data.channels,
         max_train_steps=max_train_steps,
         num_train_timesteps=scheduler.config.num_train_timesteps,
+        objective=objective_for(config, scheduler),
     )
     checkpoint = find_checkpoint(folder, config) if config.resume else None
     accelerator.wait_for_everyone()  # the others have read the folder before it is written to
@@ -203,16 +216,16 @@ def train(config: TrainingConfig) -> Path:
         unet.to(memory_format=torch.channels_last)
     ema = None
     if config.ema_decay:
-        unet.to(accelerator.device)
+        network.to(accelerator.device)
         ema = EMAModel(
-            unet.parameters(),
+            network.parameters(),
             decay=config.ema_decay,
             use_ema_warmup=True,
             power=config.ema_power,
             foreach=True,
         )
     optimizer = torch.optim.AdamW(
-        unet.parameters(),
+        network.parameters(),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
@@ -225,15 +238,18 @@ def train(config: TrainingConfig) -> Path:
         num_warmup_steps=config.lr_warmup_steps,
         num_training_steps=max_train_steps,
     )
-    plain_unet: UNet2DModel = unet
-    model = torch.compile(unet) if config.compile else unet
+    model = torch.compile(network) if config.compile else network
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)  # not prepared: it counts updates, whatever the processes
+    sampler = timestep_sampler(config.timestep_sampling, len(scheduler))
+    if sampler.observes_losses:
+        accelerator.register_for_checkpointing(sampler)
     first_step = load_checkpoint(accelerator, ema, checkpoint) if checkpoint else 0
-    pipe = AlphaDDPMPipeline(unet=plain_unet, scheduler=scheduler)
+    # with a scheduler of its own: previews choose shorter chains, and the bound is that of the full one
+    pipe = conditions.pipeline(unet, AlphaDDPMScheduler.from_config(scheduler.config))
     pipe.set_progress_bar_config(disable=True)
 
-    batches = MicroBatches(data, config, len(scheduler), accelerator.process_index, accelerator.num_processes)
+    batches = MicroBatches(data, config, accelerator.process_index, accelerator.num_processes, conditions)
     passes = range(
         first_step * config.gradient_accumulation_steps, max_train_steps * config.gradient_accumulation_steps
     )
@@ -246,9 +262,9 @@ def train(config: TrainingConfig) -> Path:
             pin_memory=accelerator.device.type == "cuda",
         )
     )
-    parameters = sum(parameter.numel() for parameter in plain_unet.parameters())
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     logger.info(
-        "%s: %d images of %dx%dx%d; UNet of %.2f M parameters; updates %d to %d of %d images; %s, %s, %d threads",
+        "%s: %d images of %dx%dx%d; %.2f M parameters; updates %d to %d of %d images; %s, %s, %d threads",
         data.name, len(data), data.resolution, data.resolution, data.channels, parameters / 1e6, first_step,
         max_train_steps, config.batch_size, accelerator.device, accelerator.mixed_precision, torch.get_num_threads(),
     )  # fmt: skip
@@ -266,19 +282,27 @@ def train(config: TrainingConfig) -> Path:
     model.train()
     for step in range(first_step, max_train_steps):
         seed_dropout(config.seed, step, accelerator)
+        observed: list[tuple[torch.Tensor, torch.Tensor]] = []  # of timesteps and losses
         for pass_index in range(config.gradient_accumulation_steps):
             last_pass = pass_index == config.gradient_accumulation_steps - 1
             with contextlib.nullcontext() if last_pass else accelerator.no_sync(model):
-                loss = loss_of(model, scheduler, next(loader), config, accelerator.device)
+                batch = next(loader)
+                timesteps, weights = (each.to(accelerator.device) for each in sampler.draw(batch["quantiles"]))
+                image_losses = losses_of(model, scheduler, batch, timesteps, config, conditions)
+                loss = (weights * image_losses).mean()
                 accelerator.backward(loss / config.gradient_accumulation_steps)
             losses.append(loss.detach())
-        grad_norm = accelerator.clip_grad_norm_(plain_unet.parameters(), config.max_grad_norm)
+            if sampler.observes_losses:
+                observed.append(accelerator.gather((timesteps, image_losses.detach())))
+        for observation in observed:  # after the update's last draw, which so does not depend on how it was split
+            sampler.observe(*observation)
+        grad_norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         if not accelerator.optimizer_step_was_skipped:  # as the fp16 scaler does where gradients overflow
             lr_scheduler.step()
             if ema is not None:
-                ema.step(plain_unet.parameters())
+                ema.step(network.parameters())
         progress.update()
 
         done = step + 1
@@ -298,8 +322,8 @@ def train(config: TrainingConfig) -> Path:
         if config.preview_every and done % config.preview_every == 0 and done < max_train_steps:
             if accelerator.is_main_process:
                 path = folder / "samples" / f"step-{done:08d}.png"
-                with averaged_weights(pipe, ema):
-                    draw_grid(pipe, config, config.preview_images, config.preview_inference_steps, path)
+                with averaged_weights(network, ema):
+                    draw_grid(pipe, conditions, config, config.preview_images, config.preview_inference_steps, path)
             accelerator.wait_for_everyone()
             window_began = time.monotonic()
         if config.checkpoint_every and (done % config.checkpoint_every == 0 or done == max_train_steps):
@@ -310,16 +334,17 @@ def train(config: TrainingConfig) -> Path:
     trained = time.monotonic() - began
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the samples are what the saved float32 weights draw
     if accelerator.is_main_process:
-        with averaged_weights(pipe, ema):
+        with averaged_weights(network, ema):
             logger.info("drawing %d samples over %d steps", config.num_samples, len(scheduler))
-            draw_grid(pipe, config, config.num_samples, None, folder / "samples.png")
+            draw_grid(pipe, conditions, config, config.num_samples, None, folder / "samples.png")
             export(pipe, folder)
         card = build_card(
             pipe,
             name=folder.name,
             dataset=data.name,
             num_images=len(data),
-            training=training_facts(config, parameters, trained, accelerator),
+            training=conditions.facts() | training_facts(config, parameters, trained, accelerator),
+            example=conditions.example(),
         )
         (folder / "README.md").write_text(str(card))
         logger.info("done in %.0f s: the model, its card and samples.png are in %s", time.monotonic() - began, folder)
@@ -327,25 +352,28 @@ def train(config: TrainingConfig) -> Path:
     return folder
 
 
-def loss_of(
+def losses_of(
     model: torch.nn.Module,
     scheduler: AlphaDDPMScheduler,
-    batch: dict[str, torch.Tensor],
+    batch: dict[str, Any],
+    timesteps: torch.Tensor,
     config: TrainingConfig,
-    device: torch.device,
+    conditions: Conditions | None = None,
 ) -> torch.Tensor:
-    """The mean loss of one forward pass: noise the images, predict, compare (report §6). Float32 but for the network."""
-    original_samples = to_model_range(batch["pixels"].to(device, non_blocking=True))
-    timesteps = batch["timesteps"].to(device, non_blocking=True)
-    noise = noise_of(batch["noise_seeds"], original_samples.shape[1:], device)
+    """Each image's loss in one forward pass, [B]: noise the images, predict, compare (report §6). Float32 but for the
+    network.
+    """
+    original_samples = to_model_range(batch["pixels"].to(timesteps.device, non_blocking=True))
+    noise = noise_of(batch["noise_seeds"], original_samples.shape[1:], timesteps.device)
     noisy = scheduler.add_noise(original_samples, noise, timesteps)
     if config.channels_last:
         noisy = noisy.contiguous(memory_format=torch.channels_last)
-    prediction = model(noisy, timesteps).sample
-    loss = mean_squared_error(scheduler, prediction, original_samples, noise, timesteps)
-    if config.snr_gamma is not None:
-        loss = loss * min_snr_weights(scheduler, timesteps, config.snr_gamma)
-    return loss.mean()
+    condition = conditions.inputs(batch["condition"], timesteps.device) if "condition" in batch else {}
+    prediction = model(noisy, timesteps, **condition).sample
+    weights = 1.0 if config.snr_gamma is None else min_snr_weights(scheduler, timesteps, config.snr_gamma)
+    return per_image_loss(
+        config.objective, scheduler, prediction, original_samples, noisy, noise, timesteps, config.bound_weight, weights
+    )
 
 
 def training_facts(config: TrainingConfig, parameters: int, seconds: float, accelerator: Accelerator) -> dict[str, Any]:
@@ -353,6 +381,7 @@ def training_facts(config: TrainingConfig, parameters: int, seconds: float, acce
     device = accelerator.device.type
     return {
         "parameters": f"{parameters / 1e6:.2f} M",
+        "objective": config.objective,
         "updates": config.max_train_steps,
         "batch size": config.batch_size,
         "learning rate": f"{config.learning_rate} ({config.lr_scheduler}, {config.lr_warmup_steps} warm-up updates)",

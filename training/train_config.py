@@ -1,6 +1,6 @@
 """What a training run is told: one dataclass, from which the flags, the YAML keys and `--help` follow.
 
-Flags override the file that `--config` names. Imports transformers' argument parser; nothing of the package.
+Flags override the file that `--config` names. Imports transformers' argument parser and the package's names of objectives.
 """
 
 import difflib
@@ -14,13 +14,16 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from ddpm_pipeline.objectives import HYBRID_BOUND_WEIGHT, OBJECTIVES, TIMESTEP_SAMPLINGS
+
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = CONFIGS / "digits.yaml"  # the main job: used where neither --config nor --dataset is given
 
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+CONDITIONS = ("none", "class", "text")
 REPORT_TO = ("none", "tensorboard", "wandb")
-OBJECTIVE_VARIANCES = ("fixed_small", "fixed_large")
+TRAINABLE_VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
 
 class ConfigError(ValueError):
@@ -53,10 +56,28 @@ class TrainingConfig:
     preprocessing_num_workers: int | None = _option(None, "Processes that preprocess the images once.")
     dataloader_num_workers: int = _option(0, "Processes that read batches ahead, for each training process.")
 
-    # model
-    model: str = _option(
-        "auto", "UNet2DModel: a preset (tiny, 32, 64, 128, 256), 'auto' (by resolution), or a config file."
+    # conditions
+    condition: str = _option("none", "What images are drawn for: none, class (labels) or text (captions).")
+    label_column: str | None = _option(None, "Column with class labels; the only ClassLabel column if not given.")
+    text_column: str | None = _option(None, "Column with captions, strings or lists of them.")
+    caption_templates: str | None = _option(
+        None, "YAML file with wordings for the labels, where there is no --text_column (docs/conditions.md)."
     )
+    condition_dropout: float = _option(0.1, "Share of images trained without their condition, for guidance.")
+    word_dropout: float = _option(0.0, "Share of a caption's words left out at each use; never the name of the class.")
+    text_encoder: str | None = _option(
+        None,
+        "'small' (made from the captions and trained with the UNet; the default), or the Hub name or folder of a "
+        "transformers text model.",
+    )
+    train_text_encoder: bool = _option(False, "Train a loaded text encoder too, instead of keeping it frozen.")
+    preview_prompts: str | None = _option(
+        None, "Prompts of previews, separated by '|'; from the captions if not given."
+    )
+    preview_guidance: float = _option(2.0, "Guidance scale of previews and of samples.png, with a condition.")
+
+    # model
+    model: str = _option("auto", "UNet: a preset (tiny, 32, 64, 128, 256), 'auto' (by resolution), or a config file.")
     dropout: float | None = _option(None, "Dropout in the UNet; the preset's own if not given.")
     init_from: str | None = _option(
         None, "Hub repository or folder of a DDPM pipeline to go on from (weights and schedule)."
@@ -68,12 +89,23 @@ class TrainingConfig:
     beta_start: float | None = _option(None, "First beta of the linear-like schedules (default 0.0001).")
     beta_end: float | None = _option(None, "Last beta of the linear-like schedules (default 0.02).")
     prediction_type: str | None = _option(None, "What the UNet predicts: epsilon (default), sample or v_prediction.")
-    variance_type: str | None = _option(None, "Variance of the reverse process: fixed_small (default) or fixed_large.")
+    variance_type: str | None = _option(
+        None, "Variance of the reverse process: fixed_small (default), fixed_large, or learned_range (by the UNet)."
+    )
     rescale_betas_zero_snr: bool | None = _option(
         None, "Rescale the schedule to zero terminal signal (not with epsilon)."
     )
+    objective: str | None = _option(
+        None,
+        "What is minimised: simple (the squared error), hybrid (and beside it the bound, for the variance alone), or bound "
+        "(the variational bound). hybrid for learned_range, else simple, if not given.",
+    )
+    bound_weight: float = _option(HYBRID_BOUND_WEIGHT, "Weight of the bound, in bits per dimension, in hybrid.")
+    timestep_sampling: str = _option(
+        "uniform", "How timesteps are drawn: uniform, stratified over the batch, or by importance (for bound)."
+    )
     snr_gamma: float | None = _option(
-        None, "Min-SNR weighting of the loss with this gamma; 5 is usual. Off if not given."
+        None, "Min-SNR weighting of the squared error with this gamma; 5 is usual. Off if not given."
     )
 
     # optimisation
@@ -139,11 +171,26 @@ class TrainingConfig:
         self._require("report_to", self.report_to in REPORT_TO, f"one of {', '.join(REPORT_TO)}")
         allowed = (None, *MIXED_PRECISIONS)
         self._require("mixed_precision", self.mixed_precision in allowed, f"one of {', '.join(MIXED_PRECISIONS)}")
-        if self.variance_type is not None and self.variance_type not in OBJECTIVE_VARIANCES:
+        if self.variance_type is not None and self.variance_type not in TRAINABLE_VARIANCES:
             raise ConfigError(
-                f"--variance_type {self.variance_type}: only {' and '.join(OBJECTIVE_VARIANCES)} can be trained by the mean "
-                "squared error. Learned variances need the likelihood bound as their objective, which this version does not "
-                "have yet; 'analytic' is measured after training."
+                f"--variance_type {self.variance_type} is not one of {', '.join(TRAINABLE_VARIANCES)}; 'analytic' is measured "
+                "after training, by ddpm_pipeline.likelihood.estimate_analytic_variance."
+            )
+        allowed_objectives = (None, *OBJECTIVES)
+        self._require("objective", self.objective in allowed_objectives, f"one of {', '.join(OBJECTIVES)}")
+        self._require("bound_weight", 0 < self.bound_weight < math.inf, "a number above 0")
+        known_sampling = self.timestep_sampling in TIMESTEP_SAMPLINGS
+        self._require("timestep_sampling", known_sampling, f"one of {', '.join(TIMESTEP_SAMPLINGS)}")
+        if self.objective == "bound" and self.snr_gamma is not None:
+            raise ConfigError("--snr_gamma weights the squared error, which --objective bound does not have; drop one.")
+        self._require("condition", self.condition in CONDITIONS, f"one of {', '.join(CONDITIONS)}")
+        for name in ("condition_dropout", "word_dropout"):
+            self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        self._require("preview_guidance", math.isfinite(self.preview_guidance), "a finite number")
+        text_options = ("text_column", "caption_templates", "text_encoder", "train_text_encoder", "preview_prompts")
+        if self.condition != "text" and (given := [name for name in text_options if getattr(self, name)]):
+            raise ConfigError(
+                f"--{given[0]} is of use with --condition text only, and this is --condition {self.condition}."
             )
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other: go on with the run, or start anew.")

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from huggingface_hub.utils import HFValidationError
 
-from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline import AlphaDDPMScheduler
+from ddpm_pipeline.scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES
+from train_conditions import Conditions
 from train_config import ConfigError, TrainingConfig
 
 # Sides of images up to which a preset is meant, and its UNet2DModel. From 32 on these are the networks of Ho et al. 2020
@@ -73,41 +75,71 @@ SCHEDULE_OPTIONS = (
 )
 
 
-def build_model(config: TrainingConfig, resolution: int, channels: int) -> tuple[UNet2DModel, AlphaDDPMScheduler]:
+def build_model(
+    config: TrainingConfig, resolution: int, channels: int, conditions: Conditions | None = None
+) -> tuple[UNet2DModel | UNet2DConditionModel, AlphaDDPMScheduler]:
     """The UNet for images [B, channels, resolution, resolution] and its scheduler.
 
     Raises ConfigError where preset, config file or `--init_from` cannot be used, or do not fit the images.
     """
+    conditions = conditions or Conditions()
     schedule = {name: value for name in SCHEDULE_OPTIONS if (value := getattr(config, name)) is not None}
     try:
         if config.init_from is not None:
-            unet, scheduler = _from_pipeline(config.init_from, schedule)
+            unet, scheduler = _from_pipeline(config.init_from, schedule, conditions)
         else:
-            unet = UNet2DModel.from_config(_unet_config(config, resolution, channels))
+            unet = conditions.unet_class.from_config(_unet_config(config, resolution, channels, conditions))
             scheduler = AlphaDDPMScheduler(**schedule)
     except ConfigError:
         raise
     except (ValueError, TypeError, OSError, NotImplementedError, HFValidationError) as error:
         what = f"--init_from {config.init_from}" if config.init_from else f"the model ({config.model}) or its schedule"
         raise ConfigError(f"{what} cannot be used: {error}") from error
-    _check_fit(unet, config, resolution, channels)
+    _check_fit(unet, scheduler, config, resolution, channels, conditions)
+    objective_for(config, scheduler)
     return unet, scheduler
 
 
-def _from_pipeline(source: str, schedule: dict[str, Any]) -> tuple[UNet2DModel, AlphaDDPMScheduler]:
-    pipe = AlphaDDPMPipeline.from_pretrained(source, low_cpu_mem_usage=False)
-    if not isinstance(pipe.unet, UNet2DModel):
-        raise ConfigError(f"--init_from {source} has a {type(pipe.unet).__name__}; this script trains a UNet2DModel.")
+def objective_for(config: TrainingConfig, scheduler: AlphaDDPMScheduler) -> str:
+    """The objective asked for, or the one that trains what the scheduler needs. Raises ConfigError where it cannot."""
+    learned = scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
+    objective = config.objective or ("hybrid" if learned else "simple")
+    if objective == "simple" and learned:
+        raise ConfigError(
+            f"--objective simple does not train the variance that variance_type={scheduler.config.variance_type} has the UNet "
+            "learn; use hybrid or bound."
+        )
+    if objective == "hybrid" and not learned:
+        raise ConfigError(
+            f"--objective hybrid trains a learned variance, and this run has variance_type={scheduler.config.variance_type}; "
+            "add --variance_type learned_range, or use simple or bound."
+        )
+    return objective
+
+
+def _from_pipeline(
+    source: str, schedule: dict[str, Any], conditions: Conditions
+) -> tuple[UNet2DModel | UNet2DConditionModel, AlphaDDPMScheduler]:
+    pipe = conditions.pipeline_class.from_pretrained(source, low_cpu_mem_usage=False)
+    if not isinstance(pipe.unet, conditions.unet_class):
+        raise ConfigError(
+            f"--init_from {source} has a {type(pipe.unet).__name__}; with this --condition a "
+            f"{conditions.unet_class.__name__} is trained."
+        )
     if schedule.keys() & {"beta_schedule", "beta_start", "beta_end", "num_train_timesteps"}:
         schedule = {"trained_betas": None, **schedule}  # flags of the schedule take the place of stored values
     return pipe.unet.float(), AlphaDDPMScheduler.from_config(pipe.scheduler.config, **schedule)
 
 
-def _unet_config(config: TrainingConfig, resolution: int, channels: int) -> dict[str, Any]:
-    images = {"sample_size": resolution, "in_channels": channels, "out_channels": channels}
+def _unet_config(config: TrainingConfig, resolution: int, channels: int, conditions: Conditions) -> dict[str, Any]:
+    out_channels = channels * (2 if config.variance_type in LEARNED_VARIANCE_TYPES else 1)
+    images = {"sample_size": resolution, "in_channels": channels, "out_channels": out_channels}
     dropout = {} if config.dropout is None else {"dropout": config.dropout}
     if config.model == "auto" or config.model in PRESETS:
-        return {**PRESETS[_preset_for(config.model, resolution)][1], **images, **dropout}
+        preset = PRESETS[_preset_for(config.model, resolution)][1]
+        if conditions.unet_class is UNet2DConditionModel:
+            preset = _with_cross_attention(preset)
+        return {**preset, **images, **dropout, **conditions.unet_config()}
     path = Path(config.model)
     path = path / "config.json" if path.is_dir() else path
     try:
@@ -119,8 +151,18 @@ def _unet_config(config: TrainingConfig, resolution: int, channels: int) -> dict
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--model {path} is not a JSON file: {error}") from error
     if not isinstance(stored, dict):
-        raise ConfigError(f"--model {path} must hold a UNet2DModel's config, an object.")
-    return {"sample_size": resolution, **images, **stored, **dropout}
+        raise ConfigError(f"--model {path} must hold a {conditions.unet_class.__name__}'s config, an object.")
+    return {"sample_size": resolution, **images, **conditions.unet_config(), **stored, **dropout}
+
+
+def _with_cross_attention(preset: dict[str, Any]) -> dict[str, Any]:
+    """The same network as a UNet2DConditionModel: its attention sees the text states too, at least at the lowest level."""
+    down = [block.replace("Attn", "CrossAttn") for block in preset["down_block_types"]]
+    up = [block.replace("Attn", "CrossAttn") for block in preset["up_block_types"]]
+    if not any("Attn" in block for block in down):
+        down[-1], up[0] = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+    kept = {name: value for name, value in preset.items() if name != "add_attention"}  # the middle always attends
+    return {**kept, "down_block_types": tuple(down), "up_block_types": tuple(up)}
 
 
 def _preset_for(name: str, resolution: int) -> str:
@@ -134,7 +176,14 @@ def _preset_for(name: str, resolution: int) -> str:
     )
 
 
-def _check_fit(unet: UNet2DModel, config: TrainingConfig, resolution: int, channels: int) -> None:
+def _check_fit(
+    unet: UNet2DModel | UNet2DConditionModel,
+    scheduler: AlphaDDPMScheduler,
+    config: TrainingConfig,
+    resolution: int,
+    channels: int,
+    conditions: Conditions,
+) -> None:
     levels = len(unet.config.block_out_channels) - 1
     if resolution % 2**levels:
         low = resolution // 2**levels * 2**levels
@@ -147,18 +196,23 @@ def _check_fit(unet: UNet2DModel, config: TrainingConfig, resolution: int, chann
             f"the images have {channels} channels and the UNet takes {unet.config.in_channels}; "
             f"use --channels {unet.config.in_channels}."
         )
-    if unet.config.out_channels != channels:
+    learned = scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
+    if unet.config.out_channels != channels * (1 + learned):
         raise ConfigError(
-            f"the UNet gives {unet.config.out_channels} channels for images of {channels}: learned variances cannot be "
-            "trained by the mean squared error, which is the only objective of this version."
+            f"the UNet gives {unet.config.out_channels} channels for images of {channels}, and "
+            f"variance_type={scheduler.config.variance_type} needs {channels * (1 + learned)}; use --variance_type "
+            f"{'fixed_small or a UNet with twice the channels' if learned else 'learned_range where it has twice as many'}."
         )
     sample_size = unet.config.sample_size
     if sample_size not in (None, resolution) and tuple(_pair(sample_size)) != (resolution, resolution):
         raise ConfigError(f"the UNet draws images of {sample_size} pixels; use --resolution {_pair(sample_size)[0]}.")
-    if unet.config.class_embed_type or unet.config.num_class_embeds:
-        raise ConfigError(
-            f"{config.init_from or config.model} is a class-conditional UNet, and this run has no labels."
-        )
+    for name, needed in {"num_class_embeds": None, **conditions.unet_config()}.items():
+        has = unet.config.get(name)
+        if has != needed:
+            raise ConfigError(
+                f"{config.init_from or config.model}: the UNet has {name}={has}, and --condition {config.condition} with "
+                f"these data needs {needed}."
+            )
 
 
 def _pair(size: int | list[int]) -> tuple[int, int]:

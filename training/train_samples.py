@@ -1,56 +1,44 @@
 """Pictures of what the model draws: previews during a run and the final grid.
 
-Imports torch, PIL and the package.
+Imports torch and the package.
 """
 
-import math
-import os
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from PIL import Image
 
-from ddpm_pipeline import AlphaDDPMPipeline
+from ddpm_pipeline.pictures import grid, save_picture
 from train_random import Stream, seeds
 
-SMALLEST_SIDE = 48  # pixels that an image takes in a grid at least, so that a person sees it
-GAP = 4
+__all__ = ["draw", "grid", "save_picture"]
 
 
 @torch.no_grad()
-def draw(pipe: AlphaDDPMPipeline, count: int, steps: int | None, seed: int, batch_size: int) -> torch.Tensor:
-    """`count` images in [0, 1], [count, C, H, W] on the CPU; image i comes from its own seed, a function of (seed, i)."""
+def draw(
+    pipe: Any,
+    count: int,
+    steps: int | None,
+    seed: int,
+    batch_size: int,
+    condition: tuple[str, Sequence[Any]] | None = None,
+    guidance_scale: float = 1.0,
+) -> torch.Tensor:
+    """`count` images in [0, 1], [count, C, H, W] on the CPU; image i comes from its own seed, a function of (seed, i).
+
+    `condition` is the name of an argument of the pipeline's call and its value for each image.
+    """
     image_seeds = seeds(seed, Stream.PREVIEW, 0, count)
     device = pipe.device
     images = []
     for start in range(0, count, batch_size):
-        batch = image_seeds[start : start + batch_size].tolist()
-        generators = [torch.Generator(device).manual_seed(image_seed) for image_seed in batch]
-        images.append(pipe(len(batch), generators, num_inference_steps=steps, output_type="pt").images.cpu())
+        batch = slice(start, min(start + batch_size, count))
+        generators = [torch.Generator(device).manual_seed(image_seed) for image_seed in image_seeds[batch].tolist()]
+        if condition is None:
+            options: dict[str, Any] = {"batch_size": len(generators)}
+        else:
+            name, values = condition
+            options = {name: list(values[batch]), "guidance_scale": guidance_scale}
+        drawn = pipe(generator=generators, num_inference_steps=steps, output_type="pt", **options)
+        images.append(drawn.images.cpu())
     return torch.cat(images)
-
-
-def grid(images: torch.Tensor, columns: int | None = None) -> Image.Image:
-    """Images in [0, 1], [N, C, H, W], as one picture on white, each enlarged by a whole factor to be seen."""
-    count, channels, height, width = images.shape
-    columns = columns or math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    factor = max(1, math.ceil(SMALLEST_SIDE / max(height, width)))
-    cell_height, cell_width = height * factor + GAP, width * factor + GAP
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
-    picture = Image.new(mode, (columns * cell_width + GAP, rows * cell_height + GAP), "white")
-    arrays = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()  # [N, C, H, W] -> [N, H, W, C]
-    for index, array in enumerate(arrays):
-        cell = Image.fromarray(array[..., 0] if channels == 1 else array)
-        cell = cell.resize((width * factor, height * factor), Image.Resampling.NEAREST)
-        row, column = divmod(index, columns)
-        picture.paste(cell, (GAP + column * cell_width, GAP + row * cell_height))
-    return picture
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Whole or not at all: written beside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)

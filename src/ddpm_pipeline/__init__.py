@@ -13,11 +13,15 @@ _LAZY = {
     "Moments": "scheduling_alpha_ddpm",
     "ReverseMoments": "scheduling_alpha_ddpm",
     "AlphaDDPMPipeline": "pipeline_alpha_ddpm",
+    "AlphaDDPMTextToImagePipeline": "pipeline_alpha_ddpm_text",
+    "describe_conditions": "sampling_alpha_ddpm",
 }
 __all__ = ["__version__", *_LAZY]
 
 if TYPE_CHECKING:
     from .pipeline_alpha_ddpm import AlphaDDPMPipeline
+    from .pipeline_alpha_ddpm_text import AlphaDDPMTextToImagePipeline
+    from .sampling_alpha_ddpm import describe_conditions
     from .scheduling_alpha_ddpm import AlphaDDPMScheduler, Moments, ReverseMoments
 
 

@@ -37,20 +37,28 @@ def build_card(
     num_images: int,
     training: Mapping[str, Any],
     repo_id: str | None = None,
+    example: str = "",
 ) -> ModelCard:
-    """The card of a model trained on `num_images` images of `dataset`, with `training` as a table of facts."""
+    """The card of a model trained on `num_images` images of `dataset`, with `training` as a table of facts.
+
+    `example` holds the arguments of a call, as code: the prompt or label.
+    """
+    task = "text-to-image" if hasattr(pipe, "tokenizer") else "unconditional-image-generation"
     unet, schedule = pipe.unet.config, pipe.scheduler.config
     colours = {1: "grey", 3: "RGB", 4: "RGBA"}.get(unet.in_channels, f"{unet.in_channels}-channel")
     known_schedule = "trained betas" if schedule.trained_betas is not None else f"{schedule.beta_schedule} schedule"
     return ModelCard.from_template(
         ModelCardData(
             library_name="diffusers",
-            pipeline_tag="unconditional-image-generation",
-            tags=["ddpm", "ddpm-pipeline", "pytorch", "unconditional-image-generation"],
+            pipeline_tag=task,
+            tags=["ddpm", "ddpm-pipeline", "pytorch", task],
         ),
         template_path=str(CARD_TEMPLATE),
         name=name,
         repo_id=repo_id or name,
+        pipeline_class=type(pipe).__name__,
+        stock_call="" if "class_labels" in example else f"({example})",
+        example=f"{example}, num_inference_steps=100".removeprefix(", "),
         summary=(
             f"A denoising diffusion probabilistic model (Ho et al. 2020) of {colours} {unet.sample_size}x{unet.sample_size} "
             f"images, trained from scratch on {num_images:,} images of `{dataset}`."

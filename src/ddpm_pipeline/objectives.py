@@ -1,14 +1,28 @@
-"""What the noise predictor is trained to minimise (report §6): per-image losses and their weights, in float32.
+"""What the noise predictor is trained to minimise (report §6), and how its timesteps are drawn: in float32, an image each.
 
-Imports torch only; the scheduler comes in as an argument and computes the formulas. Called by training/train.py.
+Three objectives: `mean_squared_error` (L_simple), `bound_loss` (the bound itself) and `hybrid_loss` (both, for learned
+variances). `per_image_loss` chooses among them by name, `timestep_quantiles` and the samplers draw timesteps. Imports
+torch, numpy and likelihood.py; the scheduler comes in as an argument and computes the formulas. Called by
+training/train.py.
 """
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+
+from .likelihood import bound_terms
 
 if TYPE_CHECKING:
     from .scheduling_alpha_ddpm import AlphaDDPMScheduler
+
+OBJECTIVES = ("simple", "hybrid", "bound")
+TIMESTEP_SAMPLINGS = ("uniform", "stratified", "importance")
+HYBRID_BOUND_WEIGHT = 0.001  # λ of L_simple + λ L_vlb (Nichol & Dhariwal 2021, §3.1), L_vlb in bits per dimension
+
+
+# ---- losses -----------------------------------------------------------------------------------------
 
 
 def mean_squared_error(
@@ -26,6 +40,69 @@ def mean_squared_error(
     return (prediction.float() - target).square().flatten(1).mean(dim=1)
 
 
+def bound_loss(
+    scheduler: "AlphaDDPMScheduler",
+    model_output: torch.Tensor,
+    original_samples: torch.Tensor,
+    sample: torch.Tensor,
+    timesteps: torch.Tensor,
+) -> torch.Tensor:
+    """T·L_t, [B] in bits per dimension: for t uniform its mean is the bound without the prior term (report 6.12).
+
+    `model_output` is [B, C, H, W], or 2C channels for a learned variance; x_0 and `sample`, x_t, are [B, C, H, W]. x_0 is
+    predicted without clipping, which would stop the gradient; images are taken as 8-bit.
+    """
+    model_output, x_0, x_t = model_output.float(), original_samples.float(), sample.float()
+    mean = scheduler.q_posterior(scheduler.predict_original_sample(model_output, timesteps, x_t), x_t, timesteps).mean
+    log_variance = scheduler.p_mean_variance(model_output, timesteps, x_t).log_variance
+    return len(scheduler) * bound_terms(scheduler, mean, log_variance, x_0, x_t, timesteps)
+
+
+def hybrid_loss(
+    scheduler: "AlphaDDPMScheduler",
+    model_output: torch.Tensor,
+    original_samples: torch.Tensor,
+    sample: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    bound_weight: float = HYBRID_BOUND_WEIGHT,
+    error_weights: float | torch.Tensor = 1.0,
+) -> torch.Tensor:
+    """L_simple + λ·L_vlb for learned variances (Nichol & Dhariwal 2021, eq. 16), [B] in float32.
+
+    `model_output` is [B, 2C, H, W], prediction and variance half. The mean's gradient is stopped in the bound, which so
+    teaches the variance alone. L_vlb is estimated by T·L_t in bits per dimension: with λ = 0.001 one timestep's L_t has
+    the weight T/1000. `error_weights`, [B], multiply L_simple.
+    """
+    prediction, raw_variance = model_output.float().chunk(2, dim=1)  # [B, 2C, H, W] -> 2 x [B, C, H, W]
+    stopped = torch.cat([prediction.detach(), raw_variance], dim=1)
+    error = mean_squared_error(scheduler, prediction, original_samples, noise, timesteps)
+    return error_weights * error + bound_weight * bound_loss(scheduler, stopped, original_samples, sample, timesteps)
+
+
+def per_image_loss(
+    objective: str,
+    scheduler: "AlphaDDPMScheduler",
+    model_output: torch.Tensor,
+    original_samples: torch.Tensor,
+    sample: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    bound_weight: float = HYBRID_BOUND_WEIGHT,
+    error_weights: float | torch.Tensor = 1.0,
+) -> torch.Tensor:
+    """The loss that `objective`, one of OBJECTIVES, names: [B] in float32. `error_weights` do not touch the bound."""
+    if objective == "simple":
+        return error_weights * mean_squared_error(scheduler, model_output, original_samples, noise, timesteps)
+    if objective == "bound":
+        return bound_loss(scheduler, model_output, original_samples, sample, timesteps)
+    if objective == "hybrid":
+        return hybrid_loss(
+            scheduler, model_output, original_samples, sample, noise, timesteps, bound_weight, error_weights
+        )
+    raise ValueError(f"objective={objective!r} is not one of {', '.join(OBJECTIVES)}.")
+
+
 def min_snr_weights(scheduler: "AlphaDDPMScheduler", timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
     """Weights of the squared error that amount to min(SNR_t, γ) on the x_0 error (Hang et al. 2023, "Min-SNR"), [B].
 
@@ -39,3 +116,93 @@ def min_snr_weights(scheduler: "AlphaDDPMScheduler", timesteps: torch.Tensor, ga
     if scheduler.config.prediction_type == "v_prediction":
         return clipped / (snr + 1)
     return clipped
+
+
+# ---- timesteps: quantiles from the run's random stream, and a distribution that turns them into timesteps ------
+
+
+def timestep_quantiles(uniform: np.ndarray, timestep_sampling: str) -> np.ndarray:
+    """What is put into the inverse distribution of timesteps: `uniform`, in [0, 1) and one a position of the batch, or,
+    for "stratified", position i's share of the i-th of B equal strata, (i + u_i)/B. Float64 [B], below 1.
+    """
+    if timestep_sampling != "stratified":
+        return uniform
+    return np.minimum((np.arange(len(uniform)) + uniform) / len(uniform), np.nextafter(1.0, 0.0))
+
+
+class UniformTimesteps:
+    """Every timestep alike; weights 1 and no state."""
+
+    observes_losses = False
+
+    def __init__(self, num_timesteps: int):
+        self.num_timesteps = num_timesteps
+
+    def draw(self, quantiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Timesteps int64 [B] and the weights float32 [B] that keep the mean loss unbiased, for quantiles float64 [B]."""
+        timesteps = (quantiles * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
+        return timesteps, torch.ones(len(timesteps))
+
+
+class ImportanceTimesteps:
+    """Timesteps drawn in proportion to √E[L_t²] of the last losses seen at each (Nichol & Dhariwal 2021, eq. 18).
+
+    Uniform until every timestep has been seen `history_per_timestep` times; after that a share of `uniform_share` stays
+    uniform, so that weights are bounded. The state is a function of the losses observed, in the order of their
+    positions in the global batch, and is saved with checkpoints.
+    """
+
+    observes_losses = True
+
+    def __init__(self, num_timesteps: int, history_per_timestep: int = 10, uniform_share: float = 0.001):
+        self.num_timesteps, self.uniform_share = num_timesteps, uniform_share
+        self.losses = torch.zeros(num_timesteps, history_per_timestep, dtype=torch.float64)
+        self.counts = torch.zeros(num_timesteps, dtype=torch.int64)
+
+    @property
+    def warmed_up(self) -> bool:
+        return bool((self.counts >= self.losses.shape[1]).all())
+
+    def probabilities(self) -> torch.Tensor:
+        """Of each timestep, float64 [T]."""
+        uniform = torch.full((self.num_timesteps,), 1 / self.num_timesteps, dtype=torch.float64)
+        root_mean_square = self.losses.square().mean(dim=1).sqrt()
+        if not self.warmed_up or root_mean_square.sum() == 0:
+            return uniform
+        return torch.lerp(root_mean_square / root_mean_square.sum(), uniform, self.uniform_share)
+
+    def draw(self, quantiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Timesteps int64 [B] and weights 1/(T p_t) float32 [B], for quantiles float64 [B]."""
+        probabilities = self.probabilities()
+        timesteps = torch.searchsorted(probabilities.cumsum(0), quantiles, right=True)
+        timesteps = timesteps.clamp(max=self.num_timesteps - 1)  # the sum may end a rounding below 1
+        return timesteps, (1 / (self.num_timesteps * probabilities[timesteps])).float()
+
+    def observe(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
+        """Remember unweighted losses [B] seen at timesteps [B]; a timestep's oldest gives way."""
+        history = self.losses.shape[1]
+        remembered, counts = self.losses.numpy(), self.counts.numpy()  # views: reading one number is ten times quicker
+        for t, loss in zip(timesteps.tolist(), losses.tolist(), strict=True):
+            if math.isfinite(loss):  # it may not be in an update that the fp16 scaler skips
+                remembered[t, counts[t] % history] = loss
+                counts[t] += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self.losses, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the state is of another number of timesteps."""
+        if state["losses"].shape != self.losses.shape:
+            raise ValueError(
+                f"the checkpoint's timestep sampler has losses {tuple(state['losses'].shape)}, this run's has "
+                f"{tuple(self.losses.shape)}; resume with the same --num_train_timesteps."
+            )
+        self.losses, self.counts = state["losses"].double(), state["counts"].long()
+
+
+TimestepSampler = UniformTimesteps | ImportanceTimesteps
+
+
+def timestep_sampler(timestep_sampling: str, num_timesteps: int) -> TimestepSampler:
+    """The distribution that `timestep_sampling`, one of TIMESTEP_SAMPLINGS, draws from."""
+    return ImportanceTimesteps(num_timesteps) if timestep_sampling == "importance" else UniformTimesteps(num_timesteps)

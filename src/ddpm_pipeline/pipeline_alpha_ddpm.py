@@ -1,28 +1,25 @@
 """Images from noise by the reverse process of DDPM: the report's figure 3.3 as a diffusers pipeline.
 
 This file is also shipped inside model repositories, as `pipeline.py`, so that whoever trusts a repository can run it without
-the package. It imports nothing but diffusers, torch and its sibling, the scheduler.
+the package. It imports nothing but diffusers, torch and its siblings, the scheduler and what all pipelines share.
 """
 
-import inspect
-import json
-import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, ClassVar
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from .scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES, AlphaDDPMScheduler
+from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Condition, Generators, Guidance, Images
+from .scheduling_alpha_ddpm import AlphaDDPMScheduler  # noqa: F401  the Hub's loader fetches what is imported here
 
-OUTPUT_TYPES = ("pil", "np", "pt")
+ClassLabels = int | str | Sequence[int | str | None] | torch.Tensor
 
 
-class AlphaDDPMPipeline(DiffusionPipeline):
-    """Unconditional image generation.
+class AlphaDDPMPipeline(AlphaDDPMSampling, DiffusionPipeline):
+    """Image generation, unconditional or for class labels.
 
     Loads any repository of diffusers' `DDPMPipeline`; its `DDPMScheduler` becomes an `AlphaDDPMScheduler` of the same
     config. Another scheduler that was asked for (`scheduler=` when loading, or set later) is left as it is.
@@ -34,133 +31,153 @@ class AlphaDDPMPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs: ClassVar = ["image", "pred_original_sample"]
+    _stock_class = "DDPMPipeline"
 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler):
         super().__init__()
-        if isinstance(scheduler, DDPMScheduler):
-            scheduler = AlphaDDPMScheduler.from_config(scheduler.config)
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=self._own_scheduler(scheduler))
 
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int | None = None,
+        generator: Generators = None,
         num_inference_steps: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("image",),
-    ) -> ImagePipelineOutput | tuple:
-        """Draw `batch_size` images.
+        class_labels: ClassLabels | None = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        image: Images | None = None,
+        strength: float | None = None,
+        mask_image: Images | None = None,
+        num_resamples: int = 1,
+        output_trajectory: bool = False,
+    ) -> AlphaDDPMOutput | tuple:
+        """Draw images.
 
         Args:
-            batch_size: how many, at least 1.
+            batch_size: how many, at least 1; by default one, or one for each of the class labels.
             generator: one for all images, or a list with one an image; an image drawn with its own generator does not
                 depend on the batch it is drawn in.
             num_inference_steps: length of the chain; by default every timestep the model was trained on.
             output_type: "pil" images, "np" [B, H, W, C] in [0, 1], or "pt" [B, C, H, W] in [0, 1].
-            return_dict: an `ImagePipelineOutput` rather than a tuple.
+            return_dict: an `AlphaDDPMOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, index, timestep, tensors)` after each step; what it returns
                 under "image" takes the image's place.
             callback_on_step_end_tensor_inputs: what `tensors` holds: "image" (x_s, [B, C, H, W], about [-1, 1]) and
                 "pred_original_sample" (the x_0 predicted at this step).
+            class_labels: a class for all images, or one an image: ids, names (see `id2label`), or None for no class.
+            guidance_scale: 1 is none; above it, images are pushed towards their class and away from "no class". Costs a
+                second forward pass, in the same batch.
+            guidance_rescale: from 0 to 1, how far to undo the contrast that guidance adds (Lin et al. 2023).
+            guidance_interval: start and end of guidance as shares of the chain, noise being 0 (Kynkäänniemi et al. 2024).
+            image: begin with this picture, noised, instead of pure noise: PIL, array [B, H, W, C] or tensor [B, C, H, W] in
+                [0, 1] (or 0..255 as whole numbers); one, or one an image.
+            strength: which share of the chain to run on `image`: 0 gives it back, 1 leaves nothing of it. By default 0.5,
+                and 1 with a mask.
+            mask_image: white (1) where `image` is to be painted anew, black (0) where its pixels are kept.
+            num_resamples: with a mask, passes for each step, to make old and new fit better (Lugmayr et al. 2022); 1 is
+                none, and time grows with it.
+            output_trajectory: give all x_t too: `trajectory` [S + 1, B, C, H, W] on the CPU.
 
         Raises:
-            ValueError: for a batch size, step count, output type, callback input or generator list that cannot be used.
+            ValueError: for a value that cannot be used, before anything is drawn.
         """
-        self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
-        if num_inference_steps is None:
-            num_inference_steps = self.scheduler.config.num_train_timesteps
-        self.scheduler.set_timesteps(num_inference_steps)
-
-        image = self._initial_noise(batch_size, generator) * self.scheduler.init_noise_sigma
-        step_options = self._step_options(generator)
-        for index, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            model_output = self._predict(image, t)
-            step = self.scheduler.step(model_output, t, image, **step_options)
-            image = step.prev_sample
-            if callback_on_step_end is not None:
-                tensors = {"image": image, "pred_original_sample": getattr(step, "pred_original_sample", None)}
-                chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                image = (callback_on_step_end(self, index, t, chosen) or {}).get("image", image)
-
-        images = self._to_output(image, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _check_inputs(self, batch_size: int, generator: Any, output_type: str, callback_inputs: Any) -> None:
+        labels = None if class_labels is None else self._label_ids(class_labels)
+        if batch_size is None:
+            batch_size = 1 if labels is None else len(labels)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1.")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"{len(generator)} generators for batch_size={batch_size}; give one, or a list of one an image."
-            )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type={output_type!r} is not one of {', '.join(OUTPUT_TYPES)}.")
-        if unknown := sorted(set(callback_inputs) - set(self._callback_tensor_inputs)):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs {unknown} are not among {', '.join(self._callback_tensor_inputs)}."
-            )
-
-    def _initial_noise(
-        self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None
-    ) -> torch.Tensor:
-        """x_T ~ N(0, I), [B, C, H, W] in float32: only the network computes in half precision, never the chain."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, self.unet.config.in_channels, height, width)
-        device = self._execution_device
-        return randn_tensor(shape, generator=generator, device=device, dtype=self._chain_dtype)
+        self._check_call(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
+        guidance = Guidance(guidance_scale, guidance_rescale, tuple(guidance_interval))
+        return self._draw(
+            batch_size,
+            self._class_condition(labels, batch_size, guidance),
+            generator=generator,
+            num_inference_steps=num_inference_steps,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            guidance=guidance,
+            image=image,
+            strength=strength,
+            mask_image=mask_image,
+            num_resamples=num_resamples,
+            output_trajectory=output_trajectory,
+        )
 
     @property
-    def _chain_dtype(self) -> torch.dtype:
-        return torch.float64 if self.unet.dtype == torch.float64 else torch.float32
-
-    def _predict(self, image: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The network's output in the precision of the chain, with the channels that the scheduler can use."""
-        model_input = self.scheduler.scale_model_input(image, t).to(self.unet.dtype)
-        output = self.unet(model_input, t).sample.to(image.dtype)
-        if output.shape[1] == 2 * image.shape[1] and not self._scheduler_learns_variance:
-            output = output.chunk(2, dim=1)[0]  # it has a variance of its own and wants the prediction only
-        return output
+    def id2label(self) -> dict[int, str]:
+        """Class names by id; empty where the model has none."""
+        return dict(enumerate(self._own_settings.get("class_names") or []))
 
     @property
-    def _scheduler_learns_variance(self) -> bool:
-        """Whether the scheduler reads a variance half; one that does not still keeps the key of another's config."""
-        reads = "variance_type" in inspect.signature(type(self.scheduler).__init__).parameters
-        return reads and self.scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
+    def _num_embeddings(self) -> int:
+        return self.unet.config.get("num_class_embeds") or 0
 
-    def _step_options(self, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
-        """Some of diffusers' schedulers draw no noise and take no generator."""
-        accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        return {"generator": generator} if accepts_generator else {}
+    @property
+    def _null_label(self) -> int | None:
+        """The id that means "no class": the embedding after the named ones."""
+        return len(self.id2label) if 0 < len(self.id2label) < self._num_embeddings else None
 
-    def _to_output(self, image: torch.Tensor, output_type: str) -> Any:
-        image = (image / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return image
-        array = image.cpu().permute(0, 2, 3, 1).float().numpy()
-        return self.numpy_to_pil(array) if output_type == "pil" else array
+    def _label_ids(self, class_labels: ClassLabels) -> list[int]:
+        if not self._num_embeddings:
+            raise ValueError("class_labels were given to a model without classes; leave them out.")
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.tolist()
+        labels = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
+        if not labels:
+            raise ValueError("class_labels is empty; give at least one label.")
+        return [self._label_id(label) for label in labels]
 
-    # ---- saving: stock names for everyone, and this code beside them ----------------------------------
+    def _label_id(self, label: int | str | None) -> int:
+        if label is None:
+            if self._null_label is None:
+                raise ValueError("class_labels holds None, and this model has no embedding for 'no class'.")
+            return self._null_label
+        if isinstance(label, str):
+            names = list(self.id2label.values())
+            if label not in names:
+                raise ValueError(f"class_labels: there is no class {label!r}; {self._nearest_names(label)}.")
+            return names.index(label)
+        count = len(self.id2label) or self._num_embeddings
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
+            raise ValueError(f"class_labels: {label!r} is no class of this model, whose ids are 0 to {count - 1}.")
+        return label
 
-    def to_json_string(self) -> str:
-        """`model_index.json` with the names of the stock classes."""
-        index = json.loads(super().to_json_string())
-        for private in ("_module", "_name_or_path"):  # the latter may be a local path
-            index.pop(private, None)
-        index["_class_name"] = "DDPMPipeline"
-        if hasattr(self.scheduler, "p_mean_variance"):
-            index["scheduler"] = ["diffusers", "DDPMScheduler"]
-        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+    def _nearest_names(self, label: str) -> str:
+        names = list(self.id2label.values())
+        if not names:
+            return f"this model has no names, only ids from 0 to {self._num_embeddings - 1}"
+        folded = difflib.get_close_matches(label.casefold(), [name.casefold() for name in names], n=5)
+        if near := [name for name in names if name.casefold() in folded]:
+            return f"near it: {', '.join(map(repr, near))}"
+        return f"its classes are {', '.join(map(repr, names[:10]))}{', ...' if len(names) > 10 else ''}"
 
-    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `model_index.json`, and the code of this pipeline and its scheduler for those who load it with trust."""
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        for name, code in {"pipeline.py": type(self), "scheduling_alpha_ddpm.py": AlphaDDPMScheduler}.items():
-            source, target = Path(inspect.getfile(code)), Path(save_directory, name)
-            if source.resolve() != target.resolve():
-                shutil.copyfile(source, target)
-        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+    def _class_condition(self, labels: list[int] | None, batch_size: int, guidance: Guidance) -> Condition:
+        if labels is None:
+            if guidance.in_use:
+                raise ValueError(f"guidance_scale={guidance.scale} needs class_labels to guide towards.")
+            if not self._num_embeddings:
+                return Condition({})
+            labels = [self._label_id(None)]
+        if len(labels) not in (1, batch_size):
+            raise ValueError(f"{len(labels)} class_labels for batch_size={batch_size}; give 1 or {batch_size}.")
+        ids = torch.tensor(labels * (batch_size // len(labels)), device=self._execution_device)
+        if not guidance.in_use:
+            return Condition({"class_labels": ids})
+        if self._null_label is None:
+            raise ValueError(
+                f"guidance_scale={guidance.scale} needs a model with an embedding for 'no class', and this one has none "
+                "beside its classes; use guidance_scale=1."
+            )
+        self._warn_if_never_unconditional()
+        return Condition({"class_labels": ids}, {"class_labels": torch.full_like(ids, self._null_label)})
+
+    def _batch_option(self, count: int, options: dict[str, Any]) -> dict[str, Any]:
+        return {"batch_size": count}

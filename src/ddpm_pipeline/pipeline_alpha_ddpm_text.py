@@ -1,0 +1,236 @@
+"""Images from words: the report's §3 as a diffusers pipeline, in pixel space.
+
+Draws the same images as diffusers' `IFPipeline`, under whose name it is saved: prompts in lower case and padded to 77
+tokens, the unconditional half first in the batch, the variance half unguided, the UNet attending to all 77 states.
+This file is also shipped inside model repositories, as `pipeline.py`. It imports nothing but diffusers, torch, transformers
+and its siblings, the scheduler and what all pipelines share.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Condition, Generators, Guidance, Images
+from .scheduling_alpha_ddpm import AlphaDDPMScheduler  # noqa: F401  the Hub's loader fetches what is imported here
+
+MAX_TOKENS = 77  # as IFPipeline pads, whatever the tokenizer
+SHOWN = 200  # characters of a cut prompt that the warning shows at most
+
+
+def prepare_prompt(prompt: str) -> str:
+    """What the tokenizer sees, in training as in drawing."""
+    return prompt.lower().strip()
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, int64 [B, 77] each, cut and padded."""
+    tokens = tokenizer(
+        [prepare_prompt(prompt) for prompt in prompts],
+        padding="max_length",
+        max_length=MAX_TOKENS,
+        truncation=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+
+
+class AlphaDDPMTextToImagePipeline(AlphaDDPMSampling, DiffusionPipeline):
+    """Text-to-image generation by a pixel-space DDPM.
+
+    What it saves loads and runs with diffusers alone, as `IFPipeline`, if the scheduler's variance is learned.
+
+    Args:
+        unet: predicts from images [B, C, H, W], a timestep and text states [B, 77, D]; 2C output channels for a learned
+            variance.
+        text_encoder: any transformers text model that gives a last hidden state and takes 77 tokens.
+        tokenizer: the encoder's.
+        scheduler: any diffusers scheduler that works with DDPM models.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet"
+    _stock_class = "IFPipeline"
+    _stock_index = {  # noqa: RUF012
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "watermarker": [None, None],
+        "requires_safety_checker": False,
+    }
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        text_encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        scheduler: DDPMScheduler,
+    ):
+        super().__init__()
+        _check_components(unet, text_encoder)
+        self.register_modules(
+            unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=self._own_scheduler(scheduler)
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 2.0,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("image",),
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        image: Images | None = None,
+        strength: float | None = None,
+        mask_image: Images | None = None,
+        num_resamples: int = 1,
+        output_trajectory: bool = False,
+    ) -> AlphaDDPMOutput | tuple:
+        """Draw `num_images_per_prompt` images for each prompt, those of one prompt side by side.
+
+        Args:
+            prompt: what to draw; what does not fit into 77 tokens is cut, with a warning. The empty prompt is no condition.
+            num_inference_steps: length of the chain; by default every timestep the model was trained on.
+            guidance_scale: 1 is none; above it, images are pushed towards the prompt and away from the negative one. Costs
+                a second forward pass, in the same batch.
+            negative_prompt: what to guide away from, one for all or one a prompt; by default the empty prompt.
+            num_images_per_prompt: at least 1.
+            generator: one for all images, or a list with one an image; an image drawn with its own generator does not
+                depend on the batch it is drawn in.
+            prompt_embeds, negative_prompt_embeds: text states [B, 77, D] in place of prompts, as `encode` gives them.
+            output_type: "pil" images, "np" [B, H, W, C] in [0, 1], or "pt" [B, C, H, W] in [0, 1].
+            return_dict: an `AlphaDDPMOutput` rather than a tuple.
+            callback_on_step_end: called as `callback(pipe, index, timestep, tensors)` after each step; what it returns
+                under "image" takes the image's place.
+            callback_on_step_end_tensor_inputs: what `tensors` holds: "image" (x_s, [B, C, H, W], about [-1, 1]) and
+                "pred_original_sample" (the x_0 predicted at this step).
+            guidance_rescale: from 0 to 1, how far to undo the contrast that guidance adds (Lin et al. 2023).
+            guidance_interval: start and end of guidance as shares of the chain, noise being 0 (Kynkäänniemi et al. 2024).
+            image: begin with this picture, noised, instead of pure noise: PIL, array [B, H, W, C] or tensor [B, C, H, W] in
+                [0, 1] (or 0..255 as whole numbers); one, or one an image.
+            strength: which share of the chain to run on `image`: 0 gives it back, 1 leaves nothing of it. By default 0.5,
+                and 1 with a mask.
+            mask_image: white (1) where `image` is to be painted anew, black (0) where its pixels are kept.
+            num_resamples: with a mask, passes for each step, to make old and new fit better (Lugmayr et al. 2022); 1 is
+                none, and time grows with it.
+            output_trajectory: give all x_t too: `trajectory` [S + 1, B, C, H, W] on the CPU.
+
+        Raises:
+            ValueError: for a value that cannot be used, before anything is drawn.
+        """
+        count = num_images_per_prompt
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"num_images_per_prompt={count!r} must be an integer of at least 1.")
+        prompts = self._prompts(prompt, prompt_embeds)
+        batch_size = count * (len(prompt_embeds) if prompts is None else len(prompts))
+        self._check_call(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
+        guidance = Guidance(guidance_scale, guidance_rescale, tuple(guidance_interval))
+        states = self.encode(prompts) if prompts is not None else self._checked_states(prompt_embeds, "prompt_embeds")
+        null_states = None
+        if guidance.in_use:
+            self._warn_if_never_unconditional()
+            null_states = self._negative_states(len(states), negative_prompt, negative_prompt_embeds)
+            null_states = {"encoder_hidden_states": null_states.repeat_interleave(count, dim=0)}
+        return self._draw(
+            batch_size,
+            Condition({"encoder_hidden_states": states.repeat_interleave(count, dim=0)}, null_states),
+            generator=generator,
+            num_inference_steps=num_inference_steps,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            guidance=guidance,
+            image=image,
+            strength=strength,
+            mask_image=mask_image,
+            num_resamples=num_resamples,
+            output_trajectory=output_trajectory,
+        )
+
+    @torch.no_grad()
+    def encode(self, prompts: str | list[str]) -> torch.Tensor:
+        """Text states [B, 77, D] of prompts, in the UNet's precision."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        for prompt in prompts:
+            self._warn_if_cut(prompt)
+        tokens = {name: ids.to(self._execution_device) for name, ids in tokenize(self.tokenizer, prompts).items()}
+        return self.text_encoder(**tokens)[0].to(self.unet.dtype)
+
+    def _warn_if_cut(self, prompt: str) -> None:
+        ids = self.tokenizer(prepare_prompt(prompt), verbose=False).input_ids
+        if len(ids) > MAX_TOKENS:
+            cut = self.tokenizer.decode(ids[MAX_TOKENS - 1 : -1]).strip()
+            cut = cut if len(cut) <= SHOWN else f"{cut[:SHOWN]}... ({len(cut)} characters)"
+            warnings.warn(f"the prompt has more than {MAX_TOKENS} tokens; this was cut from it: {cut!r}", stacklevel=5)
+
+    def _prompts(self, prompt: Any, prompt_embeds: torch.Tensor | None) -> list[str] | None:
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give either a prompt or prompt_embeds.")
+        if prompt is None:
+            return None
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
+            raise ValueError(f"prompt must be a string or a list of strings with at least one, not {prompt!r}.")
+        return list(prompts)
+
+    def _negative_states(
+        self, count: int, negative_prompt: str | list[str] | None, negative_prompt_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("give either negative_prompt or negative_prompt_embeds.")
+        if negative_prompt_embeds is not None:
+            states = self._checked_states(negative_prompt_embeds, "negative_prompt_embeds")
+        else:
+            states = self.encode(self._prompts("" if negative_prompt is None else negative_prompt, None))
+        if len(states) not in (1, count):
+            raise ValueError(f"{len(states)} negative prompts for {count} prompts; give 1 or {count}.")
+        return states.expand(count, *states.shape[1:])
+
+    def _checked_states(self, states: torch.Tensor, name: str) -> torch.Tensor:
+        width = self.unet.config.cross_attention_dim
+        if states.ndim != 3 or states.shape[2] != width:
+            raise ValueError(
+                f"{name} has shape {tuple(states.shape)}; this model's text states are [B, tokens, {width}]."
+            )
+        return states.to(self._execution_device, self.unet.dtype)
+
+    def _batch_option(self, count: int, options: dict[str, Any]) -> dict[str, Any]:
+        prompts = options.get("prompt") if options.get("prompt") is not None else options.get("prompt_embeds")
+        one = isinstance(prompts, str) or (prompts is not None and len(prompts) == 1)
+        return {"num_images_per_prompt": count} if one else {}
+
+
+def _check_components(unet: Any, text_encoder: Any) -> None:
+    if unet is None or text_encoder is None:
+        return  # parts of a pipeline, as `from_pretrained(..., unet=None)` loads them
+    width = unet.config.get("cross_attention_dim")
+    if width is None:
+        raise ValueError(
+            f"the UNet is a {type(unet).__name__} without cross-attention, which cannot see text states; use a "
+            "UNet2DConditionModel, or AlphaDDPMPipeline for a model without text."
+        )
+    encoder = text_encoder.config
+    states = getattr(encoder, "hidden_size", None) or getattr(encoder, "d_model", None)
+    if unet.config.get("encoder_hid_dim") is None and states != width:
+        raise ValueError(
+            f"the text encoder gives states of {states} values and the UNet's cross_attention_dim is {width}; they must be "
+            "equal."
+        )
+    positions = getattr(encoder, "max_position_embeddings", None)
+    if positions is not None and positions < MAX_TOKENS:
+        raise ValueError(
+            f"the text encoder takes {positions} tokens; prompts are padded to {MAX_TOKENS}, so it must take as many."
+        )

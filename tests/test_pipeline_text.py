@@ -1,0 +1,194 @@
+"""The text pipeline: the same images as stock's IFPipeline, from any encoder, and captions of every kind."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from ddpm_pipeline import AlphaDDPMScheduler, AlphaDDPMTextToImagePipeline, describe_conditions
+from helpers import run_python, tiny_unet
+from train_conditions import make_tokenizer
+
+CAPTIONS = ["a handwritten seven", "the digit 7", "three, in ink", "zero"]
+STRANGE = ["", "七个手写数字", "seven 🎉👩‍👩‍👧", "x" * 10_000, " \n\t ", "\x00\ud7ff"]
+
+
+def make_encoder(kind: str, vocabulary: int):
+    size = {"vocab_size": vocabulary, "hidden_size": 16}
+    if kind == "t5":
+        return T5EncoderModel(T5Config(vocab_size=vocabulary, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    if kind == "bert":
+        return BertModel(BertConfig(**size, **heads))
+    return CLIPTextModel(CLIPTextConfig(**size, **heads, max_position_embeddings=77))
+
+
+def make_unet(**config) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        **{
+            "sample_size": 8,
+            "in_channels": 1,
+            "out_channels": 2,
+            "block_out_channels": (8, 16),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "cross_attention_dim": 16,
+            "attention_head_dim": 2,
+            **config,
+        }
+    )
+
+
+def make(kind="clip", dropout=0.1) -> AlphaDDPMTextToImagePipeline:
+    tokenizer = make_tokenizer(CAPTIONS)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet, encoder = make_unet(), make_encoder(kind, len(tokenizer))
+        with torch.no_grad():  # a fresh network hardly hears its text: make it loud
+            for parameter in [*unet.parameters(), *encoder.parameters()]:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    describe_conditions(unet, condition_dropout=dropout)
+    scheduler = AlphaDDPMScheduler(variance_type="learned_range")
+    pipe = AlphaDDPMTextToImagePipeline(unet.eval(), encoder.eval(), tokenizer, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, prompt, seed=0, **options) -> torch.Tensor:
+    options = {"num_inference_steps": 5, "output_type": "np", **options}
+    return torch.from_numpy(pipe(prompt, generator=torch.Generator().manual_seed(seed), **options).images)
+
+
+@pytest.mark.parametrize("kind", ["clip", "t5", "bert"])
+def test_the_plain_call_draws_the_same_images_as_stock(kind, tmp_path, caplog):
+    pipe = make(kind)
+    pipe.save_pretrained(tmp_path)
+    stock = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(stock).__name__ == "IFPipeline" and type(stock.scheduler).__name__ == "DDPMScheduler"
+    stock.set_progress_bar_config(disable=True)
+    again = AlphaDDPMTextToImagePipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    prompts = [" A handwritten SEVEN ", "three, in ink"]
+    for options in (
+        {"guidance_scale": 3.0, "num_images_per_prompt": 2},
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 2.0, "negative_prompt": ["zero", "the digit 7"], "num_inference_steps": 30},
+    ):
+        expected = draw(stock, prompts, **options)
+        assert expected.std() > 0.05
+        torch.testing.assert_close(draw(pipe, prompts, **options), expected, atol=2e-4, rtol=0)
+        torch.testing.assert_close(draw(again, prompts, **options), expected, atol=2e-4, rtol=0)
+
+
+def test_the_folder_s_own_code_loads_by_trust_in_a_fresh_process(tmp_path):
+    make().save_pretrained(tmp_path / "model")
+    code = f"""
+import sys
+sys.modules["ddpm_pipeline"] = None
+import torch
+from diffusers import DiffusionPipeline
+folder = {str(tmp_path / "model")!r}
+pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+assert type(pipe).__name__ == "AlphaDDPMTextToImagePipeline" and hasattr(pipe.scheduler, "p_mean_variance")
+pipe("a handwritten seven", num_inference_steps=2, image=torch.zeros(1, 1, 8, 8), strength=0.5)
+pipe.save_pretrained({str(tmp_path / "again")!r})
+"""
+    run_python(code, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert draw(AlphaDDPMTextToImagePipeline.from_pretrained(tmp_path / "again"), "zero").shape == (1, 8, 8, 1)
+
+
+def test_prompts_matter_and_embeddings_stand_for_them():
+    pipe = make()
+    seven = draw(pipe, "a handwritten seven")
+    assert not torch.allclose(seven, draw(pipe, "zero"), atol=1e-3)
+    states = pipe.encode(["a handwritten seven"])
+    torch.testing.assert_close(draw(pipe, None, prompt_embeds=states), seven)
+    negative = pipe.encode([""])
+    torch.testing.assert_close(draw(pipe, None, prompt_embeds=states, negative_prompt_embeds=negative), seven)
+
+
+def test_an_image_with_its_own_generator_does_not_depend_on_its_batch():
+    pipe = make()
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    options = {"num_inference_steps": 5, "output_type": "pt"}
+    batch = pipe(["zero", "the digit 7"], num_images_per_prompt=2, generator=generators, **options).images
+    alone = pipe("the digit 7", generator=torch.Generator().manual_seed(3), **options).images
+    torch.testing.assert_close(batch[3:], alone, atol=1e-5, rtol=0)
+
+
+def test_images_masks_and_mixtures_work_with_text():
+    pipe, image = make(), torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(pipe("zero", image=image, strength=0, output_type="pt").images, image)
+    mask = torch.zeros(8, 8)
+    mask[:4] = 1
+    drawn = pipe("zero", image=image, mask_image=mask, num_inference_steps=4, output_type="pt").images
+    torch.testing.assert_close(drawn[..., 4:, :], image[..., 4:, :])
+    mixed = pipe.interpolate(image, 1 - image, 500, num_inference_steps=8, prompt="zero", output_type="pt").images
+    assert mixed.shape == (5, 1, 8, 8)
+
+
+def test_captions_of_every_kind_are_drawn_and_what_is_cut_is_shown():
+    pipe = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        drawn = draw(pipe, STRANGE, num_inference_steps=2)
+    assert drawn.shape == (len(STRANGE), 8, 8, 1) and torch.isfinite(drawn).all()
+    for text in STRANGE[1:3]:
+        assert pipe.tokenizer.decode(pipe.tokenizer(text).input_ids, skip_special_tokens=True).strip() == text
+    with pytest.warns(UserWarning, match="cut from it: 'zero zero"):
+        pipe("zero " * 100, num_inference_steps=1)
+
+
+def test_the_warning_about_guidance_without_dropout():
+    with pytest.warns(UserWarning, match="without condition dropout"):
+        make(dropout=0.0)("zero", num_inference_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        make(dropout=0.0)("zero", num_inference_steps=1, guidance_scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either a prompt or prompt_embeds"),
+        ({"prompt": []}, "at least one"),
+        ({"prompt": ["zero", 7]}, "list of strings"),
+        ({"prompt": ["zero"] * 3, "negative_prompt": ["one"] * 2}, "2 negative prompts for 3 prompts"),
+        (
+            {"prompt": ["zero"] * 2, "num_images_per_prompt": 2, "generator": [torch.Generator()] * 2},
+            "2 generators for 4",
+        ),
+        ({"prompt": "zero", "num_images_per_prompt": 0}, "num_images_per_prompt=0"),
+        ({"prompt_embeds": torch.zeros(1, 77, 5)}, r"\[B, tokens, 16\]"),
+        ({"prompt": "zero", "image": torch.zeros(3, 1, 8, 8)}, "3 images for a batch of 1"),
+    ],
+)
+def test_what_cannot_be_used_is_said(options, message):
+    with pytest.raises(ValueError, match=message):
+        make()(num_inference_steps=1, **options)
+
+
+def test_parts_that_do_not_fit_are_refused():
+    pipe = make()
+    parts = {"text_encoder": pipe.text_encoder, "tokenizer": pipe.tokenizer, "scheduler": pipe.scheduler}
+    with pytest.raises(ValueError, match="UNet2DModel without cross-attention"):
+        AlphaDDPMTextToImagePipeline(tiny_unet(), **parts)
+    with pytest.raises(ValueError, match="cross_attention_dim is 24"):
+        AlphaDDPMTextToImagePipeline(make_unet(cross_attention_dim=24), **parts)
+    short = CLIPTextModel(CLIPTextConfig(hidden_size=16, num_attention_heads=2, max_position_embeddings=20))
+    with pytest.raises(ValueError, match="takes 20 tokens"):
+        AlphaDDPMTextToImagePipeline(pipe.unet, **{**parts, "text_encoder": short})
+
+
+def test_saved_names_are_stock_and_no_path_is_written(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    make().save_pretrained(tmp_path)
+    AlphaDDPMTextToImagePipeline.from_pretrained(tmp_path)
+    assert not caplog.records
+    index = (tmp_path / "model_index.json").read_text()
+    assert '"IFPipeline"' in index and str(tmp_path) not in index and "ddpm_pipeline" not in index

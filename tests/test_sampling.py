@@ -1,0 +1,326 @@
+"""What all pipelines share, held against exact noise predictors: guidance, images as input, masks, mixtures, trajectories."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from PIL import Image
+
+from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, describe_conditions
+from ddpm_pipeline.pictures import save_gif, save_strip, strip
+from ddpm_pipeline.sampling_alpha_ddpm import guide
+from helpers import tiny_unet
+
+MEANS = torch.tensor([-0.5, 0.5, 0.0])  # of two classes, and of "no class"
+STD = 0.2
+
+
+class Oracle(ModelMixin, ConfigMixin):
+    """The best predictor for images whose pixels are N(m, s²) of their class, or, if `flat`, all equal to one N(0, s²)."""
+
+    @register_to_config
+    def __init__(
+        self, prediction_type="epsilon", std=STD, flat=False, num_class_embeds=3, sample_size=4, in_channels=1
+    ):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(()))
+        self.batches = []
+
+    def forward(self, sample, timestep, class_labels=None):
+        self.batches.append(len(sample))
+        alpha = AlphaDDPMScheduler().alphas_cumprod[int(timestep)].double()
+        x_t = sample.double()
+        if self.config.flat:
+            pixels, power = sample[0].numel(), self.config.std**2
+            mean = x_t.mean(dim=(1, 2, 3), keepdim=True).expand_as(x_t)
+            x_0 = mean * alpha.sqrt() * power * pixels / (alpha * power * pixels + 1 - alpha)
+        else:
+            m = MEANS[class_labels].double().view(-1, 1, 1, 1)
+            x_0 = m + alpha.sqrt() * STD**2 / (alpha * STD**2 + 1 - alpha) * (x_t - alpha.sqrt() * m)
+        noise = (x_t - alpha.sqrt() * x_0) / (1 - alpha).sqrt()
+        velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * x_0
+        output = {"epsilon": noise, "sample": x_0, "v_prediction": velocity}[self.config.prediction_type]
+        return UNet2DOutput(sample=output.to(sample.dtype))
+
+
+def oracle_pipe(prediction_type="epsilon", **config) -> AlphaDDPMPipeline:
+    unet = Oracle(prediction_type=prediction_type, **config)
+    if not config.get("flat"):
+        describe_conditions(unet, class_names=["low", "high"], condition_dropout=0.1)
+    pipe = AlphaDDPMPipeline(unet, AlphaDDPMScheduler(prediction_type=prediction_type, clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def network_pipe(scheduler=None, **config) -> AlphaDDPMPipeline:
+    unet = tiny_unet(**config)
+    if config.get("num_class_embeds"):
+        names = [f"class {i}" for i in range(config["num_class_embeds"] - 1)]
+        describe_conditions(unet, class_names=names, condition_dropout=0.1)
+    pipe = AlphaDDPMPipeline(unet, scheduler or AlphaDDPMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeded(seed=0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def picture(seed=0, count=1) -> torch.Tensor:
+    """Random bytes as [count, 1, 8, 8] in [0, 1]."""
+    return torch.randint(0, 256, (count, 1, 8, 8), generator=seeded(seed)) / 255
+
+
+# ---- guidance ---------------------------------------------------------------------------------------
+
+
+def test_guided_samples_are_the_same_for_epsilon_x0_and_v():
+    drawn = [
+        oracle_pipe(kind)(class_labels=["low", "high"], guidance_scale=1.5, generator=seeded(), num_inference_steps=50,
+                          output_trajectory=True).trajectory[-1]
+        for kind in ("epsilon", "sample", "v_prediction")
+    ]  # fmt: skip
+    for other in drawn[1:]:
+        torch.testing.assert_close(other, drawn[0], atol=2e-4, rtol=0)
+
+
+def test_guidance_moves_the_distribution_as_its_formula_says():
+    # guiding N(m, s²) away from N(0, s²) by w is predicting for N(w m, s²)
+    for scale, mean in ((1.0, 0.5), (1.6, 0.8), (0.0, 0.0)):
+        pipe = oracle_pipe(sample_size=32)
+        x = pipe(8, class_labels="high", guidance_scale=scale, generator=seeded(), output_trajectory=True).trajectory[
+            -1
+        ]
+        assert x.mean().item() == pytest.approx(mean, abs=0.01)
+        assert x.std().item() == pytest.approx(STD, rel=0.05)
+
+
+def test_guidance_is_one_batched_pass_and_only_where_it_is_wanted():
+    pipe = oracle_pipe()
+    cases = {
+        (1.0, (0.0, 1.0)): [3] * 8,
+        (2.0, (0.0, 1.0)): [6] * 8,
+        (2.0, (0.25, 0.75)): [3, 3, 6, 6, 6, 6, 3, 3],
+        (2.0, (0.5, 0.5)): [3] * 8,
+    }
+    for (scale, interval), batches in cases.items():
+        pipe.unet.batches.clear()
+        pipe(class_labels=[0, 1, 0], guidance_scale=scale, guidance_interval=interval, num_inference_steps=8)
+        assert pipe.unet.batches == batches
+
+
+def test_the_variance_half_is_not_guided_and_rescaling_restores_the_deviation():
+    u, c = torch.randn(2, 3, 4, 8, 8, generator=seeded())  # two channels and their variances
+    guided = guide(u, c, channels=2, scale=3.0, rescale=1.0)
+    assert torch.equal(guided[:, 2:], c[:, 2:])
+    torch.testing.assert_close(guided[:, :2].std((1, 2, 3)), c[:, :2].std((1, 2, 3)))
+    torch.testing.assert_close(guide(u, c, 2, 3.0)[:, :2], u[:, :2] + 3 * (c[:, :2] - u[:, :2]))
+
+
+def test_learned_range_with_guidance_follows_the_two_pass_loop():
+    scheduler = AlphaDDPMScheduler(variance_type="learned_range")
+    pipe = network_pipe(scheduler, num_class_embeds=4, out_channels=2)
+    drawn = pipe(class_labels=[0, 2], guidance_scale=2.5, generator=seeded(), num_inference_steps=6, output_type="pt")
+    generator = seeded()
+    scheduler = AlphaDDPMScheduler(variance_type="learned_range")
+    scheduler.set_timesteps(6)
+    x = torch.randn(2, 1, 8, 8, generator=generator)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            c = pipe.unet(x, t, class_labels=torch.tensor([0, 2])).sample
+            u = pipe.unet(x, t, class_labels=torch.tensor([3, 3])).sample
+            output = torch.cat([u[:, :1] + 2.5 * (c[:, :1] - u[:, :1]), c[:, 1:]], dim=1)
+            x = scheduler.step(output, t, x, generator=generator).prev_sample
+    torch.testing.assert_close(drawn.images, (x / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
+
+
+# ---- labels -----------------------------------------------------------------------------------------
+
+
+def test_labels_are_ids_or_names_and_none_is_no_class():
+    pipe = network_pipe(num_class_embeds=4)
+    options = {"generator": [seeded(i) for i in range(3)], "num_inference_steps": 4, "output_type": "pt"}
+    by_id = pipe(class_labels=torch.tensor([0, 2, 1]), **options).images
+    options["generator"] = [seeded(i) for i in range(3)]
+    assert torch.equal(pipe(class_labels=["class 0", "class 2", "class 1"], **options).images, by_id)
+    options["generator"] = [seeded(i) for i in range(3)]
+    unconditional = pipe(3, **options).images
+    options["generator"] = [seeded(i) for i in range(3)]
+    assert torch.equal(pipe(class_labels=[None] * 3, **options).images, unconditional)
+    assert not torch.equal(by_id, unconditional)
+
+
+def test_names_survive_stock_classes_without_a_word(tmp_path, caplog, recwarn):
+    from diffusers import DDPMPipeline
+
+    network_pipe(num_class_embeds=4).save_pretrained(tmp_path / "ours")
+    DDPMPipeline.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "stock")
+    again = AlphaDDPMPipeline.from_pretrained(tmp_path / "stock")
+    assert again.id2label == {0: "class 0", 1: "class 1", 2: "class 2"}
+    assert not caplog.records and not [w for w in recwarn if "config" in str(w.message)]
+    again.save_pretrained(tmp_path / "again")
+    names = {path.name for path in (tmp_path / "again").iterdir()}
+    assert {"pipeline.py", "sampling_alpha_ddpm.py", "scheduling_alpha_ddpm.py", "model_index.json"} <= names
+
+
+def test_a_model_trained_without_dropout_warns_when_guided():
+    pipe = network_pipe(num_class_embeds=3)
+    describe_conditions(pipe.unet, class_names=["a", "b"], condition_dropout=0.0)
+    with pytest.warns(UserWarning, match="without condition dropout"):
+        pipe(class_labels="a", guidance_scale=2.0, num_inference_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_labels": "clas 1"}, "near it: .*'class 1'"),
+        ({"class_labels": 3}, "ids are 0 to 2"),
+        ({"class_labels": True}, "no class of this model"),
+        ({"class_labels": []}, "at least one label"),
+        ({"class_labels": [0, 1, 2], "batch_size": 2}, "3 class_labels for batch_size=2"),
+        ({"class_labels": [0, 1], "generator": [torch.Generator()]}, "1 generators for 2 images"),
+        ({"guidance_scale": 2.0}, "needs class_labels"),
+        ({"class_labels": 0, "guidance_scale": float("nan")}, "finite"),
+        ({"class_labels": 0, "guidance_rescale": 2}, "from 0"),
+        ({"class_labels": 0, "guidance_interval": (0.5, 0.2)}, "start <= end"),
+        ({"strength": 0.5}, "needs an image"),
+        ({"mask_image": torch.ones(8, 8)}, "needs an image"),
+        ({"image": picture(), "strength": 1.5}, "from 0"),
+        ({"image": torch.zeros(1, 1, 4, 4)}, r"this model draws \(1, 8, 8\)"),
+        ({"image": torch.full((1, 1, 8, 8), -1.0)}, r"must be in \[0, 1\]"),
+        ({"image": picture(count=3), "batch_size": 2}, "3 images for a batch of 2"),
+        ({"image": picture(), "mask_image": torch.ones(4, 4)}, "mask_image has shape"),
+        ({"image": picture(), "num_resamples": 2}, "with a mask_image only"),
+        ({"image": "seven.png"}, "give PIL images"),
+    ],
+)
+def test_what_cannot_be_used_is_said(options, message):
+    with pytest.raises(ValueError, match=message):
+        network_pipe(num_class_embeds=4)(**{"num_inference_steps": 2, **options})
+
+
+def test_labels_for_a_model_without_classes_are_refused():
+    with pytest.raises(ValueError, match="without classes"):
+        network_pipe()(class_labels=1)
+
+
+# ---- images in, images out --------------------------------------------------------------------------
+
+
+def test_strength_0_gives_the_image_back_and_more_of_it_leaves_less():
+    pipe, x = oracle_pipe(sample_size=8), picture()
+    original = Image.fromarray((x[0, 0] * 255).round().byte().numpy())
+    back = pipe(image=original, strength=0.0).images[0]
+    assert np.array_equal(np.asarray(back), np.asarray(original))
+    drawn = [
+        pipe(class_labels=0, image=x, strength=s, generator=seeded(), output_trajectory=True).trajectory[-1]
+        for s in (0.05, 0.2, 1.0)
+    ]
+    left = [torch.corrcoef(torch.stack([y.flatten(), x.flatten()]))[0, 1].item() for y in drawn]
+    assert 1 > left[0] > 0.85 > left[1] > 0.5 > 0.3 > left[2]
+
+
+@pytest.mark.parametrize("resamples", [1, 3])
+def test_kept_pixels_are_kept_to_the_byte_and_the_others_are_painted(resamples):
+    original = [Image.fromarray((picture(i)[0, 0] * 255).round().byte().numpy()) for i in range(2)]
+    mask = np.zeros((8, 8), dtype=np.uint8)
+    mask[:, 4:] = 255
+    pipe = network_pipe()
+    painted = pipe(
+        2, image=original, mask_image=Image.fromarray(mask), num_resamples=resamples, num_inference_steps=5, generator=seeded()
+    ).images  # fmt: skip
+    for before, after in zip(original, painted, strict=True):
+        before, after = np.asarray(before), np.asarray(after)
+        assert np.array_equal(before[:, :4], after[:, :4])
+        assert not np.array_equal(before[:, 4:], after[:, 4:])
+
+
+def test_what_is_painted_fits_what_is_kept():
+    # flat grey images: the kept half tells the grey of the other
+    pipe = oracle_pipe(flat=True, num_class_embeds=None, sample_size=8, std=0.5)
+    mask = torch.zeros(8, 8)
+    mask[:, 4:] = 1
+    for grey in (0.2, 0.9):
+        x = pipe(4, image=torch.full((1, 8, 8), grey), mask_image=mask, num_resamples=2, num_inference_steps=100,
+                 generator=seeded(), output_type="pt").images  # fmt: skip
+        assert (x[..., 4:] - grey).abs().max() < 0.06
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler])
+def test_other_schedulers_take_images_and_masks_too(kind):
+    pipe = network_pipe()
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    x, mask = picture(), torch.zeros(8, 8)
+    mask[2:6, 2:6] = 1
+    drawn = pipe(image=x, mask_image=mask, num_inference_steps=4, generator=seeded(), output_type="pt").images
+    torch.testing.assert_close(drawn[0, 0][mask == 0], x[0, 0][mask == 0])
+    assert torch.isfinite(pipe(image=x, strength=0.5, num_inference_steps=4, output_type="pt").images).all()
+    with pytest.raises(ValueError, match="forward_step"):
+        pipe(image=x, mask_image=mask, num_resamples=2)
+
+
+def test_interpolation_shares_its_noise_and_reconstructs_at_its_ends():
+    pipe, (a, b) = network_pipe(), picture(count=2)
+    options = {"at": 300, "num_inference_steps": 20, "output_type": "pt"}
+    same = pipe.interpolate(a, a, weights=(0.0, 0.3, 1.0), generator=seeded(), **options).images
+    torch.testing.assert_close(same[1:], same[:1].expand(2, -1, -1, -1), atol=1e-5, rtol=0)
+    mixed = pipe.interpolate(a, b, generator=seeded(), **options).images
+    assert len(mixed) == 5
+    torch.testing.assert_close(mixed[0], same[0], atol=1e-5, rtol=0)  # at weight 0, b has no say
+    ends = pipe.interpolate(b, b, weights=(0.0,), generator=seeded(), **options).images
+    torch.testing.assert_close(mixed[-1], ends[0], atol=1e-5, rtol=0)
+
+
+def test_interpolation_of_flat_images_gives_the_grey_between_them():
+    pipe = oracle_pipe(flat=True, num_class_embeds=None, sample_size=16, std=0.5)
+    a, b = torch.full((1, 16, 16), 0.2), torch.full((1, 16, 16), 0.8)
+    x = pipe.interpolate(a, b, at=100, weights=(0.0, 0.5, 1.0), generator=seeded(), output_type="pt").images
+    greys = x.mean((1, 2, 3))  # the shared noise moves all of them alike
+    torch.testing.assert_close(greys, torch.tensor([0.2, 0.5, 0.8]), atol=0.05, rtol=0)
+    torch.testing.assert_close(greys.diff(), torch.full((2,), 0.3), atol=0.01, rtol=0)
+    with pytest.raises(ValueError, match="timestep from 0"):
+        pipe.interpolate(a, b, at=1000)
+    with pytest.raises(ValueError, match="from 0"):
+        pipe.interpolate(a, b, at=5, weights=(2.0,))
+
+
+# ---- seeing the process -----------------------------------------------------------------------------
+
+
+def test_forward_trajectory_is_one_chain_with_the_right_marginals():
+    pipe = network_pipe()
+    scheduler, image = AlphaDDPMScheduler(), picture()
+    timesteps = (-1, 10, 200, 999)
+    x = torch.cat(
+        [pipe.forward_trajectory(image, timesteps, seeded(seed)) for seed in range(300)], dim=1
+    )  # [4, 300, 1, 8, 8]
+    x_0 = image * 2 - 1
+    torch.testing.assert_close(x[0], x_0.expand(300, -1, -1, -1))
+    noise = {}
+    for x_t, t in zip(x[1:], timesteps[1:], strict=True):
+        q = scheduler.q_mean_variance(x_0, t)
+        noise[t] = (x_t - q.mean) / q.variance.sqrt()
+        assert abs(noise[t].mean()) < 0.03 and abs(noise[t].var() - 1) < 0.03
+    # x_200 comes from x_10: their noises correlate by √(ᾱ_200/ᾱ_10 · (1-ᾱ_10)/(1-ᾱ_200))
+    alpha = scheduler.alphas_cumprod
+    expected = (alpha[200] / alpha[10] * (1 - alpha[10]) / (1 - alpha[200])).sqrt().item()
+    assert (noise[10] * noise[200]).mean().item() == pytest.approx(expected, abs=0.03)
+    with pytest.raises(ValueError, match="ascending"):
+        pipe.forward_trajectory(image, (5, 2))
+
+
+def test_the_reverse_trajectory_ends_in_the_images_and_becomes_pictures(tmp_path):
+    output = network_pipe()(2, num_inference_steps=10, generator=seeded(), output_type="pt", output_trajectory=True)
+    assert output.trajectory.shape == (11, 2, 1, 8, 8)
+    torch.testing.assert_close((output.trajectory[-1] / 2 + 0.5).clamp(0, 1), output.images)
+    assert torch.equal(output.trajectory[0], torch.randn(2, 1, 8, 8, generator=seeded()))
+    save_strip(output.trajectory, tmp_path / "strip.png", count=5)
+    save_gif(output.trajectory, tmp_path / "process.gif", count=7)
+    five = Image.open(tmp_path / "strip.png")
+    assert five.size == strip(output.trajectory, 5).size and five.width > 2 * five.height
+    gif = Image.open(tmp_path / "process.gif")
+    assert gif.n_frames == 7 and gif.info["loop"] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["process.gif", "strip.png"]

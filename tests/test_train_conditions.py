@@ -1,0 +1,257 @@
+"""Conditions in training: what is drawn is a function of (seed, step, position), and runs with them end, resume and load."""
+
+import json
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from PIL import Image
+from transformers import BertConfig, BertModel
+
+from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline
+from ddpm_pipeline.pipeline_alpha_ddpm_text import prepare_prompt, tokenize
+from train import train
+from train_conditions import (
+    Captions,
+    ClassConditions,
+    Templates,
+    TextConditions,
+    build_conditions,
+    make_small_encoder,
+    make_tokenizer,
+)
+from train_config import CONFIGS, ConfigError, TrainingConfig, parse_config
+from train_data import load_images
+from train_random import image_indices
+
+DIGIT_CAPTIONS = "digits_captions.yaml"
+STRANGE = ["", "七个手写数字", "seven 🎉👩‍👩‍👧", "word " * 2_000, "\x00", None]
+
+
+def config(**options) -> TrainingConfig:
+    return TrainingConfig(**{"condition": "text", "batch_size": 32, **options})
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return load_images("digits", cache_dir=str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """Twelve grey images with strange captions, some with several."""
+    folder = tmp_path_factory.mktemp("captioned")
+    images = [np.full((8, 8), 20 * i, dtype=np.uint8) for i in range(12)]
+    features = datasets.Features(
+        {"image": datasets.Array2D((8, 8), "uint8"), "text": datasets.List(datasets.Value("string"))}
+    )
+    texts = [[STRANGE[i % 6]] if i < 6 else ["a grey square", f"grey {i}"] for i in range(12)]
+    datasets.Dataset.from_dict({"image": images, "text": texts}, features=features).save_to_disk(str(folder / "data"))
+    return str(folder / "data")
+
+
+# ---- labels -----------------------------------------------------------------------------------------
+
+
+def test_labels_are_those_of_the_images_and_a_tenth_is_left_out(digits):
+    conditions = ClassConditions(config(condition="class", batch_size=1000), digits)
+    indices = np.arange(1000)
+    labels = conditions.draw(indices, 7, slice(None))
+    kept = labels != 10
+    assert torch.equal(labels[kept], digits.column("label", indices)[kept])
+    assert 0.07 < 1 - kept.float().mean() < 0.13
+    assert not torch.equal(kept, conditions.draw(indices, 8, slice(None)) != 10)
+
+
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_conditions_are_the_same_however_the_batch_is_split(kind, digits):
+    conditions = build_conditions(config(condition=kind, word_dropout=0.3), digits)
+    indices = image_indices(0, len(digits), 3, 32)
+    whole = list(conditions.draw(indices, 3, slice(None)))
+    parts = [conditions.draw(indices[start : start + 8], 3, slice(start, start + 8)) for start in range(0, 32, 8)]
+    assert whole == [value for part in parts for value in part]
+    assert whole != list(conditions.draw(indices, 4, slice(None)))
+
+
+def test_labels_without_a_class_are_refused(tmp_path):
+    features = datasets.Features(
+        {"image": datasets.Array2D((8, 8), "uint8"), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    rows = {"image": [np.zeros((8, 8), np.uint8)] * 3, "label": [0, 1, -1]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "data"))
+    data = load_images(str(tmp_path / "data"), cache_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match="labels from -1 to 1"):
+        ClassConditions(config(condition="class"), data)
+
+
+# ---- captions ---------------------------------------------------------------------------------------
+
+
+def test_captions_name_their_class_and_never_use_a_held_out_wording(digits):
+    captions = Captions(config(caption_templates=DIGIT_CAPTIONS, word_dropout=0.3, batch_size=1797), digits)
+    names = yaml.safe_load((CONFIGS / DIGIT_CAPTIONS).read_text())["names"]
+    labels = digits.column("label", range(1797)).tolist()
+    drawn = [captions.draw(range(1797), step, slice(None)) for step in range(12)]
+    for batch in drawn:
+        for label, caption in zip(labels, batch, strict=True):
+            words = caption.replace(",", " ").replace(":", " ").split()
+            assert not words or set(words) & {str(name) for name in names[str(label)]}
+    different = {prepare_prompt(caption) for batch in drawn for caption in batch}
+    assert len(different) > 800  # fresh wordings at each use
+    assert not different & captions.templates.held_out
+    assert {"a seven", "number seven", "seven, handwritten"} <= captions.templates.held_out
+
+
+def test_word_dropout_keeps_the_name_and_nothing_else_for_certain():
+    templates = Templates(["a small {name} here"], [["cat"]])
+    drawn = [templates.caption(0, np.random.default_rng(seed), 0.5) for seed in range(200)]
+    assert all("cat" in caption.split() for caption in drawn)
+    assert len(set(drawn)) == 8 and len([c for c in drawn if c == "a small cat here"]) in range(10, 45)
+    assert {templates.caption(0, np.random.default_rng(seed), 0.0) for seed in range(9)} == {"a small cat here"}
+
+
+def test_a_text_column_gives_one_of_an_image_s_captions_and_survives_any_of_them(captioned, tmp_path):
+    data = load_images(captioned, cache_dir=str(tmp_path), text_column="text")
+    conditions = TextConditions(config(condition_dropout=0.0, batch_size=12, word_dropout=0.1), data)
+    drawn = {step: conditions.draw(range(12), step, slice(None)) for step in range(8)}
+    assert drawn[0][0] == "" and drawn[0][5] == ""  # an empty caption and a missing one
+    assert len({batch[7] for batch in drawn.values()}) > 2
+    arguments = conditions.inputs(drawn[0], torch.device("cpu"))
+    states = conditions.text_encoder(arguments["input_ids"], attention_mask=arguments["attention_mask"])[0]
+    assert torch.isfinite(states).all() and states.shape[1] == 77
+    assert conditions.preview(6)[0][0] == "prompt" and len(conditions.preview(6)[0][1]) == 6
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("templates: [a digit]", "has no {name}"),
+        ("names: {}", "must hold `templates`"),
+        ("templates: ['{name}']\nnames: {ten: [x]}", "'ten' is no class"),
+        ("templates: ['{name}']\nnames: {'1': []}", "empty list of names"),
+        ("templates: ['A {name}']\nheld_out: ['a {name}']", "is held out and is a wording"),
+        ("templates: [", "cannot be read"),
+    ],
+)
+def test_a_bad_file_of_wordings_is_refused(content, message, digits, tmp_path):
+    (tmp_path / "captions.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        Captions(config(caption_templates=str(tmp_path / "captions.yaml")), digits)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"condition": "words"}, "one of none, class, text"),
+        ({"condition": "class", "text_column": "text"}, "with --condition text only"),
+        ({"condition_dropout": 1.0}, "below 1"),
+        ({"word_dropout": -0.1}, "at least 0"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        config(**options)
+
+
+# ---- encoders ---------------------------------------------------------------------------------------
+
+
+def test_the_small_encoder_is_small_and_its_tokenizer_takes_any_text():
+    words = [" ".join(f"{a}{b}ology" for b in range(30)) for a in range(1000)]  # more different words than tokens
+    tokenizer = make_tokenizer(words)
+    assert sum(parameter.numel() for parameter in make_small_encoder(tokenizer).parameters()) < 2e6
+    tokens = tokenize(tokenizer, [text or "" for text in STRANGE])
+    assert tokens["input_ids"].shape == (6, 77) and tokens["attention_mask"][0].sum() == 2
+    small = make_tokenizer(["a handwritten seven", "Seven!"])
+    assert small("seven").input_ids == small("SEVEN").input_ids and len(small("a handwritten seven").input_ids) == 5
+
+
+def test_a_loaded_encoder_is_frozen_and_encodes_each_caption_once(digits, tmp_path):
+    tokenizer = make_tokenizer(["the digit seven"])
+    tokenizer.save_pretrained(tmp_path / "bert")
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **size)).save_pretrained(tmp_path / "bert")
+    conditions = TextConditions(config(text_encoder=str(tmp_path / "bert")), digits)
+    assert conditions.network(torch.nn.Identity()).__class__ is torch.nn.Identity  # the UNet alone is trained
+    assert conditions.unet_config() == {"cross_attention_dim": 16}
+    calls = []
+    conditions.text_encoder.register_forward_hook(lambda module, inputs, output: calls.append(len(output[0])))
+    first = conditions.inputs(["one", "two", "one"], torch.device("cpu"))["encoder_hidden_states"]
+    again = conditions.inputs(["two", "three"], torch.device("cpu"))["encoder_hidden_states"]
+    assert calls == [2, 1] and first.shape == (3, 77, 16) and not first.requires_grad
+    assert torch.equal(first[0], first[2]) and torch.equal(first[1], again[0])
+    with pytest.raises(ConfigError, match="cannot be used as a text encoder"):
+        TextConditions(config(text_encoder=str(tmp_path / "nothing")), digits)
+
+
+# ---- whole runs -------------------------------------------------------------------------------------
+
+RUN = {
+    "batch_size": "8", "max_train_steps": "4", "num_train_timesteps": "30", "checkpoint_every": "2", "preview_every": "2",
+    "preview_images": "20", "preview_inference_steps": "2", "num_samples": "20", "num_cpu_threads": "1",
+    "mixed_precision": "no",
+}  # fmt: skip
+
+
+def run(recipe: str, folder, **options):
+    flags = {**RUN, "output_dir": str(folder), **{name: str(value) for name, value in options.items()}}
+    return train(
+        parse_config(["--config", str(CONFIGS / recipe), *(f"--{name}={value}" for name, value in flags.items())])
+    )
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    kind = AlphaDDPMTextToImagePipeline if (folder / "tokenizer").is_dir() else AlphaDDPMPipeline
+    pipe = kind.from_pretrained(folder)
+    parts = [pipe.unet, *([pipe.text_encoder] if hasattr(pipe, "text_encoder") else [])]
+    return {f"{i}.{name}": value for i, part in enumerate(parts) for name, value in part.state_dict().items()}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # 30 timesteps do not reach noise
+@pytest.mark.parametrize("recipe", ["digits_class.yaml", "digits_text.yaml"])
+def test_a_recipe_runs_resumes_bit_for_bit_and_leaves_a_model_that_draws(recipe, tmp_path):
+    text = "text" in recipe
+    whole = run(recipe, tmp_path / "whole")
+    shutil.copytree(whole, tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000004")
+    resumed = run(recipe, tmp_path / "parts", resume="latest")
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+    metrics = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite(metrics[-1]["loss"])
+    preview = Image.open(whole / "samples" / "step-00000002.png")
+    assert preview.height > 4 * preview.width  # ten rows of two
+    card = (whole / "README.md").read_text()
+    stock = DiffusionPipeline.from_pretrained(whole)
+    stock.set_progress_bar_config(disable=True)
+    if text:
+        assert "a handwritten nine" in card and "text-to-image" in card
+        assert stock("a handwritten seven", num_inference_steps=2).images[0].size == (8, 8)
+    else:
+        assert "class_labels='9'" in card
+        with pytest.raises(ValueError, match="class_labels"):
+            stock(num_inference_steps=2)
+        assert AlphaDDPMPipeline.from_pretrained(whole)(class_labels="7", num_inference_steps=2).images[0].size == (
+            8,
+            8,
+        )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_text_model_is_a_start_for_another_with_its_own_encoder(tmp_path):
+    first = run(
+        "digits_text.yaml", tmp_path / "first", max_train_steps=1, checkpoint_every=0, preview_every=0, num_samples=1
+    )
+    recipe = tmp_path / "tuned.yaml"
+    options = yaml.safe_load((CONFIGS / "digits_text.yaml").read_text())
+    recipe.write_text(yaml.safe_dump({**options, "text_encoder": None, "init_from": str(first)}))
+    second = run(
+        str(recipe), tmp_path / "second", lr_warmup_steps=1, checkpoint_every=0, preview_every=0, num_samples=1
+    )
+    before, after = weights(first), weights(second)
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("1."))  # frozen
+    assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("0."))
