@@ -17,6 +17,7 @@ TRAIN = [
     "tqdm>=4.66",
 ]
 EVAL = [*TRAIN, "torchmetrics>=1.6", "scipy>=1.11", "matplotlib>=3.8"]
+INCEPTION = ["torchmetrics[image]>=1.6"]  # torchvision and torch-fidelity, for published FIDs
 TEST = [*EVAL, "pytest>=8.0", "hypothesis>=6.100", "mpmath>=1.3", "tensorboard>=2.16", "ruff>=0.6"]
 
 setup(
@@ -39,7 +40,13 @@ setup(
         "numpy>=1.26",
         "pillow>=10.0",
     ],
-    extras_require={"train": TRAIN, "eval": EVAL, "tensorboard": ["tensorboard>=2.16"], "test": TEST},
+    extras_require={
+        "train": TRAIN,
+        "eval": EVAL,
+        "inception": INCEPTION,
+        "tensorboard": ["tensorboard>=2.16"],
+        "test": TEST,
+    },
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

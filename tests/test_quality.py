@@ -39,7 +39,7 @@ def numpy_frechet(a: np.ndarray, b: np.ndarray) -> float:
 def test_a_set_and_itself(digits):
     result = judged(digits, digits)
     assert abs(result.fid) < 1e-6
-    assert abs(result.kid) < 0.02
+    assert abs(result.kid) < result.kid_std
     assert (result.precision, result.recall) == (1, 1)
     assert (result.num_real, result.num_generated) == (1797, 1797)
     assert 8 < result.inception_score <= 10
@@ -107,7 +107,7 @@ def test_precision_and_recall_by_hand():
 
 
 def test_worse_images_get_worse_figures(digits):
-    noisy = (digits.float() + 40 * torch.randn(digits.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255)
+    noisy = (digits.float() + 100 * torch.randn(digits.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255)
     one_class = digits[:5].repeat(100, 1, 1, 1)
     fine, rough = judged(digits[:900], digits[900:]), judged(digits[:900], noisy[900:].to(torch.uint8))
     assert rough.fid > 3 * fine.fid
