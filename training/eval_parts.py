@@ -4,11 +4,14 @@ Imports diffusers, torch and the package.
 """
 
 import importlib
+import platform
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import Accelerator
 from diffusers import (
@@ -20,7 +23,7 @@ from diffusers import (
 )
 from torch import nn
 
-from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, __version__
 from ddpm_pipeline.quality import InceptionFeatures
 from train_config import ConfigError
 from train_random import Stream, seeds
@@ -109,3 +112,22 @@ def feature_extractor(name: str, dataset: str, inception_weights: str | None) ->
             "torch module from images [B, C, H, W] in [-1, 1] to features [B, F]."
         ) from error
     return extractor.eval()
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """When, with what versions and on what processor a figure was measured."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "versions": {"ddpm-pipeline": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

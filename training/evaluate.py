@@ -9,17 +9,14 @@ import json
 import logging
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import datasets
-import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -28,7 +25,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from ddpm_pipeline import AlphaDDPMPipeline, __version__
+from ddpm_pipeline import AlphaDDPMPipeline
 from ddpm_pipeline.hub import put_results_into_card
 from ddpm_pipeline.likelihood import BitsPerDim, bits_per_dim
 from ddpm_pipeline.quality import ImageQuality, cached_features, extract
@@ -39,6 +36,7 @@ from eval_parts import (
     feature_extractor,
     load_pipeline,
     my_batches,
+    provenance,
     use_scheduler,
 )
 from train_config import ConfigError
@@ -245,9 +243,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "processes": accelerator.num_processes,
         "seconds": round(time.monotonic() - began, 1),
-        "date": datetime.now(UTC).date().isoformat(),
-        "hardware": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.machine(),
-        "versions": {"ddpm-pipeline": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        **provenance(accelerator.device),
     }
     if main:
         _write(config, results)

@@ -123,8 +123,9 @@ class AlphaDDPMPipeline(DiffusionPipeline):
         model_input = self.scheduler.scale_model_input(image, t).to(self.unet.dtype)
         output = self.unet(model_input, t).sample.to(image.dtype)
         has_variance = output.shape[1] == 2 * image.shape[1]
-        if has_variance and self.scheduler.config.get("variance_type") not in LEARNED_VARIANCE_TYPES:
-            output = output.chunk(2, dim=1)[0]  # a scheduler with a variance of its own wants the prediction only
+        is_ddpm = isinstance(self.scheduler, DDPMScheduler) or hasattr(self.scheduler, "p_mean_variance")
+        if has_variance and not (is_ddpm and self.scheduler.config.variance_type in LEARNED_VARIANCE_TYPES):
+            output = output.chunk(2, dim=1)[0]  # other samplers, and variances of their own, want the prediction only
         return output
 
     def _step_options(self, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
