@@ -1,14 +1,11 @@
 """Images from noise by the reverse process of DDPM: the report's figure 3.3 as a diffusers pipeline.
 
 This file is also shipped inside model repositories, as `pipeline.py`, so that whoever trusts a repository can run it without
-the package. It imports nothing but diffusers, torch and its sibling, the scheduler.
+the package. It imports nothing but diffusers, torch and the siblings shipped with it: the scheduler and the format.
 """
 
 import inspect
-import json
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,11 +14,12 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 
 from .scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES, AlphaDDPMScheduler
+from .stock_format import StockFormatMixin
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 
 
-class AlphaDDPMPipeline(DiffusionPipeline):
+class AlphaDDPMPipeline(StockFormatMixin, DiffusionPipeline):
     """Unconditional image generation.
 
     Loads any repository of diffusers' `DDPMPipeline`; its `DDPMScheduler` becomes an `AlphaDDPMScheduler` of the same
@@ -34,6 +32,8 @@ class AlphaDDPMPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
+    _stock_class = "DDPMPipeline"
+    _shipped_modules = ("scheduling_alpha_ddpm", "stock_format")
     _callback_tensor_inputs: ClassVar = ["image", "pred_original_sample"]
 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler):
@@ -138,24 +138,3 @@ class AlphaDDPMPipeline(DiffusionPipeline):
             return image
         array = image.cpu().permute(0, 2, 3, 1).float().numpy()
         return self.numpy_to_pil(array) if output_type == "pil" else array
-
-    # ---- saving: stock names for everyone, and this code beside them ----------------------------------
-
-    def to_json_string(self) -> str:
-        """`model_index.json` with the names of the stock classes."""
-        index = json.loads(super().to_json_string())
-        for private in ("_module", "_name_or_path"):  # the latter may be a local path
-            index.pop(private, None)
-        index["_class_name"] = "DDPMPipeline"
-        if hasattr(self.scheduler, "p_mean_variance"):
-            index["scheduler"] = ["diffusers", "DDPMScheduler"]
-        return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `model_index.json`, and the code of this pipeline and its scheduler for those who load it with trust."""
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        for name, code in {"pipeline.py": type(self), "scheduling_alpha_ddpm.py": AlphaDDPMScheduler}.items():
-            source, target = Path(inspect.getfile(code)), Path(save_directory, name)
-            if source.resolve() != target.resolve():
-                shutil.copyfile(source, target)
-        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
