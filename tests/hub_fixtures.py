@@ -33,7 +33,8 @@ sys.meta_path.insert(0, Blocker())
 
 # Runs every function that the script defined by the name of check_..., and reports what each one did.
 RUN_CHECKS = f"""
-import json, traceback
+import faulthandler, json, traceback
+faulthandler.dump_traceback_later(120, exit=True)  # where it hangs
 outcome = {{}}
 for _name, _check in list(globals().items()):
     if _name.startswith("check_"):
@@ -77,7 +78,7 @@ def environment(hub: hub_server.Hub, home: Path, token: str | None = None, **mor
 def run_script(script: str, env: dict[str, str], folder: Path) -> subprocess.CompletedProcess:
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-c", script]
-    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=200)
 
 
 def run_checks(script: str, env: dict[str, str], folder: Path, with_package: bool = True) -> dict[str, Any]:

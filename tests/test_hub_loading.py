@@ -180,7 +180,7 @@ def check_trusted_call_after_the_plain_one():
     seen = []
     pipe(1, num_inference_steps=4, output_type="pt", callback_on_step_end=lambda p, i, t, tensors: seen.append(int(t)) or {})
     assert len(seen) == 4
-    assert pipe.scheduler.q_posterior(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), 3).mean.shape == (1, 1, 8, 8)
+    assert pipe.scheduler.q_posterior(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), 0).mean.shape == (1, 1, 8, 8)
 
 def check_code_of_another_repository_does_not_get_in_the_way():
     first = DiffusionPipeline.from_pretrained("org/own", custom_pipeline="org/own", **TRUST)

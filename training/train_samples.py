@@ -30,6 +30,23 @@ def draw(pipe: AlphaDDPMPipeline, count: int, steps: int | None, seed: int, batc
     return torch.cat(images)
 
 
+@torch.no_grad()
+def draw_process(pipe: AlphaDDPMPipeline, seed: int, columns: int = 10, rows: int = 4) -> Image.Image:
+    """The reverse process as a strip: `rows` images, one a row, at `columns` moments from noise to the result."""
+    image_seeds = seeds(seed, Stream.PREVIEW, 0, rows).tolist()
+    generators = [torch.Generator(pipe.device).manual_seed(image_seed) for image_seed in image_seeds]
+    states: list[torch.Tensor] = []
+
+    def keep(pipe: AlphaDDPMPipeline, index: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict:
+        states.append((tensors["image"] / 2 + 0.5).clamp(0, 1).cpu())
+        return {}
+
+    pipe(rows, generators, output_type="pt", callback_on_step_end=keep)
+    shown = torch.linspace(0, len(states) - 1, min(columns, len(states))).round().long().tolist()
+    strip = torch.stack([states[index] for index in shown], dim=1)  # moments x [B, C, H, W] -> [B, moments, C, H, W]
+    return grid(strip.flatten(0, 1), len(shown))
+
+
 def grid(images: torch.Tensor, columns: int | None = None) -> Image.Image:
     """Images in [0, 1], [N, C, H, W], as one picture on white, each enlarged by a whole factor to be seen."""
     count, channels, height, width = images.shape

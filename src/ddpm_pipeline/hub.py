@@ -37,7 +37,9 @@ FIRST_WAIT = 2.0  # seconds before the second attempt; doubled before each furth
 
 OUR_SOURCE = "ddpm-pipeline"  # marks evaluation results of ours in a card's metadata
 OUR_SOURCE_URL = "https://pypi.org/project/ddpm-pipeline/"
-GENERATED = "has been generated automatically according to the information the training script had access to"
+GENERATED = re.compile(
+    r"^This is the model card of a .* This model card has been automatically generated\.$", re.MULTILINE
+)
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 T = TypeVar("T")
@@ -340,18 +342,28 @@ def _sections(text: str) -> Iterator[tuple[str, str]]:
 def refresh_card(existing: str, new: ModelCard, only: Sequence[str] | None = None) -> str:
     """The README `existing` with our sections as in `new`; everything else in it stays, character by character.
 
-    Sections that `new` has nothing to say about stay too, and so does a README without our marks, unless diffusers
-    generated it. Evaluation results in the metadata are ours to replace where we put them there. `only` names the
+    Sections that `new` has nothing to say about stay too, and so does a README without our marks, unless it is diffusers'
+    blank form. Evaluation results in the metadata are ours to replace where we put them there. `only` names the
     sections to refresh.
     """
     if not any(_sections(existing)):
-        return str(new) if GENERATED in existing or not existing.strip() else existing
+        return str(new) if _is_blank_form(existing) else existing
     evaluated = False
     for name, text in _sections(str(new)):
         if text.strip() and (only is None or name in only):
             evaluated |= name == "evaluation"
             existing = _section(name).sub(lambda found, text=text: found["open"] + text + found["close"], existing)
     return _with_results(existing, new) if evaluated else existing
+
+
+def _is_blank_form(text: str) -> bool:
+    """Whether a README is empty, or diffusers' template with nothing filled in."""
+    card = ModelCard(text, ignore_metadata_errors=True)
+    sentence = GENERATED.search(card.text)
+    if sentence is None:
+        return not card.text.strip()
+    blank = ModelCard.from_template(ModelCardData(), model_description=sentence[0])
+    return card.text.strip() == blank.text.strip()
 
 
 def _with_results(existing: str, new: ModelCard) -> str:

@@ -6,7 +6,7 @@ other way: what a folder says is checked before anything is built from it.
 Mixed into the pipelines. Shipped inside model repositories too, so it imports nothing but diffusers, and no sibling.
 """
 
-import importlib.util
+import importlib
 import inspect
 import json
 import math
@@ -120,9 +120,12 @@ class StockFormatMixin:
         options = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
         if not safe_serialization:
             raise ValueError(f"safe_serialization=False: {PICKLE_REFUSED}")
-        if subfolder is not None or importlib.util.find_spec("ddpm_pipeline") is None:
+        try:
+            hub = importlib.import_module("ddpm_pipeline.hub")
+        except ModuleNotFoundError:
+            hub = None
+        if subfolder is not None or hub is None:
             return super().push_to_hub(repo_id, variant=variant, subfolder=subfolder, **options)
-        hub = importlib.import_module("ddpm_pipeline.hub")
         return hub.push_pipeline(self, repo_id, variant=variant, **options)
 
     # ---- loading --------------------------------------------------------------------------------------
