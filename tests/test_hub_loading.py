@@ -79,7 +79,7 @@ def early_repository(folder: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def published(hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:  # noqa: F811
+def published(hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Repositories on the Hub, and the folder with the images that they must give."""
     folder = tmp_path_factory.mktemp("published")
     api = HfApi(endpoint=hub.url, token=hub_server.WRITE_TOKEN)
@@ -366,7 +366,7 @@ CHECKS = [
 class Groups:
     """Runs a group when its first test asks for it."""
 
-    def __init__(self, hub: hub_server.Hub, published: Path, folder: Path):  # noqa: F811
+    def __init__(self, hub: hub_server.Hub, published: Path, folder: Path):
         self.hub, self.published, self.folder = hub, published, folder
         self.outcomes: dict[str, dict] = {}
 
@@ -386,7 +386,7 @@ class Groups:
 
 
 @pytest.fixture(scope="module")
-def groups(hub: hub_server.Hub, published: Path, tmp_path_factory: pytest.TempPathFactory) -> Groups:  # noqa: F811
+def groups(hub: hub_server.Hub, published: Path, tmp_path_factory: pytest.TempPathFactory) -> Groups:
     return Groups(hub, published, tmp_path_factory.mktemp("groups"))
 
 
@@ -396,7 +396,7 @@ def test_loads(groups: Groups, group: str, check: str) -> None:
     assert outcome == "passed", outcome
 
 
-def test_shipped_code_is_the_package_s_own_byte_for_byte(hub: hub_server.Hub, published: Path) -> None:  # noqa: F811
+def test_shipped_code_is_the_package_s_own_byte_for_byte(hub: hub_server.Hub, published: Path) -> None:
     package = Path(hub_server.__file__).parent.parent / "src" / "ddpm_pipeline"
     sources = {
         "pipeline.py": "pipeline_alpha_ddpm.py",
@@ -408,7 +408,7 @@ def test_shipped_code_is_the_package_s_own_byte_for_byte(hub: hub_server.Hub, pu
         assert hub.read("org/ddpm", name) == (package / source).read_bytes()
 
 
-def test_repository_holds_the_stock_format_and_nothing_else(hub: hub_server.Hub, published: Path) -> None:  # noqa: F811
+def test_repository_holds_the_stock_format_and_nothing_else(hub: hub_server.Hub, published: Path) -> None:
     assert hub.files("org/class") == {
         ".gitattributes", "README.md", "model_index.json", "pipeline.py", "scheduling_alpha_ddpm.py", "stock_format.py",
         "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
@@ -422,7 +422,7 @@ def test_repository_holds_the_stock_format_and_nothing_else(hub: hub_server.Hub,
     }
 
 
-def test_cards_on_the_hub_name_their_repository(hub: hub_server.Hub, groups: Groups) -> None:  # noqa: F811
+def test_cards_on_the_hub_name_their_repository(hub: hub_server.Hub, groups: Groups) -> None:
     assert groups["installed"]["check_push_to_hub_of_a_pipeline"] == "passed"
     assert hub.repos["models", "org/pushed"]["private"]
     for repo_id in ("org/ddpm", "org/class", "org/pushed", "org/pushed-too", "org/by-stock"):
