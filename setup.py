@@ -36,7 +36,8 @@ setup(
     install_requires=[
         "diffusers>=0.42",
         "torch>=2.5",
-        "huggingface-hub>=0.34",
+        "huggingface-hub>=1.32",
+        "jinja2>=3.1",
         "safetensors>=0.4",
         "numpy>=1.26",
         "pillow>=10.1",

@@ -20,13 +20,12 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from huggingface_hub import EvalResult
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from ddpm_pipeline import AlphaDDPMPipeline
-from ddpm_pipeline.hub import put_results_into_card
+from ddpm_pipeline.hub import Measurement, record_evaluation
 from ddpm_pipeline.likelihood import BitsPerDim, bits_per_dim
 from ddpm_pipeline.quality import ImageQuality, cached_features, extract
 from eval_parts import (
@@ -261,34 +260,24 @@ def _write(config: EvaluateConfig, results: dict[str, Any]) -> None:
     os.replace(temporary, path)
     readme = folder / "README.md"
     if config.update_card and readme.is_file():
-        put_results_into_card(readme, folder.resolve().name, card_results(config, results))
+        record_evaluation(folder, measurements(results))
     print(json.dumps(results, indent=2))
 
 
-def card_results(config: EvaluateConfig, results: dict[str, Any]) -> list[EvalResult]:
-    """The figures as entries of a model-index."""
-    common = {
-        "task_type": "unconditional-image-generation",
-        "dataset_type": results["dataset"],
-        "dataset_name": results["dataset"],
-        "dataset_split": config.split,
-    }
-    entries = []
+def measurements(results: dict[str, Any]) -> list[Measurement]:
+    """The figures as the model card has them."""
+    data = {"dataset": results["dataset"], "split": results["split"]}
+    seed = {"seed": results["seed"]}
+    measured = []
     if bits := results.get("bits_per_dim"):
-        what = f"bits/dim, upper bound ({bits['num_images']} images, {bits['steps']} steps)"
-        entries.append(EvalResult(**common, metric_type="bits_per_dim", metric_name=what, metric_value=bits["total"]))
+        settings = {"steps": bits["steps"], "bound": "upper"} | seed
+        measured.append(Measurement("bits/dim", bits["total"], bits["num_images"], settings=settings, **data))
     if quality := results.get("quality"):
-        how = f"{quality['num_generated']} images, {quality['steps']} steps, {quality['features']}"
-        for name in ("fid", "kid", "precision", "recall"):
-            entries.append(
-                EvalResult(
-                    **common,
-                    metric_type=name,
-                    metric_name=f"{name.upper() if len(name) == 3 else name} ({how})",
-                    metric_value=quality[name],
-                )
-            )
-    return entries
+        settings = {name: quality[name] for name in ("steps", "scheduler", "features")} | seed
+        for name in ("FID", "KID", "precision", "recall"):
+            figure = quality[name.lower()]
+            measured.append(Measurement(name, figure, quality["num_generated"], settings=settings, **data))
+    return measured
 
 
 def parse(argv: list[str]) -> EvaluateConfig:

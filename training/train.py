@@ -22,19 +22,21 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from huggingface_hub import ModelCard
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ddpm_pipeline import AlphaDDPMScheduler
-from ddpm_pipeline.hub import build_card, export
+from ddpm_pipeline.hub import PushError, build_card, export
 from ddpm_pipeline.objectives import min_snr_weights, per_image_loss, timestep_quantiles, timestep_sampler
 from train_checkpoint import CONFIG_FILE, find_checkpoint, load_checkpoint, prepare_output_folder, save_checkpoint
 from train_conditions import Conditions, build_conditions
 from train_config import ConfigError, TrainingConfig, parse_config
 from train_data import DataError, ImageData, load_images, to_model_range
 from train_model import build_model, objective_for
+from train_push import EXIT_STATUS, Pusher, is_hub_dataset, public, recipe_command
 from train_random import Stream, image_indices, noise_of, seeds, uniform
-from train_samples import draw, grid, save_picture
+from train_samples import draw, draw_process, grid, save_picture
 
 logger = logging.getLogger("train")
 
@@ -162,7 +164,10 @@ class MetricsLog:
 
 
 def train(config: TrainingConfig) -> Path:
-    """Run training as configured; the folder with what it left. Raises ConfigError or DataError before it starts."""
+    """Run training as configured; the folder with what it left.
+
+    Raises ConfigError or DataError before it starts, PushError where all is done but the last push.
+    """
     began = time.monotonic()
     default_tracker = None if config.report_to == "none" else config.report_to
     folder = Path(config.output_dir or default_output_dir(config.dataset))
@@ -178,6 +183,7 @@ def train(config: TrainingConfig) -> Path:
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             prepare_output_folder(folder, config)
+        pusher = Pusher(config, folder) if config.push_to_hub and accelerator.is_main_process else None
         data = load_images(
             config.dataset,
             dataset_config=config.dataset_config,
@@ -269,6 +275,14 @@ def train(config: TrainingConfig) -> Path:
         max_train_steps, config.batch_size, accelerator.device, accelerator.mixed_precision, torch.get_num_threads(),
     )  # fmt: skip
 
+    def save_model(target: Path, done: int) -> None:
+        """The pipeline, with its present weights, and its card."""
+        facts = training_facts(config, parameters, first_step, done, time.monotonic() - began, accelerator)
+        facts = conditions.facts() | facts
+        name, example = folder.resolve().name, conditions.example()
+        card = model_card(pipe, config, data, facts, target, name, accelerator.num_processes, example)
+        export(pipe, target, card)
+
     log = MetricsLog(accelerator, folder / "metrics.jsonl")
     progress = tqdm(
         total=max_train_steps,
@@ -326,28 +340,26 @@ def train(config: TrainingConfig) -> Path:
                     draw_grid(pipe, conditions, config, config.preview_images, config.preview_inference_steps, path)
             accelerator.wait_for_everyone()
             window_began = time.monotonic()
+        if pusher is not None and config.push_every and done % config.push_every == 0 and done < max_train_steps:
+            with averaged_weights(network, ema):
+                pusher.push_soon(done, lambda snapshot, done=done: save_model(snapshot, done))
+            window_began = time.monotonic()
         if config.checkpoint_every and (done % config.checkpoint_every == 0 or done == max_train_steps):
             save_checkpoint(accelerator, ema, folder, done, config.checkpoints_total_limit)
             window_began = time.monotonic()
     progress.close()
 
-    trained = time.monotonic() - began
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the samples are what the saved float32 weights draw
     if accelerator.is_main_process:
         with averaged_weights(network, ema):
             logger.info("drawing %d samples over %d steps", config.num_samples, len(scheduler))
             draw_grid(pipe, conditions, config, config.num_samples, None, folder / "samples.png")
-            export(pipe, folder)
-        card = build_card(
-            pipe,
-            name=folder.name,
-            dataset=data.name,
-            num_images=len(data),
-            training=conditions.facts() | training_facts(config, parameters, trained, accelerator),
-            example=conditions.example(),
-        )
-        (folder / "README.md").write_text(str(card))
+            condition, guidance = conditions.preview(4)[0], config.preview_guidance if config.condition_dropout else 1.0
+            save_picture(draw_process(pipe, config.seed, condition, guidance), folder / "process.png")
+            save_model(folder, max_train_steps)
         logger.info("done in %.0f s: the model, its card and samples.png are in %s", time.monotonic() - began, folder)
+        if pusher is not None:
+            logger.info("pushed: %s", pusher.finish())
     accelerator.end_training()
     return folder
 
@@ -376,20 +388,50 @@ def losses_of(
     )
 
 
-def training_facts(config: TrainingConfig, parameters: int, seconds: float, accelerator: Accelerator) -> dict[str, Any]:
+def model_card(
+    pipe: Any,
+    config: TrainingConfig,
+    data: ImageData,
+    facts: dict[str, Any],
+    target: Path,
+    name: str,
+    num_processes: int,
+    example: str,
+) -> ModelCard:
+    """The card of this run, with the pictures that lie in the folder that it is for."""
+    pictures = {"samples.png": "samples", "process.png": "from noise to images"}
+    return build_card(
+        pipe,
+        name=(config.hub_model_id or name).split("/")[-1],
+        repo_id=config.hub_model_id,
+        dataset=public(data.name),
+        num_images=len(data),
+        hub_dataset=config.dataset if is_hub_dataset(config) else None,
+        license=config.hub_license,
+        training=facts,
+        command=recipe_command(config, num_processes),
+        evaluation=[],
+        example=example,
+        pictures={file: caption for file, caption in pictures.items() if (target / file).is_file()},
+    )
+
+
+def training_facts(
+    config: TrainingConfig, parameters: int, first: int, done: int, seconds: float, accelerator: Accelerator
+) -> dict[str, Any]:
     """What the model card says of the run; no path and no name of a machine or person."""
     device = accelerator.device.type
     return {
         "parameters": f"{parameters / 1e6:.2f} M",
         "objective": config.objective,
-        "updates": config.max_train_steps,
+        "updates": done if done == config.max_train_steps else f"{done} of {config.max_train_steps} so far",
         "batch size": config.batch_size,
         "learning rate": f"{config.learning_rate} ({config.lr_scheduler}, {config.lr_warmup_steps} warm-up updates)",
         "moving average of weights": f"decay up to {config.ema_decay}" if config.ema_decay else "none",
         "precision": config.mixed_precision,
         "seed": config.seed,
         "hardware": f"{accelerator.num_processes} x {torch.cuda.get_device_name() if device == 'cuda' else device}",
-        "time": f"{seconds / 60:.1f} minutes",
+        "time" if first == 0 else f"time from update {first} on, where it was resumed": f"{seconds / 60:.1f} minutes",
         "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}",
     }
 
@@ -399,6 +441,9 @@ def main() -> None:
         train(parse_config(sys.argv[1:]))
     except (ConfigError, DataError) as error:
         sys.exit(f"error: {error}")
+    except PushError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_STATUS)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command with --resume latest goes on from the last checkpoint")
 

@@ -30,7 +30,7 @@ CONFIG_FILE = "training_config.yaml"  # its presence marks a folder as one of ou
 RUN_FILES = (
     CONFIG_FILE, "checkpoints", "samples", "samples.png", "train.log", "metrics.jsonl", "README.md", "model_index.json",
     "unet", "scheduler", "text_encoder", "tokenizer", "pipeline.py", "sampling_alpha_ddpm.py", "scheduling_alpha_ddpm.py",
-    "logs",
+    "stock_format.py", "process.png", ".push", "evaluation.json", "logs",
 )  # fmt: skip
 
 

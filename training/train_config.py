@@ -148,12 +148,20 @@ class TrainingConfig:
     num_samples: int = _option(64, "Images in the final samples.png, drawn over the full chain.")
     log_every: int = _option(50, "Updates between lines of the log.")
     report_to: str = _option("none", "Tracker: none, tensorboard or wandb.")
+    push_to_hub: bool = _option(False, "Push the model, its card and samples to the Hub.")
+    hub_model_id: str | None = _option(
+        None, "Repository to push to, owner/name; the output folder's name in your own account if not given."
+    )
+    hub_private: bool = _option(False, "Make the repository private, where it is made anew.")
+    hub_license: str | None = _option(None, "The model's licence for its card, as the Hub spells it (apache-2.0).")
+    push_every: int = _option(0, "Updates between pushes in the background during training; 0 pushes only at the end.")
+    push_logs: bool = _option(False, "Push metrics.jsonl as well.")
 
     def __post_init__(self) -> None:
         for name, low in {
             "batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "checkpoints_total_limit": 1,
             "log_every": 1, "preview_images": 1, "preview_inference_steps": 1, "num_samples": 1, "seed": 0,
-            "lr_warmup_steps": 0, "checkpoint_every": 0, "preview_every": 0, "dataloader_num_workers": 0,
+            "lr_warmup_steps": 0, "push_every": 0, "checkpoint_every": 0, "preview_every": 0, "dataloader_num_workers": 0,
         }.items():  # fmt: skip
             self._require(name, getattr(self, name) >= low, f"at least {low}")
         for name in ("resolution", "max_train_steps", "num_cpu_threads", "preprocessing_num_workers"):
@@ -192,6 +200,9 @@ class TrainingConfig:
             raise ConfigError(
                 f"--{given[0]} is of use with --condition text only, and this is --condition {self.condition}."
             )
+        if not self.push_to_hub and (self.push_every or self.hub_model_id):
+            flag = "push_every" if self.push_every else "hub_model_id"
+            raise ConfigError(f"--{flag} {getattr(self, flag)} has no effect without --push_to_hub; add it.")
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other: go on with the run, or start anew.")
 

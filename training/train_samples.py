@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 
-from ddpm_pipeline.pictures import grid, save_picture
+from ddpm_pipeline.pictures import grid, save_picture, strip
 from train_random import Stream, seeds
 
-__all__ = ["draw", "grid", "save_picture"]
+__all__ = ["draw", "draw_process", "grid", "save_picture"]
+
+PROCESS_ROWS, PROCESS_MOMENTS = 4, 10
+PROCESS_STEPS = 100  # a trajectory of more would only take memory
 
 
 @torch.no_grad()
@@ -42,3 +46,18 @@ def draw(
         drawn = pipe(generator=generators, num_inference_steps=steps, output_type="pt", **options)
         images.append(drawn.images.cpu())
     return torch.cat(images)
+
+
+@torch.no_grad()
+def draw_process(
+    pipe: Any, seed: int, condition: tuple[str, Sequence[Any]] | None = None, guidance_scale: float = 1.0
+) -> Image.Image:
+    """The reverse process as a strip: a few images, one a row, from noise to the result over PROCESS_STEPS steps."""
+    name, values = condition or ("batch_size", range(PROCESS_ROWS))
+    rows = min(PROCESS_ROWS, len(values))
+    options = {name: rows} if condition is None else {name: list(values[:rows]), "guidance_scale": guidance_scale}
+    image_seeds = seeds(seed, Stream.PREVIEW, 0, rows).tolist()
+    generators = [torch.Generator(pipe.device).manual_seed(image_seed) for image_seed in image_seeds]
+    steps = min(PROCESS_STEPS, pipe.scheduler.config.num_train_timesteps)
+    drawn = pipe(generator=generators, num_inference_steps=steps, output_type="pt", output_trajectory=True, **options)
+    return strip(drawn.trajectory, PROCESS_MOMENTS)

@@ -1,7 +1,7 @@
 """Images from noise by the reverse process of DDPM: the report's figure 3.3 as a diffusers pipeline.
 
 This file is also shipped inside model repositories, as `pipeline.py`, so that whoever trusts a repository can run it without
-the package. It imports nothing but diffusers, torch and its siblings, the scheduler and what all pipelines share.
+the package. It imports nothing but diffusers, torch and the siblings that are shipped with it.
 """
 
 import difflib
@@ -14,11 +14,12 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Condition, Generators, Guidance, Images
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler  # noqa: F401  the Hub's loader fetches what is imported here
+from .stock_format import StockFormatMixin
 
 ClassLabels = int | str | Sequence[int | str | None] | torch.Tensor
 
 
-class AlphaDDPMPipeline(AlphaDDPMSampling, DiffusionPipeline):
+class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
     """Image generation, unconditional or for class labels.
 
     Loads any repository of diffusers' `DDPMPipeline`; its `DDPMScheduler` becomes an `AlphaDDPMScheduler` of the same
@@ -32,6 +33,7 @@ class AlphaDDPMPipeline(AlphaDDPMSampling, DiffusionPipeline):
 
     model_cpu_offload_seq = "unet"
     _stock_class = "DDPMPipeline"
+    _shipped_modules = ("sampling_alpha_ddpm", "scheduling_alpha_ddpm", "stock_format")
 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler):
         super().__init__()

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Condition, Generators, Guidance, Images
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler  # noqa: F401  the Hub's loader fetches what is imported here
+from .stock_format import StockFormatMixin
 
 MAX_TOKENS = 77  # as IFPipeline pads, whatever the tokenizer
 SHOWN = 200  # characters of a cut prompt that the warning shows at most
@@ -40,7 +41,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str
     return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
 
 
-class AlphaDDPMTextToImagePipeline(AlphaDDPMSampling, DiffusionPipeline):
+class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
     """Text-to-image generation by a pixel-space DDPM.
 
     What it saves loads and runs with diffusers alone, as `IFPipeline`, if the scheduler's variance is learned.
@@ -55,7 +56,8 @@ class AlphaDDPMTextToImagePipeline(AlphaDDPMSampling, DiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->unet"
     _stock_class = "IFPipeline"
-    _stock_index = {  # noqa: RUF012
+    _shipped_modules = ("sampling_alpha_ddpm", "scheduling_alpha_ddpm", "stock_format")
+    _stock_components = {  # noqa: RUF012
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
         "watermarker": [None, None],

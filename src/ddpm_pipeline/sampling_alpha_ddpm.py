@@ -6,20 +6,16 @@ and its sibling, the scheduler, and defines no pipeline class, as the Hub's load
 """
 
 import inspect
-import json
 import math
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
@@ -111,8 +107,6 @@ class AlphaDDPMSampling:
     """Mixed into a `DiffusionPipeline` with a `unet` and a `scheduler`."""
 
     _callback_tensor_inputs: ClassVar = ["image", "pred_original_sample"]
-    _stock_class: ClassVar[str]  # named in what is saved
-    _stock_index: ClassVar[dict[str, Any]] = {}  # what that class's index holds beside our components
 
     @staticmethod
     def _own_scheduler(scheduler: Any) -> Any:
@@ -391,34 +385,6 @@ class AlphaDDPMSampling:
             return x
         array = x.cpu().permute(0, 2, 3, 1).float().numpy()
         return self.numpy_to_pil(array) if output_type == "pil" else array
-
-    # ---- saving: stock names for everyone, and this code beside them ----------------------------------
-
-    def to_json_string(self) -> str:
-        """`model_index.json` with the names of the stock classes."""
-        index = json.loads(super().to_json_string())
-        for private in ("_module", "_name_or_path"):  # the latter may be a local path
-            index.pop(private, None)
-        index |= {"_class_name": self._stock_class} | self._stock_index
-        if hasattr(self.scheduler, "p_mean_variance"):
-            index["scheduler"] = ["diffusers", "DDPMScheduler"]
-        if index.get("tokenizer") == [
-            "transformers",
-            "TokenizersBackend",
-        ]:  # its name before transformers 5, and an alias
-            index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
-        return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `model_index.json`, and this pipeline's code with the siblings it imports for those who load it with trust."""
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        code = inspect.getfile(type(self))
-        files = {Path(file).name: Path(file) for file in get_relative_import_files(code)} | {"pipeline.py": Path(code)}
-        for name, source in files.items():
-            target = Path(save_directory, name)
-            if source.resolve() != target.resolve():
-                shutil.copyfile(source, target)
-        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
 def _check_generators(generator: Any, count: int) -> None:

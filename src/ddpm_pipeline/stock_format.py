@@ -1,0 +1,285 @@
+"""Pipeline folders that load with diffusers alone, and carry our code for those who want it.
+
+A folder's `model_index.json` names stock classes; `pipeline.py` and the modules it imports lie beside it. Reading goes the
+other way: what a folder says is checked before anything is built from it.
+
+Mixed into the pipelines. Shipped inside model repositories too, so it imports nothing but diffusers, and no sibling.
+"""
+
+import importlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+
+LIBRARIES = ("diffusers", "transformers")  # where the components of a folder may come from without custom code
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
+CONFIG_FILES = ("config.json", "scheduler_config.json")
+MAX_CONFIG_BYTES = 32 * 2**20
+MAX_INTEGER = 2**24
+# Values that would hang or exhaust the memory long before they are compared with the weights; by a part of their name
+LIMITS = {"layers": 1_000, "sample_size": 16_384, "channels": 2**16, "groups": 2**16}
+
+PICKLE_REFUSED = (
+    "only safetensors weights are loaded and saved: a pickle (.bin, .pt, .ckpt) can run any code when it is opened. If you "
+    "trust the file, convert it once with diffusers: DDPMPipeline.from_pretrained(..., use_safetensors=False)"
+    ".save_pretrained(folder)"
+)
+
+
+class StockFormatMixin:
+    """Saving and loading for pipelines of this package; goes before `DiffusionPipeline` among the bases.
+
+    A pipeline says which stock class stands for it, which modules beside its own it imports, and what the stock class
+    wants in the index besides the components.
+    """
+
+    _stock_class: ClassVar[str]
+    _stock_components: ClassVar[dict[str, Any]] = {}
+    _shipped_modules: ClassVar[tuple[str, ...]]
+
+    # ---- saving ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def shipped_files(cls) -> dict[str, Path]:
+        """The code that goes into a repository, by the name it has there."""
+        owner = next(base for base in cls.__mro__ if "_shipped_modules" in vars(base))  # not a user's subclass
+        source = Path(inspect.getfile(owner))
+        return {"pipeline.py": source} | {f"{name}.py": source.with_name(f"{name}.py") for name in cls._shipped_modules}
+
+    def to_json_string(self) -> str:
+        """`model_index.json` with the names of the stock classes."""
+        index = json.loads(super().to_json_string())
+        for private in ("_module", "_name_or_path"):  # the latter may be a local path
+            index.pop(private, None)
+        index |= {"_class_name": self._stock_class, **self._stock_components}
+        if hasattr(self.scheduler, "p_mean_variance"):
+            index["scheduler"] = ["diffusers", "DDPMScheduler"]
+        if index.get("tokenizer") == ["transformers", "TokenizersBackend"]:
+            index["tokenizer"] = [
+                "transformers",
+                "PreTrainedTokenizerFast",
+            ]  # its name before transformers 5, and an alias
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `model_index.json`, which diffusers does last of all, with the code of this pipeline beside it."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        for name, source in self.shipped_files().items():
+            target = Path(save_directory, name)
+            if source.resolve() != target.resolve():
+                shutil.copyfile(source, target)
+        _forget_paths(Path(save_directory))
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write the pipeline as a folder that loads with diffusers alone; with `push_to_hub`, to the Hub as well.
+
+        Raises ValueError for `safe_serialization=False`.
+        """
+        if not safe_serialization:
+            raise ValueError(f"safe_serialization=False: {PICKLE_REFUSED}")
+        hub_options = {
+            name: kwargs.pop(name)
+            for name in ("repo_id", "private", "token", "commit_message", "create_pr")
+            if name in kwargs
+        }
+        super().save_pretrained(str(save_directory), True, variant, max_shard_size, **kwargs)
+        if push_to_hub:
+            repo_id = hub_options.pop("repo_id", None) or Path(save_directory).resolve().name
+            self.push_to_hub(repo_id, variant=variant, **hub_options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> str:
+        """Push the pipeline; where the package is installed, with a model card that spares what was edited by hand.
+
+        Code that was itself loaded from the Hub, without the package, pushes as diffusers does: an existing card is
+        kept, a missing one becomes diffusers' template.
+        """
+        options = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
+        if not safe_serialization:
+            raise ValueError(f"safe_serialization=False: {PICKLE_REFUSED}")
+        try:
+            hub = importlib.import_module("ddpm_pipeline.hub")
+        except ModuleNotFoundError:
+            hub = None
+        if subfolder is not None or hub is None:
+            return super().push_to_hub(repo_id, variant=variant, subfolder=subfolder, **options)
+        return hub.push_pipeline(self, repo_id, variant=variant, **options)
+
+    # ---- loading --------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """diffusers' `from_pretrained`, from safetensors only.
+
+        Raises ValueError for a config that cannot be meant, OSError where there are no safetensors weights.
+        """
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError(f"use_safetensors={kwargs['use_safetensors']!r}: {PICKLE_REFUSED}")
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            if "safetensors" not in str(error):
+                raise
+            raise OSError(f"{pretrained_model_name_or_path} cannot be loaded: {PICKLE_REFUSED}. ({error})") from error
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """The index; the one of a folder only after all configs in it were found to be sound."""
+        if os.path.isdir(pretrained_model_name_or_path):
+            check_folder(pretrained_model_name_or_path)
+        return super().load_config(pretrained_model_name_or_path, **kwargs)
+
+
+# ---- what is written carries no trace of where it was made ----------------------------------------
+
+
+def _forget_paths(folder: Path) -> None:
+    """Drop the places that components remember having been loaded from; they may be local paths."""
+    for path in [*folder.glob("*/config.json"), *folder.glob("*/tokenizer_config.json")]:
+        config = json.loads(path.read_text("utf-8"))
+        if config.keys() & {"_name_or_path", "name_or_path"}:
+            config.pop("_name_or_path", None)
+            config.pop("name_or_path", None)
+            path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+
+
+# ---- what is read is checked before anything is built from it -------------------------------------
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """Raise ValueError where the index or a config of a pipeline folder is malformed, of wrong types, or absurd."""
+    folder = Path(folder)
+    index_path = folder / "model_index.json"
+    if not index_path.is_file():
+        return  # diffusers says what is missing
+    index = read_json(index_path)
+    for name, value in index.items():
+        if name.startswith("_") or not isinstance(value, list):
+            continue
+        _check_component(index_path, folder, name, value)
+        if value[0] is None:
+            continue
+        # early repositories have the files of their components at the top
+        place = folder / name if (folder / name).is_dir() else folder
+        for config_file in CONFIG_FILES:
+            if (place / config_file).is_file():
+                _check_config(place / config_file, value)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A config file's object. Raises ValueError where it is too large, not JSON, holds NaN, or is no object."""
+    size = path.stat().st_size
+    if size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} is {size} bytes large; configs are read up to {MAX_CONFIG_BYTES}.")
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds {constant}, which is no JSON number")
+
+    try:
+        content = json.loads(path.read_text("utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a valid config: {error}. Download or save it anew.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
+    return content
+
+
+def _check_component(index_path: Path, folder: Path, name: str, value: list) -> None:
+    if not re.fullmatch(r"[A-Za-z]\w*", name):
+        raise ValueError(f"{index_path} has a component called {name!r}; names are letters, digits and underscores.")
+    strings = len(value) == 2 and all(entry is None or isinstance(entry, str) for entry in value)
+    if not strings or (value[0] is None) != (value[1] is None):
+        raise ValueError(f"{index_path}: {name} must be [library, class], not {value!r}.")
+    if value[0] is None or value[0] in LIBRARIES:
+        return
+    # custom code, which diffusers runs only if it is trusted
+    if not (re.fullmatch(r"\w+", value[0]) and (folder / name / f"{value[0]}.py").is_file()):
+        raise ValueError(f"{index_path}: {name} comes from {value[0]!r}; known libraries are {', '.join(LIBRARIES)}.")
+
+
+def _check_config(path: Path, component: list[str]) -> None:
+    config = read_json(path)
+    if path.name == "scheduler_config.json":
+        # stock schedulers build their tables before ours sees the config
+        _check_limit(path, "num_train_timesteps", config.get("num_train_timesteps"), 100_000)
+        return
+    for name, value in _leaves(config):
+        limits = [limit for part, limit in LIMITS.items() if part in name]
+        _check_limit(path, name, value, min(limits, default=MAX_INTEGER))
+    model = getattr(diffusers, component[1], None) if component[0] == "diffusers" else None
+    if model is not None:
+        for name, parameter in inspect.signature(model.__init__).parameters.items():
+            if name in config and not _fits(config[name], parameter.annotation):
+                raise ValueError(
+                    f"{path}: {name}={config[name]!r} has the wrong type; {component[1]} takes {_words(parameter)}."
+                )
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value) of all in a config that is no container; of a list its length and its items, under its name."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _leaves(entry, str(key))
+    elif isinstance(value, list):
+        yield name, len(value)
+        for entry in value:
+            yield from _leaves(entry, name)
+    else:
+        yield name, value
+
+
+def _check_limit(path: Path, name: str, value: Any, limit: int) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and not (math.isfinite(value) and abs(value) <= limit):
+        raise ValueError(f"{path}: {name}={value!r} is outside what can be meant: at most {limit}.")
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a JSON value can be meant by an annotation, such as `int | tuple[int, ...] | None`; True if unsure."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return any(_fits(value, choice) for choice in typing.get_args(annotation))
+    if annotation in (None, type(None)):
+        return value is None
+    if annotation is bool:
+        return isinstance(value, bool)
+    if annotation in (int, float):
+        return isinstance(value, int if annotation is int else int | float) and not isinstance(value, bool)
+    if annotation is str:
+        return isinstance(value, str)
+    if annotation in (list, tuple) or typing.get_origin(annotation) in (list, tuple):
+        items = [argument for argument in typing.get_args(annotation) if argument is not Ellipsis]
+        return isinstance(value, list) and all(any(_fits(entry, item) for item in items or [Any]) for entry in value)
+    return True
+
+
+def _words(parameter: inspect.Parameter) -> str:
+    annotation = parameter.annotation
+    return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)

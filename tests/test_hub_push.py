@@ -1,0 +1,433 @@
+"""Pushing: one commit with what belongs into it, cards that keep what was edited, and a Hub that fails in every way."""
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+import hub_server
+import train_push
+from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline import hub as package_hub
+from ddpm_pipeline.hub import Measurement, PushError, build_card, export, push, record_evaluation, refresh_card
+from hub_fixtures import client, environment, hub  # noqa: F401
+from train_config import ConfigError, TrainingConfig
+from train_push import Pusher, public, recipe_command
+
+
+@pytest.fixture(scope="module")
+def pipe() -> AlphaDDPMPipeline:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(4, 8), norm_num_groups=2,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    return AlphaDDPMPipeline(unet, AlphaDDPMScheduler(20, beta_schedule="squaredcos_cap_v2"))
+
+
+FIGURES = [
+    Measurement(
+        "bits/dim", 2.345678, 1797, "digits", standard_error=0.01, settings={"steps": 1000, "form": "exact KLs"}
+    ),
+    Measurement("FID", 1.5, 1797, "digits", settings={"steps": 100, "scheduler": "AlphaDDPMScheduler"}),
+]
+TRAINING = {"updates": 7, "seed": 0, "hardware": "1 x cpu"}
+
+
+def card_of(pipe: AlphaDDPMPipeline, **options) -> ModelCard:
+    given = {
+        "name": "ddpm",
+        "dataset": "digits",
+        "num_images": 1797,
+        "training": TRAINING,
+        "command": "accelerate launch x",
+    }
+    return build_card(pipe, **given | options)
+
+
+@pytest.fixture
+def folder(pipe: AlphaDDPMPipeline, tmp_path: Path) -> Path:
+    """A finished run's folder, with what does not belong on the Hub beside the model."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "samples.png").write_bytes(b"\x89PNG\0")
+    export(pipe, folder, card_of(pipe, pictures={"samples.png": "samples"}, license="apache-2.0"))
+    for name in (
+        "checkpoints/step-1/optimizer.bin",
+        "logs/events",
+        "train.log",
+        "metrics.jsonl",
+        "training_config.yaml",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("private\n")
+    return folder
+
+
+MODEL_FILES = {
+    "README.md", "model_index.json", "pipeline.py", "scheduling_alpha_ddpm.py", "stock_format.py", "samples.png",
+    "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", ".gitattributes",
+}  # fmt: skip
+
+
+# ---- what is pushed -------------------------------------------------------------------------------
+
+
+def test_push_is_one_commit_of_model_card_and_pictures(hub, client: HfApi, folder: Path) -> None:
+    address = push(folder, "org/plain", api=client, commit_message="Here it is")
+    assert hub.files("org/plain") == MODEL_FILES
+    assert hub.titles("org/plain") == ["Here it is", "initial commit"]
+    assert address.startswith(f"{hub.url}/org/plain/commit/")
+    assert not hub.repos["models", "org/plain"]["private"]
+
+
+def test_further_files_are_pushed_where_asked_for(hub, client: HfApi, folder: Path) -> None:
+    push(folder, "org/logs", api=client, private=True, include=["metrics.jsonl"])
+    assert hub.files("org/logs") == {*MODEL_FILES, "metrics.jsonl"}
+    assert hub.repos["models", "org/logs"]["private"]
+
+
+def test_second_push_without_a_change_makes_no_commit(hub, client: HfApi, folder: Path) -> None:
+    first = push(folder, "org/twice", api=client)
+    assert push(folder, "org/twice", api=client) == first
+    assert len(hub.titles("org/twice")) == 2
+
+
+def test_push_refuses_what_must_not_leave(client: HfApi, folder: Path, tmp_path: Path) -> None:
+    (folder / "unet" / "weights.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"weights\.bin is a pickle"):
+        push(folder, "org/refused", api=client)
+    (folder / "unet" / "weights.bin").unlink()
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    (folder / "unet" / "link.json").symlink_to(secret)
+    with pytest.raises(ValueError, match="link to a file outside"):
+        push(folder, "org/refused", api=client)
+    (folder / "unet" / "link.json").unlink()
+    (folder / "unet" / ".env").write_text("")
+    with pytest.raises(ValueError, match="hidden"):
+        push(folder, "org/refused", api=client)
+    (folder / "unet" / ".env").unlink()
+    with pytest.raises(ValueError, match="no pipeline folder"):
+        push(tmp_path, "org/refused", api=client)
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "\nhf_" + "a" * 34)
+    with pytest.raises(ValueError, match="token"):
+        push(folder, "org/refused", api=client)
+
+
+# ---- the card -------------------------------------------------------------------------------------
+
+
+def test_card_says_what_is_known_and_passes_the_hub_s_validation(hub, client: HfApi, pipe, monkeypatch) -> None:
+    card = card_of(
+        pipe, evaluation=FIGURES, license="apache-2.0", hub_dataset="org/digits", pictures={"samples.png": "grid"}
+    )
+    text = str(card)
+    for known in ("1,797 images of `digits`", "![grid](samples.png)", "| updates | 7 |", "accelerate launch x", "apache-2.0",
+                  "8x8", "squaredcos_cap_v2", "| bits/dim | 2.346 ± 0.01 | 1,797 |", "steps 1000", "fixed_small"):  # fmt: skip
+        assert known in text, known
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    card.validate()
+    again = ModelCard(text)
+    assert again.data.library_name == "diffusers" and again.data.pipeline_tag == "unconditional-image-generation"
+    assert again.data.datasets == ["org/digits"] and again.data.license == "apache-2.0"
+    results = again.data.eval_results
+    assert [(one.metric_name, one.metric_value) for one in results] == [("bits/dim", 2.345678), ("FID", 1.5)]
+    assert results[0].metric_args == {"num_images": 1797, "steps": 1000, "form": "exact KLs"}
+    assert model_index_to_eval_results(again.data.to_dict()["model-index"])[0] == "ddpm"
+
+
+def test_card_without_facts_invents_none(pipe) -> None:
+    text = str(build_card(pipe, name="ddpm"))
+    assert "trained from scratch" not in text and "Not measured" not in text and "![" not in text
+    assert "eval_results" not in text and "model-index" not in text and "license" not in text
+    assert "None" not in text.replace("Nonetheless", "")
+
+
+def test_card_of_a_class_model_says_which_call_draws(pipe) -> None:
+    index = json.loads(pipe.to_json_string())
+    unet = {**pipe.unet.config, "num_class_embeds": 11}
+    text = str(package_hub._card(index, unet, pipe.scheduler.config, name="c", repo_id="org/c"))
+    assert "class_labels=[0]" in text and "cannot be told a class" in text and "image = pipe().images[0]" not in text
+    text_index = {**index, "text_encoder": ["transformers", "CLIPTextModel"]}
+    text = str(package_hub._card(text_index, pipe.unet.config, pipe.scheduler.config, name="t", repo_id="org/t"))
+    assert "AlphaDDPMTextToImagePipeline" in text and "pipeline_tag: text-to-image" in text
+
+
+def test_card_with_a_token_or_a_local_path_is_refused(pipe) -> None:
+    with pytest.raises(ValueError, match="token"):
+        card_of(pipe, command="train --token hf_" + "x" * 30)
+    with pytest.raises(ValueError, match="local path"):
+        card_of(pipe, training={"data": str(Path.home() / "pictures")})
+
+
+EDITED = """---
+license: mit  # chosen by hand
+tags:
+- mine
+---
+
+# My title
+
+My introduction, with `<!-- a comment -->`.
+
+<!-- ddpm-pipeline: summary -->
+old
+<!-- /ddpm-pipeline: summary -->
+
+<!-- ddpm-pipeline: evaluation -->
+<!-- /ddpm-pipeline: evaluation -->
+
+My last words.\r
+"""
+
+
+def test_edited_card_keeps_every_character_outside_our_sections(pipe) -> None:
+    refreshed = refresh_card(EDITED, card_of(pipe))
+    before, after = EDITED.split("\nold\n")
+    assert refreshed.startswith(before) and refreshed.endswith(after)
+    assert "8x8" in refreshed and "AlphaDDPMPipeline" not in refreshed, "a section that was removed stays so"
+    assert refresh_card("# Mine alone\n", card_of(pipe)) == "# Mine alone\n"
+    torn = EDITED.replace("<!-- /ddpm-pipeline: summary -->", "")
+    assert refresh_card(torn, card_of(pipe)) == torn
+
+
+def test_evaluation_replaces_ours_and_keeps_theirs(pipe) -> None:
+    theirs = EvalResult("t", "d", "D", "fid", 3.0, source_name="somebody", source_url="https://example.org")
+    data = ModelCardData(model_name="m", eval_results=[theirs, Measurement("KID", 9.0, 10, "old").as_eval_result()])
+    existing = EDITED.replace("license: mit  # chosen by hand\ntags:\n- mine", data.to_yaml())
+    refreshed = refresh_card(existing, card_of(pipe, evaluation=FIGURES))
+    results = ModelCard(refreshed).data.eval_results
+    assert sorted(one.metric_value for one in results) == [1.5, 2.345678, 3.0]
+    assert "| FID | 1.5 | 1,797 |" in refreshed
+    reset = refresh_card(refreshed, card_of(pipe, evaluation=[]))  # trained further: the figures are of other weights
+    assert [one.metric_value for one in ModelCard(reset).data.eval_results] == [3.0]
+    assert "Not measured yet." in reset
+
+
+def test_evaluation_goes_into_a_folder_and_on_to_an_edited_card(hub, client: HfApi, folder: Path) -> None:
+    push(folder, "org/evaluated", api=client)
+    edited = hub.read("org/evaluated", "README.md").decode().replace("# ddpm", "# A better title")
+    hub.write("org/evaluated", {"README.md": edited.encode()})
+    record_evaluation(folder, FIGURES)
+    push(folder, "org/evaluated", api=client)
+    card = ModelCard(hub.read("org/evaluated", "README.md").decode())
+    assert "# A better title" in card.text and "| FID | 1.5 |" in card.text and "| updates | 7 |" in card.text
+    assert len(card.data.eval_results) == 2 and card.data.license == "apache-2.0"
+    assert 'from_pretrained("org/evaluated")' in card.text
+
+
+def test_blank_form_of_diffusers_is_replaced_and_a_filled_one_is_not(pipe) -> None:
+    sentence = (
+        "This is the model card of a 🧨 diffusers pipeline that has been pushed on the Hub. This model card has been "
+        "automatically generated."
+    )
+    blank = str(ModelCard.from_template(ModelCardData(library_name="diffusers"), model_description=sentence))
+    assert "AlphaDDPMPipeline" in refresh_card(blank, card_of(pipe))
+    filled = blank.replace("[More Information Needed]", "Me", 1)
+    assert refresh_card(filled, card_of(pipe)) == filled
+
+
+# ---- a Hub that fails -----------------------------------------------------------------------------
+
+COMMIT, LFS, PREUPLOAD = r"/commit/main", r"/_lfs/[0-9a-f]{64}$", "/preupload/"
+FAULTS = {
+    "500 at the commit": ("POST", COMMIT, {"status": 500, "times": 2}),
+    "503 at the listing": ("POST", PREUPLOAD, {"status": 503, "times": 1}),
+    "500 at making the repository": ("POST", "/api/repos/create", {"status": 500}),
+    "401": ("POST", COMMIT, {"status": 401, "times": 2}),
+    "403": ("POST", PREUPLOAD, {"status": 403}),
+    "409 at the commit": ("POST", COMMIT, {"status": 409, "times": 2}),
+    "412 at the commit": ("POST", COMMIT, {"status": 412, "times": 2}),
+    "400 of the upload": ("PUT", LFS, {"status": 400}),
+    "connection dropped in the middle of the upload": ("PUT", LFS, {"drop": True}),
+    "connection dropped at the commit": ("POST", COMMIT, {"drop": True, "times": 2}),
+    "answer to the commit lost": ("POST", COMMIT, {"lose_answer": True}),
+    "timeout at the commit": ("POST", COMMIT, {"stall": 3.0, "status": 500}),
+    "timeout of the upload": ("PUT", LFS, {"stall": 3.0, "drop": True}),
+}
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that waits a second for an answer, not ten, and starts its own retries at once."""
+    from huggingface_hub.utils import _http, close_session, set_client_factory
+
+    original = _http.default_client_factory
+
+    def factory():
+        session = original()
+        session.timeout = 1.0
+        return session
+
+    set_client_factory(factory)
+    real_sleep = time.sleep
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: real_sleep(min(seconds, 0.05)))
+    yield
+    set_client_factory(original)
+    close_session()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_push_gets_through_in_the_end(hub, client: HfApi, folder: Path, impatient, fault: str) -> None:
+    method, path, how = FAULTS[fault]
+    hub.fail(method, path, **how)
+    repo_id = f"org/{fault.replace(' ', '-')}"
+    if method == "PUT":  # contents that no test before has uploaded
+        (folder / "samples.png").write_bytes(b"\x89PNG\0" + fault.encode() * 10_000)
+    push(folder, repo_id, api=client, attempts=5, first_wait=0.01)
+    assert all(fault.times == 0 for fault in hub.faults), "the fault did not happen"
+    assert hub.files(repo_id) == MODEL_FILES
+    for name in ("unet/diffusion_pytorch_model.safetensors", "samples.png", "model_index.json"):
+        assert hub.read(repo_id, name) == (folder / name).read_bytes()
+
+
+def test_push_that_never_gets_through_names_the_command(hub, client: HfApi, folder: Path) -> None:
+    fault = hub.fail("POST", COMMIT, status=500, times=100)
+    with pytest.raises(PushError, match=r"HTTP 500: Internal Server Error") as error:
+        push(folder, "org/never", api=client, private=True, attempts=3, first_wait=0.01)
+    assert 100 - fault.times == 3
+    assert f"python -m ddpm_pipeline.hub push {folder} org/never --private" in str(error.value)
+    assert "README.md" not in hub.files("org/never"), "a commit is whole or not there"
+
+
+def test_edit_made_while_pushing_is_kept(hub, client: HfApi, folder: Path) -> None:
+    """Somebody edits the card between our reading it and our commit: the Hub answers 412, and we pour into theirs."""
+    push(folder, "org/race", api=client)
+    edit = hub.read("org/race", "README.md").decode().replace("# ddpm", "# Edited meanwhile")
+    (folder / "samples.png").write_bytes(b"\x89PNG\0 newer")
+    create_commit = client.create_commit
+    edits = [edit]
+
+    def late_commit(*args, **kwargs):
+        if edits:
+            hub.write("org/race", {"README.md": edits.pop().encode()})
+        return create_commit(*args, **kwargs)
+
+    client.create_commit = late_commit
+    push(folder, "org/race", api=client, first_wait=0.01)
+    assert "# Edited meanwhile" in hub.read("org/race", "README.md").decode()
+    assert hub.read("org/race", "samples.png") == b"\x89PNG\0 newer"
+    assert ("POST", "/api/models/org/race/commit/main") in hub.requests
+
+
+# ---- during training ------------------------------------------------------------------------------
+
+
+def config_for(repo_id: str | None, **options) -> TrainingConfig:
+    return TrainingConfig(push_to_hub=True, hub_model_id=repo_id, **options)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    real_push = package_hub.push
+    monkeypatch.setattr(train_push, "push", lambda *args, **kwargs: real_push(*args, first_wait=0.01, **kwargs))
+
+
+def test_repository_and_rights_are_there_before_training(hub, client: HfApi, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    pusher = Pusher(config_for("org/new", hub_private=True), tmp_path / "run", client)
+    assert pusher.repo_id == "org/new" and hub.repos["models", "org/new"]["private"]
+    assert Pusher(config_for(None), tmp_path / "ddpm-cats", client).repo_id == "tester/ddpm-cats"
+    for token, repo_id, words in (
+        (None, "org/x", "run `hf auth login`, or set HF_TOKEN"),
+        ("hf_unknown", "org/x", "does not accept the token"),
+        (hub_server.READ_TOKEN, "org/new", "no right to write"),
+        (hub_server.READ_TOKEN, "org/x", "no right to write"),
+        (hub_server.OTHER_TOKEN, "org/x", "no right to write"),
+        (hub_server.WRITE_TOKEN, "org/../x", "no name of a repository"),
+        (hub_server.WRITE_TOKEN, "a/b/c", "no name of a repository"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Pusher(config_for(repo_id), tmp_path / "run", HfApi(endpoint=hub.url, token=token))
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        Pusher(config_for("org/x"), tmp_path / "run", HfApi(endpoint="http://127.0.0.1:9", token="hf_write"))
+    with pytest.raises(ConfigError, match="push_every 5 has no effect without --push_to_hub"):
+        TrainingConfig(push_every=5)
+
+
+def test_pushes_go_one_at_a_time_and_never_block(hub, client: HfApi, pipe, tmp_path: Path, quick) -> None:
+    folder = tmp_path / "run"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "samples" / "step-00000001.png").write_bytes(b"\x89PNG\0 preview")
+    pusher = Pusher(config_for("org/going"), folder, client)
+    hub.fail("POST", COMMIT, stall=1.5)
+
+    def save(snapshot: Path) -> None:
+        export(pipe, snapshot, card_of(pipe, training={"updates": next(updates)}))
+
+    updates = itertools.count(1)
+    assert pusher.push_soon(1, save)
+    began = time.monotonic()
+    assert not pusher.push_soon(2, save) and not pusher.push_soon(3, save)
+    assert time.monotonic() - began < 0.2 and pusher.busy
+    pusher._under_way.result()
+    assert hub.titles("org/going")[0] == "Training in progress, step 1"
+    assert hub.files("org/going") == MODEL_FILES and hub.read("org/going", "samples.png") == b"\x89PNG\0 preview"
+    assert pusher.push_soon(4, save)
+    save(folder)
+    pusher.finish()
+    assert hub.titles("org/going")[:2] == ["Training done", "Training in progress, step 4"]
+    assert not (folder / ".push").exists()
+
+
+def test_failing_pushes_are_reported_once_and_the_last_one_catches_up(
+    hub,
+    client: HfApi,
+    pipe,
+    tmp_path: Path,
+    quick,
+    caplog,
+) -> None:
+    folder = tmp_path / "run"
+    pusher = Pusher(config_for("org/failing"), folder, client)
+    hub.fail("POST", COMMIT, status=500, times=9)
+    save = lambda snapshot: export(pipe, snapshot, card_of(pipe))  # noqa: E731
+    for step in (1, 2, 3):
+        assert pusher.push_soon(step, save)
+        pusher._under_way.exception()
+    export(pipe, folder, card_of(pipe))
+    pusher.finish()
+    reports = [record for record in caplog.records if "failed" in record.getMessage()]
+    assert len(reports) == 1 and "HTTP 500" in reports[0].getMessage() and "Training goes on" in reports[0].getMessage()
+    assert hub.titles("org/failing") == ["Training done", "initial commit"]
+
+
+def test_command_in_the_card_names_the_recipe_and_no_place() -> None:
+    config = TrainingConfig(
+        dataset="/home/somebody/cats", output_dir="/scratch/x", learning_rate=2e-4, random_flip=True, push_to_hub=True,
+        hub_model_id="org/x", resolution=64,
+    )  # fmt: skip
+    command = "accelerate launch --num_processes 2 training/train.py --dataset cats --resolution 64 --random_flip True"
+    assert recipe_command(config, 2) == f"{command} --learning_rate 0.0002"
+    assert recipe_command(TrainingConfig()) == "accelerate launch training/train.py --dataset digits"
+    assert [public(value) for value in ("data/*.parquet", "~/x/faces", "org/name", "cosine")] == [
+        "*.parquet", "faces", "org/name", "cosine",
+    ]  # fmt: skip
+
+
+def test_command_line_pushes_a_folder(hub, folder: Path, tmp_path: Path) -> None:
+    def run(*words: str, token: str | None = hub_server.WRITE_TOKEN) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "ddpm_pipeline.hub", *words]
+        env = environment(hub, tmp_path / "home", token)
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+
+    done = run(
+        "push", str(folder), "org/by-command", "--private", "--include", "metrics.jsonl", "--message", "From here"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(hub.url) and hub.titles("org/by-command")[0] == "From here"
+    assert hub.files("org/by-command") == {*MODEL_FILES, "metrics.jsonl"}
+    refused = run("push", str(folder), "org/by-command", "--attempts", "1", token=hub_server.READ_TOKEN)
+    assert refused.returncode == 1 and refused.stderr.startswith("error: ") and "HTTP 403" in refused.stderr
+    assert "Traceback" not in refused.stderr

@@ -1,0 +1,157 @@
+"""train.py with --push_to_hub, from a data set on the Hub, against a Hub that fails: real runs in one fresh process."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from huggingface_hub import HfApi, ModelCard
+from safetensors.numpy import load_file
+
+import hub_server
+from hub_fixtures import environment, hub, run_checks  # noqa: F401
+
+RUNS = """
+import contextlib, io, os, sys
+from pathlib import Path
+
+ARGUMENTS = [
+    "--model", os.environ["UNET"], "--num_train_timesteps", "8", "--beta_schedule", "squaredcos_cap_v2", "--batch_size", "8",
+    "--max_train_steps", "6", "--preview_every", "2", "--preview_images", "2", "--preview_inference_steps", "2",
+    "--num_samples", "4", "--log_every", "3", "--checkpoint_every", "0", "--num_cpu_threads", "1", "--lr_warmup_steps", "1",
+    "--dataset", "org/pictures", "--seed", "3",
+]
+SNAPSHOTS = []
+
+def run(output, *arguments, token=os.environ["WRITE"]):
+    import train, train_push
+    import ddpm_pipeline.hub as package_hub
+    os.environ.pop("HF_TOKEN", None)
+    if token:
+        os.environ["HF_TOKEN"] = token
+    quick = lambda *a, **k: package_hub.push(*a, first_wait=0.01, **k)
+    train_push.push = quick
+    sys.argv = ["train.py", *ARGUMENTS, "--output_dir", output, *arguments]
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        try:
+            train.main()
+        except SystemExit as end:
+            return (end.code, errors.getvalue())
+    return (0, errors.getvalue())
+
+def check_data_set_is_pushed():
+    import numpy as np
+    from datasets import ClassLabel, Dataset, Features, Image
+    images = np.random.default_rng(0).integers(0, 255, (24, 8, 8), dtype=np.uint8)
+    from PIL import Image as Picture
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    rows = {"image": [Picture.fromarray(image) for image in images], "label": [i % 2 for i in range(24)]}
+    os.environ["HF_TOKEN"] = os.environ["WRITE"]
+    Dataset.from_dict(rows, features=features).push_to_hub("org/pictures")
+    np.save("pictures.npy", images)
+
+def check_data_set_from_the_hub_is_read_as_it_was():
+    import numpy as np
+    from train_data import load_images
+    data = load_images("org/pictures")
+    assert (data.resolution, data.channels, data.class_names, data.name) == (8, 1, ["a", "b"], "org/pictures")
+    assert (data.pixels(range(24)).numpy()[:, 0] == np.load("pictures.npy")).all()
+
+def check_missing_token_ends_the_run_before_it_starts():
+    code, _ = run("none", "--push_to_hub", "--hub_model_id", "org/none", token=None)
+    assert "hf auth login" in str(code), code
+    code, _ = run("none", "--push_to_hub", "--hub_model_id", "org/none", "--overwrite", token=os.environ["READ"])
+    assert "no right to write" in str(code), code
+    assert not Path("none", "training_config.yaml").exists()
+
+def check_run_without_a_hub():
+    code, errors = run("quiet")
+    assert code == 0, errors
+
+def check_run_that_pushes():
+    code, errors = run("pushed", "--push_to_hub", "--hub_model_id", "org/trained", "--push_every", "2", "--hub_private",
+                       "--hub_license", "apache-2.0")
+    assert code == 0, (code, errors)
+    assert errors.count("pushing to org/trained failed") == 1, errors
+
+def check_run_whose_last_push_fails():
+    code, errors = run("stranded", "--push_to_hub", "--hub_model_id", "org/stranded")
+    assert code == 3, (code, errors)
+    assert "python -m ddpm_pipeline.hub push stranded org/stranded" in errors and "Traceback" not in errors, errors
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = tmp_path_factory.mktemp("runs")
+    unet = {
+        "layers_per_block": 1, "block_out_channels": [4, 8], "norm_num_groups": 2,
+        "down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    }  # fmt: skip
+    (folder / "unet.json").write_text(json.dumps(unet))
+    hub.fail("POST", "/models/org/trained/commit/", status=500, times=3)  # all attempts of the first push
+    hub.fail("POST", "/models/org/stranded/commit/", status=500, times=1000)
+    env = environment(
+        hub, folder / "home", UNET=str(folder / "unet.json"), WRITE=hub_server.WRITE_TOKEN, READ=hub_server.READ_TOKEN,
+        CUDA_VISIBLE_DEVICES="",
+    )  # fmt: skip
+    outcome = run_checks(RUNS, env, folder)
+    hub.heal()
+    return {**outcome, "folder": folder}
+
+
+CHECKS = [line[4:].split("(")[0] for line in RUNS.splitlines() if line.startswith("def check_")]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_run(runs: dict, check: str) -> None:
+    assert runs[check] == "passed", runs[check]
+
+
+def test_pushing_changes_nothing_in_the_training(runs: dict) -> None:
+    def weights(run: str) -> dict[str, np.ndarray]:
+        return load_file(runs["folder"] / run / "unet" / "diffusion_pytorch_model.safetensors")
+
+    quiet = weights("quiet")
+    for run in ("pushed", "stranded"):
+        for name, tensor in weights(run).items():
+            assert np.array_equal(tensor, quiet[name]), (run, name)
+        assert (runs["folder"] / run / "samples.png").read_bytes() == (
+            runs["folder"] / "quiet" / "samples.png"
+        ).read_bytes()
+
+
+def test_pushed_run_is_on_the_hub_with_its_card(hub: hub_server.Hub, runs: dict) -> None:
+    assert hub.titles("org/trained")[0] == "Training done" and hub.repos["models", "org/trained"]["private"]
+    files = hub.files("org/trained")
+    assert {"samples.png", "process.png", "README.md", "unet/diffusion_pytorch_model.safetensors"} <= files
+    assert not any(
+        "checkpoint" in name or "optimizer" in name or name.endswith((".jsonl", ".log", ".yaml")) for name in files
+    )
+    folder = runs["folder"] / "pushed"
+    for name in ("unet/diffusion_pytorch_model.safetensors", "samples.png", "process.png"):
+        assert hub.read("org/trained", name) == (folder / name).read_bytes()
+    assert not (folder / ".push").exists()
+    text = hub.read("org/trained", "README.md").decode()
+    for known in ("org/trained", "24 images of `org/pictures`", "| updates | 6 |", "| seed | 3 |", "--dataset org/pictures",
+                  "--num_train_timesteps 8", "Not measured yet.", "![samples](samples.png)", "process.png"):  # fmt: skip
+        assert known in text, known
+    for private in (str(runs["folder"]), "/home", hub_server.WRITE_TOKEN, "output_dir", "/tmp"):
+        assert private not in text, private
+    card = ModelCard(text)
+    assert (
+        card.data.license == "apache-2.0" and card.data.datasets == ["org/pictures"] and card.data.eval_results is None
+    )
+
+
+def test_printed_command_pushes_the_finished_run(hub: hub_server.Hub, runs: dict) -> None:
+    assert runs["check_run_whose_last_push_fails"] == "passed"
+    assert "model_index.json" not in hub.files("org/stranded")
+    command = [sys.executable, "-m", "ddpm_pipeline.hub", "push", "stranded", "org/stranded"]
+    env = environment(hub, runs["folder"] / "home", hub_server.WRITE_TOKEN)
+    done = subprocess.run(command, env=env, cwd=runs["folder"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert {"samples.png", "model_index.json", "README.md"} <= hub.files("org/stranded")
+    assert HfApi(endpoint=hub.url).model_info("org/stranded").sha
