@@ -139,9 +139,9 @@ class Measurement:
     standard_error: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)  # steps, scheduler, feature extractor, seed, ...
 
-    def as_eval_result(self) -> EvalResult:
+    def as_eval_result(self, task_type: str = "unconditional-image-generation") -> EvalResult:
         return EvalResult(
-            task_type="unconditional-image-generation",
+            task_type=task_type,
             task_name="Image generation",
             dataset_type=self.dataset,
             dataset_name=self.dataset,
@@ -250,7 +250,7 @@ def _card(
         tags=tags,
         license=license,
         datasets=[hub_dataset] if hub_dataset else None,
-        **_evaluation_metadata(name, evaluation),
+        **_evaluation_metadata(name, kind.pipeline_tag, evaluation),
     )
     channels = unet.get("in_channels", 3)
     colours = {1: "grey", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels}-channel")
@@ -297,10 +297,10 @@ def _diffusion(schedule: Mapping[str, Any]) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _evaluation_metadata(name: str, evaluation: Sequence[Measurement] | None) -> dict[str, Any]:
+def _evaluation_metadata(name: str, task: str, evaluation: Sequence[Measurement] | None) -> dict[str, Any]:
     if not evaluation:
         return {}
-    return {"model_name": name, "eval_results": [measurement.as_eval_result() for measurement in evaluation]}
+    return {"model_name": name, "eval_results": [measurement.as_eval_result(task) for measurement in evaluation]}
 
 
 def _evaluation_text(evaluation: Sequence[Measurement] | None) -> str:

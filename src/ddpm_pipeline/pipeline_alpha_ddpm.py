@@ -33,6 +33,7 @@ class AlphaDDPMPipeline(StockFormatMixin, DiffusionPipeline):
 
     model_cpu_offload_seq = "unet"
     _stock_class = "DDPMPipeline"
+    _scheduler_class = AlphaDDPMScheduler
     _shipped_modules = ("scheduling_alpha_ddpm", "stock_format")
     _callback_tensor_inputs: ClassVar = ["image", "pred_original_sample"]
 
