@@ -162,15 +162,15 @@ class _Kind:
     our_class: str
     pipeline_tag: str
     what: str
-    our_call: str
+    our_call: str  # {all} and {some} stand for numbers of steps
     plain_call: str = ""
     plain_note: str = ""
 
 
 KINDS = {
     "unconditional": _Kind(
-        "AlphaDDPMPipeline", "unconditional-image-generation", "", "image = pipe(num_inference_steps=100).images[0]",
-        plain_call="image = pipe().images[0]",
+        "AlphaDDPMPipeline", "unconditional-image-generation", "", "image = pipe(num_inference_steps={some}).images[0]",
+        plain_call="image = pipe(num_inference_steps={all}).images[0]",
     ),
     "class": _Kind(
         "AlphaDDPMPipeline", "unconditional-image-generation", "class-conditional ",
@@ -258,7 +258,9 @@ def _card(
     width, height = size if isinstance(size, list | tuple) else (size, size)
     resolution = f"{colours} {width}x{height}"
     source = f", trained from scratch on {num_images:,} images of `{dataset}`" if dataset and num_images else ""
-    facts = {} if training is None else {"diffusion": _diffusion(schedule), **training}
+    total = schedule.get("num_train_timesteps", 1000)
+    steps = {"all": total, "some": min(100, total)}  # DDPMPipeline takes 1000 by default, however many there are
+    facts = dict(training or {})
     if training is not None and license:
         facts["licence"] = license
     table = ["| | |", "|---|---|", *(f"| {fact} | {value} |" for fact, value in facts.items())]
@@ -273,9 +275,9 @@ def _card(
         ),
         pictures=dict(pictures or {}),
         plain_note=kind.plain_note,
-        plain_call=kind.plain_call,
+        plain_call=kind.plain_call.format(**steps),
         our_class=kind.our_class,
-        our_call=kind.our_call,
+        our_call=kind.our_call.format(**steps),
         training_table="\n".join(table) if training else "",
         command=command or "",
         evaluation=_evaluation_text(evaluation),
