@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -121,6 +122,24 @@ def test_push_refuses_what_must_not_leave(client: HfApi, folder: Path, tmp_path:
     (folder / "README.md").write_text((folder / "README.md").read_text() + "\nhf_" + "a" * 34)
     with pytest.raises(ValueError, match="token"):
         push(folder, "org/refused", api=client)
+
+
+def test_format_follows_what_the_pipeline_class_says(pipe, tmp_path: Path) -> None:
+    """As for a text model, whose stock class wants null components and an option in the index."""
+
+    class OtherPipeline(AlphaDDPMPipeline):
+        _stock_class = "IFPipeline"
+        _stock_components: ClassVar = {"safety_checker": [None, None], "requires_safety_checker": False}
+
+    OtherPipeline(pipe.unet, pipe.scheduler).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "IFPipeline" and index["safety_checker"] == [None, None]
+    assert index["requires_safety_checker"] is False and index["scheduler"] == ["diffusers", "DDPMScheduler"]
+    package = Path(package_hub.__file__).parent
+    for name, source in OtherPipeline.shipped_files().items():
+        assert source.parent == package and (tmp_path / name).read_bytes() == source.read_bytes()
+    again = OtherPipeline.from_pretrained(tmp_path)
+    assert isinstance(again, OtherPipeline) and type(again.scheduler) is AlphaDDPMScheduler
 
 
 # ---- the card -------------------------------------------------------------------------------------
