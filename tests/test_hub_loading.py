@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import hub_server
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
-from ddpm_pipeline.hub import export, push
+from ddpm_pipeline.hub import build_card, export, push
 from hub_fixtures import environment, hub, run_checks  # noqa: F401
 
 STEPS = 20
@@ -90,7 +90,7 @@ def published(hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> 
         pipe = AlphaDDPMPipeline(tiny_unet(), scheduler())
         pipe.set_progress_bar_config(disable=True)
         expected = {"ddpm": images(pipe)}
-        export(pipe, folder / "ddpm")
+        export(pipe, folder / "ddpm", build_card(pipe, name="ddpm"))
         pipe.save_pretrained(folder / "ddpm", variant="fp16")
         push(folder / "ddpm", "org/ddpm", api=api)
         api.create_tag("org/ddpm", tag="v1")
@@ -330,6 +330,17 @@ def check_push_to_hub_of_a_pipeline():
     pipe.save_pretrained("saved-and-pushed", push_to_hub=True, repo_id="org/pushed-too")
     same(AlphaDDPMPipeline.from_pretrained("org/pushed-too"), "own")
     assert not Path("saved-and-pushed", "README.md").exists()
+
+def check_examples_of_the_card_run():
+    import re
+    from huggingface_hub import hf_hub_download
+    text = Path(hf_hub_download("org/ddpm", "README.md")).read_text()
+    examples = re.findall(r"```python\\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 3
+    for example in examples:
+        names = {}
+        exec(example, names)
+        assert names["image"].size == (8, 8)
 
 def check_stock_pipeline_pushed_then_ours():
     DDPMPipeline.from_pretrained("org/own").push_to_hub("org/by-stock")

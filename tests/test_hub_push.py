@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -123,6 +124,24 @@ def test_push_refuses_what_must_not_leave(client: HfApi, folder: Path, tmp_path:
         push(folder, "org/refused", api=client)
 
 
+def test_format_follows_what_the_pipeline_class_says(pipe, tmp_path: Path) -> None:
+    """As for a text model, whose stock class wants null components and an option in the index."""
+
+    class OtherPipeline(AlphaDDPMPipeline):
+        _stock_class = "IFPipeline"
+        _stock_components: ClassVar = {"safety_checker": [None, None], "requires_safety_checker": False}
+
+    OtherPipeline(pipe.unet, pipe.scheduler).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "IFPipeline" and index["safety_checker"] == [None, None]
+    assert index["requires_safety_checker"] is False and index["scheduler"] == ["diffusers", "DDPMScheduler"]
+    package = Path(package_hub.__file__).parent
+    for name, source in OtherPipeline.shipped_files().items():
+        assert source.parent == package and (tmp_path / name).read_bytes() == source.read_bytes()
+    again = OtherPipeline.from_pretrained(tmp_path)
+    assert isinstance(again, OtherPipeline) and type(again.scheduler) is AlphaDDPMScheduler
+
+
 # ---- the card -------------------------------------------------------------------------------------
 
 
@@ -156,7 +175,7 @@ def test_card_of_a_class_model_says_which_call_draws(pipe) -> None:
     index = json.loads(pipe.to_json_string())
     unet = {**pipe.unet.config, "num_class_embeds": 11}
     text = str(package_hub._card(index, unet, pipe.scheduler.config, name="c", repo_id="org/c"))
-    assert "class_labels=[0]" in text and "cannot be told a class" in text and "image = pipe().images[0]" not in text
+    assert "class_labels=[0]" in text and "cannot be told a class" in text and "num_inference_steps" not in text
     text_index = {**index, "text_encoder": ["transformers", "CLIPTextModel"]}
     text = str(package_hub._card(text_index, pipe.unet.config, pipe.scheduler.config, name="t", repo_id="org/t"))
     assert "AlphaDDPMTextToImagePipeline" in text and "pipeline_tag: text-to-image" in text

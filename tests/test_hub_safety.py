@@ -149,4 +149,4 @@ def test_blow_up_is_impossible_in_little_memory(tmp_path: Path, sound: dict[str,
     source = str(Path(__file__).parent.parent / "src")
     env = {"PYTHONPATH": source, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=env)
-    assert done.returncode == 1 and "num_train_timesteps=1000000000000 is outside what can be meant" in done.stderr
+    assert done.returncode == 1 and "num_train_timesteps=1000000000000" in done.stderr

@@ -139,9 +139,9 @@ class Measurement:
     standard_error: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)  # steps, scheduler, feature extractor, seed, ...
 
-    def as_eval_result(self) -> EvalResult:
+    def as_eval_result(self, task_type: str = "unconditional-image-generation") -> EvalResult:
         return EvalResult(
-            task_type="unconditional-image-generation",
+            task_type=task_type,
             task_name="Image generation",
             dataset_type=self.dataset,
             dataset_name=self.dataset,
@@ -162,25 +162,21 @@ class _Kind:
     our_class: str
     pipeline_tag: str
     what: str
-    our_call: str
-    plain_call: str = ""
+    example: str  # arguments of a call
     plain_note: str = ""
+    plain_draws: bool = True  # whether the stock class can be called
 
 
 KINDS = {
-    "unconditional": _Kind(
-        "AlphaDDPMPipeline", "unconditional-image-generation", "", "image = pipe(num_inference_steps=100).images[0]",
-        plain_call="image = pipe().images[0]",
-    ),
+    "unconditional": _Kind("AlphaDDPMPipeline", "unconditional-image-generation", "", ""),
     "class": _Kind(
         "AlphaDDPMPipeline", "unconditional-image-generation", "class-conditional ",
-        "image = pipe(class_labels=[0], guidance_scale=2.0).images[0]",
-        plain_note=" it loads, but cannot be told a class, so it cannot draw",
+        "class_labels=[0], guidance_scale=2.0",
+        plain_note=" it loads, but cannot be told a class, so it cannot draw", plain_draws=False,
     ),
     "text": _Kind(
         "AlphaDDPMTextToImagePipeline", "text-to-image", "text-conditional ",
-        'image = pipe("what it should show", guidance_scale=2.0).images[0]',
-        plain_call='image = pipe("what it should show", guidance_scale=2.0).images[0]',
+        '"what it should show", guidance_scale=2.0',
     ),
 }  # fmt: skip
 
@@ -253,7 +249,7 @@ def _card(
         tags=tags,
         license=license,
         datasets=[hub_dataset] if hub_dataset else None,
-        **_evaluation_metadata(name, evaluation),
+        **_evaluation_metadata(name, kind.pipeline_tag, evaluation),
     )
     channels = unet.get("in_channels", 3)
     colours = {1: "grey", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels}-channel")
@@ -261,7 +257,8 @@ def _card(
     width, height = size if isinstance(size, list | tuple) else (size, size)
     resolution = f"{colours} {width}x{height}"
     source = f", trained from scratch on {num_images:,} images of `{dataset}`" if dataset and num_images else ""
-    facts = {} if training is None else {"diffusion": _diffusion(schedule), **training}
+    total = schedule.get("num_train_timesteps", 1000)
+    facts = dict(training or {})
     if training is not None and license:
         facts["licence"] = license
     table = ["| | |", "|---|---|", *(f"| {fact} | {value} |" for fact, value in facts.items())]
@@ -276,9 +273,10 @@ def _card(
         ),
         pictures=dict(pictures or {}),
         plain_note=kind.plain_note,
-        plain_call=f"image = pipe({example}).images[0]" if example and kind.plain_call else kind.plain_call,
+        # DDPMPipeline takes 1000 steps by default, however many there are
+        plain_call=_example_call(example or kind.example, total) if kind.plain_draws else "",
         our_class=kind.our_class,
-        our_call=f"image = pipe({example}, num_inference_steps=100).images[0]" if example else kind.our_call,
+        our_call=_example_call(example or kind.example, min(100, total)),
         training_table="\n".join(table) if training else "",
         command=command or "",
         evaluation=_evaluation_text(evaluation),
@@ -286,6 +284,11 @@ def _card(
     )
     _check_private(str(card))
     return card
+
+
+def _example_call(arguments: str, steps: int) -> str:
+    arguments = ", ".join(filter(None, (arguments, f"num_inference_steps={steps}")))
+    return f"image = pipe({arguments}).images[0]"
 
 
 def _diffusion(schedule: Mapping[str, Any]) -> str:
@@ -300,10 +303,10 @@ def _diffusion(schedule: Mapping[str, Any]) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _evaluation_metadata(name: str, evaluation: Sequence[Measurement] | None) -> dict[str, Any]:
+def _evaluation_metadata(name: str, task: str, evaluation: Sequence[Measurement] | None) -> dict[str, Any]:
     if not evaluation:
         return {}
-    return {"model_name": name, "eval_results": [measurement.as_eval_result() for measurement in evaluation]}
+    return {"model_name": name, "eval_results": [measurement.as_eval_result(task) for measurement in evaluation]}
 
 
 def _evaluation_text(evaluation: Sequence[Measurement] | None) -> str:

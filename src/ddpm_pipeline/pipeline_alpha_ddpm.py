@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Condition, Generators, Guidance, Images
-from .scheduling_alpha_ddpm import AlphaDDPMScheduler  # noqa: F401  the Hub's loader fetches what is imported here
+from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
 
 ClassLabels = int | str | Sequence[int | str | None] | torch.Tensor
@@ -33,6 +33,7 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
 
     model_cpu_offload_seq = "unet"
     _stock_class = "DDPMPipeline"
+    _scheduler_class = AlphaDDPMScheduler
     _shipped_modules = ("sampling_alpha_ddpm", "scheduling_alpha_ddpm", "stock_format")
 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler):

@@ -16,7 +16,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Condition, Generators, Guidance, Images
-from .scheduling_alpha_ddpm import AlphaDDPMScheduler  # noqa: F401  the Hub's loader fetches what is imported here
+from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
 
 MAX_TOKENS = 77  # as IFPipeline pads, whatever the tokenizer
@@ -56,6 +56,7 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
 
     model_cpu_offload_seq = "text_encoder->unet"
     _stock_class = "IFPipeline"
+    _scheduler_class = AlphaDDPMScheduler
     _shipped_modules = ("sampling_alpha_ddpm", "scheduling_alpha_ddpm", "stock_format")
     _stock_components = {  # noqa: RUF012
         "safety_checker": [None, None],

@@ -418,7 +418,9 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         own = config_dict.get(_OWN_KEY) or {}
         if not isinstance(own, dict):
-            raise ValueError(f"the scheduler config has {_OWN_KEY}={own!r}; it must be a dict of {_OWN_SETTINGS}.")
+            raise ValueError(
+                f"{_OWN_KEY}={own!r} in the scheduler config must be an object; remove it or save it anew."
+            )
         own = dict(own)
         own |= {key: config_dict[key] for key in _OWN_SETTINGS if key in config_dict}
         own |= {key: kwargs.pop(key) for key in _OWN_SETTINGS if key in kwargs}

@@ -15,6 +15,7 @@ import re
 import shutil
 import types
 import typing
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,12 +23,10 @@ from typing import Any, ClassVar
 import diffusers
 
 LIBRARIES = ("diffusers", "transformers")  # where the components of a folder may come from without custom code
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
-CONFIG_FILES = ("config.json", "scheduler_config.json")
 MAX_CONFIG_BYTES = 32 * 2**20
 MAX_INTEGER = 2**24
 # Values that would hang or exhaust the memory long before they are compared with the weights; by a part of their name
-LIMITS = {"layers": 1_000, "sample_size": 16_384, "channels": 2**16, "groups": 2**16}
+LIMITS = {"num_train_timesteps": 100_000, "layers": 1_000, "sample_size": 16_384, "channels": 2**16, "groups": 2**16}
 
 PICKLE_REFUSED = (
     "only safetensors weights are loaded and saved: a pickle (.bin, .pt, .ckpt) can run any code when it is opened. If you "
@@ -39,11 +38,12 @@ PICKLE_REFUSED = (
 class StockFormatMixin:
     """Saving and loading for pipelines of this package; goes before `DiffusionPipeline` among the bases.
 
-    A pipeline says which stock class stands for it, which modules beside its own it imports, and what the stock class
-    wants in the index besides the components.
+    A pipeline says which stock class stands for it, which of our schedulers takes the place of stock's, which modules
+    beside its own it imports, and what the stock class wants in the index besides the components.
     """
 
     _stock_class: ClassVar[str]
+    _scheduler_class: ClassVar[type]
     _stock_components: ClassVar[dict[str, Any]] = {}
     _shipped_modules: ClassVar[tuple[str, ...]]
 
@@ -154,7 +154,7 @@ class StockFormatMixin:
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """The index; the one of a folder only after all configs in it were found to be sound."""
         if os.path.isdir(pretrained_model_name_or_path):
-            check_folder(pretrained_model_name_or_path)
+            check_folder(pretrained_model_name_or_path, cls._scheduler_class)
         return super().load_config(pretrained_model_name_or_path, **kwargs)
 
 
@@ -174,24 +174,29 @@ def _forget_paths(folder: Path) -> None:
 # ---- what is read is checked before anything is built from it -------------------------------------
 
 
-def check_folder(folder: str | os.PathLike) -> None:
-    """Raise ValueError where the index or a config of a pipeline folder is malformed, of wrong types, or absurd."""
+def check_folder(folder: str | os.PathLike, scheduler_class: type | None = None) -> None:
+    """Raise ValueError where the index or a config of a pipeline folder is malformed, of wrong types, or absurd.
+
+    A `DDPMScheduler` is one if `scheduler_class` takes its config.
+    """
     folder = Path(folder)
     index_path = folder / "model_index.json"
     if not index_path.is_file():
         return  # diffusers says what is missing
     index = read_json(index_path)
     for name, value in index.items():
-        if name.startswith("_") or not isinstance(value, list):
-            continue
+        if name.startswith("_") or not isinstance(value, list | str | dict):
+            continue  # an option of the pipeline, not a component
         _check_component(index_path, folder, name, value)
         if value[0] is None:
             continue
         # early repositories have the files of their components at the top
         place = folder / name if (folder / name).is_dir() else folder
-        for config_file in CONFIG_FILES:
-            if (place / config_file).is_file():
-                _check_config(place / config_file, value)
+        config_file = place / ("scheduler_config.json" if name == "scheduler" else "config.json")
+        if config_file.is_file():
+            _check_config(config_file, value)
+            if scheduler_class is not None and value == ["diffusers", "DDPMScheduler"]:
+                _check_scheduler(config_file, scheduler_class)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -212,10 +217,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_component(index_path: Path, folder: Path, name: str, value: list) -> None:
+def _check_component(index_path: Path, folder: Path, name: str, value: Any) -> None:
     if not re.fullmatch(r"[A-Za-z]\w*", name):
         raise ValueError(f"{index_path} has a component called {name!r}; names are letters, digits and underscores.")
-    strings = len(value) == 2 and all(entry is None or isinstance(entry, str) for entry in value)
+    strings = (
+        isinstance(value, list) and len(value) == 2 and all(entry is None or isinstance(entry, str) for entry in value)
+    )
     if not strings or (value[0] is None) != (value[1] is None):
         raise ValueError(f"{index_path}: {name} must be [library, class], not {value!r}.")
     if value[0] is None or value[0] in LIBRARIES:
@@ -227,10 +234,6 @@ def _check_component(index_path: Path, folder: Path, name: str, value: list) -> 
 
 def _check_config(path: Path, component: list[str]) -> None:
     config = read_json(path)
-    if path.name == "scheduler_config.json":
-        # stock schedulers build their tables before ours sees the config
-        _check_limit(path, "num_train_timesteps", config.get("num_train_timesteps"), 100_000)
-        return
     for name, value in _leaves(config):
         limits = [limit for part, limit in LIMITS.items() if part in name]
         _check_limit(path, name, value, min(limits, default=MAX_INTEGER))
@@ -241,6 +244,15 @@ def _check_config(path: Path, component: list[str]) -> None:
                 raise ValueError(
                     f"{path}: {name}={config[name]!r} has the wrong type; {component[1]} takes {_words(parameter)}."
                 )
+
+
+def _check_scheduler(path: Path, scheduler_class: type) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what there is to warn of comes when the scheduler is made
+            scheduler_class.from_config(read_json(path))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
