@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ddpm_pipeline.pictures import grid, save_picture
+from ddpm_pipeline.pictures import GAP, grid, save_picture
 from train_random import Stream, seeds
 
-__all__ = ["draw", "grid", "save_picture"]
+__all__ = ["GAP", "draw", "grid", "save_picture"]
 
 
 @torch.no_grad()
