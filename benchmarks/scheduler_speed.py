@@ -43,8 +43,9 @@ MIN_ROUNDS = 25
 
 
 def step_call(cls: type, variance_type: str, shape: tuple[int, ...]) -> Callable[[], object]:
-    """One reverse step in the middle of the full chain, with a host timestep, a generator, and nothing else."""
+    """One reverse step in the middle of the full chain, as sampling does it: after `set_timesteps`, with a host timestep."""
     scheduler = cls(variance_type=variance_type)
+    scheduler.set_timesteps(1000)
     batch, channels, height, width = shape
     output_channels = channels * (2 if variance_type == "learned_range" else 1)
     output = torch.randn(batch, output_channels, height, width, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)

@@ -1,11 +1,13 @@
 """What must hold between the scheduler's formulas, whatever its numbers: Bayes, composition, inverses, telescoping."""
 
+import copy
 import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 
 from ddpm_pipeline.scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES, VARIANCE_TYPES, AlphaDDPMScheduler, Moments
 
@@ -492,3 +494,21 @@ def test_from_alphas_takes_the_constants_of_the_report():
         kept = scheduler.forward_mean_variance(torch.ones(1, 1, 1, 1, dtype=torch.float64), 299).mean
         assert kept.item() ** 2 == pytest.approx(0.95, rel=1e-14)
         assert scheduler.config.trained_betas == (1 - alphas).tolist()
+
+
+def test_step_output_is_diffusers_own_in_every_use():
+    sample, output = torch.randn(1, 1, 2, 2), torch.randn(1, 1, 2, 2)
+    step = AlphaDDPMScheduler().step(output, 500, sample, generator=torch.Generator().manual_seed(0))
+    assert isinstance(step, DDPMSchedulerOutput)
+    assert list(step.keys()) == ["prev_sample", "pred_original_sample"]
+    assert step["prev_sample"] is step.prev_sample is step[0] is step.to_tuple()[0]
+    assert copy.deepcopy(step).pred_original_sample.equal(step[1])
+    leaves, structure = torch.utils._pytree.tree_flatten(step)
+    assert len(leaves) == 2 and torch.utils._pytree.tree_unflatten(leaves, structure)[0] is step.prev_sample
+
+
+def test_clipping_leaves_the_networks_output_alone():
+    scheduler = AlphaDDPMScheduler(prediction_type="sample")
+    output = torch.full((1, 1, 2, 2), 3.0)
+    scheduler.step(output, 500, torch.zeros(1, 1, 2, 2))
+    assert (output == 3).all()

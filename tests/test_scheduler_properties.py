@@ -22,7 +22,7 @@ from ddpm_pipeline.scheduling_alpha_ddpm import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:the forward process ends")
 
-QUICK = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 # ---- configurations -------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ import math
 import operator
 import reprlib
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -79,6 +80,16 @@ class ReverseMoments(Moments):
     """Moments of p_θ(x_s | x_t) and the x_0 they rest on, clipped as the scheduler's config says."""
 
     pred_original_sample: torch.Tensor
+
+
+class StepOutput(DDPMSchedulerOutput):
+    """diffusers' output of `step`, filled in directly: its own constructor takes a tenth of a step's time."""
+
+    def __init__(self, prev_sample: torch.Tensor, pred_original_sample: torch.Tensor):
+        attributes = vars(self)
+        for name, value in (("prev_sample", prev_sample), ("pred_original_sample", pred_original_sample)):
+            OrderedDict.__setitem__(self, name, value)
+            attributes[name] = value
 
 
 # ---- α tables: everything is derived from log α_t in float64 --------------------------------------
@@ -717,7 +728,10 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
     def _clip(self, x_0: torch.Tensor) -> torch.Tensor:
         if self._thresholding:
             return self._dynamic_threshold(x_0)
-        return x_0 if self._clip_range is None else x_0.clamp(-self._clip_range, self._clip_range)
+        if self._clip_range is None:
+            return x_0
+        clamp = x_0.clamp if self._prediction_type == "sample" else x_0.clamp_  # the network's output is not ours
+        return clamp(-self._clip_range, self._clip_range)
 
     def _dynamic_threshold(self, x_0: torch.Tensor) -> torch.Tensor:
         """Clip to a quantile of |x_0|, an image at a time, and scale back to [-1, 1] (Saharia et al. 2022, §2.3)."""
@@ -804,7 +818,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
             x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
         if not return_dict:
             return x_s, x_0
-        return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0)
+        return StepOutput(x_s, x_0)
 
     @staticmethod
     def _noise_like(
