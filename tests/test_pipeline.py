@@ -218,7 +218,7 @@ def test_steps_are_by_default_all_that_the_model_was_trained_on():
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": True}, "batch_size=True"),
         ({"output_type": "jpg"}, "pil, np, pt"),
-        ({"batch_size": 2, "generator": [torch.Generator()]}, "1 generators for batch_size=2"),
+        ({"batch_size": 2, "generator": [torch.Generator()]}, "1 generators for 2 images"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"num_inference_steps": 1001}, "from 1 to 1000"),
         ({"callback_on_step_end_tensor_inputs": ["latents"]}, "latents"),

@@ -61,8 +61,8 @@ def finished(options, tmp_path_factory) -> Path:
 def test_what_a_run_leaves(finished):
     present = {path.name for path in finished.iterdir()}
     assert present == {
-        "model_index.json", "unet", "scheduler", "pipeline.py", "scheduling_alpha_ddpm.py", "README.md", "samples.png",
-        "samples", "training_config.yaml", "train.log", "metrics.jsonl", "checkpoints",
+        "model_index.json", "unet", "scheduler", "pipeline.py", "sampling_alpha_ddpm.py", "scheduling_alpha_ddpm.py",
+        "README.md", "samples.png", "samples", "training_config.yaml", "train.log", "metrics.jsonl", "checkpoints",
     }  # fmt: skip
     assert [path.name for path in sorted((finished / "samples").iterdir())] == [
         "step-00000004.png",

@@ -16,6 +16,7 @@ from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline
 from ddpm_pipeline.pipeline_alpha_ddpm_text import prepare_prompt, tokenize
 from train import train
 from train_conditions import (
+    CAPTIONS,
     Captions,
     ClassConditions,
     Templates,
@@ -93,7 +94,7 @@ def test_labels_without_a_class_are_refused(tmp_path):
 
 def test_captions_name_their_class_and_never_use_a_held_out_wording(digits):
     captions = Captions(config(caption_templates=DIGIT_CAPTIONS, word_dropout=0.3, batch_size=1797), digits)
-    names = yaml.safe_load((CONFIGS / DIGIT_CAPTIONS).read_text())["names"]
+    names = yaml.safe_load((CAPTIONS / DIGIT_CAPTIONS).read_text())["names"]
     labels = digits.column("label", range(1797)).tolist()
     drawn = [captions.draw(range(1797), step, slice(None)) for step in range(12)]
     for batch in drawn:

@@ -100,7 +100,7 @@ def test_every_recipe_is_valid(recipe):
         (["--channels", "2"], "1, 3 or 4"),
         (["--mixed_precision", "int8"], "no, bf16, fp16"),
         (["--lr_scheduler", "cosin"], "cosine"),
-        (["--variance_type", "learned_range"], "learned"),
+        (["--variance_type", "learned"], "learned_range"),
         (["--resume", "latest", "--overwrite"], "exclude"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--adam_beta1", "1"], "below 1"),

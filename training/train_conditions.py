@@ -5,7 +5,6 @@ In the loop a condition is drawn with each image (`draw`, on the CPU, in the dat
 Imports diffusers, tokenizers, torch, transformers and the package. Called by train.py and train_model.py.
 """
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -31,11 +30,11 @@ from transformers import (
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline, describe_conditions
 from ddpm_pipeline.pipeline_alpha_ddpm_text import MAX_TOKENS, prepare_prompt, tokenize
-from train_config import CONFIGS, ConfigError, TrainingConfig
+from train_config import ConfigError, TrainingConfig
 from train_data import ImageData
 from train_random import Stream, seeds, uniform
 
-logger = logging.getLogger(__name__)
+CAPTIONS = Path(__file__).parent / "captions"  # where a file of wordings is looked for that is not found as named
 
 SMALL = "small"  # the text encoder that is trained from scratch with the UNet
 SMALL_ENCODER = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -167,7 +166,7 @@ def read_templates(config: TrainingConfig, class_names: Sequence[str]) -> Templa
     if config.caption_templates is None:
         return Templates(DEFAULT_TEMPLATES, [[name] for name in class_names])
     path = Path(config.caption_templates)
-    path = path if path.exists() or path.is_absolute() else CONFIGS / path
+    path = path if path.exists() or path.is_absolute() else CAPTIONS / path
     option = f"--caption_templates {path}"
     try:
         content = yaml.safe_load(path.read_text("utf-8"))

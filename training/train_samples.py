@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ddpm_pipeline.pictures import grid, save_picture, strip
+from ddpm_pipeline.pictures import GAP, grid, save_picture, strip
 from train_random import Stream, seeds
 
-__all__ = ["draw", "draw_process", "grid", "save_picture"]
+__all__ = ["GAP", "draw", "draw_process", "grid", "save_picture"]
 
 PROCESS_ROWS, PROCESS_MOMENTS = 4, 10
 PROCESS_STEPS = 100  # a trajectory of more would only take memory
