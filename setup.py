@@ -10,15 +10,16 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "src/ddpm_pipeline/__ini
 
 TRAIN = [
     "accelerate>=1.0",
-    "datasets>=3.0",
+    "datasets>=4.0",
     "transformers>=5.0",
     "scikit-learn>=1.3",
     "pyyaml>=6.0",
     "tqdm>=4.66",
+    "psutil>=5.9",
 ]
 EVAL = [*TRAIN, "torchmetrics>=1.6", "scipy>=1.11", "matplotlib>=3.8"]
 INCEPTION = ["torchmetrics[image]>=1.6"]  # torchvision and torch-fidelity, for published FIDs
-TEST = [*EVAL, "pytest>=8.0", "hypothesis>=6.100", "mpmath>=1.3", "tensorboard>=2.16", "ruff>=0.6"]
+TEST = [*EVAL, "pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "mpmath>=1.3", "tensorboard>=2.16", "ruff>=0.6"]
 
 setup(
     name="ddpm-pipeline",
@@ -38,7 +39,7 @@ setup(
         "huggingface-hub>=0.34",
         "safetensors>=0.4",
         "numpy>=1.26",
-        "pillow>=10.0",
+        "pillow>=10.1",
     ],
     extras_require={
         "train": TRAIN,

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -103,7 +105,8 @@ def fit_digits_classifier(seed: int = 0) -> DigitsClassifier:
     """
     images, labels = load_digits_images()
     fitted, held_out = _split(len(images), seed)
-    with torch.random.fork_rng(devices=[]):  # initial weights and dropout draw from the global generator
+    # initial weights, batches and dropout draw from the global generator
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         classifier = DigitsClassifier()
         _fit(classifier, images[fitted], labels[fitted])
@@ -112,6 +115,17 @@ def fit_digits_classifier(seed: int = 0) -> DigitsClassifier:
     classifier.held_out_accuracy = (predicted == labels[held_out]).double().mean().item()
     classifier.held_out_top_probability = top_probability.double().mean().item()
     return classifier
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch use one thread: sums in one order whatever the core count; work this small loses little."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _split(num_images: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,7 @@ from tqdm.auto import tqdm
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
 from ddpm_pipeline.hub import build_card, export
 from ddpm_pipeline.objectives import min_snr_weights, per_image_loss, timestep_quantiles, timestep_sampler
-from train_checkpoint import CONFIG_FILE, load_checkpoint, prepare_output_folder, save_checkpoint
+from train_checkpoint import CONFIG_FILE, find_checkpoint, load_checkpoint, prepare_output_folder, save_checkpoint
 from train_config import ConfigError, TrainingConfig, parse_config
 from train_data import DataError, ImageData, load_images, to_model_range
 from train_model import build_model, objective_for
@@ -70,6 +71,12 @@ class MicroBatches(Dataset):
         }
 
 
+def default_output_dir(dataset: str) -> str:
+    """ddpm-NAME, from the last part of a data set's name or path."""
+    name = re.sub(r"[^\w-]+", "-", Path(dataset.rstrip("/")).stem).strip("-")
+    return f"ddpm-{name or 'model'}"
+
+
 def share_out_batch(config: TrainingConfig, world_size: int) -> None:
     """Raise ConfigError where the batch cannot be split evenly."""
     parts = world_size * config.gradient_accumulation_steps
@@ -87,6 +94,11 @@ def use_all_cores(config: TrainingConfig, accelerator: Accelerator) -> None:
         cores = min(available, psutil.cpu_count(logical=False) or available)
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         torch.set_num_threads(config.num_cpu_threads or max(1, cores // local_processes))
+
+
+def seed_dropout(seed: int, step: int, accelerator: Accelerator) -> None:
+    """Dropout draws from torch's global generator; make that a function of (seed, step, process) too."""
+    torch.manual_seed(int(seeds(seed, Stream.DROPOUT, step, accelerator.num_processes)[accelerator.process_index]))
 
 
 def set_up_logging(accelerator: Accelerator, folder: Path) -> None:
@@ -144,7 +156,7 @@ def train(config: TrainingConfig) -> Path:
     """Run training as configured; the folder with what it left. Raises ConfigError or DataError before it starts."""
     began = time.monotonic()
     default_tracker = None if config.report_to == "none" else config.report_to
-    folder = Path(config.output_dir or f"ddpm-{Path(config.dataset.rstrip('/')).stem or 'model'}")
+    folder = Path(config.output_dir or default_output_dir(config.dataset))
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=default_tracker,
@@ -155,7 +167,8 @@ def train(config: TrainingConfig) -> Path:
     share_out_batch(config, accelerator.num_processes)
     use_all_cores(config, accelerator)
     with accelerator.main_process_first():
-        checkpoint = prepare_output_folder(folder, config) if accelerator.is_main_process else None
+        if accelerator.is_main_process:
+            prepare_output_folder(folder, config)
         data = load_images(
             config.dataset,
             dataset_config=config.dataset_config,
@@ -178,8 +191,10 @@ def train(config: TrainingConfig) -> Path:
         num_train_timesteps=scheduler.config.num_train_timesteps,
         objective=objective_for(config, scheduler),
     )
+    checkpoint = find_checkpoint(folder, config) if config.resume else None
+    accelerator.wait_for_everyone()  # the others have read the folder before it is written to
     if accelerator.is_main_process:
-        (folder / CONFIG_FILE).write_text(config.to_yaml())
+        (folder / CONFIG_FILE).write_text(config.to_yaml(), "utf-8")
     accelerator.init_trackers("ddpm-pipeline", config={key: value for key, value in asdict(config).items() if value})
 
     if config.gradient_checkpointing:
@@ -253,6 +268,7 @@ def train(config: TrainingConfig) -> Path:
     window_began = time.monotonic()
     model.train()
     for step in range(first_step, max_train_steps):
+        seed_dropout(config.seed, step, accelerator)
         observed: list[tuple[torch.Tensor, torch.Tensor]] = []  # of timesteps and losses
         for pass_index in range(config.gradient_accumulation_steps):
             last_pass = pass_index == config.gradient_accumulation_steps - 1
@@ -303,6 +319,7 @@ def train(config: TrainingConfig) -> Path:
     progress.close()
 
     trained = time.monotonic() - began
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the samples are what the saved float32 weights draw
     if accelerator.is_main_process:
         with averaged_weights(pipe, ema):
             logger.info("drawing %d samples over %d steps", config.num_samples, len(scheduler))
@@ -366,6 +383,8 @@ def main() -> None:
         train(parse_config(sys.argv[1:]))
     except (ConfigError, DataError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command with --resume latest goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

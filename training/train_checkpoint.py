@@ -9,10 +9,12 @@ import logging
 import os
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -31,8 +33,19 @@ RUN_FILES = (
 )  # fmt: skip
 
 
-def prepare_output_folder(folder: Path, config: TrainingConfig) -> Path | None:
-    """Make the output folder fit to be written to; the checkpoint to go on from, if any.
+# Options that may differ when a run goes on; any other change would make it another run.
+FREE_TO_CHANGE = frozenset(
+    (
+        "cache_dir", "preprocessing_num_workers", "dataloader_num_workers", "init_from", "max_train_steps",
+        "num_train_epochs", "gradient_checkpointing", "compile", "channels_last", "num_cpu_threads", "output_dir",
+        "overwrite", "resume", "checkpoint_every", "checkpoints_total_limit", "preview_every", "preview_images",
+        "preview_inference_steps", "num_samples", "log_every", "report_to",
+    )
+)  # fmt: skip
+
+
+def prepare_output_folder(folder: Path, config: TrainingConfig) -> None:
+    """Make the output folder fit to be written to, clearing an earlier run where that was asked for.
 
     Raises ConfigError where the folder cannot be written, holds something that is not of a run, or holds a run that was
     to be neither resumed nor overwritten.
@@ -41,23 +54,21 @@ def prepare_output_folder(folder: Path, config: TrainingConfig) -> Path | None:
         raise ConfigError(f"--output_dir {folder} is a file; name a folder.")
     present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     ours = CONFIG_FILE in present
-    if present and not ours:
+    if present and not ours and set(present) - {"train.log"}:
         raise ConfigError(
-            f"--output_dir {folder} holds {', '.join(present[:3])}{' and more' if len(present) > 3 else ''}, which no run "
-            "of this script wrote; name an empty or new folder."
+            f"--output_dir {folder} holds {', '.join(present[:3])}{' and more' if len(present) > 3 else ''}, which no "
+            "run of this script wrote; name an empty or new folder."
         )
     if ours and not (config.resume or config.overwrite):
         raise ConfigError(
-            f"--output_dir {folder} holds an earlier run. Go on with it by --resume latest, replace it by --overwrite, or "
-            "name another folder."
+            f"--output_dir {folder} holds an earlier run. Go on with it by --resume latest, replace it by --overwrite, "
+            "or name another folder."
         )
-    checkpoint = _find_checkpoint(folder, config.resume) if config.resume else None
     if config.overwrite:
         for name in RUN_FILES:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     _check_writable(folder)
-    return checkpoint
 
 
 def _check_writable(folder: Path) -> None:
@@ -70,15 +81,32 @@ def _check_writable(folder: Path) -> None:
         raise ConfigError(f"--output_dir {folder} cannot be written to: {error.strerror}.") from error
 
 
-def _find_checkpoint(folder: Path, resume: str) -> Path | None:
-    if resume != "latest":
-        if not (Path(resume) / STATE_FILE).is_file():
-            raise ConfigError(f"--resume {resume} is not a checkpoint (no {STATE_FILE} in it); name one, or 'latest'.")
-        return Path(resume)
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
+def find_checkpoint(folder: Path, config: TrainingConfig) -> Path | None:
+    """The checkpoint that `--resume` means; None where 'latest' finds none. `config` is the resolved one.
+
+    Raises ConfigError where there is no such checkpoint, or options changed that make it another run.
+    """
+    if config.resume != "latest":
+        checkpoint = Path(config.resume)
+        if not (checkpoint / STATE_FILE).is_file():
+            raise ConfigError(
+                f"--resume {checkpoint} is not a checkpoint (no {STATE_FILE} in it); name one, or 'latest'."
+            )
+    elif checkpoints := list_checkpoints(folder):
+        checkpoint = checkpoints[-1]
+    else:
         logger.info("no checkpoint in %s yet: starting anew", folder)
-    return checkpoints[-1] if checkpoints else None
+        return None
+    stored_file = checkpoint.parent.parent / CONFIG_FILE
+    stored = yaml.safe_load(stored_file.read_text("utf-8")) if stored_file.is_file() else {}
+    changed = [
+        f"--{name} was {stored[name]} and is {value}"
+        for name, value in asdict(config).items()
+        if name in stored and name not in FREE_TO_CHANGE and stored[name] != value
+    ]
+    if changed:
+        raise ConfigError(f"{checkpoint} belongs to another run: {'; '.join(changed)}. Give the options of that run.")
+    return checkpoint
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

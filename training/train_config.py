@@ -7,6 +7,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ def parse_config(argv: Sequence[str]) -> TrainingConfig:
 def _value_of(argv: Sequence[str], flag: str) -> str | None:
     """The last value given for a flag, as `--flag value` or `--flag=value`."""
     value = None
-    for token, following in zip(argv, [*argv[1:], None], strict=True):
+    for token, following in zip_longest(argv, argv[1:]):
         if token == flag:
             value = following
         elif token.startswith(f"{flag}="):

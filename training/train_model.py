@@ -21,9 +21,11 @@ PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
         16,
         {
             "block_out_channels": (32, 64),
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            "down_block_types": ("DownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
             "norm_num_groups": 8,
+            "add_attention": False,
         },
     ),
     "32": (

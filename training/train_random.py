@@ -24,6 +24,7 @@ class Stream(IntEnum):
     CONDITION_DROPOUT = 5
     MODEL = 6
     PREVIEW = 7
+    DROPOUT = 8
 
 
 def _generator(seed: int, stream: Stream, step: int) -> np.random.Generator:

@@ -122,11 +122,17 @@ class AlphaDDPMPipeline(DiffusionPipeline):
         """The network's output in the precision of the chain, with the channels that the scheduler can use."""
         model_input = self.scheduler.scale_model_input(image, t).to(self.unet.dtype)
         output = self.unet(model_input, t).sample.to(image.dtype)
-        has_variance = output.shape[1] == 2 * image.shape[1]
-        is_ddpm = isinstance(self.scheduler, DDPMScheduler) or hasattr(self.scheduler, "p_mean_variance")
-        if has_variance and not (is_ddpm and self.scheduler.config.variance_type in LEARNED_VARIANCE_TYPES):
-            output = output.chunk(2, dim=1)[0]  # other samplers, and variances of their own, want the prediction only
+        if output.shape[1] == 2 * image.shape[1] and not self._scheduler_learns_variance:
+            output = output.chunk(2, dim=1)[0]  # it has a variance of its own and wants the prediction only
         return output
+
+    @property
+    def _scheduler_learns_variance(self) -> bool:
+        """Whether the scheduler reads a variance half. Others keep the key of another's config, or, as DPM-Solver does,
+        cut at three channels whatever the image has.
+        """
+        is_ddpm = isinstance(self.scheduler, DDPMScheduler) or hasattr(self.scheduler, "p_mean_variance")
+        return is_ddpm and self.scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
 
     def _step_options(self, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
         """Some of diffusers' schedulers draw no noise and take no generator."""

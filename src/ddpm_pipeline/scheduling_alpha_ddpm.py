@@ -19,6 +19,7 @@ This file is also shipped inside model repositories, so it imports nothing but d
 import json
 import math
 import operator
+import reprlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,9 +41,11 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
 MAX_TRAIN_TIMESTEPS = 100_000
+MIN_BETA = 1e-300  # below it β̃ is no longer a number above 0
 MAX_BETA = 0.999  # cap of the schedules that are given by ᾱ, as in Nichol & Dhariwal 2021
 # √ᾱ_T below which float32 no longer holds x_0 from predicted noise, or the upper bound of the analytic variance
 MIN_TERMINAL_SIGNAL = {"prediction_type='epsilon'": 1e-30, "variance_type='analytic'": 1e-15}
+MAX_PIXEL = 1e30  # largest bound on x_0 that float32 can hold and divide by
 FAR_FROM_NOISE = 0.05  # ᾱ_T above which sampling from pure noise does not match the forward process
 
 FACTORS = frozenset(
@@ -51,7 +54,6 @@ FACTORS = frozenset(
         "sqrt_alpha_cumprod",
         "inverse_sqrt_alpha_cumprod",
         "posterior_x0",
-        "log_std_half_range",
         "log_std_middle",
     )
 )
@@ -182,8 +184,6 @@ class _Table:
             raise ValueError(
                 f"timesteps has shape {tuple(timesteps.shape)}; give one for all images or one for each of {len(like)}."
             )
-        if timesteps.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-            raise ValueError(f"timesteps has dtype {timesteps.dtype}; they are integers, such as torch.int64.")
         if timesteps.device.type == "cpu":
             self.check(timesteps.tolist())
         return _Gathered(self, timesteps.to(like.device, torch.long), like)
@@ -206,17 +206,25 @@ class _Gathered:
 
     def __getattr__(self, name: str) -> torch.Tensor:
         shape = (-1,) + (1,) * (self._like.ndim - 1)
-        return self._table.on_device(name, self._like)[self._timesteps].view(shape)
+        # not by brackets, which would read a 0-dim index back to the host
+        return self._table.on_device(name, self._like).index_select(0, self._timesteps.view(-1)).view(shape)
 
 
 def _host_timestep(timesteps: int | torch.Tensor) -> int | None:
     """The one timestep as an int where knowing it costs no device synchronisation; else None."""
     if isinstance(timesteps, torch.Tensor):
+        if timesteps.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+            raise ValueError(f"timesteps has dtype {timesteps.dtype}; they are integers, such as torch.int64.")
         return timesteps.item() if timesteps.ndim == 0 and timesteps.device.type == "cpu" else None
     return operator.index(timesteps)
 
 
 # ---- checks of the configuration ------------------------------------------------------------------
+
+
+def _on_host(values: Any) -> Any:
+    """A tensor, wherever it lies, as lists of numbers."""
+    return values.tolist() if isinstance(values, torch.Tensor) else values
 
 
 def _check_choice(name: str, value: Any, allowed: Sequence[str], fix: str = "") -> None:
@@ -231,15 +239,16 @@ def _check_integer(name: str, value: Any, low: int, high: int) -> None:
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
     """low < value <= high; NaN fails every comparison."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not low < value <= high:
+    real = (int, float, np.integer, np.floating)
+    if isinstance(value, bool) or not isinstance(value, real) or not low < value <= high:
         raise ValueError(f"{name}={value!r} must be a number above {low} and at most {high}.")
 
 
 def _as_table(name: str, values: Any, length: int) -> np.ndarray:
     """`values` as float64 [length]; ValueError where it is not that many finite numbers."""
     try:
-        table = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+        table = np.asarray(_on_host(values)).astype(np.float64, casting="same_kind")
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} must be a list of {length} numbers, not {type(values).__name__}.") from error
     if table.shape != (length,):
         raise ValueError(
@@ -251,12 +260,12 @@ def _as_table(name: str, values: Any, length: int) -> np.ndarray:
 
 
 def _check_betas(betas: np.ndarray, source: str) -> None:
-    inside = (betas > 0) & (betas < 1)
+    inside = (betas >= MIN_BETA) & (betas < 1)
     inside[-1] |= betas[-1] == 1  # zero terminal signal is a valid end of the chain, not a valid middle
     if not inside.all():
         t = int(np.argmin(inside))
         raise ValueError(
-            f"{source} gives beta={betas[t]} at timestep {t}; every beta = 1 - alpha must lie strictly between 0 and 1."
+            f"{source} gives beta={betas[t]} at timestep {t}; every beta = 1 - alpha must be at least {MIN_BETA} and below 1."
         )
 
 
@@ -318,6 +327,10 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         noise_second_moments: list[float] | None = None,
         inference_timesteps: dict[str, list[int]] | None = None,
     ):
+        numpy_numbers = {name: x.item() for name, x in self.config.items() if isinstance(x, np.generic)}
+        # JSON knows no numpy numbers. Values left to a default are as explicit as others: under `_use_default_values`
+        # diffusers would give another class its own default instead, and Heun's betas are not DDPM's.
+        self.register_to_config(**numpy_numbers, _use_default_values=[])
         _check_integer("num_train_timesteps", num_train_timesteps, 1, MAX_TRAIN_TIMESTEPS)
         _check_choice(
             "beta_schedule", beta_schedule, BETA_SCHEDULES, "For other values use AlphaDDPMScheduler.from_alphas."
@@ -332,8 +345,8 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
         _check_number("beta_start", beta_start, 0, 1)
         _check_number("beta_end", beta_end, 0, 1)
-        _check_number("clip_sample_range", clip_sample_range, 0, math.inf)
-        _check_number("sample_max_value", sample_max_value, 0, math.inf)
+        _check_number("clip_sample_range", clip_sample_range, 0, MAX_PIXEL)
+        _check_number("sample_max_value", sample_max_value, 1 / MAX_PIXEL, MAX_PIXEL)
         _check_number("dynamic_thresholding_ratio", dynamic_thresholding_ratio, 0, 1)
         _check_integer("steps_offset", steps_offset, 0, num_train_timesteps)
 
@@ -384,6 +397,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
 
         They are stored as `trained_betas`, which every diffusers scheduler reads. Raises ValueError for values outside.
         """
+        alphas = _on_host(alphas)
         table = _as_table("alphas", alphas, np.size(alphas))
         return cls(num_train_timesteps=table.size, trained_betas=(1 - table).tolist(), **config)
 
@@ -391,7 +405,10 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        own = dict(config_dict.get(_OWN_KEY) or {})
+        own = config_dict.get(_OWN_KEY) or {}
+        if not isinstance(own, dict):
+            raise ValueError(f"the scheduler config has {_OWN_KEY}={own!r}; it must be a dict of {_OWN_SETTINGS}.")
+        own = dict(own)
         own |= {key: config_dict[key] for key in _OWN_SETTINGS if key in config_dict}
         own |= {key: kwargs.pop(key) for key in _OWN_SETTINGS if key in kwargs}
         if unknown := sorted(set(own) - set(_OWN_SETTINGS)):
@@ -562,13 +579,13 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("give either num_inference_steps or timesteps.")
-        self.custom_timesteps = timesteps is not None
         if timesteps is not None:
             chain = self._checked_chain(timesteps, "timesteps")
         else:
             _check_integer("num_inference_steps", num_inference_steps, 1, self.config.num_train_timesteps)
             stored = self._inference_timesteps.get(str(num_inference_steps))
             chain = np.array(stored) if stored else self._spaced_chain(int(num_inference_steps))
+        self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(chain)
         self._use_chain(chain, device)
 
@@ -589,19 +606,22 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         )
 
     def _checked_chain(self, timesteps: Any, source: str) -> np.ndarray:
+        timesteps = _on_host(timesteps)
         chain = np.asarray(timesteps)
         last = self.config.num_train_timesteps - 1
         if chain.ndim != 1 or chain.size == 0 or chain.dtype.kind not in "iu":
-            raise ValueError(f"{source} must be a non-empty list of integers, not {timesteps!r}.")
+            raise ValueError(f"{source} must be a non-empty list of integers, not {reprlib.repr(timesteps)}.")
         if (np.diff(chain.astype(np.int64)) >= 0).any() or chain[0] > last or chain[-1] < 0:
             raise ValueError(
-                f"{source} must be strictly descending timesteps from at most {last} to at least 0: {chain.tolist()}."
+                f"{source} must be strictly descending timesteps from at most {last} to at least 0, not "
+                f"{reprlib.repr(chain.tolist())}."
             )
         return chain.astype(np.int64)
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> int:
         """s, the timestep before `timestep` in the chain in use; -1 where that is clean data."""
-        return int(self._chain.at(int(timestep), self.betas).previous)
+        timestep = timestep.cpu() if isinstance(timestep, torch.Tensor) else timestep
+        return int(self._chain.at(timestep, self.betas).previous)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
         """The network sees x_t as it is."""
@@ -667,12 +687,12 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         x_t = _compute(sample)
         chain = self._chain.at(timesteps, x_t)
-        mean = self._posterior_mean(_compute(original_samples), x_t, timesteps)
+        mean = self._posterior_mean(_cast(original_samples, x_t.dtype), x_t, chain)
         return _moments(mean, chain.posterior_variance, chain.posterior_log_variance)
 
-    def _posterior_mean(self, x_0: torch.Tensor, x_t: torch.Tensor, timesteps: int | torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def _posterior_mean(x_0: torch.Tensor, x_t: torch.Tensor, chain: "SimpleNamespace | _Gathered") -> torch.Tensor:
         """μ̃ = [√ᾱ_s (1-α_{t|s}) x_0 + √α_{t|s} (1-ᾱ_s) x_t] / (1-ᾱ_t)."""
-        chain = self._chain.at(timesteps, x_t)
         return _mix(chain.posterior_x0, x_0, chain.posterior_xt, x_t)
 
     def predict_original_sample(
@@ -708,22 +728,27 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def _split(self, model_output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The prediction and, for learned variances, the variance half: [B, 2C, H, W] -> 2 x [B, C, H, W]."""
-        channels = sample.shape[1]
-        learned = self._learned
-        if model_output.shape[1] != channels * (1 + learned):
-            raise ValueError(
-                f"model_output has {model_output.shape[1]} channels for images of {channels}; "
-                f"variance_type={self.config.variance_type!r} needs {channels * (1 + learned)}"
-                f" (a UNet with out_channels = {'2 * ' if learned else ''}in_channels)."
-            )
-        return model_output.chunk(2, dim=1) if learned else (model_output, None)
+        if not self._learned:
+            if model_output.shape == sample.shape and sample.ndim > 1:
+                return model_output, None
+        elif model_output.ndim > 1 and model_output.shape[1] % 2 == 0:
+            prediction, raw_variance = model_output.chunk(2, dim=1)
+            if prediction.shape == sample.shape:
+                return prediction, raw_variance
+        raise ValueError(
+            f"model_output has shape {tuple(model_output.shape)} for images {tuple(sample.shape)}; "
+            f"variance_type={self.config.variance_type!r} needs {'twice the' if self._learned else 'the same'} channels"
+            f" (a UNet with out_channels = {'2 * ' if self._learned else ''}in_channels) and all else the same."
+        )
 
-    def _learned_log_std(self, raw_variance: torch.Tensor, timesteps: int | torch.Tensor) -> torch.Tensor:
+    def _learned_log_std(self, raw_variance: torch.Tensor, chain: "SimpleNamespace | _Gathered") -> torch.Tensor:
         """log σ, half the log-variance, from the network's variance half (Nichol & Dhariwal 2021, eq. 15)."""
         if self._variance_type == "learned":
             return raw_variance * 0.5
-        chain = self._chain.at(timesteps, raw_variance)
-        return (raw_variance * chain.log_std_half_range).add_(chain.log_std_middle)
+        middle, half_range = chain.log_std_middle, chain.log_std_half_range
+        if isinstance(half_range, float):
+            return torch.add(middle, raw_variance, alpha=half_range)
+        return torch.addcmul(middle, half_range, raw_variance)
 
     def p_mean_variance(
         self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
@@ -736,13 +761,13 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         prediction, raw_variance = self._split(model_output, sample)
         x_t = _compute(sample)
+        chain = self._chain.at(timesteps, x_t)
         x_0 = self._clip(self._predict_x0(_cast(prediction, x_t.dtype), timesteps, x_t))
-        mean = self._posterior_mean(x_0, x_t, timesteps)
+        mean = self._posterior_mean(x_0, x_t, chain)
         if raw_variance is None:
-            chain = self._chain.at(timesteps, x_t)
             variance, log_variance = chain.model_variance, chain.model_log_variance
         else:
-            log_variance = 2 * self._learned_log_std(_cast(raw_variance, x_t.dtype), timesteps)
+            log_variance = 2 * self._learned_log_std(_cast(raw_variance, x_t.dtype), chain)
             variance = log_variance.exp()
         moments = _moments(mean, variance, log_variance)
         return ReverseMoments(moments.mean, moments.variance, moments.log_variance, x_0)
@@ -765,13 +790,13 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         x_t = _compute(sample)
         chain = self._chain.at(timestep, x_t)
         x_0 = self._clip(self._predict_x0(_cast(prediction, x_t.dtype), timestep, x_t))
-        x_s = self._posterior_mean(x_0, x_t, timestep)
+        x_s = self._posterior_mean(x_0, x_t, chain)
         if host_timestep is None or chain.noise_gate:
             noise = _cast(self._noise_like(prediction, generator), x_t.dtype)
             if raw_variance is None:
                 std = chain.model_std
             else:
-                std = self._learned_log_std(_cast(raw_variance, x_t.dtype), timestep).exp_()
+                std = self._learned_log_std(_cast(raw_variance, x_t.dtype), chain).exp_()
             if host_timestep is None:
                 std = std * chain.noise_gate
             x_s = x_s.add_(noise, alpha=std) if isinstance(std, float) else x_s.addcmul_(noise, std)
@@ -795,7 +820,11 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
 
 def _compute(images: torch.Tensor) -> torch.Tensor:
     """Images in the dtype that is computed in: float32 for half precision, else their own."""
-    return images if images.dtype in (torch.float32, torch.float64) else images.float()
+    if images.dtype in (torch.float32, torch.float64):
+        return images
+    if not images.is_floating_point():
+        raise ValueError(f"images have dtype {images.dtype}; they are floating-point numbers, usually in [-1, 1].")
+    return images.float()
 
 
 def _mix(a: torch.Tensor, x: torch.Tensor, b: float | torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,229 @@
+"""The unconditional pipeline: the same images as stock, from the same seeds, however it was saved and loaded."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+
+from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from helpers import run_python, tiny_unet
+
+
+def make(scheduler=None, **unet) -> AlphaDDPMPipeline:
+    pipe = AlphaDDPMPipeline(unet=tiny_unet(**unet), scheduler=scheduler or AlphaDDPMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, seed=0, batch_size=2, **options) -> torch.Tensor:
+    options = {"num_inference_steps": 20, "output_type": "pt", **options}
+    return torch.as_tensor(pipe(batch_size, generator=torch.Generator().manual_seed(seed), **options).images)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    make().save_pretrained(folder)
+    return folder
+
+
+def test_saved_folder_draws_the_same_with_diffusers_alone_and_with_this_package(saved, tmp_path):
+    # a fresh process in which the package cannot be imported; 1,000 steps of stock's float32 tables
+    code = f"""
+import sys
+sys.modules["ddpm_pipeline"] = None
+import torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({str(saved)!r})
+assert type(pipe).__name__ == "DDPMPipeline" and type(pipe.scheduler).__name__ == "DDPMScheduler"
+pipe.set_progress_bar_config(disable=True)
+image = pipe(2, torch.Generator().manual_seed(0), num_inference_steps=1000, output_type="pt").images
+torch.save(image, {str(tmp_path / "stock.pt")!r})
+"""
+    run_python(code)
+    stock = torch.load(tmp_path / "stock.pt", weights_only=True)
+    pipe = AlphaDDPMPipeline.from_pretrained(saved)
+    pipe.set_progress_bar_config(disable=True)
+    ours = draw(pipe, num_inference_steps=1000)
+    assert isinstance(pipe.scheduler, AlphaDDPMScheduler)
+    assert stock.std() > 0.05
+    torch.testing.assert_close(ours, stock, atol=1e-3, rtol=0)
+    torch.testing.assert_close(draw(make(), num_inference_steps=1000), ours, atol=1e-6, rtol=0)
+
+
+def test_saved_folder_names_stock_classes_and_no_path(saved):
+    index = json.loads((saved / "model_index.json").read_text())
+    assert index["_class_name"] == "DDPMPipeline"
+    assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
+    assert index["unet"] == ["diffusers", "UNet2DModel"]
+    assert json.loads((saved / "scheduler/scheduler_config.json").read_text())["_class_name"] == "DDPMScheduler"
+    assert (saved / "unet/diffusion_pytorch_model.safetensors").is_file()
+    for file in saved.rglob("*.json"):
+        assert str(saved.parent) not in file.read_text()
+
+
+def test_own_settings_survive_a_stock_load_and_save(tmp_path, caplog):
+    moments = np.linspace(0.1, 0.9, 1000).tolist()
+    pipe = make(AlphaDDPMScheduler(variance_type="analytic", noise_second_moments=moments))
+    pipe.save_pretrained(tmp_path / "ours")
+    with caplog.at_level(logging.WARNING):
+        DDPMPipeline.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "stock")
+        again = AlphaDDPMPipeline.from_pretrained(tmp_path / "stock")
+    assert "not expected" not in caplog.text
+    assert again.scheduler.noise_second_moments == moments
+    assert again.scheduler.config.variance_type == "analytic"
+    again.save_pretrained(tmp_path / "again")
+    third = AlphaDDPMPipeline.from_pretrained(tmp_path / "again")
+    again.set_progress_bar_config(disable=True)
+    third.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(draw(third), draw(again), atol=0, rtol=0)
+
+
+def test_code_beside_the_weights_loads_with_trust_and_without_the_package(saved):
+    code = f"""
+import sys
+sys.modules["ddpm_pipeline"] = None
+import torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({str(saved)!r}, custom_pipeline={str(saved)!r}, trust_remote_code=True)
+assert type(pipe).__name__ == "AlphaDDPMPipeline", type(pipe)
+assert hasattr(pipe.scheduler, "p_mean_variance")
+pipe.set_progress_bar_config(disable=True)
+images = pipe(2, torch.Generator().manual_seed(0), num_inference_steps=20, output_type="pt").images
+print(images.double().sum().item())
+"""
+    assert float(run_python(code)) == pytest.approx(draw(make()).double().sum().item(), abs=1e-4)
+
+
+def test_an_image_with_its_own_generator_does_not_depend_on_its_batch():
+    pipe = make()
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
+    together = pipe(3, generators, num_inference_steps=20, output_type="pt").images
+    alone = pipe(1, [torch.Generator().manual_seed(6)], num_inference_steps=20, output_type="pt").images
+    torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=0)
+
+
+def test_outputs_are_the_same_picture_in_three_forms():
+    pipe = make()
+    tensor = draw(pipe)
+    array = pipe(2, torch.Generator().manual_seed(0), num_inference_steps=20, output_type="np").images
+    pictures = pipe(2, torch.Generator().manual_seed(0), num_inference_steps=20).images
+    assert tensor.shape == (2, 1, 8, 8) and array.shape == (2, 8, 8, 1)
+    assert tensor.min() >= 0 and tensor.max() <= 1
+    np.testing.assert_array_equal(tensor.permute(0, 2, 3, 1).numpy(), array)
+    assert [picture.mode for picture in pictures] == ["L", "L"]
+    np.testing.assert_array_equal(np.asarray(pictures[0]), (array[0, ..., 0] * 255).round().astype("uint8"))
+    assert pipe(1, num_inference_steps=2, return_dict=False)[0][0].size == (8, 8)
+
+
+@pytest.mark.parametrize("channels, mode", [(3, "RGB"), (4, "RGBA")])
+def test_colour_images(channels, mode):
+    image = make(in_channels=channels, out_channels=channels)(num_inference_steps=2).images[0]
+    assert image.mode == mode
+
+
+def test_rectangular_images():
+    assert draw(make(sample_size=(8, 16))).shape == (2, 1, 8, 16)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDPMScheduler,
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        UniPCMultistepScheduler,
+        EulerDiscreteScheduler,
+        PNDMScheduler,
+    ],
+)
+def test_other_schedulers_take_its_place(scheduler):
+    pipe = make()
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    images = draw(pipe, num_inference_steps=10)
+    assert images.isfinite().all() and images.std() > 0
+    if scheduler is DDPMScheduler:
+        torch.testing.assert_close(images, draw(make(), num_inference_steps=10), atol=1e-4, rtol=0)
+
+
+def test_a_scheduler_that_was_asked_for_is_kept(saved):
+    pipe = AlphaDDPMPipeline.from_pretrained(saved, scheduler=DDIMScheduler())
+    assert isinstance(pipe.scheduler, DDIMScheduler)
+
+
+def test_from_pipe_both_ways(saved):
+    stock = DiffusionPipeline.from_pretrained(saved)
+    ours = AlphaDDPMPipeline.from_pipe(stock)
+    assert isinstance(ours.scheduler, AlphaDDPMScheduler) and ours.unet is stock.unet
+    assert isinstance(DDPMPipeline.from_pipe(ours).unet, type(stock.unet))
+
+
+def test_learned_variance_is_used_by_ours_and_dropped_for_schedulers_that_cannot():
+    scheduler = AlphaDDPMScheduler(variance_type="learned_range")
+    pipe = make(scheduler, out_channels=2)
+    learned = draw(pipe)
+    pipe.scheduler = DDIMScheduler.from_config(scheduler.config)
+    assert draw(pipe).shape == learned.shape == (2, 1, 8, 8)
+
+
+def test_half_precision_network_keeps_a_float32_chain():
+    pipe = make()
+    reference = draw(pipe, num_inference_steps=100)
+    seen = []
+    pipe.unet.to(torch.bfloat16)
+    images = draw(
+        pipe, num_inference_steps=100, callback_on_step_end=lambda p, i, t, kw: seen.append(kw["image"].dtype) or kw
+    )
+    assert set(seen) == {torch.float32}
+    assert (images - reference).abs().mean() < 0.02
+
+
+def test_callback_sees_each_step_and_can_replace_the_image():
+    steps = []
+
+    def stop_at_grey(pipe, index, t, tensors):
+        steps.append(int(t))
+        assert tensors["pred_original_sample"].shape == tensors["image"].shape
+        return {"image": torch.zeros_like(tensors["image"])} if index == 19 else {}
+
+    names = ["image", "pred_original_sample"]
+    images = draw(make(), callback_on_step_end=stop_at_grey, callback_on_step_end_tensor_inputs=names)
+    assert steps == list(range(950, -1, -50))
+    assert (images == 0.5).all()
+
+
+def test_steps_are_by_default_all_that_the_model_was_trained_on():
+    count = []
+    make(AlphaDDPMScheduler(num_train_timesteps=30, beta_end=0.3))(
+        callback_on_step_end=lambda p, i, t, kw: count.append(i) or kw
+    )
+    assert len(count) == 30
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": True}, "batch_size=True"),
+        ({"output_type": "jpg"}, "pil, np, pt"),
+        ({"batch_size": 2, "generator": [torch.Generator()]}, "1 generators for batch_size=2"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"num_inference_steps": 1001}, "from 1 to 1000"),
+        ({"callback_on_step_end_tensor_inputs": ["latents"]}, "latents"),
+    ],
+)
+def test_bad_input_is_named(options, named):
+    with pytest.raises(ValueError, match=named):
+        make()(**options)
