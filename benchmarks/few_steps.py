@@ -4,8 +4,9 @@
 
 Draws from the same weights with this package's scheduler (β̃, 1 - α, the analytic variance, the analytic variance on optimal
 timesteps) and with diffusers' own DDPM, DDIM, DPM-Solver++ and UniPC. The statistics behind the analytic variance and
-the timesteps are measured on other images of the digits than the bound. Every row is written as soon as it is known, and
-a second run goes on from there. A sampler that fails at a number of steps has its error in the row, and no figure. Imports the package, training/ and digits_judge.py.
+the timesteps are measured on other images of the digits than the bound. Every row is written as soon as it is known,
+and a second run goes on from there. A sampler that fails at a number of steps has its error in the row, and no figure.
+Imports the package, training/ and digits_judge.py.
 """
 
 import argparse
