@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline.objectives import UniformTimesteps
 from helpers import TINY_UNET, run_command
-from train import MicroBatches, default_output_dir, loss_of, main, train
+from train import MicroBatches, default_output_dir, losses_of, main, train
 from train_config import ConfigError, TrainingConfig
 from train_data import DataError, load_images
 
@@ -35,10 +37,11 @@ def options(tmp_path_factory) -> list[str]:
 
 
 def launch(*arguments: str, processes: int = 1):
-    several = (
-        ["--cpu", "--num_processes", str(processes), "--num_cpu_threads_per_process", "1"] if processes > 1 else []
-    )
-    return run_command("accelerate", "launch", *several, "training/train.py", *arguments)
+    if processes == 1:
+        return run_command("accelerate", "launch", "training/train.py", *arguments)
+    # on the CPU `accelerate launch` starts a single process, whatever --num_processes says
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return run_command(sys.executable, *several, "training/train.py", *arguments, ACCELERATE_USE_CPU="true")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -128,6 +131,7 @@ def test_two_processes_train_the_same_model(options, finished, tmp_path):
     for processes in (1, 2):
         done = launch(*options, *flags, "--output_dir", str(tmp_path / str(processes)), processes=processes)
         assert done.returncode == 0, done.stderr
+        assert f"| hardware | {processes} x cpu |" in (tmp_path / str(processes) / "README.md").read_text()
     one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
@@ -211,10 +215,10 @@ def test_the_default_folder_is_named_after_the_data():
 @pytest.mark.parametrize("world_size, accumulation", [(1, 1), (2, 1), (4, 1), (2, 2), (1, 4)])
 def test_a_batch_is_the_same_however_it_is_split(world_size, accumulation, tmp_path):
     data = load_images("digits", cache_dir=str(tmp_path))
-    whole = MicroBatches(data, TrainingConfig(batch_size=16, random_flip=True), 1000, 0, 1)[5]
+    whole = MicroBatches(data, TrainingConfig(batch_size=16, random_flip=True), 0, 1)[5]
     config = TrainingConfig(batch_size=16, random_flip=True, gradient_accumulation_steps=accumulation)
     parts = [
-        MicroBatches(data, config, 1000, rank, world_size)[5 * accumulation + index]
+        MicroBatches(data, config, rank, world_size)[5 * accumulation + index]
         for index in range(accumulation)
         for rank in range(world_size)
     ]
@@ -225,8 +229,8 @@ def test_a_batch_is_the_same_however_it_is_split(world_size, accumulation, tmp_p
 def test_the_loss_is_the_definition(tmp_path):
     """Against x_t and the squared error written out by hand from the scheduler's public tables."""
     data = load_images("digits", cache_dir=str(tmp_path))
-    config, scheduler = TrainingConfig(batch_size=4), AlphaDDPMScheduler()
-    batch = MicroBatches(data, config, 1000, 0, 1)[0]
+    config, scheduler = TrainingConfig(batch_size=4, objective="simple"), AlphaDDPMScheduler()
+    batch = MicroBatches(data, config, 0, 1)[0]
     seen = {}
 
     class Network(torch.nn.Module):
@@ -234,9 +238,10 @@ def test_the_loss_is_the_definition(tmp_path):
             seen.update(noisy=noisy, timesteps=timesteps)
             return type("Output", (), {"sample": torch.zeros_like(noisy)})
 
-    loss = loss_of(Network(), scheduler, batch, config, torch.device("cpu"))
+    timesteps, _ = UniformTimesteps(1000).draw(batch["quantiles"])
+    loss = losses_of(Network(), scheduler, batch, timesteps, config).mean()
     x_0 = batch["pixels"].double() / 127.5 - 1
-    alpha = scheduler.alphas_cumprod[batch["timesteps"]].double().view(-1, 1, 1, 1)
+    alpha = scheduler.alphas_cumprod[timesteps].double().view(-1, 1, 1, 1)
     noise = (seen["noisy"].double() - alpha.sqrt() * x_0) / (1 - alpha).sqrt()
     assert loss.item() == pytest.approx(noise.square().mean().item(), rel=1e-4)
     assert abs(noise.mean()) < 0.3 and noise.std() == pytest.approx(1, abs=0.15)

@@ -29,7 +29,7 @@ CONFIG_FILE = "training_config.yaml"  # its presence marks a folder as one of ou
 # What a run writes into its folder, and so all that --overwrite may remove.
 RUN_FILES = (
     CONFIG_FILE, "checkpoints", "samples", "samples.png", "train.log", "metrics.jsonl", "README.md", "model_index.json",
-    "unet", "scheduler", "pipeline.py", "scheduling_alpha_ddpm.py", "logs",
+    "unet", "scheduler", "pipeline.py", "scheduling_alpha_ddpm.py", "logs", "evaluation.json",
 )  # fmt: skip
 
 
