@@ -39,7 +39,7 @@ def numpy_frechet(a: np.ndarray, b: np.ndarray) -> float:
 def test_a_set_and_itself(digits):
     result = judged(digits, digits)
     assert abs(result.fid) < 1e-6
-    assert abs(result.kid) < result.kid_std
+    assert result.kid < 0  # subsets that share images are closer than unbiased estimates allow for
     assert (result.precision, result.recall) == (1, 1)
     assert (result.num_real, result.num_generated) == (1797, 1797)
     assert 8 < result.inception_score <= 10

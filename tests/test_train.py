@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +36,11 @@ def options(tmp_path_factory) -> list[str]:
 
 
 def launch(*arguments: str, processes: int = 1):
-    several = (
-        ["--cpu", "--num_processes", str(processes), "--num_cpu_threads_per_process", "1"] if processes > 1 else []
-    )
-    return run_command("accelerate", "launch", *several, "training/train.py", *arguments)
+    if processes == 1:
+        return run_command("accelerate", "launch", "training/train.py", *arguments)
+    # on the CPU `accelerate launch` starts a single process, whatever --num_processes says
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return run_command(sys.executable, *several, "training/train.py", *arguments, ACCELERATE_USE_CPU="true")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -128,6 +130,7 @@ def test_two_processes_train_the_same_model(options, finished, tmp_path):
     for processes in (1, 2):
         done = launch(*options, *flags, "--output_dir", str(tmp_path / str(processes)), processes=processes)
         assert done.returncode == 0, done.stderr
+        assert f"| hardware | {processes} x cpu |" in (tmp_path / str(processes) / "README.md").read_text()
     one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
