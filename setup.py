@@ -18,6 +18,7 @@ TRAIN = [
     "psutil>=5.9",
 ]
 EVAL = [*TRAIN, "torchmetrics>=1.6", "scipy>=1.11", "matplotlib>=3.8"]
+INCEPTION = ["torchmetrics[image]>=1.6"]  # torchvision and torch-fidelity, for published FIDs
 TEST = [*EVAL, "pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "mpmath>=1.3", "tensorboard>=2.16", "ruff>=0.6"]
 
 setup(
@@ -40,7 +41,13 @@ setup(
         "numpy>=1.26",
         "pillow>=10.1",
     ],
-    extras_require={"train": TRAIN, "eval": EVAL, "tensorboard": ["tensorboard>=2.16"], "test": TEST},
+    extras_require={
+        "train": TRAIN,
+        "eval": EVAL,
+        "inception": INCEPTION,
+        "tensorboard": ["tensorboard>=2.16"],
+        "test": TEST,
+    },
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from ddpm_pipeline import AlphaDDPMScheduler
 from ddpm_pipeline.hub import build_card, export
+from ddpm_pipeline.likelihood import bits_per_dim
 from ddpm_pipeline.objectives import min_snr_weights, per_image_loss, timestep_quantiles, timestep_sampler
 from train_checkpoint import CONFIG_FILE, find_checkpoint, load_checkpoint, prepare_output_folder, save_checkpoint
 from train_conditions import Conditions, build_conditions
@@ -143,6 +144,24 @@ def draw_grid(
     count = count if condition is None else len(condition[1])
     guidance = config.preview_guidance if config.condition_dropout else 1.0
     save_picture(grid(draw(pipe, count, steps, config.seed, batch, condition, guidance), columns), path)
+
+
+def evaluate_briefly(pipe: Any, data: ImageData, config: TrainingConfig) -> dict[str, float]:
+    """Bits per dimension of the same few images with the same noise every time, estimated from a few timesteps each."""
+    count = min(config.eval_images, len(data))
+    indices = image_indices(config.seed, len(data), 0, count)
+    noise_seeds = seeds(config.seed, Stream.NOISE, 0, count).tolist()
+    result = bits_per_dim(
+        pipe.unet,
+        pipe.scheduler,
+        to_model_range(data.pixels(indices)),
+        num_evaluated=config.eval_calls,
+        batch_size=config.batch_size // config.gradient_accumulation_steps,
+        generator=[torch.Generator().manual_seed(noise_seed) for noise_seed in noise_seeds],
+        progress=False,
+    ).total
+    error = float(result.std() / count**0.5) if count > 1 else float("nan")
+    return {"eval_bits_per_dim": float(result.mean()), "eval_bits_per_dim_error": error}
 
 
 class MetricsLog:
@@ -324,6 +343,12 @@ def train(config: TrainingConfig) -> Path:
                 path = folder / "samples" / f"step-{done:08d}.png"
                 with averaged_weights(network, ema):
                     draw_grid(pipe, conditions, config, config.preview_images, config.preview_inference_steps, path)
+            accelerator.wait_for_everyone()
+            window_began = time.monotonic()
+        if config.eval_every and done % config.eval_every == 0:
+            if accelerator.is_main_process:
+                with averaged_weights(network, ema):
+                    log(evaluate_briefly(pipe, data, config), done)
             accelerator.wait_for_everyone()
             window_began = time.monotonic()
         if config.checkpoint_every and (done % config.checkpoint_every == 0 or done == max_train_steps):

@@ -145,6 +145,9 @@ class TrainingConfig:
     preview_every: int = _option(1000, "Updates between preview pictures; 0 draws none.")
     preview_images: int = _option(64, "Images in a preview.")
     preview_inference_steps: int = _option(100, "Reverse steps of a preview.")
+    eval_every: int = _option(0, "Updates between evaluations of the averaged weights in bits per dimension; 0: none.")
+    eval_images: int = _option(64, "Images of the data that such an evaluation is of.")
+    eval_calls: int = _option(50, "Network calls an image that it takes, at least 3.")
     num_samples: int = _option(64, "Images in the final samples.png, drawn over the full chain.")
     log_every: int = _option(50, "Updates between lines of the log.")
     report_to: str = _option("none", "Tracker: none, tensorboard or wandb.")
@@ -154,6 +157,7 @@ class TrainingConfig:
             "batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "checkpoints_total_limit": 1,
             "log_every": 1, "preview_images": 1, "preview_inference_steps": 1, "num_samples": 1, "seed": 0,
             "lr_warmup_steps": 0, "checkpoint_every": 0, "preview_every": 0, "dataloader_num_workers": 0,
+            "eval_every": 0, "eval_images": 1, "eval_calls": 3,
         }.items():  # fmt: skip
             self._require(name, getattr(self, name) >= low, f"at least {low}")
         for name in ("resolution", "max_train_steps", "num_cpu_threads", "preprocessing_num_workers"):
@@ -192,6 +196,8 @@ class TrainingConfig:
             raise ConfigError(
                 f"--{given[0]} is of use with --condition text only, and this is --condition {self.condition}."
             )
+        if self.condition != "none" and self.eval_every:
+            raise ConfigError("--eval_every measures models without a condition; leave it at 0 with --condition.")
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other: go on with the run, or start anew.")
 

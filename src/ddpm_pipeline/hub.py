@@ -6,12 +6,12 @@ Imports the pipelines, huggingface_hub and diffusers. Called by training/train.p
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
 
@@ -72,3 +72,13 @@ def build_card(
         ),
         resolution=f"{unet.sample_size}x{unet.sample_size}",
     )
+
+
+def put_results_into_card(readme: str | Path, model_name: str, results: Sequence[EvalResult]) -> None:
+    """Set the model-index of the card at `readme`: what was measured before is replaced, all else stays."""
+    card = ModelCard.load(str(readme))
+    card.data.model_name = model_name
+    card.data.eval_results = list(results)
+    temporary = Path(readme).with_name(".README.md.tmp")
+    temporary.write_text(str(card), "utf-8")
+    os.replace(temporary, readme)

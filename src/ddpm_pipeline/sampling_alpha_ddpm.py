@@ -207,9 +207,11 @@ class AlphaDDPMSampling:
 
     @property
     def _scheduler_learns_variance(self) -> bool:
-        """Whether the scheduler reads a variance half; one that does not still keeps the key of another's config."""
-        reads = "variance_type" in inspect.signature(type(self.scheduler).__init__).parameters
-        return reads and self.scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
+        """Whether the scheduler reads a variance half. Others keep the key of another's config, or, as DPM-Solver does,
+        cut at three channels whatever the image has.
+        """
+        is_ddpm = isinstance(self.scheduler, DDPMScheduler) or hasattr(self.scheduler, "p_mean_variance")
+        return is_ddpm and self.scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
 
     def _noise(self, shape: Sequence[int], generator: Generators) -> torch.Tensor:
         """z ~ N(0, I) in float32: only the network computes in half precision, never the chain."""

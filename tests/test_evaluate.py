@@ -1,0 +1,169 @@
+"""evaluate.py and generate.py as people type them: in subprocesses, by one process and by two."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_dataset
+from huggingface_hub import ModelCard
+from PIL import Image
+
+import generate
+from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline.hub import build_card, export
+from helpers import run_command, tiny_unet
+
+QUICK = ["--num_cpu_threads", "1"]
+
+
+def launch(script: str, *arguments: str, processes: int = 1):
+    """By torch's launcher where there are several: accelerate's starts a single process on the CPU, whatever it is told."""
+    several = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    )
+    return run_command(sys.executable, *several, f"training/{script}.py", *arguments, *QUICK, ACCELERATE_USE_CPU="true")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "digits-model"
+    scheduler = AlphaDDPMScheduler(num_train_timesteps=12, beta_start=0.02, beta_end=0.6)
+    pipe = AlphaDDPMPipeline(tiny_unet(), scheduler)
+    export(pipe, folder)
+    card = build_card(pipe, name="digits-model", dataset="digits", num_images=9, training={"updates": 0})
+    (folder / "README.md").write_text(str(card))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+def test_one_and_two_processes_find_the_same(model, cache, tmp_path):
+    results = []
+    for processes in (1, 2):
+        output = tmp_path / f"{processes}.json"
+        done = launch(
+            "evaluate", "--model", str(model), "--dataset", "digits", "--split", "train[:40]", "--two_term",
+            "--num_likelihood_images", "11", "--num_images", "14", "--batch_size", "4", "--cache_dir", cache,
+            "--output", str(output), processes=processes,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(output.read_text()))
+    assert [result.pop("processes") for result in results] == [1, 2]
+    for result in results:
+        del result["seconds"]
+    assert results[0] == results[1]
+    bits, quality = results[0]["bits_per_dim"], results[0]["quality"]
+    assert bits["total"] == pytest.approx(bits["prior"] + bits["diffusion"] + bits["decoder"], rel=1e-12)
+    assert (bits["num_images"], bits["steps"], bits["network_calls"]) == (11, 12, 12)
+    assert (quality["num_real"], quality["num_generated"], quality["steps"]) == (40, 14, 12)
+    assert quality["features"] == "DigitsClassifier"
+
+    card = ModelCard.load(str(model / "README.md"))
+    entries = {entry.metric_type: entry for entry in card.data.eval_results}
+    assert set(entries) == {"bits_per_dim", "fid", "kid", "precision", "recall"}
+    assert entries["fid"].metric_value == pytest.approx(quality["fid"])
+    assert "14 images, 12 steps" in entries["fid"].metric_name
+    assert "Use" in card.text
+    assert card.data.library_name == "diffusers"
+
+
+def test_another_sampler_and_an_estimated_bound(model, cache, tmp_path):
+    done = launch(
+        "evaluate", "--model", str(model), "--dataset", "digits", "--split", "train[:40]", "--num_likelihood_images", "3",
+        "--likelihood_calls", "6", "--num_images", "8", "--num_inference_steps", "4", "--scheduler", "ddim",
+        "--cache_dir", cache, "--output", str(tmp_path / "e.json"), "--update_card", "false",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["quality"]["scheduler"] == "DDIMScheduler"
+    assert result["bits_per_dim"]["network_calls"] == 6
+    assert result["bits_per_dim"]["standard_error_of_one_image"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no/such", "--dataset", "digits"], "cannot be loaded"),
+        (["--model", "MODEL", "--dataset", "digits", "--features", "nonsense:f"], "MODULE:FUNCTION"),
+        (["--model", "MODEL", "--dataset", "digits", "--num_images", "0", "--num_likelihood_images", "0"], "nothing"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_in_one_line(model, cache, arguments, message):
+    arguments = [str(model) if argument == "MODEL" else argument for argument in arguments]
+    done = launch("evaluate", "--likelihood_steps", "1", "--cache_dir", cache, *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_image_i_is_always_the_same(model, tmp_path):
+    def draw(name, batch_size, processes=1, *more):
+        arguments = [
+            "--model", str(model), "--output_dir", str(tmp_path / name), "--num_images", "9", "--batch_size", str(batch_size),
+            *more,
+        ]  # fmt: skip
+        if processes == 1:
+            generate.generate(generate.parse([*arguments, *QUICK]))
+        else:
+            done = launch("generate", *arguments, processes=processes)
+            assert done.returncode == 0, done.stderr
+        return {path.name: path.read_bytes() for path in sorted((tmp_path / name).glob("*.png"))}
+
+    one, two = draw("one", 9), draw("two", 2, 2)
+    assert list(one) == [f"{number:06d}.png" for number in range(9)]
+    assert one == two
+    for number in (0, 5, 8):  # a run that was stopped goes on
+        (tmp_path / "two" / f"{number:06d}.png").unlink()
+    kept = tmp_path / "two/000003.png"
+    before = kept.stat().st_mtime_ns
+    assert draw("two", 4) == one
+    assert kept.stat().st_mtime_ns == before
+
+    assert draw("whole", 4, 1, "--format", "parquet") == {}
+    rows = load_dataset(
+        "parquet", data_files=str(tmp_path / "whole/images.parquet"), split="train", cache_dir=str(tmp_path)
+    )
+    assert rows["number"] == list(range(9))
+    with Image.open(tmp_path / "one/000007.png") as expected:
+        assert rows[7]["image"].tobytes() == expected.tobytes()
+
+    done = launch(
+        "generate", "--model", str(model), "--output_dir", str(tmp_path / "one"), "--num_images", "9", "--seed", "1"
+    )
+    assert done.returncode != 0
+    assert "another model, sampler, number of steps or seed" in done.stderr
+
+
+def test_training_evaluates_on_the_way(tmp_path, cache):
+    (tmp_path / "unet.json").write_text(json.dumps({**dict(tiny_unet().config), "out_channels": 2}))
+    flags = {
+        "dataset": "digits", "split": "train[:40]", "model": tmp_path / "unet.json", "num_train_timesteps": 12,
+        "beta_end": 0.6, "batch_size": 8, "max_train_steps": 6, "preview_every": 0, "checkpoint_every": 3, "num_samples": 1,
+        "lr_warmup_steps": 1, "learning_rate": 0.001, "mixed_precision": "no", "log_every": 3, "cache_dir": cache,
+        "variance_type": "learned_range", "objective": "bound", "timestep_sampling": "importance",
+        "eval_every": 3, "eval_images": 6, "eval_calls": 5,
+    }  # fmt: skip
+    logs = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        arguments = [f"--{name}={value}" for name, value in flags.items()]
+        done = launch("train", *arguments, "--output_dir", str(folder), processes=processes)
+        assert done.returncode == 0, done.stderr
+        logs.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    evaluated = [[entry["eval_bits_per_dim"] for entry in log if "eval_bits_per_dim" in entry] for log in logs]
+    assert len(evaluated[0]) == 2
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-3)
+    losses = [[entry["loss"] for entry in log if "loss" in entry] for log in logs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    pipe = AlphaDDPMPipeline.from_pretrained(tmp_path / "2")
+    assert pipe.scheduler.config.variance_type == "learned_range"
+    assert pipe(1, torch.Generator().manual_seed(0), num_inference_steps=3, output_type="pt").images.isfinite().all()
+    arguments = [f"--{name}={value}" for name, value in flags.items() if name not in ("objective", "variance_type")]
+    done = launch("train", *arguments, "--objective", "hybrid", "--output_dir", str(tmp_path / "wrong"))
+    assert "error:" in done.stderr
+    assert "learned_range" in done.stderr

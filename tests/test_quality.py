@@ -1,0 +1,196 @@
+"""Quality figures against numpy and scipy in float64, and the extractor's choices."""
+
+import builtins
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import nn
+
+import ddpm_pipeline.quality as quality
+from ddpm_pipeline.quality import ImageQuality, InceptionFeatures, cached_features, frechet_distance, precision_recall
+from digits_judge import fit_digits_classifier, load_digits_images
+
+
+@pytest.fixture(scope="module")
+def digits() -> torch.Tensor:
+    images, _ = load_digits_images()
+    return ((images + 1) * 127.5).round().to(torch.uint8)
+
+
+def judged(real, generated, **options) -> quality.Quality:
+    metric = ImageQuality(fit_digits_classifier(), **options)
+    for images, kind in ((real, True), (generated, False)):
+        for batch in images.split(256):
+            metric.update(batch, real=kind)
+    return metric.compute()
+
+
+def numpy_frechet(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(ca @ cb).real
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * root))
+
+
+def test_a_set_and_itself(digits):
+    result = judged(digits, digits)
+    assert abs(result.fid) < 1e-6
+    assert abs(result.kid) < result.kid_std
+    assert (result.precision, result.recall) == (1, 1)
+    assert (result.num_real, result.num_generated) == (1797, 1797)
+    assert 8 < result.inception_score <= 10
+
+
+def test_disjoint_halves_match_numpy(digits):
+    first, second = digits[torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))].chunk(2)
+    classifier = fit_digits_classifier()
+    features = [classifier.features(half.float() / 127.5 - 1).numpy() for half in (first, second)]
+    result = judged(first, second)
+    assert result.fid == pytest.approx(numpy_frechet(*features), rel=1e-6)
+    assert result.fid > 0.01
+    assert 0.5 < result.precision < 1
+
+
+def test_the_distance_keeps_its_digits_far_from_zero():
+    """Sums of squares in float32, or around 0, would lose the covariance of features with a large mean."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(500, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    near, far = frechet_distance(a, 1.1 * b), frechet_distance(a + 1e5, 1.1 * b + 1e5)
+    assert far == pytest.approx(near, rel=1e-6)
+    assert near == pytest.approx(numpy_frechet(a.numpy(), 1.1 * b.numpy()), rel=1e-9)
+
+
+def test_kid_and_score_match_numpy(digits):
+    first, second = digits[:600], digits[600:1200]
+    classifier = fit_digits_classifier()
+    result = judged(first, second, kid_subsets=400, kid_subset_size=300, splits=1)
+    x, y = (classifier.features(half.float() / 127.5 - 1).double().numpy() for half in (first, second))
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    n = len(x)
+    within = sum((kernel(z, z).sum() - np.trace(kernel(z, z))) / (n * (n - 1)) for z in (x, y))
+    unbiased = within - 2 * kernel(x, y).mean()
+    assert abs(result.kid - unbiased) < 4 * result.kid_std / 400**0.5
+    p = classifier(second.float() / 127.5 - 1).double().softmax(dim=1).numpy()
+    score = np.exp((p * (np.log(p) - np.log(p.mean(axis=0)))).sum(axis=1).mean())
+    assert result.kid_subset_size == 300
+    torch.manual_seed(5)
+    assert (
+        judged(first, second, kid_subsets=400, kid_subset_size=300, splits=1).kid == result.kid
+    )  # no global generator
+    metric = ImageQuality(classifier, splits=1)
+    metric.update(first, real=True)
+    metric.update(second, real=False)
+    assert metric.compute().inception_score == pytest.approx(score, rel=1e-6)
+
+
+def test_precision_and_recall_by_hand():
+    real = torch.tensor([[0.0], [1.0], [2.0], [10.0]], dtype=torch.float64)
+    generated = torch.tensor([[0.5], [3.5], [30.0], [31.0], [32.5]], dtype=torch.float64)
+    # k = 1: radii of the real points 1, 1, 1, 8 cover [-1, 3] and [2, 18]; of the generated 3, 3, 1, 1, 1.5
+    assert precision_recall(real, generated, num_neighbours=1) == (2 / 5, 3 / 4)
+    # the same by brute force, in more dimensions
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(40, 3, dtype=torch.float64, generator=generator) for _ in range(2))
+
+    def share(points, manifold, k):
+        radius = [np.sort(np.linalg.norm(manifold - m, axis=1))[k] for m in manifold]
+        return np.mean([any(np.linalg.norm(p - m) <= r for m, r in zip(manifold, radius, strict=True)) for p in points])
+
+    assert precision_recall(a, b, 3) == (share(b.numpy(), a.numpy(), 3), share(a.numpy(), b.numpy(), 3))
+
+
+def test_worse_images_get_worse_figures(digits):
+    noisy = (digits.float() + 100 * torch.randn(digits.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255)
+    one_class = digits[:5].repeat(100, 1, 1, 1)
+    fine, rough = judged(digits[:900], digits[900:]), judged(digits[:900], noisy[900:].to(torch.uint8))
+    assert rough.fid > 3 * fine.fid
+    assert rough.kid > fine.kid
+    assert judged(digits, one_class).recall < 0.1
+
+
+def test_any_module_will_do():
+    class Means(nn.Module):
+        def forward(self, images):
+            return images.mean(dim=(2, 3))
+
+    metric = ImageQuality(Means())
+    generator = torch.Generator().manual_seed(0)
+    for kind in (True, False):
+        metric.update(torch.randint(0, 256, (50, 3, 4, 4), generator=generator, dtype=torch.uint8), real=kind)
+    result = metric.compute()
+    assert np.isfinite(result.fid)
+    assert np.isnan(result.inception_score)
+
+
+def test_what_cannot_be_judged_is_named(digits):
+    classifier = fit_digits_classifier()
+    with pytest.raises(ValueError, match=r"float32.*uint8"):
+        ImageQuality(classifier).update(digits.float(), real=True)
+    with pytest.raises(ValueError, match="1797 real and 3 generated"):
+        judged(digits, digits[:3])
+    metric = ImageQuality(classifier)
+    metric.add_real_features(torch.full((20, 64), torch.nan))
+    metric.update(digits[:20], real=False)
+    with pytest.raises(ValueError, match="NaN"):
+        metric.compute()
+    with pytest.warns(UserWarning, match="20 images give a covariance of 64"):
+        judged(digits, digits[:20])
+
+
+def test_reference_features_are_cached_by_data_and_extractor(digits, tmp_path):
+    classifier, calls = fit_digits_classifier(), []
+
+    def compute():
+        calls.append(1)
+        return classifier.features(digits[:10].float())
+
+    first = cached_features(tmp_path, "aa", classifier, compute)
+    assert torch.equal(cached_features(tmp_path, "aa", classifier, compute), first)
+    assert len(calls) == 1
+    cached_features(tmp_path, "bb", classifier, compute)
+    cached_features(tmp_path, "aa", fit_digits_classifier(1), compute)
+    assert len(calls) == 3
+    metric = ImageQuality(classifier)
+    metric.add_real_features(first)
+    metric.update(digits[10:30], real=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert metric.compute().num_real == 10
+
+
+# Inception
+
+
+def test_without_the_extra_the_error_says_how_to_get_it(monkeypatch):
+    original = builtins.__import__
+
+    def no_fidelity(name, *args, **kwargs):
+        if name.startswith("torch_fidelity"):
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.delitem(sys.modules, "torch_fidelity", raising=False)
+    monkeypatch.setattr(builtins, "__import__", no_fidelity)
+    with pytest.raises(ModuleNotFoundError, match=r"ddpm-pipeline\[inception\]"):
+        InceptionFeatures()
+
+
+def test_without_weights_or_network_the_error_says_how_to_supply_the_file(monkeypatch, tmp_path):
+    """Where the extra is installed; a name that stands for it serves where it is not, as nothing of it is reached."""
+    monkeypatch.setitem(sys.modules, "torch_fidelity", sys.modules.get("torch_fidelity", sys))
+    with pytest.raises(FileNotFoundError, match=r"pt_missing\.pth are not a file; download https"):
+        InceptionFeatures(tmp_path / "pt_missing.pth")
+
+    def unreachable(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"no route to host.*inception_weights"):
+        InceptionFeatures()

@@ -1,0 +1,308 @@
+"""Judge a model: `accelerate launch training/evaluate.py --model FOLDER_OR_REPO --dataset digits`.
+
+Bits per dimension of the data's images, and FID, KID and precision/recall of drawn ones, for any unconditional DDPM
+pipeline. The figures go to evaluation.json and into the model card's metadata. They do not depend on the number of
+processes.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from huggingface_hub import EvalResult
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from ddpm_pipeline import AlphaDDPMPipeline
+from ddpm_pipeline.hub import put_results_into_card
+from ddpm_pipeline.likelihood import BitsPerDim, bits_per_dim
+from ddpm_pipeline.quality import ImageQuality, cached_features, extract
+from eval_parts import (
+    SCHEDULERS,
+    default_steps,
+    draw_uint8,
+    feature_extractor,
+    load_pipeline,
+    my_batches,
+    provenance,
+    use_scheduler,
+)
+from train_config import ConfigError
+from train_data import DataError, ImageData, load_images, to_model_range
+from train_random import Stream, image_indices, seeds
+
+REAL_BATCH = 256  # images whose features are extracted at once
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is judged, against what, and how closely."""
+
+    model: str = field(metadata={"help": "Folder or Hub repository of an unconditional DDPM pipeline."})
+    dataset: str = field(
+        metadata={"help": "Data set, as for train.py: 'digits', a Hub data set, a folder, parquet files."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    split: str = field(default="train", metadata={"help": "Split; held-out images give the honest likelihood."})
+    image_column: str | None = field(default=None, metadata={"help": "Column with the images."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where images and reference features are cached."})
+    num_likelihood_images: int = field(
+        default=256, metadata={"help": "Images of the data whose bits per dimension are evaluated; 0 for none."}
+    )
+    likelihood_steps: int | None = field(
+        default=None, metadata={"help": "Length of the chain whose likelihood it is; all of it by default."}
+    )
+    likelihood_calls: int | None = field(
+        default=None,
+        metadata={"help": "Network calls an image, for an estimate from a stratified subset; all by default."},
+    )
+    two_term: bool = field(default=False, metadata={"help": "Also the bound in the report's two-term form."})
+    num_bins: int = field(default=256, metadata={"help": "Levels of a pixel, for bits per dimension."})
+    num_images: int = field(
+        default=1024, metadata={"help": "Images drawn for FID, KID and precision/recall; 0 for none."}
+    )
+    num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Length of the chain they are drawn with; all of it by default."}
+    )
+    scheduler: str = field(default="keep", metadata={"help": f"Sampler: keep (the model's), {', '.join(SCHEDULERS)}."})
+    features: str = field(
+        default="auto",
+        metadata={"help": "Judge of the images: digits, inception, MODULE:FUNCTION, or auto (digits for digits)."},
+    )
+    inception_weights: str | None = field(
+        default=None, metadata={"help": "File of Inception weights; else downloaded."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Images in a network call of a process."})
+    seed: int = field(default=0, metadata={"help": "Everything random follows from it."})
+    output: str | None = field(
+        default=None,
+        metadata={"help": "JSON file of results; evaluation.json in the model's folder, or here."},
+    )
+    update_card: bool = field(default=True, metadata={"help": "Put the figures into README.md of the model's folder."})
+    num_cpu_threads: int | None = field(default=None, metadata={"help": "Threads on the CPU, each process."})
+
+    def __post_init__(self) -> None:
+        for name, low in {
+            "batch_size": 1,
+            "seed": 0,
+            "num_images": 0,
+            "num_likelihood_images": 0,
+            "num_bins": 2,
+        }.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"--{name} {getattr(self, name)} must be at least {low}.")
+        if not self.num_images and not self.num_likelihood_images:
+            raise ConfigError("--num_images 0 and --num_likelihood_images 0 leave nothing to evaluate.")
+
+
+# ---- parts ----------------------------------------------------------------------------------------
+
+
+def likelihood_of(
+    pipe: AlphaDDPMPipeline,
+    data: ImageData,
+    numbers: Sequence[int],
+    *,
+    seed: int,
+    batch_size: int,
+    steps: int | None = None,
+    calls: int | None = None,
+    two_term: bool = False,
+    num_bins: int = 256,
+    progress: bool = False,
+) -> BitsPerDim:
+    """Bits per dimension of the images at these places of a random order of the data; each has noise of its own."""
+    numbers = list(numbers)
+    chosen = image_indices(seed, len(data), 0, max(numbers) + 1)[numbers]
+    noise_seeds = seeds(seed, Stream.NOISE, 0, max(numbers) + 1)[numbers]
+    return bits_per_dim(
+        pipe.unet,
+        pipe.scheduler,
+        to_model_range(data.pixels(chosen)),
+        num_inference_steps=steps,
+        num_evaluated=calls,
+        two_term=two_term,
+        num_bins=num_bins,
+        batch_size=batch_size,
+        generator=[torch.Generator().manual_seed(int(noise_seed)) for noise_seed in noise_seeds],
+        progress=progress,
+    )
+
+
+def summary(totals: dict[str, list[float]]) -> dict[str, Any]:
+    """Means over images of bits/dim figures with the standard error of each mean, over the images."""
+    columns = {name: torch.tensor(values, dtype=torch.float64) for name, values in totals.items()}
+    count = len(columns["total"])
+    result: dict[str, Any] = {"num_images": count}
+    for name, values in columns.items():
+        result[name] = values.mean().item()
+    # images draw their own timesteps, so the spread of totals holds what a subset of timesteps adds
+    result["total_standard_error"] = columns["total"].std().item() / math.sqrt(count) if count > 1 else float("nan")
+    result["standard_error_of_one_image"] = columns.pop("standard_error").square().mean().sqrt().item()
+    del result["standard_error"]
+    return result
+
+
+def real_features(data: ImageData, extractor: nn.Module, cache_dir: str | None) -> torch.Tensor:
+    """Features [N, F] of all of the data, from the cache by its fingerprint."""
+
+    def compute() -> torch.Tensor:
+        rows = [range(start, min(start + REAL_BATCH, len(data))) for start in range(0, len(data), REAL_BATCH)]
+        with torch.no_grad():
+            device = next(iter(extractor.state_dict().values()), torch.empty(0)).device
+            return torch.cat([extract(extractor, data.pixels(batch).to(device))[0].cpu() for batch in rows])
+
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ddpm_pipeline"
+    return cached_features(folder, data.fingerprint, extractor, compute)
+
+
+def share(rows: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """This process's contiguous share of the rows."""
+    return rows.tensor_split(accelerator.num_processes)[accelerator.process_index]
+
+
+# ---- the run --------------------------------------------------------------------------------------
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Judge as configured; the results, as written. Raises ConfigError or DataError for what cannot be used."""
+    began = time.monotonic()
+    accelerator = Accelerator()
+    if config.num_cpu_threads:
+        torch.set_num_threads(config.num_cpu_threads)
+    main = accelerator.is_main_process
+    pipe = load_pipeline(config.model).to(accelerator.device)
+    own_scheduler = pipe.scheduler
+    size = pipe.unet.config.sample_size
+    with accelerator.main_process_first():
+        data = load_images(
+            config.dataset,
+            dataset_config=config.dataset_config,
+            split=config.split,
+            image_column=config.image_column,
+            resolution=size if isinstance(size, int) else size[0],
+            channels=pipe.unet.config.in_channels,
+            cache_dir=config.cache_dir,
+        )
+    results: dict[str, Any] = {"model": Path(config.model).name, "dataset": data.name, "split": config.split}
+
+    if config.num_likelihood_images:
+        count = min(config.num_likelihood_images, len(data))
+        rows: dict[str, list[float]] = {}
+        names = ["total", "prior", "diffusion", "decoder", "standard_error", *(["two_term"] if config.two_term else [])]
+        for batch in tqdm(my_batches(count, config.batch_size, accelerator), disable=not main, desc="likelihood"):
+            part = likelihood_of(
+                pipe, data, batch, seed=config.seed, batch_size=config.batch_size, steps=config.likelihood_steps,
+                calls=config.likelihood_calls, two_term=config.two_term, num_bins=config.num_bins, progress=main,
+            )  # fmt: skip
+            for name in names:
+                rows.setdefault(name, []).extend(getattr(part, name).tolist())
+        gathered = {name: gather_object(values) for name, values in rows.items()}
+        chain = config.likelihood_steps or len(own_scheduler)
+        results["bits_per_dim"] = {
+            **summary(gathered),
+            "steps": chain,
+            "network_calls": min(config.likelihood_calls or chain, chain),
+            "num_bins": config.num_bins,
+            "variance_type": own_scheduler.config.variance_type,
+        }
+
+    if config.num_images:
+        use_scheduler(pipe, config.scheduler)
+        steps = default_steps(pipe, config.num_inference_steps)
+        extractor = feature_extractor(config.features, config.dataset, config.inception_weights).to(accelerator.device)
+        quality = ImageQuality(extractor, seed=config.seed).to(accelerator.device)
+        with accelerator.main_process_first():
+            reference = real_features(data, extractor, config.cache_dir)
+        quality.add_real_features(share(reference, accelerator).to(accelerator.device))
+        for batch in tqdm(
+            my_batches(config.num_images, config.batch_size, accelerator), disable=not main, desc="drawing"
+        ):
+            quality.update(draw_uint8(pipe, batch, config.seed, steps).to(accelerator.device), real=False)
+        results["quality"] = {
+            **quality.compute()._asdict(),
+            "steps": steps,
+            "scheduler": type(pipe.scheduler).__name__,
+            "features": type(extractor).__name__,
+        }
+
+    results |= {
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "processes": accelerator.num_processes,
+        "seconds": round(time.monotonic() - began, 1),
+        **provenance(accelerator.device),
+    }
+    if main:
+        _write(config, results)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return results
+
+
+def _write(config: EvaluateConfig, results: dict[str, Any]) -> None:
+    folder = Path(config.model)
+    path = Path(config.output) if config.output else (folder if folder.is_dir() else Path()) / "evaluation.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(temporary, path)
+    readme = folder / "README.md"
+    if config.update_card and readme.is_file():
+        put_results_into_card(readme, folder.resolve().name, card_results(config, results))
+    print(json.dumps(results, indent=2))
+
+
+def card_results(config: EvaluateConfig, results: dict[str, Any]) -> list[EvalResult]:
+    """The figures as entries of a model-index."""
+    common = {
+        "task_type": "unconditional-image-generation",
+        "dataset_type": results["dataset"],
+        "dataset_name": results["dataset"],
+        "dataset_split": config.split,
+    }
+    entries = []
+    if bits := results.get("bits_per_dim"):
+        what = f"bits/dim, upper bound ({bits['num_images']} images, {bits['steps']} steps)"
+        entries.append(EvalResult(**common, metric_type="bits_per_dim", metric_name=what, metric_value=bits["total"]))
+    if quality := results.get("quality"):
+        how = f"{quality['num_generated']} images, {quality['steps']} steps, {quality['features']}"
+        for name in ("fid", "kid", "precision", "recall"):
+            entries.append(
+                EvalResult(
+                    **common,
+                    metric_type=name,
+                    metric_name=f"{name.upper() if len(name) == 3 else name} ({how})",
+                    metric_value=quality[name],
+                )
+            )
+    return entries
+
+
+def parse(argv: list[str]) -> EvaluateConfig:
+    parser = HfArgumentParser(EvaluateConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
+    return EvaluateConfig(**vars(parser.parse_args(argv)))
+
+
+def main() -> None:
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    try:
+        evaluate(parse(sys.argv[1:]))
+    except (ConfigError, DataError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
