@@ -193,7 +193,7 @@ def check_trusted_pipeline_saves_a_folder_that_loads_everywhere():
     pipe = DiffusionPipeline.from_pretrained("org/own", custom_pipeline="org/own", **TRUST)
     pipe.save_pretrained("again")
     assert own_settings("again") == KEPT
-    assert {"pipeline.py", "scheduling_alpha_ddpm.py", "stock_format.py"} <= set(os.listdir("again"))
+    assert {"pipeline.py", "sampling_alpha_ddpm.py", "scheduling_alpha_ddpm.py", "stock_format.py"} <= set(os.listdir("again"))
     assert type(DiffusionPipeline.from_pretrained("again")) is DDPMPipeline
     same(DiffusionPipeline.from_pretrained("again", custom_pipeline="again", **TRUST), "own")
 
@@ -411,6 +411,7 @@ def test_shipped_code_is_the_package_s_own_byte_for_byte(hub: hub_server.Hub, pu
     package = Path(hub_server.__file__).parent.parent / "src" / "ddpm_pipeline"
     sources = {
         "pipeline.py": "pipeline_alpha_ddpm.py",
+        "sampling_alpha_ddpm.py": "sampling_alpha_ddpm.py",
         "scheduling_alpha_ddpm.py": "scheduling_alpha_ddpm.py",
         "stock_format.py": "stock_format.py",
     }
@@ -421,7 +422,8 @@ def test_shipped_code_is_the_package_s_own_byte_for_byte(hub: hub_server.Hub, pu
 
 def test_repository_holds_the_stock_format_and_nothing_else(hub: hub_server.Hub, published: Path) -> None:
     assert hub.files("org/class") == {
-        ".gitattributes", "README.md", "model_index.json", "pipeline.py", "scheduling_alpha_ddpm.py", "stock_format.py",
+        ".gitattributes", "README.md", "model_index.json", "pipeline.py", "sampling_alpha_ddpm.py",
+        "scheduling_alpha_ddpm.py", "stock_format.py",
         "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
     }  # fmt: skip
     index = json.loads(hub.read("org/class", "model_index.json"))

@@ -74,7 +74,8 @@ def folder(pipe: AlphaDDPMPipeline, tmp_path: Path) -> Path:
 
 
 MODEL_FILES = {
-    "README.md", "model_index.json", "pipeline.py", "scheduling_alpha_ddpm.py", "stock_format.py", "samples.png",
+    "README.md", "model_index.json", "pipeline.py", "sampling_alpha_ddpm.py", "scheduling_alpha_ddpm.py",
+    "stock_format.py", "samples.png",
     "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", ".gitattributes",
 }  # fmt: skip
 
@@ -175,7 +176,8 @@ def test_card_of_a_class_model_says_which_call_draws(pipe) -> None:
     index = json.loads(pipe.to_json_string())
     unet = {**pipe.unet.config, "num_class_embeds": 11}
     text = str(package_hub._card(index, unet, pipe.scheduler.config, name="c", repo_id="org/c"))
-    assert "class_labels=[0]" in text and "cannot be told a class" in text and "num_inference_steps" not in text
+    assert "class_labels=[0]" in text and "cannot be told a class" in text
+    assert "image = pipe(num_inference_steps" not in text
     text_index = {**index, "text_encoder": ["transformers", "CLIPTextModel"]}
     text = str(package_hub._card(text_index, pipe.unet.config, pipe.scheduler.config, name="t", repo_id="org/t"))
     assert "AlphaDDPMTextToImagePipeline" in text and "pipeline_tag: text-to-image" in text
