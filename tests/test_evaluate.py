@@ -65,10 +65,12 @@ def test_one_and_two_processes_find_the_same(model, cache, tmp_path):
 
     card = ModelCard.load(str(model / "README.md"))
     entries = {entry.metric_type: entry for entry in card.data.eval_results}
-    assert set(entries) == {"bits_per_dim", "fid", "kid", "precision", "recall"}
+    assert set(entries) == {"bits-dim", "fid", "kid", "precision", "recall"}
     assert entries["fid"].metric_value == pytest.approx(quality["fid"])
-    assert "14 images, 12 steps" in entries["fid"].metric_name
-    assert "Use" in card.text
+    assert entries["fid"].metric_args == {
+        "num_images": 14, "steps": 12, "scheduler": "AlphaDDPMScheduler", "features": "DigitsClassifier", "seed": 0
+    }  # fmt: skip
+    assert "| bits/dim |" in card.text and "from_pretrained" in card.text
     assert card.data.library_name == "diffusers"
 
 

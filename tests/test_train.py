@@ -64,7 +64,8 @@ def test_what_a_run_leaves(finished):
     present = {path.name for path in finished.iterdir()}
     assert present == {
         "model_index.json", "unet", "scheduler", "pipeline.py", "sampling_alpha_ddpm.py", "scheduling_alpha_ddpm.py",
-        "README.md", "samples.png", "samples", "training_config.yaml", "train.log", "metrics.jsonl", "checkpoints",
+        "stock_format.py", "README.md", "samples.png", "process.png", "samples", "training_config.yaml", "train.log",
+        "metrics.jsonl", "checkpoints",
     }  # fmt: skip
     assert [path.name for path in sorted((finished / "samples").iterdir())] == [
         "step-00000004.png",
