@@ -19,7 +19,16 @@ TRAIN = [
 ]
 EVAL = [*TRAIN, "torchmetrics>=1.6", "scipy>=1.11", "matplotlib>=3.8"]
 INCEPTION = ["torchmetrics[image]>=1.6"]  # torchvision and torch-fidelity, for published FIDs
-TEST = [*EVAL, "pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "mpmath>=1.3", "tensorboard>=2.16", "ruff>=0.6"]
+TEST = [
+    *EVAL,
+    "pytest>=8.0",
+    "pytest-xdist>=3.5",
+    "hypothesis>=6.100",
+    "mpmath>=1.3",
+    "tensorboard>=2.16",
+    "torchsde>=0.2.6",
+    "ruff>=0.6",
+]
 
 setup(
     name="ddpm-pipeline",
