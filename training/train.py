@@ -23,59 +23,27 @@ from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ddpm_pipeline import AlphaDDPMScheduler
 from ddpm_pipeline.hub import PushError, build_card, export
 from ddpm_pipeline.likelihood import bits_per_dim
-from ddpm_pipeline.objectives import min_snr_weights, per_image_loss, timestep_quantiles, timestep_sampler
+from ddpm_pipeline.objectives import min_snr_weights, per_image_loss, timestep_sampler
+from train_batches import MicroBatches
 from train_checkpoint import CONFIG_FILE, find_checkpoint, load_checkpoint, prepare_output_folder, save_checkpoint
 from train_conditions import Conditions, build_conditions
 from train_config import ConfigError, TrainingConfig, parse_config
 from train_data import DataError, ImageData, load_images, to_model_range
 from train_model import build_model, objective_for
 from train_push import EXIT_STATUS, Pusher, is_hub_dataset, public, recipe_command
-from train_random import Stream, image_indices, noise_of, seeds, uniform
+from train_random import Stream, image_indices, noise_of, seeds
 from train_samples import draw, draw_process, grid, save_picture
 
 logger = logging.getLogger("train")
 
 
 # ---- parts ----------------------------------------------------------------------------------------
-
-
-class MicroBatches(Dataset):
-    """What this process feeds the network: item k is forward pass k, update k // accumulation of the run.
-
-    An item is a function of (seed, step, position in the global batch) alone, so it does not matter who asks for it, or
-    whether anybody asked for the ones before.
-    """
-
-    def __init__(
-        self, data: ImageData, config: TrainingConfig, rank: int, world_size: int, conditions: Conditions | None = None
-    ):
-        self.data, self.config, self.conditions = data, config, conditions or Conditions()
-        self.rank, self.world_size = rank, world_size
-        self.size = config.batch_size // (world_size * config.gradient_accumulation_steps)
-
-    def __getitem__(self, k: int) -> dict[str, Any]:
-        """`pixels` uint8 [b, C, H, W], `quantiles` of timesteps float64 [b], `noise_seeds` int64 [b] and their `condition`."""
-        config = self.config
-        step, pass_index = divmod(k, config.gradient_accumulation_steps)
-        start = (pass_index * self.world_size + self.rank) * self.size
-        mine = slice(start, start + self.size)
-        indices = image_indices(config.seed, len(self.data), step, config.batch_size)[mine]
-        flips = uniform(config.seed, Stream.FLIP, step, config.batch_size)[mine] < 0.5 if config.random_flip else None
-        drawn = uniform(config.seed, Stream.TIMESTEP, step, config.batch_size)
-        noise_seeds = seeds(config.seed, Stream.NOISE, step, config.batch_size)[mine]
-        condition = self.conditions.draw(indices, step, mine)
-        return {
-            "pixels": self.data.pixels(indices, flips),
-            "quantiles": torch.from_numpy(timestep_quantiles(drawn, config.timestep_sampling)[mine]),
-            "noise_seeds": torch.from_numpy(noise_seeds),
-            **({} if condition is None else {"condition": condition}),
-        }
 
 
 def default_output_dir(dataset: str) -> str:
