@@ -30,7 +30,9 @@ class MicroBatches(Dataset):
         self.size = config.batch_size // (world_size * config.gradient_accumulation_steps)
 
     def __getitem__(self, k: int) -> dict[str, Any]:
-        """`pixels` uint8 [b, C, H, W], `quantiles` of timesteps float64 [b], `noise_seeds` int64 [b] and their `condition`."""
+        """`indices` of the images int64 [b], `pixels` uint8 [b, C, H, W], `quantiles` of timesteps float64 [b],
+        `noise_seeds` int64 [b], and their `condition`.
+        """
         config = self.config
         step, pass_index = divmod(k, config.gradient_accumulation_steps)
         start = (pass_index * self.world_size + self.rank) * self.size
@@ -41,6 +43,7 @@ class MicroBatches(Dataset):
         noise_seeds = seeds(config.seed, Stream.NOISE, step, config.batch_size)[mine]
         condition = self.conditions.draw(indices, step, mine)
         return {
+            "indices": torch.from_numpy(indices),
             "pixels": self.data.pixels(indices, flips),
             "quantiles": torch.from_numpy(timestep_quantiles(drawn, config.timestep_sampling)[mine]),
             "noise_seeds": torch.from_numpy(noise_seeds),
