@@ -23,21 +23,20 @@ from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ddpm_pipeline import AlphaDDPMScheduler
 from ddpm_pipeline.hub import PushError, build_card, export
 from ddpm_pipeline.likelihood import bits_per_dim
 from ddpm_pipeline.objectives import min_snr_weights, per_image_loss, timestep_sampler
-from train_batches import MicroBatches
+from train_batches import batch_loader
 from train_checkpoint import CONFIG_FILE, find_checkpoint, load_checkpoint, prepare_output_folder, save_checkpoint
 from train_conditions import Conditions, build_conditions
 from train_config import ConfigError, TrainingConfig, parse_config
 from train_data import DataError, ImageData, load_images, to_model_range
 from train_model import build_model, objective_for
 from train_push import EXIT_STATUS, Pusher, is_hub_dataset, public, recipe_command
-from train_random import Stream, image_indices, noise_of, seeds
+from train_random import Stream, noise_of, seeds
 from train_samples import draw, draw_process, grid, save_picture
 
 logger = logging.getLogger("train")
@@ -120,13 +119,13 @@ def evaluate_briefly(
     unet: torch.nn.Module, scheduler: AlphaDDPMScheduler, data: ImageData, config: TrainingConfig
 ) -> dict[str, float]:
     """Bits per dimension of the same few images with the same noise every time, estimated from a few timesteps each."""
-    count = min(config.eval_images, len(data))
-    indices = image_indices(config.seed, len(data), 0, count)
+    images = data.examples(config.eval_images, config.seed)
+    count = len(images)
     noise_seeds = seeds(config.seed, Stream.NOISE, 0, count).tolist()
     result = bits_per_dim(
         unet,
         scheduler,
-        to_model_range(data.pixels(indices)),
+        to_model_range(images),
         num_evaluated=config.eval_calls,
         batch_size=config.batch_size // config.gradient_accumulation_steps,
         generator=[torch.Generator().manual_seed(noise_seed) for noise_seed in noise_seeds],
@@ -244,19 +243,10 @@ def train(config: TrainingConfig) -> Path:
     pipe = conditions.pipeline(unet, AlphaDDPMScheduler.from_config(scheduler.config))
     pipe.set_progress_bar_config(disable=True)
 
-    batches = MicroBatches(data, config, accelerator.process_index, accelerator.num_processes, conditions)
-    passes = range(
-        first_step * config.gradient_accumulation_steps, max_train_steps * config.gradient_accumulation_steps
-    )
-    loader = iter(
-        DataLoader(
-            batches,
-            batch_size=None,
-            sampler=passes,
-            num_workers=config.dataloader_num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-        )
-    )
+    loader = batch_loader(
+        data, config, accelerator.device.type, accelerator.process_index, accelerator.num_processes, conditions,
+        first_step * config.gradient_accumulation_steps, max_train_steps * config.gradient_accumulation_steps,
+    )  # fmt: skip
     parameters = sum(parameter.numel() for parameter in network.parameters())
     logger.info(
         "%s: %d images of %dx%dx%d; %.2f M parameters; updates %d to %d of %d images; %s, %s, %d threads",
@@ -312,7 +302,7 @@ def train(config: TrainingConfig) -> Path:
         if done % config.log_every == 0 or done == max_train_steps:
             mean_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
             seconds = time.monotonic() - window_began
-            images = len(losses) * batches.size * accelerator.num_processes
+            images = len(losses) * config.batch_size // config.gradient_accumulation_steps
             metrics = {
                 "loss": mean_loss,
                 "grad_norm": float(grad_norm),

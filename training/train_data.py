@@ -5,7 +5,7 @@ once (`train_images`), and keeps the result as a memory-mapped Arrow file; `Imag
 without touching an image file. Called by `train.py` and `evaluate.py`; in a launch of several processes the main one
 calls it first (`accelerator.main_process_first()`) and the others find the cache.
 
-It imports `datasets`, torch and `train_images`; nothing of the package.
+It imports `datasets`, torch, `train_images` and `train_random`; nothing of the package.
 """
 
 import contextlib
@@ -41,6 +41,7 @@ from train_images import (
     open_image,
     to_array,
 )
+from train_random import image_indices
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,15 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def num_images(self) -> int:
+        return len(self)
+
+    @property
+    def columns(self) -> list[str]:
+        """The kept columns, which can serve as conditions."""
+        return [name for name in self.dataset.column_names if name not in (PIXELS, DIGEST)]
+
     def pixels(self, indices: Sequence[int], flip: np.ndarray | None = None) -> torch.Tensor:
         """Images uint8 [B, C, H, W], contiguous; those where `flip`, bool [B], is true are mirrored left to right.
 
@@ -114,6 +124,15 @@ class ImageData:
             missing = indices[values.index(None)]
             raise DataError(f"row {missing} has no value in the column {name!r}; fill it in or leave the row out.")
         return torch.tensor(values, dtype=torch.int64)
+
+    def values(self, name: str) -> Iterator[Any]:
+        """A kept column's values, one by one in the order of the images. Raises DataError for an unknown column."""
+        _check_column(name, self.dataset.features)
+        return (value.as_py() for value in self.dataset.data.column(name))
+
+    def examples(self, count: int, seed: int) -> torch.Tensor:
+        """The same few images at each call, uint8 [n, C, H, W]: the first `count` of a random order, or all there are."""
+        return self.pixels(image_indices(seed, len(self), 0, min(count, len(self))))
 
     @cached_property
     def _pixel_chunks(self) -> list[np.ndarray]:
