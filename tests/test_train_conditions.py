@@ -80,17 +80,6 @@ def test_conditions_are_the_same_however_the_batch_is_split(kind, digits):
     assert whole != list(conditions.draw(values, 4, slice(None)))
 
 
-def test_labels_without_a_class_are_refused(tmp_path):
-    features = datasets.Features(
-        {"image": datasets.Array2D((8, 8), "uint8"), "label": datasets.ClassLabel(names=["a", "b"])}
-    )
-    rows = {"image": [np.zeros((8, 8), np.uint8)] * 3, "label": [0, 1, -1]}
-    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "data"))
-    data = load_images(str(tmp_path / "data"), cache_dir=str(tmp_path))
-    with pytest.raises(ConfigError, match="labels from -1 to 1"):
-        ClassConditions(config(condition="class"), data)
-
-
 # ---- captions ---------------------------------------------------------------------------------------
 
 

@@ -38,6 +38,7 @@ from train_model import build_model, objective_for
 from train_push import EXIT_STATUS, Pusher, is_hub_dataset, public, recipe_command
 from train_random import Stream, noise_of, seeds
 from train_samples import draw, draw_process, grid, save_picture
+from train_skipped import SkippedLog
 
 logger = logging.getLogger("train")
 
@@ -181,10 +182,14 @@ def train(config: TrainingConfig) -> Path:
             channels=config.channels,
             cache_dir=config.cache_dir,
             preprocessing_num_workers=config.preprocessing_num_workers,
+            max_bad_fraction=config.max_bad_fraction,
+            condition=config.condition,
             label_column=config.label_column,
             text_column=config.text_column,
         )
     set_up_logging(accelerator, folder)
+    if accelerator.is_main_process:
+        SkippedLog(folder).add(data.skipped)
     torch.manual_seed(int(seeds(config.seed, Stream.MODEL, 0, 1)[0]))  # the initial weights
     conditions = build_conditions(config, data)
     unet, scheduler = build_model(config, data.resolution, data.channels, conditions)

@@ -79,7 +79,7 @@ class MicroBatches(Dataset):
         column = self.conditions.column
         return {
             "pixels": self.data.pixels(indices, self.share.flips(k)),
-            "indices": torch.from_numpy(indices),
+            "indices": torch.from_numpy(self.data.rows_of(indices)),
             **self.share.draws(k, self.conditions, self.data.column(column, indices) if column else None),
         }
 

@@ -30,7 +30,7 @@ CONFIG_FILE = "training_config.yaml"  # its presence marks a folder as one of ou
 RUN_FILES = (
     CONFIG_FILE, "checkpoints", "samples", "samples.png", "train.log", "metrics.jsonl", "README.md", "model_index.json",
     "unet", "scheduler", "text_encoder", "tokenizer", "pipeline.py", "sampling_alpha_ddpm.py", "scheduling_alpha_ddpm.py",
-    "stock_format.py", "process.png", ".push", "evaluation.json", "logs",
+    "stock_format.py", "process.png", ".push", "evaluation.json", "logs", "skipped.jsonl",
 )  # fmt: skip
 
 
@@ -39,8 +39,9 @@ FREE_TO_CHANGE = frozenset(
     (
         "cache_dir", "preprocessing_num_workers", "dataloader_num_workers", "init_from", "max_train_steps",
         "num_train_epochs", "gradient_checkpointing", "compile", "channels_last", "num_cpu_threads", "output_dir",
-        "overwrite", "resume", "checkpoint_every", "checkpoints_total_limit", "preview_every", "preview_images",
-        "preview_inference_steps", "preview_prompts", "preview_guidance", "num_samples", "log_every", "report_to",
+        "overwrite", "resume", "max_bad_fraction", "checkpoint_every", "checkpoints_total_limit", "preview_every",
+        "preview_images", "preview_inference_steps", "preview_prompts", "preview_guidance", "num_samples", "log_every",
+        "report_to",
     )
 )  # fmt: skip
 

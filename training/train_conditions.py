@@ -99,12 +99,6 @@ class ClassConditions(Conditions):
             )
         self.config, self.column = config, data.label_column
         self.names = data.class_names
-        labels = data.dataset.data.column(data.label_column).to_numpy()
-        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.names):
-            raise ConfigError(
-                f"--label_column {data.label_column} holds labels from {labels.min()} to {labels.max()}, and there are "
-                f"{len(self.names)} classes: leave out images without a class (-1), or drop --condition class."
-            )
 
     def unet_config(self) -> dict[str, Any]:
         return {"num_class_embeds": len(self.names) + 1}
