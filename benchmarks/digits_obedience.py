@@ -90,7 +90,7 @@ def training_captions(folder: Path) -> Counter[str]:
     captions, seen = Captions(config, data), Counter()
     for step in range(config.max_train_steps):
         indices = image_indices(config.seed, len(data), step, config.batch_size)
-        seen.update(map(prepare_prompt, captions.draw(indices, step, slice(None))))
+        seen.update(map(prepare_prompt, captions.draw(data.column(captions.column, indices), step, slice(None))))
     return seen
 
 

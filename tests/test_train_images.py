@@ -408,9 +408,10 @@ def bomb(width: int, height: int) -> bytes:
         (encoded(Image.fromarray(noise(64, 64)))[:2000], "truncated|Truncated"),
         (encoded(Image.fromarray(noise(64, 64)), "JPEG")[:900], "truncated"),
         (bomb(20000, 20000), "decompression bomb"),
+        (bomb(8192, 8193), "8192x8193 is more than 67108864 pixels: a decompression bomb"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "EPS is not accepted"),
     ],
-    ids=["empty", "text", "truncated png", "truncated jpeg", "bomb", "eps"],
+    ids=["empty", "text", "truncated png", "truncated jpeg", "bomb", "small bomb", "eps"],
 )
 def test_bad_files(data, reason, tmp_path):
     (tmp_path / "file").write_bytes(data)

@@ -41,6 +41,7 @@ from eval_parts import (
 from train_config import ConfigError
 from train_data import DataError, ImageData, load_images, to_model_range
 from train_random import Stream, image_indices, seeds
+from train_skipped import SHOWN, describe
 
 REAL_BATCH = 256  # images whose features are extracted at once
 
@@ -56,6 +57,9 @@ class EvaluateConfig:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     split: str = field(default="train", metadata={"help": "Split; held-out images give the honest likelihood."})
     image_column: str | None = field(default=None, metadata={"help": "Column with the images."})
+    max_bad_fraction: float = field(
+        default=0.01, metadata={"help": "Share of rows that may be left out because their image cannot be read."}
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "Where images and reference features are cached."})
     num_likelihood_images: int = field(
         default=256, metadata={"help": "Images of the data whose bits per dimension are evaluated; 0 for none."}
@@ -102,6 +106,8 @@ class EvaluateConfig:
         }.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"--{name} {getattr(self, name)} must be at least {low}.")
+        if not 0 <= self.max_bad_fraction < 1:
+            raise ConfigError(f"--max_bad_fraction {self.max_bad_fraction} must be at least 0 and below 1.")
         if not self.num_images and not self.num_likelihood_images:
             raise ConfigError("--num_images 0 and --num_likelihood_images 0 leave nothing to evaluate.")
 
@@ -194,8 +200,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             resolution=size if isinstance(size, int) else size[0],
             channels=pipe.unet.config.in_channels,
             cache_dir=config.cache_dir,
+            max_bad_fraction=config.max_bad_fraction,
         )
-    results: dict[str, Any] = {"model": Path(config.model).name, "dataset": data.name, "split": config.split}
+    if main and data.skipped:
+        first = "; ".join(map(describe, data.skipped[:SHOWN]))
+        print(f"warning: {len(data.skipped)} rows cannot be used and are left out: {first}", file=sys.stderr)
+    results: dict[str, Any] = {
+        "model": Path(config.model).name,
+        "dataset": data.name,
+        "split": config.split,
+        "skipped_rows": len(data.skipped),
+    }
 
     if config.num_likelihood_images:
         count = min(config.num_likelihood_images, len(data))

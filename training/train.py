@@ -23,7 +23,6 @@ from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import train_push
@@ -32,7 +31,7 @@ from ddpm_pipeline import AlphaDDPMScheduler
 from ddpm_pipeline.hub import PushError, build_card, export
 from ddpm_pipeline.likelihood import bits_per_dim
 from ddpm_pipeline.objectives import min_snr_weights, per_image_loss, timestep_sampler
-from train_batches import MicroBatches
+from train_batches import batch_loader
 from train_checkpoint import (
     CONFIG_FILE,
     CheckpointError,
@@ -48,9 +47,10 @@ from train_data import DataError, ImageData, load_images, to_model_range
 from train_metrics import MetricsLog, StepTimer, memory
 from train_model import build_model, objective_for
 from train_push import Pusher, is_hub_dataset, public, recipe_command
-from train_random import Stream, image_indices, noise_of, seeds
+from train_random import Stream, noise_of, seeds
 from train_samples import draw, draw_process, grid, save_picture
-from train_stop import Stopped, StopRequest, ignore_signals_in_worker, in_any_process
+from train_skipped import SkippedLog
+from train_stop import Stopped, StopRequest, in_any_process
 from train_update import NumericalError, Updater
 
 logger = logging.getLogger("train")
@@ -133,13 +133,13 @@ def evaluate_briefly(
     unet: torch.nn.Module, scheduler: AlphaDDPMScheduler, data: ImageData, config: TrainingConfig
 ) -> dict[str, float]:
     """Bits per dimension of the same few images with the same noise every time, estimated from a few timesteps each."""
-    count = min(config.eval_images, len(data))
-    indices = image_indices(config.seed, len(data), 0, count)
+    images = data.examples(config.eval_images, config.seed)
+    count = len(images)
     noise_seeds = seeds(config.seed, Stream.NOISE, 0, count).tolist()
     result = bits_per_dim(
         unet,
         scheduler,
-        to_model_range(data.pixels(indices)),
+        to_model_range(images),
         num_evaluated=config.eval_calls,
         batch_size=config.batch_size // config.gradient_accumulation_steps,
         generator=[torch.Generator().manual_seed(noise_seed) for noise_seed in noise_seeds],
@@ -184,10 +184,15 @@ class Run:
                 channels=config.channels,
                 cache_dir=config.cache_dir,
                 preprocessing_num_workers=config.preprocessing_num_workers,
+                max_bad_fraction=config.max_bad_fraction,
+                condition=config.condition,
                 label_column=config.label_column,
                 text_column=config.text_column,
             )
         set_up_logging(accelerator, folder)
+        if accelerator.is_main_process:
+            self.skipped = SkippedLog(folder)
+            self.skipped.add(data.skipped)
         torch.manual_seed(int(seeds(config.seed, Stream.MODEL, 0, 1)[0]))  # the initial weights
         conditions = self.conditions = build_conditions(config, data)
         self.unet, self.scheduler = build_model(config, data.resolution, data.channels, conditions)
@@ -235,26 +240,19 @@ class Run:
         if self.sampler.observes_losses:
             self.parts["timestep_sampler"] = self.sampler
         self.checkpoints = Checkpoints(accelerator, folder, config.checkpoints_total_limit)
-        self.first_step = load_checkpoint(accelerator, ema, self.parts, checkpoint)[0] if checkpoint else 0
+        self.first_step, position = (
+            load_checkpoint(accelerator, ema, self.parts, checkpoint) if checkpoint else (0, None)
+        )
         # with a scheduler of its own: previews choose shorter chains, and the bound is that of the full one
         self.pipe = conditions.pipeline(self.unet, AlphaDDPMScheduler.from_config(self.scheduler.config))
         self.pipe.set_progress_bar_config(disable=True)
 
-        self.batches = MicroBatches(data, config, accelerator.process_index, accelerator.num_processes, conditions)
-        passes = range(
+        self.loader = batch_loader(
+            data, config, accelerator.device.type, accelerator.process_index, accelerator.num_processes, conditions,
             self.first_step * config.gradient_accumulation_steps,
             self.max_train_steps * config.gradient_accumulation_steps,
-        )
-        self.loader = iter(
-            DataLoader(
-                self.batches,
-                batch_size=None,
-                sampler=passes,
-                num_workers=config.dataloader_num_workers,
-                worker_init_fn=ignore_signals_in_worker,
-                pin_memory=accelerator.device.type == "cuda",
-            )
-        )
+            position,
+        )  # fmt: skip
         self.parameters = sum(parameter.numel() for parameter in network.parameters())
         logger.info(
             "%s: %d images of %dx%dx%d; %.2f M parameters; updates %d to %d of %d images; %s, %s, %d threads",
@@ -389,7 +387,7 @@ class Run:
     def save_checkpoint(self, done: int) -> None:
         if not self.updater.weights_are_finite():
             raise self.numerical_error(f"the weights after {done} updates are not finite")
-        self.checkpoints.save(done, self.ema, self.parts)
+        self.checkpoints.save(done, self.ema, self.parts, own=self.loader.state_dict())
 
     def numerical_error(self, what: str) -> NumericalError:
         self.checkpoints.close()

@@ -45,11 +45,11 @@ RUN_FILES = (
 FREE_TO_CHANGE = frozenset(
     (
         "cache_dir", "preprocessing_num_workers", "dataloader_num_workers", "init_from", "max_train_steps",
-        "num_train_epochs", "gradient_checkpointing", "channels_last", "num_cpu_threads", "output_dir",
-        "overwrite", "resume", "checkpoint_every", "checkpoints_total_limit", "preview_every", "preview_images",
-        "preview_inference_steps", "preview_prompts", "preview_guidance", "num_samples", "log_every", "report_to",
-        "max_train_time", "eval_every", "eval_images", "eval_calls",
-        "push_to_hub", "hub_model_id", "hub_private", "hub_license", "push_every", "push_logs",
+        "num_train_epochs", "gradient_checkpointing", "channels_last", "num_cpu_threads", "output_dir", "overwrite", "resume",
+        "max_bad_fraction", "max_train_time", "checkpoint_every", "checkpoints_total_limit", "preview_every",
+        "preview_images", "preview_inference_steps", "preview_prompts", "preview_guidance", "num_samples", "eval_every",
+        "eval_images", "eval_calls", "log_every", "report_to", "push_to_hub", "hub_model_id", "hub_private", "hub_license",
+        "push_every", "push_logs",
     )
 )  # fmt: skip
 NOT_WORTH_TELLING = frozenset(("resume", "overwrite", "output_dir"))

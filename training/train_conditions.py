@@ -1,6 +1,7 @@
 """What images are drawn for: nothing, a class, or a caption; one object that the training loop asks, whichever it is.
 
-In the loop a condition is drawn with each image (`draw`, on the CPU, in the data loader), becomes arguments of the network
+In the loop a condition is drawn with each image from the value of its `column` (`draw`, on the CPU, in the data loader, be the
+images mapped from a file or streamed), becomes arguments of the network
 (`inputs`, on the device), and ends in a pipeline (`pipeline`). With a share of the images it is left out, for guidance.
 Imports diffusers, tokenizers, torch, transformers and the package. Called by train.py and train_model.py.
 """
@@ -51,14 +52,15 @@ class Conditions:
 
     unet_class: type = UNet2DModel
     pipeline_class: type = AlphaDDPMPipeline
+    column: str | None = None  # of the data, whose values `draw` takes
 
     def unet_config(self) -> dict[str, Any]:
         """What the UNet's config needs for this condition."""
         return {}
 
-    def draw(self, indices: Sequence[int], step: int, positions: slice) -> Any:
-        """The conditions of images `indices`, at these positions of update `step`'s global batch: a function of
-        (seed, step, position) and the image. None, int64 [b] or a list of b strings.
+    def draw(self, values: Sequence[Any] | None, step: int, positions: slice) -> Any:
+        """The conditions of b images with these values of `column`, at these positions of update `step`'s global batch: a
+        function of (seed, step, position) and the value. None, int64 [b] or a list of b strings.
         """
         return None
 
@@ -93,22 +95,16 @@ class ClassConditions(Conditions):
         if data.label_column is None:
             raise ConfigError(
                 f"--condition class: {data.name} has no label column that is found by itself; name one of "
-                f"{data.dataset.column_names[2:]} with --label_column."
+                f"{data.columns} with --label_column."
             )
-        self.config, self.data = config, data
+        self.config, self.column = config, data.label_column
         self.names = data.class_names
-        labels = data.dataset.data.column(data.label_column).to_numpy()
-        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.names):
-            raise ConfigError(
-                f"--label_column {data.label_column} holds labels from {labels.min()} to {labels.max()}, and there are "
-                f"{len(self.names)} classes: leave out images without a class (-1), or drop --condition class."
-            )
 
     def unet_config(self) -> dict[str, Any]:
         return {"num_class_embeds": len(self.names) + 1}
 
-    def draw(self, indices: Sequence[int], step: int, positions: slice) -> torch.Tensor:
-        labels = self.data.column(self.data.label_column, indices)
+    def draw(self, values: Sequence[int], step: int, positions: slice) -> torch.Tensor:
+        labels = torch.as_tensor(values, dtype=torch.int64)
         dropped = torch.from_numpy(_left_out(self.config, step, positions))
         return labels.masked_fill(dropped, len(self.names))
 
@@ -209,21 +205,21 @@ class Captions:
 
     def __init__(self, config: TrainingConfig, data: ImageData):
         self.config, self.data = config, data
+        self.column = data.text_column or data.label_column
         self.templates = None
         if data.text_column is None:
             if data.label_column is None:
                 raise ConfigError(
                     f"--condition text: {data.name} has neither a --text_column nor a --label_column for templates; name one "
-                    f"of {data.dataset.column_names[2:]}."
+                    f"of {data.columns}."
                 )
             self.templates = read_templates(config, data.class_names)
         elif config.caption_templates is not None:
             raise ConfigError("--caption_templates word a label column; drop them, or --text_column.")
 
-    def draw(self, indices: Sequence[int], step: int, positions: slice) -> list[str]:
+    def draw(self, values: Sequence[Any], step: int, positions: slice) -> list[str]:
         config = self.config
         caption_seeds = seeds(config.seed, Stream.CONDITION, step, config.batch_size)[positions]
-        values = self.data.column(self.data.text_column or self.data.label_column, indices)
         left_out = _left_out(config, step, positions)
         return [
             "" if dropped else self._caption(value, np.random.default_rng(caption_seed))
@@ -237,12 +233,11 @@ class Captions:
         return _without_words(texts[rng.integers(len(texts))], rng, self.config.word_dropout) if texts else ""
 
     def all(self) -> Iterator[str]:
-        """Every caption there is, no word left out; of a text column, in the data's order."""
+        """Every caption there is, no word left out; of a text column, in the data's order, and of a stream the first ones."""
         if self.templates is not None:
             yield from self.templates.all()
             return
-        for value in self.data.dataset.data.column(self.data.text_column):
-            texts = value.as_py()
+        for texts in self.data.values(self.data.text_column):
             yield from (text for text in (texts if isinstance(texts, list) else [texts]) if text)
 
     def examples(self, count: int) -> list[str]:
@@ -277,6 +272,7 @@ class TextConditions(Conditions):
     def __init__(self, config: TrainingConfig, data: ImageData):
         self.config = config
         self.captions = Captions(config, data)
+        self.column = self.captions.column
         source = config.text_encoder or (None if config.init_from else SMALL)
         if source == SMALL:
             self.tokenizer = make_tokenizer(self.captions.all())
@@ -293,8 +289,8 @@ class TextConditions(Conditions):
         encoder = self.text_encoder.config
         return {"cross_attention_dim": getattr(encoder, "hidden_size", None) or encoder.d_model}
 
-    def draw(self, indices: Sequence[int], step: int, positions: slice) -> list[str]:
-        return self.captions.draw(indices, step, positions)
+    def draw(self, values: Sequence[Any], step: int, positions: slice) -> list[str]:
+        return self.captions.draw(values, step, positions)
 
     def inputs(self, drawn: list[str], device: torch.device) -> dict[str, torch.Tensor]:
         different = list(dict.fromkeys(drawn))

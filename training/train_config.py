@@ -54,6 +54,11 @@ class TrainingConfig:
         None, "Where preprocessed images are cached; the datasets library's cache if not given."
     )
     preprocessing_num_workers: int | None = _option(None, "Processes that preprocess the images once.")
+    max_bad_fraction: float = _option(
+        0.01,
+        "Share of rows that may be left out, and listed in skipped.jsonl, because their image cannot be read or the label or "
+        "caption is missing that --condition needs; more end the run.",
+    )
     dataloader_num_workers: int = _option(0, "Processes that read batches ahead, for each training process.")
 
     # conditions
@@ -205,7 +210,7 @@ class TrainingConfig:
                 "--eval_every measures models without a condition; leave it out, or use --condition none."
             )
         self._require("condition", self.condition in CONDITIONS, f"one of {', '.join(CONDITIONS)}")
-        for name in ("condition_dropout", "word_dropout"):
+        for name in ("condition_dropout", "word_dropout", "max_bad_fraction"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         self._require("preview_guidance", math.isfinite(self.preview_guidance), "a finite number")
         text_options = ("text_column", "caption_templates", "text_encoder", "train_text_encoder", "preview_prompts")

@@ -1,8 +1,8 @@
 """From an image file to training pixels: every PIL mode, orientation, transparency, resizing.
 
 Pure functions on PIL images and numpy arrays. It imports neither `datasets` nor torch, changes no global state of PIL,
-and is called by `train_data`, in worker processes too. Whatever is wrong with a file ends in `BadImage`, so that a
-caller may skip that one row.
+and is called by `train_data` and `train_stream`, in worker processes too. Whatever is wrong with a file ends in `BadImage`,
+so that a caller may skip that one row.
 
 Colour management is not done: ICC profiles are ignored, as by every loader of this field. Of an animation or a
 multi-page file the first frame is taken.
@@ -13,12 +13,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
-MAX_PIXELS = 178_956_970  # where PIL by default refuses an image as a decompression bomb; here whatever its setting
+# An image of more is refused as a decompression bomb, whatever PIL's own limit is set to (by default 2.7 times this one). With
+# it the worst file takes 1.3 GB for a moment, of which the decoded RGBA pixels are a fifth: a process can bear that.
+MAX_PIXELS = 2**26
 REFUSED_FORMATS = ("EPS",)  # PIL would start Ghostscript on it, and files may come from strangers
 
 GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
@@ -113,6 +116,48 @@ def check_channels(channels: int) -> None:
         raise ValueError(f"channels={channels!r} is not one of {CHANNELS}; use 1 for grey, 3 for RGB, 4 for RGBA.")
 
 
+# Rows of a data set
+
+
+def image_pixels(value: Any, kind: str, resolution: int, channels: int) -> np.ndarray:
+    """One row's image as uint8 [resolution, resolution, channels]; `value` as the column of that kind stores it.
+
+    Raises `BadImage`.
+    """
+    source = _stored_image(value, kind)
+    image = array_to_image(source) if isinstance(source, np.ndarray) else open_image(source)
+    return to_array(image, resolution, channels)
+
+
+def image_shape(value: Any, kind: str) -> tuple[int, int, int]:
+    """(width, height, native channels) of one row's image, by its header where that suffices. Raises `BadImage`."""
+    source = _stored_image(value, kind)
+    if isinstance(source, np.ndarray):
+        image = array_to_image(source)
+        return *image.size, native_channels(image)
+    return image_size_and_channels(source)
+
+
+def image_file(value: Any) -> str | None:
+    """The file that one row's image came from, if the row names one."""
+    return (value.get("path") if isinstance(value, dict) else None) or None
+
+
+def _stored_image(value: Any, kind: str) -> bytes | str | np.ndarray:
+    """What a row holds: the bytes of a file, its path, or an array."""
+    if value is not None and kind == "array":
+        try:
+            return np.asarray(value, dtype=np.uint8)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise BadImage(f"the array is not regular: {error}") from error
+    found = value
+    if isinstance(value, dict):
+        found = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if found is None:
+        raise BadImage("there is no image in this row")
+    return found
+
+
 # Opening
 
 
@@ -123,6 +168,8 @@ def _bad_image() -> Iterator[None]:
         yield
     except BadImage:
         raise
+    except UnidentifiedImageError as error:  # whose message has an address of memory, so that no two are alike
+        raise BadImage("cannot identify its format: it is no image, or its beginning is damaged") from error
     except Exception as error:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
