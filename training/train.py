@@ -19,7 +19,7 @@ import diffusers
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard
@@ -29,16 +29,17 @@ from ddpm_pipeline import AlphaDDPMScheduler
 from ddpm_pipeline.hub import PushError, build_card, export
 from ddpm_pipeline.likelihood import bits_per_dim
 from ddpm_pipeline.objectives import min_snr_weights, per_image_loss, timestep_sampler
-from train_batches import batch_loader
+from train_batches import batch_loader, open_data
 from train_checkpoint import CONFIG_FILE, find_checkpoint, load_checkpoint, prepare_output_folder, save_checkpoint
 from train_conditions import Conditions, build_conditions
 from train_config import ConfigError, TrainingConfig, parse_config
-from train_data import DataError, ImageData, load_images, to_model_range
+from train_data import DataError, ImageData, to_model_range
 from train_model import build_model, objective_for
 from train_push import EXIT_STATUS, Pusher, is_hub_dataset, public, recipe_command
 from train_random import Stream, noise_of, seeds
 from train_samples import draw, draw_process, grid, save_picture
 from train_skipped import SkippedLog
+from train_stream import StreamData
 
 logger = logging.getLogger("train")
 
@@ -117,7 +118,7 @@ def draw_grid(
 
 
 def evaluate_briefly(
-    unet: torch.nn.Module, scheduler: AlphaDDPMScheduler, data: ImageData, config: TrainingConfig
+    unet: torch.nn.Module, scheduler: AlphaDDPMScheduler, data: ImageData | StreamData, config: TrainingConfig
 ) -> dict[str, float]:
     """Bits per dimension of the same few images with the same noise every time, estimated from a few timesteps each."""
     images = data.examples(config.eval_images, config.seed)
@@ -173,23 +174,11 @@ def train(config: TrainingConfig) -> Path:
         if accelerator.is_main_process:
             prepare_output_folder(folder, config)
         pusher = Pusher(config, folder) if config.push_to_hub and accelerator.is_main_process else None
-        data = load_images(
-            config.dataset,
-            dataset_config=config.dataset_config,
-            split=config.split,
-            image_column=config.image_column,
-            resolution=config.resolution,
-            channels=config.channels,
-            cache_dir=config.cache_dir,
-            preprocessing_num_workers=config.preprocessing_num_workers,
-            max_bad_fraction=config.max_bad_fraction,
-            condition=config.condition,
-            label_column=config.label_column,
-            text_column=config.text_column,
-        )
+        data = open_data(config)
     set_up_logging(accelerator, folder)
-    if accelerator.is_main_process:
-        SkippedLog(folder).add(data.skipped)
+    skipped_log = SkippedLog(folder) if accelerator.is_main_process else None
+    if skipped_log is not None:
+        skipped_log.add(data.skipped)
     torch.manual_seed(int(seeds(config.seed, Stream.MODEL, 0, 1)[0]))  # the initial weights
     conditions = build_conditions(config, data)
     unet, scheduler = build_model(config, data.resolution, data.channels, conditions)
@@ -254,8 +243,9 @@ def train(config: TrainingConfig) -> Path:
     )  # fmt: skip
     parameters = sum(parameter.numel() for parameter in network.parameters())
     logger.info(
-        "%s: %d images of %dx%dx%d; %.2f M parameters; updates %d to %d of %d images; %s, %s, %d threads",
-        data.name, len(data), data.resolution, data.resolution, data.channels, parameters / 1e6, first_step,
+        "%s: %s of %dx%dx%d; %.2f M parameters; updates %d to %d of %d images; %s, %s, %d threads",
+        data.name, f"{data.num_images} images" if data.num_images else "a stream", data.resolution, data.resolution,
+        data.channels, parameters / 1e6, first_step,
         max_train_steps, config.batch_size, accelerator.device, accelerator.mixed_precision, torch.get_num_threads(),
     )  # fmt: skip
 
@@ -266,6 +256,13 @@ def train(config: TrainingConfig) -> Path:
         name, example = folder.resolve().name, conditions.example()
         card = model_card(pipe, config, data, facts, target, name, accelerator.num_processes, example)
         export(pipe, target, card)
+
+    def note_skipped() -> None:
+        """Write down what all processes left out of a stream since the last time."""
+        if config.streaming:
+            found = gather_object(loader.skipped)
+            if skipped_log is not None:
+                skipped_log.add(found)
 
     log = MetricsLog(accelerator, folder / "metrics.jsonl")
     progress = tqdm(
@@ -314,6 +311,9 @@ def train(config: TrainingConfig) -> Path:
                 "learning_rate": lr_scheduler.get_last_lr()[0],
                 "images_per_second": images / seconds,
             }
+            note_skipped()
+            if skipped_log:
+                metrics["skipped_rows"] = len(skipped_log)
             log(metrics, done)
             progress.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
             losses, window_began = [], time.monotonic()
@@ -335,9 +335,11 @@ def train(config: TrainingConfig) -> Path:
             accelerator.wait_for_everyone()
             window_began = time.monotonic()
         if config.checkpoint_every and (done % config.checkpoint_every == 0 or done == max_train_steps):
+            note_skipped()  # those before a checkpoint are not come by again
             save_checkpoint(accelerator, ema, folder, done, config.checkpoints_total_limit)
             window_began = time.monotonic()
     progress.close()
+    loader.close()
 
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the samples are what the saved float32 weights draw
     if accelerator.is_main_process:
@@ -381,7 +383,7 @@ def losses_of(
 def model_card(
     pipe: Any,
     config: TrainingConfig,
-    data: ImageData,
+    data: ImageData | StreamData,
     facts: dict[str, Any],
     target: Path,
     name: str,
@@ -395,7 +397,7 @@ def model_card(
         name=(config.hub_model_id or name).split("/")[-1],
         repo_id=config.hub_model_id,
         dataset=public(data.name),
-        num_images=len(data),
+        num_images=data.num_images,
         hub_dataset=config.dataset if is_hub_dataset(config) else None,
         license=config.hub_license,
         training=facts,
