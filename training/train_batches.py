@@ -241,7 +241,7 @@ def batch_loader(
         batches = MicroBatches(data, config, rank, world_size, conditions)
         return BatchLoader(DataLoader(batches, sampler=passes, **options))
     workers = max(1, config.dataloader_num_workers)
-    parts = cut(data.stream, world_size * workers)
+    parts = cut(data, world_size * workers)
     positions = [Position()] * workers
     if state is not None:
         _check_state(state, first_pass, world_size, rank, workers, parts)

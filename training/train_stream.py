@@ -267,12 +267,17 @@ class Cut:
     by_shard: bool
 
 
-def cut(stream: IterableDataset, parts: int) -> Cut:
-    """Parts without overlap, which cover the stream. Files of parquet are taken by row groups where they are few."""
+def cut(data: StreamData, parts: int) -> Cut:
+    """Parts without overlap, which cover the stream. Files of parquet are taken by row groups where they are few.
+
+    Raises DataError where a file cannot be read.
+    """
+    stream = data.stream
     if parts > 1 and stream.num_shards % parts == 0:
         return Cut(stream, parts, by_shard=True)
     if stream.num_shards < MANY_SHARDS * parts:
-        stream = stream.reshard()
+        with as_data_error(f"the stream {data.name!r}"):
+            stream = stream.reshard()
     return Cut(stream, parts, by_shard=parts == 1 or stream.num_shards >= MANY_SHARDS * parts)
 
 
