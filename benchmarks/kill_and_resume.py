@@ -43,7 +43,7 @@ TEXT = {
 }  # fmt: skip
 COMMON = {
     "dataset": "digits", "split": "train[:100]", "num_train_timesteps": 20, "beta_end": 0.4, "batch_size": 16,
-    "max_train_steps": 24, "learning_rate": 1e-3, "lr_warmup_steps": 3, "mixed_precision": "no", "checkpoint_every": 3,
+    "resolution": 8, "max_train_steps": 24, "learning_rate": 1e-3, "lr_warmup_steps": 3, "mixed_precision": "no", "checkpoint_every": 3,
     "preview_every": 8, "preview_images": 4, "preview_inference_steps": 5, "num_samples": 4, "log_every": 1,
     "num_cpu_threads": 1, "random_flip": True, "resume": "latest",
 }  # fmt: skip
@@ -54,9 +54,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "dataloader_num_workers": 2,
     },
     "captions, workers": {"condition": "text", "dataloader_num_workers": 2, "word_dropout": 0.2},
+    "stream, workers": {"streaming": True, "shuffle_buffer": 40, "channels": 1, "dataloader_num_workers": 2},
     "two processes": {"gradient_accumulation_steps": 2},
+    "two processes, stream": {"streaming": True, "shuffle_buffer": 40, "channels": 1},
 }  # fmt: skip
-TWO_PROCESSES = frozenset(("two processes",))
+TWO_PROCESSES = frozenset(("two processes", "two processes, stream"))
 LONGEST_RUN = 300  # seconds until a run counts as hanging
 
 

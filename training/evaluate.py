@@ -42,6 +42,7 @@ from train_config import ConfigError
 from train_data import DataError, ImageData, load_images, to_model_range
 from train_random import Stream, image_indices, seeds
 from train_skipped import SHOWN, describe
+from train_stream import open_stream
 
 REAL_BATCH = 256  # images whose features are extracted at once
 
@@ -57,6 +58,10 @@ class EvaluateConfig:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     split: str = field(default="train", metadata={"help": "Split; held-out images give the honest likelihood."})
     image_column: str | None = field(default=None, metadata={"help": "Column with the images."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read no more of the data than the first images: --num_images or --num_likelihood_images."},
+    )
     max_bad_fraction: float = field(
         default=0.01, metadata={"help": "Share of rows that may be left out because their image cannot be read."}
     )
@@ -160,6 +165,19 @@ def summary(totals: dict[str, list[float]]) -> dict[str, Any]:
     return result
 
 
+def open_images(config: EvaluateConfig, resolution: int, channels: int) -> ImageData:
+    """The data to judge by; of a stream the first images, as many as are drawn or whose likelihood is evaluated."""
+    options: dict[str, Any] = {
+        "dataset_config": config.dataset_config, "split": config.split, "image_column": config.image_column,
+        "resolution": resolution, "channels": channels, "cache_dir": config.cache_dir,
+        "max_bad_fraction": config.max_bad_fraction,
+    }  # fmt: skip
+    if not config.streaming:
+        return load_images(config.dataset, **options)
+    count = max(config.num_images, config.num_likelihood_images)
+    return open_stream(config.dataset, **options).stored(count, config.cache_dir)
+
+
 def real_features(data: ImageData, extractor: nn.Module, cache_dir: str | None) -> torch.Tensor:
     """Features [N, F] of all of the data, from the cache by its fingerprint."""
 
@@ -192,16 +210,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     own_scheduler = pipe.scheduler
     size = pipe.unet.config.sample_size
     with accelerator.main_process_first():
-        data = load_images(
-            config.dataset,
-            dataset_config=config.dataset_config,
-            split=config.split,
-            image_column=config.image_column,
-            resolution=size if isinstance(size, int) else size[0],
-            channels=pipe.unet.config.in_channels,
-            cache_dir=config.cache_dir,
-            max_bad_fraction=config.max_bad_fraction,
-        )
+        data = open_images(config, size if isinstance(size, int) else size[0], pipe.unet.config.in_channels)
     if main and data.skipped:
         first = "; ".join(map(describe, data.skipped[:SHOWN]))
         print(f"warning: {len(data.skipped)} rows cannot be used and are left out: {first}", file=sys.stderr)

@@ -19,7 +19,7 @@ import diffusers
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard
@@ -31,7 +31,7 @@ from ddpm_pipeline import AlphaDDPMScheduler
 from ddpm_pipeline.hub import PushError, build_card, export
 from ddpm_pipeline.likelihood import bits_per_dim
 from ddpm_pipeline.objectives import min_snr_weights, per_image_loss, timestep_sampler
-from train_batches import batch_loader
+from train_batches import batch_loader, open_data
 from train_checkpoint import (
     CONFIG_FILE,
     CheckpointError,
@@ -43,7 +43,7 @@ from train_checkpoint import (
 )
 from train_conditions import Conditions, build_conditions
 from train_config import ConfigError, TrainingConfig, parse_config
-from train_data import DataError, ImageData, load_images, to_model_range
+from train_data import DataError, ImageData, to_model_range
 from train_metrics import MetricsLog, StepTimer, memory
 from train_model import build_model, objective_for
 from train_push import Pusher, is_hub_dataset, public, recipe_command
@@ -51,6 +51,7 @@ from train_random import Stream, noise_of, seeds
 from train_samples import draw, draw_process, grid, save_picture
 from train_skipped import SkippedLog
 from train_stop import Stopped, StopRequest, in_any_process
+from train_stream import StreamData
 from train_update import NumericalError, Updater
 
 logger = logging.getLogger("train")
@@ -130,7 +131,7 @@ def draw_grid(
 
 
 def evaluate_briefly(
-    unet: torch.nn.Module, scheduler: AlphaDDPMScheduler, data: ImageData, config: TrainingConfig
+    unet: torch.nn.Module, scheduler: AlphaDDPMScheduler, data: ImageData | StreamData, config: TrainingConfig
 ) -> dict[str, float]:
     """Bits per dimension of the same few images with the same noise every time, estimated from a few timesteps each."""
     images = data.examples(config.eval_images, config.seed)
@@ -175,23 +176,10 @@ class Run:
             if accelerator.is_main_process:
                 prepare_output_folder(folder, config)
             self.pusher = Pusher(config, folder) if config.push_to_hub and accelerator.is_main_process else None
-            data = self.data = load_images(
-                config.dataset,
-                dataset_config=config.dataset_config,
-                split=config.split,
-                image_column=config.image_column,
-                resolution=config.resolution,
-                channels=config.channels,
-                cache_dir=config.cache_dir,
-                preprocessing_num_workers=config.preprocessing_num_workers,
-                max_bad_fraction=config.max_bad_fraction,
-                condition=config.condition,
-                label_column=config.label_column,
-                text_column=config.text_column,
-            )
+            data = self.data = open_data(config)
         set_up_logging(accelerator, folder)
-        if accelerator.is_main_process:
-            self.skipped = SkippedLog(folder)
+        self.skipped = SkippedLog(folder) if accelerator.is_main_process else None
+        if self.skipped is not None:
             self.skipped.add(data.skipped)
         torch.manual_seed(int(seeds(config.seed, Stream.MODEL, 0, 1)[0]))  # the initial weights
         conditions = self.conditions = build_conditions(config, data)
@@ -255,10 +243,10 @@ class Run:
         )  # fmt: skip
         self.parameters = sum(parameter.numel() for parameter in network.parameters())
         logger.info(
-            "%s: %d images of %dx%dx%d; %.2f M parameters; updates %d to %d of %d images; %s, %s, %d threads",
-            data.name, len(data), data.resolution, data.resolution, data.channels, self.parameters / 1e6, self.first_step,
-            self.max_train_steps, config.batch_size, accelerator.device, accelerator.mixed_precision,
-            torch.get_num_threads(),
+            "%s: %s of %dx%dx%d; %.2f M parameters; updates %d to %d of %d images; %s, %s, %d threads",
+            data.name, f"{data.num_images} images" if data.num_images else "a stream", data.resolution, data.resolution,
+            data.channels, self.parameters / 1e6, self.first_step, self.max_train_steps, config.batch_size,
+            accelerator.device, accelerator.mixed_precision, torch.get_num_threads(),
         )  # fmt: skip
         self.log = MetricsLog(accelerator, folder / "metrics.jsonl", self.first_step)
         self.timer = StepTimer(accelerator.device)
@@ -344,6 +332,9 @@ class Run:
         metrics["skipped_updates"] = self.updater.skipped
         for part, seconds in self.timer.take().items():
             metrics[f"{part}_seconds"] = seconds / max(updates, 1)
+        self.note_skipped()
+        if self.skipped:
+            metrics["skipped_rows"] = len(self.skipped)
         self.log(metrics | memory(self.accelerator.device), done)
         self.losses, self.window_began = [], time.monotonic()
         return shown
@@ -387,7 +378,15 @@ class Run:
     def save_checkpoint(self, done: int) -> None:
         if not self.updater.weights_are_finite():
             raise self.numerical_error(f"the weights after {done} updates are not finite")
+        self.note_skipped()  # those before a checkpoint are not come by again
         self.checkpoints.save(done, self.ema, self.parts, own=self.loader.state_dict())
+
+    def note_skipped(self) -> None:
+        """Write down what all processes left out of a stream since the last time."""
+        if self.config.streaming:
+            found = gather_object(self.loader.skipped)
+            if self.skipped is not None:
+                self.skipped.add(found)
 
     def numerical_error(self, what: str) -> NumericalError:
         self.checkpoints.close()
@@ -452,6 +451,8 @@ def train(config: TrainingConfig) -> Path:
     except Stopped as stopped:
         run.accelerator.end_training()
         raise Stopped(f"{stopped}; the same command with --resume latest goes on from there") from None
+    finally:
+        run.loader.close()
     run.accelerator.end_training()
     return run.folder
 
@@ -483,7 +484,7 @@ def losses_of(
 def model_card(
     pipe: Any,
     config: TrainingConfig,
-    data: ImageData,
+    data: ImageData | StreamData,
     facts: dict[str, Any],
     target: Path,
     name: str,
@@ -497,7 +498,7 @@ def model_card(
         name=(config.hub_model_id or name).split("/")[-1],
         repo_id=config.hub_model_id,
         dataset=public(data.name),
-        num_images=len(data),
+        num_images=data.num_images,
         hub_dataset=config.dataset if is_hub_dataset(config) else None,
         license=config.hub_license,
         training=facts,

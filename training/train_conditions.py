@@ -34,6 +34,7 @@ from ddpm_pipeline.pipeline_alpha_ddpm_text import MAX_TOKENS, prepare_prompt, t
 from train_config import ConfigError, TrainingConfig
 from train_data import ImageData
 from train_random import Stream, seeds, uniform
+from train_stream import StreamData
 
 CAPTIONS = Path(__file__).parent / "captions"  # where a file of wordings is looked for that is not found as named
 
@@ -91,7 +92,7 @@ class Conditions:
 class ClassConditions(Conditions):
     """Labels 0..N-1, and N for images whose label was left out."""
 
-    def __init__(self, config: TrainingConfig, data: ImageData):
+    def __init__(self, config: TrainingConfig, data: ImageData | StreamData):
         if data.label_column is None:
             raise ConfigError(
                 f"--condition class: {data.name} has no label column that is found by itself; name one of "
@@ -203,7 +204,7 @@ def _without_words(text: str, rng: np.random.Generator, share: float) -> str:
 class Captions:
     """A caption for each image, drawn afresh at each use, from a text column or from templates over a label column."""
 
-    def __init__(self, config: TrainingConfig, data: ImageData):
+    def __init__(self, config: TrainingConfig, data: ImageData | StreamData):
         self.config, self.data = config, data
         self.column = data.text_column or data.label_column
         self.templates = None
@@ -269,7 +270,7 @@ class TextConditions(Conditions):
     unet_class = UNet2DConditionModel
     pipeline_class = AlphaDDPMTextToImagePipeline
 
-    def __init__(self, config: TrainingConfig, data: ImageData):
+    def __init__(self, config: TrainingConfig, data: ImageData | StreamData):
         self.config = config
         self.captions = Captions(config, data)
         self.column = self.captions.column
@@ -346,7 +347,7 @@ class TextConditions(Conditions):
         return f"{prompts[-1]!r}, guidance_scale={self.config.preview_guidance:g}"
 
 
-def build_conditions(config: TrainingConfig, data: ImageData) -> Conditions:
+def build_conditions(config: TrainingConfig, data: ImageData | StreamData) -> Conditions:
     """What `--condition` names. The small encoder's initial weights come from torch's global generator, as the UNet's."""
     kinds: dict[str, Callable[..., Conditions]] = {"class": ClassConditions, "text": TextConditions}
     return kinds[config.condition](config, data) if config.condition in kinds else Conditions()

@@ -59,6 +59,13 @@ class TrainingConfig:
         "Share of rows that may be left out, and listed in skipped.jsonl, because their image cannot be read or the label or "
         "caption is missing that --condition needs; more end the run.",
     )
+    streaming: bool = _option(
+        False,
+        "Read the data as they are needed, instead of preprocessing them once; needs --resolution and --max_train_steps.",
+    )
+    shuffle_buffer: int = _option(
+        10_000, "Rows of a stream that each reading process shuffles at a time (fewer, if they are above 256 MB)."
+    )
     dataloader_num_workers: int = _option(0, "Processes that read batches ahead, for each training process.")
 
     # conditions
@@ -173,7 +180,7 @@ class TrainingConfig:
             "batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "checkpoints_total_limit": 1,
             "log_every": 1, "preview_images": 1, "preview_inference_steps": 1, "num_samples": 1, "seed": 0,
             "lr_warmup_steps": 0, "push_every": 0, "checkpoint_every": 0, "preview_every": 0, "dataloader_num_workers": 0,
-            "eval_every": 0, "eval_images": 1, "eval_calls": 3,
+            "eval_every": 0, "eval_images": 1, "eval_calls": 3, "shuffle_buffer": 1,
         }.items():  # fmt: skip
             self._require(name, getattr(self, name) >= low, f"at least {low}")
         positive_time = self.max_train_time is None or 0 < self.max_train_time < math.inf
@@ -221,6 +228,14 @@ class TrainingConfig:
         if not self.push_to_hub and (self.push_every or self.hub_model_id):
             flag = "push_every" if self.push_every else "hub_model_id"
             raise ConfigError(f"--{flag} {getattr(self, flag)} has no effect without --push_to_hub; add it.")
+        if self.streaming and self.resolution is None:
+            raise ConfigError(
+                "--streaming needs --resolution: what sizes images have is not known before they are read."
+            )
+        if self.streaming and self.max_train_steps is None:
+            raise ConfigError(
+                "--streaming needs --max_train_steps: how many images make an epoch is not known before they are read."
+            )
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other: go on with the run, or start anew.")
 

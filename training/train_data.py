@@ -207,16 +207,38 @@ def load_images(
         resolution = resolution or _own_resolution(dataset, sizes)
         channels = channels or native
     images = _preprocess(job, resolution, channels)
-    class_names = _class_names(images, label_column)
     needed = condition_column(condition, label_column, text_column)
-    skipped = _unusable(images, needed, len(class_names) if needed == label_column and class_names else None)
-    check_bad_fraction(repr(dataset), skipped, len(skipped), total, max_bad_fraction)
-    rows = np.setdiff1d(np.arange(total), [one["row"] for one in skipped]) if skipped else None
+    name = repr(dataset)
+    return image_data(
+        images, source.name, name, resolution, channels, label_column, text_column, needed, max_bad_fraction
+    )
+
+
+def image_data(
+    images: Dataset,
+    name: str,
+    called: str,
+    resolution: int,
+    channels: int,
+    label_column: str | None,
+    text_column: str | None,
+    needed: str | None,
+    max_bad_fraction: float,
+) -> ImageData:
+    """The usable ones of preprocessed images: those that are not bad, and have a value in the `needed` column.
+
+    Raises DataError, which calls the data `called`, where too many are not.
+    """
+    class_names = _class_names(images, label_column) if label_column in images.features else None
+    num_classes = len(class_names) if class_names and needed == label_column else None
+    skipped = _unusable(images, needed, num_classes)
+    check_bad_fraction(called, skipped, len(skipped), len(images), max_bad_fraction)
+    rows = np.setdiff1d(np.arange(len(images)), [one["row"] for one in skipped]) if skipped else None
     return ImageData(
         dataset=images,
         resolution=resolution,
         channels=channels,
-        name=source.name,
+        name=name,
         fingerprint=_content_fingerprint(images, rows, resolution, channels),
         label_column=label_column,
         class_names=class_names,

@@ -25,6 +25,7 @@ class Stream(IntEnum):
     MODEL = 6
     PREVIEW = 7
     DROPOUT = 8
+    BLOCK = 20
 
 
 def _generator(seed: int, stream: Stream, step: int) -> np.random.Generator:
@@ -56,6 +57,17 @@ def image_indices(seed: int, num_images: int, step: int, batch_size: int) -> np.
     epochs, offsets = np.divmod(ordinals, num_images)
     orders = {epoch: _permutation(seed, num_images, int(epoch)) for epoch in np.unique(epochs)}
     return np.array([orders[epoch][offset] for epoch, offset in zip(epochs, offsets, strict=True)], dtype=np.int64)
+
+
+def shard_order(seed: int, num_shards: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch of a stream reads its shards, int64 [num_shards]."""
+    return _permutation(seed, num_shards, epoch)
+
+
+def block_order(seed: int, epoch: int, part: int, block: int, rows: int) -> np.ndarray:
+    """The order of a block's rows, int64 [rows], for block `block` of one part of a stream in an epoch."""
+    philox = np.random.Philox(key=[seed, Stream.BLOCK], counter=[0, epoch, part, block])
+    return np.random.Generator(philox).permutation(rows)
 
 
 def noise_of(

@@ -28,6 +28,7 @@ from train_skipped import DataError
 logger = logging.getLogger(__name__)
 
 BUILT_IN = "digits"
+STREAMED_ROWS = 100  # of a parquet file that are decoded at a time; by default the library takes a whole row group
 HUB_TIMEOUT = 10  # seconds for the first answer of the Hub
 
 IMAGE_EXTENSIONS = frozenset(ImageFolder.EXTENSIONS)
@@ -194,7 +195,9 @@ def _load_parquet(
         if not streaming:
             return datasets.load_dataset("parquet", data_files=escaped, split=split, cache_dir=cache_dir)
         _refuse_slices(split)
-        stream = datasets.load_dataset("parquet", data_files=escaped, split=split, streaming=True)
+        stream = datasets.load_dataset(
+            "parquet", data_files=escaped, split=split, streaming=True, batch_size=STREAMED_ROWS
+        )
     read = [file for name in split.split("+") for file in splits[name]]
     return Source(stream, path.resolve().name, hash_of(read, _stats(read)))
 

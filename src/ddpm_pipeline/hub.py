@@ -208,7 +208,7 @@ def build_card(
     Args:
         name: its title.
         repo_id: where it is loaded from, in the examples; `push` puts in the repository that it pushes to.
-        dataset: what it was trained on, `num_images` of them; `hub_dataset` if that is the name of a data set of the Hub.
+        dataset: what it was trained on, `num_images` of them, or a stream; `hub_dataset` if that is the name of one of the Hub.
         license: the model's, as the Hub spells it ("apache-2.0").
         training: facts as a table, and the `command` that trained it.
         evaluation: what was measured; [] says that nothing was, None leaves a card that is refreshed as it is.
@@ -256,7 +256,8 @@ def _card(
     size = unet.get("sample_size")
     width, height = size if isinstance(size, list | tuple) else (size, size)
     resolution = f"{colours} {width}x{height}"
-    source = f", trained from scratch on {num_images:,} images of `{dataset}`" if dataset and num_images else ""
+    amount = f"{num_images:,} images" if num_images else "a stream"
+    source = f", trained from scratch on {amount} of `{dataset}`" if dataset else ""
     total = schedule.get("num_train_timesteps", 1000)
     facts = dict(training or {})
     if training is not None and license:

@@ -1,0 +1,414 @@
+"""Streams: every row once an epoch over processes and workers, resumed at any batch, bad rows left out, from every source."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from itertools import islice, takewhile
+
+import datasets
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from PIL import Image
+
+import train_stream
+from helpers import ROOT
+from train_batches import MicroBatches, batch_loader
+from train_conditions import build_conditions
+from train_config import ConfigError, TrainingConfig, parse_config
+from train_data import DataError, load_images
+from train_stream import Position, cut, open_stream, rows_of_part
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def png(number: int) -> bytes:
+    """A grey 8x8 image that says which one it is."""
+    array = np.zeros((8, 8), dtype=np.uint8)
+    array[0, :2] = number % 256, number // 256
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+def numbers(pixels: torch.Tensor) -> list[int]:
+    return (pixels[:, 0, 0, 0].int() + 256 * pixels[:, 0, 0, 1].int()).tolist()
+
+
+def write(folder, sizes, bad=(), group=10, **columns) -> str:
+    """Parquet files of so many rows; those whose number is in `bad` hold no image."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 0
+    for index, size in enumerate(sizes):
+        rows = range(number, number + size)
+        number += size
+        structs = [{"bytes": b"broken" if row in bad else png(row), "path": f"{row}.png"} for row in rows]
+        table = {"image": pa.array(structs, pa.struct({"bytes": "binary", "path": "string"}))}
+        table |= {name: [values(row) for row in rows] for name, values in columns.items()}
+        pq.write_table(pa.table(table), folder / f"{index:03}.parquet", row_group_size=group)
+    return str(folder)
+
+
+def stream_of(source, **options):
+    return open_stream(str(source), **{"resolution": 8, "channels": 1, **options})
+
+
+def config(**options) -> TrainingConfig:
+    given = {"dataset": "x", "streaming": True, "resolution": 8, "max_train_steps": 1000, "batch_size": 8}
+    return TrainingConfig(**{**given, "shuffle_buffer": 7, **options})
+
+
+def loader(data, settings, rank=0, world_size=1, first=0, last=1000, state=None, conditions=None):
+    return batch_loader(data, settings, "cpu", rank, world_size, conditions, first, last, state)
+
+
+LAYOUTS = {
+    "files that divide": [24, 24, 24, 24],
+    "files that do not": [25, 31, 40],
+    "one file": [96],
+    "many files": [3] * 32,
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("sizes", LAYOUTS.values(), ids=LAYOUTS)
+def test_two_processes_see_every_row_once_an_epoch(tmp_path, sizes, workers):
+    data = stream_of(write(tmp_path / "x", sizes))
+    settings = config(dataloader_num_workers=workers)
+    epochs: list[list[int]] = [[], []]
+    for rank in range(2):
+        batches = loader(data, settings, rank, 2, last=24)
+        for k, batch in enumerate(batches):
+            assert batch["pixels"].shape == (4, 1, 8, 8)
+            epochs[k // 12] += numbers(batch["pixels"])
+    assert [sorted(epoch) for epoch in epochs] == [list(range(96))] * 2
+    assert epochs[0] != epochs[1]
+    ahead = [abs(here - there) for here, there in zip(epochs[0], epochs[0][1:], strict=False)]
+    assert np.mean(ahead) > 2  # shuffled, if only a little by a buffer of 7 rows
+
+
+@pytest.mark.parametrize("parts", [1, 3, 4, 7])
+@pytest.mark.parametrize("sizes", [[5, 0, 17, 1, 30], [2], [1, 1, 1], [40] * 7])
+def test_the_parts_of_any_stream_make_up_every_epoch(tmp_path, sizes, parts):
+    """Also with fewer files or rows than parts, files of no rows, and a buffer larger than the data."""
+    data = stream_of(write(tmp_path / "x", sizes, group=8))
+    pieces = cut(data, parts)
+    seen: dict[int, Counter] = {0: Counter(), 1: Counter(), 2: Counter()}
+    for part in range(parts):
+        rows = rows_of_part(data, pieces, part, 5, 50, Position())
+        for image in takewhile(lambda image: image.position.epoch < 3, rows):
+            shard, row = divmod(image.number, 2**32)
+            assert 0 <= shard < pieces.stream.num_shards and row < 40
+            seen[image.position.epoch].update(numbers(torch.from_numpy(image.pixels.transpose(2, 0, 1)[None])))
+    for epoch in seen.values():
+        assert epoch == Counter(range(sum(sizes)))
+
+
+@pytest.mark.parametrize(("workers", "resumed_at"), [(0, (1, 2, 3, 10, 11, 25, 26, 39)), (2, (7, 12))])
+@pytest.mark.parametrize("sizes", [[25, 31, 40], [24, 24, 24, 24], [5]], ids=["uneven", "even", "tiny"])
+def test_a_stream_goes_on_from_any_batch(tmp_path, sizes, workers, resumed_at):
+    """With bad rows among them, in files of parquet and over the ends of blocks and epochs."""
+    data = stream_of(write(tmp_path / "x", sizes, bad={2, 30, 31}), max_bad_fraction=0.5)
+    settings = config(dataloader_num_workers=workers, random_flip=True)
+
+    def taken(first, state):
+        batches = loader(data, settings, 1, 2, first, 40, state)
+        for batch in batches:
+            values = {name: value.tolist() for name, value in batch.items()}
+            yield values, json.loads(json.dumps(batches.state_dict())), batches.skipped
+
+    whole = list(taken(0, None))
+    assert len(whole) == 40 and any(skipped for _, _, skipped in whole)
+    for first in resumed_at:
+        assert list(taken(first, whole[first - 1][1])) == whole[first:]
+
+
+def test_a_stream_of_a_folder_goes_on_too(tmp_path):
+    for number in range(23):
+        path = tmp_path / "x" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(number))
+    data = stream_of(tmp_path / "x", cache_dir=str(tmp_path / "cache"), condition="class")
+    settings = config(condition="class")
+    conditions = build_conditions(settings, data)
+    batches = loader(data, settings, last=20, conditions=conditions)
+    taken = [(batch["indices"].tolist(), batch["condition"].tolist(), batches.state_dict()) for batch in batches]
+    again = loader(data, settings, first=9, last=20, state=taken[8][2], conditions=conditions)
+    assert [(b["indices"].tolist(), b["condition"].tolist(), again.state_dict()) for b in again] == taken[9:]
+
+
+def test_what_is_drawn_does_not_depend_on_the_kind_of_data(tmp_path):
+    folder = write(tmp_path / "x", [64])
+    mapped = load_images(folder, cache_dir=str(tmp_path / "cache"))
+    settings = config(random_flip=True, gradient_accumulation_steps=2)
+    batches = loader(stream_of(folder), settings, 1, 2)
+    for k in range(6):
+        streamed, expected = next(batches), MicroBatches(mapped, settings, 1, 2)[k]
+        for name in ("quantiles", "noise_seeds"):
+            assert torch.equal(streamed[name], expected[name])
+        assert streamed["pixels"].dtype == expected["pixels"].dtype and streamed["pixels"].is_contiguous()
+        assert streamed["indices"].shape == (2,) and streamed["indices"].dtype == torch.int64
+    flipped = loader(stream_of(folder), settings, 1, 2)
+    plain = loader(stream_of(folder), config(gradient_accumulation_steps=2), 1, 2)
+    mirrored = [
+        torch.equal(a, b.flip(-1))
+        for _ in range(8)
+        for a, b in zip(next(flipped)["pixels"], next(plain)["pixels"], strict=True)
+    ]
+    assert 0 < sum(mirrored) < len(mirrored)
+
+
+def test_a_large_block_is_bounded_by_its_bytes(tmp_path, monkeypatch):
+    data = stream_of(write(tmp_path / "x", [400], group=400))
+    monkeypatch.setattr(train_stream, "BLOCK_BYTES", 100 * len(png(0)))
+    rows = rows_of_part(data, cut(data, 1), 0, 0, 10_000, Position())
+    blocks = Counter(image.position.block for image in islice(rows, 400))
+    assert len(blocks) == 4 and set(blocks.values()) == {100}
+
+
+# Bad rows
+
+
+def test_bad_rows_are_left_out_and_named_once_in_an_epoch(tmp_path):
+    bad = {3, 50, 95}
+    data = stream_of(write(tmp_path / "x", [48, 48], bad=bad), max_bad_fraction=0.05)
+    settings = config(dataloader_num_workers=2)
+    found, seen = [], []
+    batches = loader(data, settings, last=24)
+    for batch in batches:
+        seen += numbers(batch["pixels"])
+        found += batches.skipped
+    assert not set(seen) & bad and set(seen) == set(range(96)) - bad
+    assert {one["file"] for one in found} == {f"{number}.png" for number in bad}
+    assert {(one["shard"], one["row"]) for one in found} == {(0, 3), (1, 2), (1, 47)}
+    assert all("no image" in one["reason"] for one in found)
+    state = batches.state_dict()
+    assert sum(part["bad"] for part in state["parts"]) == len(found)
+    assert sum(part["seen"] for part in state["parts"]) == len(seen) + len(found)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_rows_end_the_run_after_a_thousand_or_at_the_end(tmp_path, workers, monkeypatch):
+    settings = config(dataloader_num_workers=workers)
+    data = stream_of(write(tmp_path / "x", [100], bad=range(0, 100, 10)))
+    batches = loader(data, settings)
+    message = r"of 'x' cannot be used, more than --max_bad_fraction 0.01 allows"
+    with pytest.raises(DataError, match=message) as error:
+        for taken, _ in enumerate(batches):
+            assert taken < 20  # an epoch has 90 usable rows
+    assert "row" in str(error.value) and ".png): cannot identify" in str(error.value)
+    assert "Traceback" not in str(error.value)
+    monkeypatch.setattr("train_batches.JUDGED_ROWS", 30)
+    batches = loader(data, settings)
+    with pytest.raises(DataError, match=r"of \d\d rows"):
+        for taken, _ in enumerate(batches):
+            assert taken < 5
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("rows", "message"), [(30, r"30 rows of 'x' cannot be used, and no row is left"), (0, "has no rows")]
+)
+def test_a_stream_of_nothing_usable_ends_the_run(tmp_path, rows, message, workers):
+    data = stream_of(write(tmp_path / "x", [rows], bad=range(rows)), max_bad_fraction=0.9)
+    message = message.replace("30", "[0-9]+") if workers else message
+    with pytest.raises(DataError, match=message):
+        next(loader(data, config(dataloader_num_workers=workers)))
+    with pytest.raises(DataError, match=message.replace("[0-9]+", "30")):
+        data.first(3)
+
+
+def test_a_long_run_of_bad_rows_ends_the_run_before_it_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_stream, "JUDGED_ROWS", 20)
+    data = stream_of(write(tmp_path / "x", [500], bad=range(500)))
+    with pytest.raises(DataError, match="20 of 20 rows"):
+        next(loader(data, config()))
+
+
+def test_rows_without_what_the_condition_needs_are_left_out(tmp_path):
+    texts = lambda row: None if row == 7 else "" if row == 8 else f"number {row}"  # noqa: E731
+    folder = write(tmp_path / "x", [40, 40], text=texts, kind=lambda row: row % 3 - (row == 12))
+    data = stream_of(folder, condition="text", text_column="text", max_bad_fraction=0.1)
+    settings = config(condition="text", text_column="text", condition_dropout=0.0)
+    conditions = build_conditions(settings, data)
+    assert len(conditions.tokenizer) > 256 and conditions.captions.examples(3) == ["number 0", "number 1", "number 2"]
+    batches = loader(data, settings, conditions=conditions, last=9)
+    for batch in batches:
+        assert batch["condition"] == ["" if n == 8 else f"number {n}" for n in numbers(batch["pixels"])]
+    assert [one["reason"] for one in loader_skipped(data, settings, conditions)] == [
+        "there is no caption in the column 'text'"
+    ]
+    assert data.columns == ["text", "kind"]
+    with pytest.raises(DataError, match="does not tell how many classes there are; make it a ClassLabel"):
+        stream_of(folder, condition="class", label_column="kind")
+    assert stream_of(folder, label_column="kind").class_names is None  # and nobody asks
+    with pytest.raises(ConfigError, match="no label column"):
+        build_conditions(config(condition="class"), stream_of(folder, condition="class"))
+
+
+def loader_skipped(data, settings, conditions):
+    batches = loader(data, settings, conditions=conditions, last=10)
+    list(batches)
+    return batches.skipped
+
+
+# Sources
+
+
+def saved(folder, rows=20) -> str:
+    features = Features({"image": datasets.Image(), "kind": ClassLabel(names=["even", "odd"]), "n": Value("int64")})
+    images = [{"bytes": png(row), "path": None} for row in range(rows)]
+    made = Dataset.from_dict({"image": images, "kind": [r % 2 for r in range(rows)], "n": list(range(rows))}, features)
+    made.save_to_disk(str(folder))
+    return str(folder)
+
+
+def test_every_kind_of_source_can_be_streamed(tmp_path):
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    whole = stream_of(saved(tmp_path / "saved"), **cache)
+    assert numbers(whole.first(50)) == list(range(20)) and whole.class_names == ["even", "odd"]
+    assert numbers(stream_of(tmp_path / "saved", split="train[5:9]", **cache).first(50)) == [5, 6, 7, 8]
+    write(tmp_path / "parquet", [6, 6])
+    for source in (tmp_path / "parquet", tmp_path / "parquet" / "*.parquet"):
+        assert numbers(stream_of(source).first(50)) == list(range(12))
+    digits = stream_of("digits", resolution=8, channels=None, **cache)
+    assert digits.channels == 1 and torch.equal(digits.first(30), load_images("digits", **cache).pixels(range(30)))
+    assert digits.num_images is None and digits.class_names == list("0123456789")
+    colour = open_stream(str(tmp_path / "parquet"), resolution=4)
+    assert colour.first(2).shape == (2, 3, 4, 4)  # nothing says that they are grey
+
+
+def test_fingerprints_differ_where_the_stream_does(tmp_path):
+    folder = write(tmp_path / "x", [6], text=str)
+    base = stream_of(folder).fingerprint
+    assert stream_of(folder).fingerprint == base
+    assert stream_of(folder, resolution=4).fingerprint != base
+    assert stream_of(folder, condition="text", text_column="text").fingerprint != base
+    write(tmp_path / "x", [7])
+    assert stream_of(folder).fingerprint != base
+
+
+def test_what_cannot_be_streamed_is_named(tmp_path):
+    folder = write(tmp_path / "x", [6])
+    with pytest.raises(DataError, match=r"--split 'train\[:10%\]' is a slice, which a stream has not"):
+        stream_of(folder, split="train[:10%]")
+    with pytest.raises(DataError, match="no split 'test'"):
+        stream_of(folder, split="test")
+    for options, message in [({}, "--resolution"), ({"resolution": 8}, "--max_train_steps")]:
+        with pytest.raises(ConfigError, match=f"--streaming needs {message}: .* not known before"):
+            TrainingConfig(dataset=folder, streaming=True, **options)
+    with pytest.raises(ConfigError, match="--shuffle_buffer 0 must be at least 1"):
+        config(shuffle_buffer=0)
+    with pytest.raises(ConfigError, match=r"--max_bad_fraction 1\.0 must be at least 0 and below 1"):
+        config(max_bad_fraction=1.0)
+    assert parse_config(["--dataset", "x", "--streaming", "--resolution", "8", "--max_train_steps", "3"]).streaming
+
+
+def test_a_file_that_breaks_on_the_way_ends_the_run_with_its_error(tmp_path):
+    folder = write(tmp_path / "x", [200, 200], group=20)
+    data = stream_of(folder)
+    path = tmp_path / "x" / "001.parquet"
+    content = bytearray(path.read_bytes())
+    content[3000:9000] = bytes(6000)
+    path.write_bytes(bytes(content))
+    for workers in (0, 2):
+        with pytest.raises(DataError, match="cannot load the stream 'x': "):
+            for _ in range(100):
+                list(loader(data, config(dataloader_num_workers=workers), last=100))
+
+
+def test_a_stream_goes_on_only_as_it_was_cut(tmp_path):
+    data = stream_of(write(tmp_path / "x", [24, 24]))
+    batches = loader(data, config(dataloader_num_workers=2), 0, 2)
+    next(batches)
+    state = batches.state_dict()
+    batches.close()
+    for changed, options, message in [
+        ({"dataloader_num_workers": 4}, {}, "--dataloader_num_workers was 2 and is 4"),
+        ({"dataloader_num_workers": 2}, {"world_size": 1}, "processes was 2 and is 1"),
+        ({"dataloader_num_workers": 2}, {"world_size": 2, "rank": 1}, "rank was 0 and is 1"),
+        ({"dataloader_num_workers": 2}, {"world_size": 2, "first": 5}, "forward passes was 1 and is 5"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            loader(data, config(**changed), state=state, **{"first": 1, "world_size": 2, **options})
+    with pytest.raises(ConfigError, match="does not say where in the stream it was"):
+        loader(data, config(), first=3)
+
+
+def test_the_first_images_are_stored_for_evaluation(tmp_path):
+    folder = write(tmp_path / "x", [30, 30], bad={4}, kind=lambda row: row % 2)
+    data = stream_of(folder, max_bad_fraction=0.1)
+    stored = data.stored(20, str(tmp_path / "cache"))
+    assert numbers(stored.pixels(range(20))) == [row for row in range(21) if row != 4]
+    assert len(stored) == 20 and [one["row"] for one in stored.skipped] == [4]
+    (file,) = (tmp_path / "cache" / "ddpm_pipeline").iterdir()
+    written = file.stat().st_mtime_ns
+    again = data.stored(20, str(tmp_path / "cache"))
+    assert file.stat().st_mtime_ns == written and again.fingerprint == stored.fingerprint
+    assert len(data.stored(1000, str(tmp_path / "cache"))) == 59
+    with pytest.raises(DataError, match="1 of 21 rows"):
+        stream_of(folder).stored(20, str(tmp_path / "other"))
+
+
+# Processes
+
+WORKERS = """
+import datasets, os, sys, time
+from train_batches import batch_loader
+from train_config import TrainingConfig
+from train_data import load_images
+from train_stream import open_stream
+datasets.disable_progress_bars()
+for kind, end in [line.split() for line in sys.argv[2:]]:
+    reader, writer = os.pipe()
+    if os.fork():
+        print(kind, end, *os.read(reader, 99).decode().split(), flush=True)
+        continue
+    options = {"resolution": 8, "cache_dir": sys.argv[1]}
+    data = open_stream("digits", **options) if kind == "stream" else load_images("digits", **options)
+    config = TrainingConfig(
+        streaming=kind == "stream", resolution=8, max_train_steps=10, batch_size=4, dataloader_num_workers=2
+    )
+    batches = batch_loader(data, config, "cpu", 0, 1, None, 0, 10**9)
+    next(batches)
+    children = open(f"/proc/self/task/{os.getpid()}/children").read()
+    os.write(writer, f"{os.getpid()} {children}".encode())
+    deadline = time.monotonic() + (2 if end == "end" else 60)
+    while time.monotonic() < deadline:
+        next(batches)
+        time.sleep(0.05)
+    sys.exit(0)
+for _ in sys.argv[2:]:
+    os.wait()
+"""
+
+
+def test_workers_end_with_their_process(tmp_path):
+    """At its end, when it is interrupted, and when it is killed."""
+    cases = [f"{kind} {end}" for kind in ("stream", "map") for end in ("end", "SIGINT", "SIGKILL")]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}/src:{ROOT}/training", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", WORKERS, str(tmp_path), *cases]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    workers = []
+    for case in cases:
+        kind, end, main, *children = process.stdout.readline().split()
+        assert f"{kind} {end}" == case and len(children) >= 2, process.stderr.read()
+        workers += [psutil.Process(int(child)) for child in children]
+        if end != "end":
+            os.kill(int(main), getattr(signal, end))
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert not psutil.wait_procs(workers, timeout=15)[1]
