@@ -42,8 +42,9 @@ TEXT = {
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
 }  # fmt: skip
 COMMON = {
-    "dataset": "digits", "split": "train[:100]", "num_train_timesteps": 20, "beta_end": 0.4, "batch_size": 16,
-    "resolution": 8, "max_train_steps": 24, "learning_rate": 1e-3, "lr_warmup_steps": 3, "mixed_precision": "no", "checkpoint_every": 3,
+    "dataset": "digits", "split": "train[:100]", "resolution": 8, "num_train_timesteps": 20, "beta_end": 0.4,
+    "batch_size": 16, "max_train_steps": 24,
+    "learning_rate": 1e-3, "lr_warmup_steps": 3, "mixed_precision": "no", "checkpoint_every": 3,
     "preview_every": 8, "preview_images": 4, "preview_inference_steps": 5, "num_samples": 4, "log_every": 1,
     "num_cpu_threads": 1, "random_flip": True, "resume": "latest",
 }  # fmt: skip
@@ -62,8 +63,44 @@ TWO_PROCESSES = frozenset(("two processes", "two processes, stream"))
 LONGEST_RUN = 300  # seconds until a run counts as hanging
 
 
-def start(config: TrainingConfig, processes: int, log: Path) -> list[int]:
-    """A run in forked processes; their ids. They end with 0, or with 1 and a traceback in the log."""
+class Processes:
+    """The forked processes of a run. They end with 0, or with 1 and a traceback in the log."""
+
+    def __init__(self, children: list[int]):
+        self.children = children
+        self._statuses: dict[int, int] = {}
+
+    def wait(self, seconds: float) -> list[int | None]:
+        """Exit statuses, negative for signals; None for what still runs after so many seconds."""
+        until = time.monotonic() + seconds
+        while True:
+            for child in set(self.children) - set(self._statuses):
+                found, status = os.waitpid(child, os.WNOHANG)
+                if found:
+                    self._statuses[child] = os.waitstatus_to_exitcode(status)
+            if len(self._statuses) == len(self.children) or time.monotonic() >= until:
+                return [self._statuses.get(child) for child in self.children]
+            time.sleep(0.001)
+
+    def finish(self, folder: Path) -> None:
+        """Raises RuntimeError unless they all end well."""
+        statuses = self.wait(LONGEST_RUN)
+        if any(status != 0 for status in statuses):
+            raise RuntimeError(
+                f"a run ended with {statuses}; its output:\n{folder.with_suffix('.log').read_text()[-3000:]}"
+            )
+
+    def kill(self, rng: random.Random) -> None:
+        """One after another, in any order."""
+        for child in rng.sample(self.children, len(self.children)):
+            if self._statuses.get(child) is None:
+                os.kill(child, signal.SIGKILL)
+                self.wait(rng.choice([0.0, 0.1]))
+        self.wait(LONGEST_RUN)
+
+
+def start(config: TrainingConfig, processes: int, log: Path) -> Processes:
+    """A run in so many processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -90,50 +127,25 @@ def start(config: TrainingConfig, processes: int, log: Path) -> list[int]:
             traceback.print_exc()
         finally:
             os._exit(status)
-    return children
-
-
-def wait(children: list[int], seconds: float) -> list[int | None]:
-    """Exit statuses, negative for signals; None for what still runs after so many seconds."""
-    statuses: dict[int, int] = {}
-    until = time.monotonic() + seconds
-    while len(statuses) < len(children) and time.monotonic() < until:
-        for child in children:
-            if child not in statuses:
-                found, status = os.waitpid(child, os.WNOHANG)
-                if found:
-                    statuses[child] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.001)
-    return [statuses.get(child) for child in children]
+    return Processes(children)
 
 
 def writes_a_checkpoint(folder: Path) -> bool:
     return any((folder / "checkpoints").glob(".step-*"))
 
 
-def kill(children: list[int], folder: Path, rng: random.Random, usual: float) -> str | None:
-    """Kill a run at a random moment, one process of several first; when that was. None where it had ended before."""
-    in_write = rng.random() < 0.5
-    began, delay = time.monotonic(), rng.uniform(0, usual)
-    while not in_write or not writes_a_checkpoint(folder) or time.monotonic() - began < delay / 2:
-        if time.monotonic() - began > (LONGEST_RUN if in_write else delay):
-            break
-        if None not in (statuses := wait(children, 0.001)):
-            return _ended(statuses, folder)
+def kill(run: Processes, folder: Path, rng: random.Random, usual: float) -> str | None:
+    """Kill a run at a random moment; when that was. None where it had ended before."""
+    in_write, began, delay = rng.random() < 0.5, time.monotonic(), rng.uniform(0, usual)
+    while time.monotonic() - began < delay or (in_write and not writes_a_checkpoint(folder)):
+        if None not in run.wait(0.001):
+            run.finish(folder)
+            return None
     if in_write:
-        time.sleep(rng.uniform(0, 0.03))
+        run.wait(rng.uniform(0, 0.03))
     writing = writes_a_checkpoint(folder)
-    victims = rng.sample(children, len(children))
-    for victim in victims:
-        os.kill(victim, signal.SIGKILL)
-        time.sleep(rng.choice([0.0, 0.1]))
-    wait(children, LONGEST_RUN)
+    run.kill(rng)
     return "while a checkpoint was written" if writing else "between checkpoints"
-
-
-def _ended(statuses: list[int | None], folder: Path) -> None:
-    if any(statuses):
-        raise RuntimeError(f"a run ended with {statuses}; its output is in {folder.with_suffix('.log')}")
 
 
 def result(folder: Path) -> dict[str, str]:
@@ -173,10 +185,7 @@ def run(kills: int, kinds: list[str], seed: int, kills_a_run: int, scratch: Path
         if kind not in references:
             folder = scratch / f"reference-{len(references)}"
             began = time.monotonic()
-            statuses = wait(
-                start(make_config(kind, folder, scratch), processes, folder.with_suffix(".log")), LONGEST_RUN
-            )
-            _ended([1 if status is None else status for status in statuses], folder)
+            start(make_config(kind, folder, scratch), processes, folder.with_suffix(".log")).finish(folder)
             references[kind], usual[kind] = result(folder), time.monotonic() - began
         folder = scratch / f"run-{report['runs']}"
         config, log = make_config(kind, folder, scratch), folder.with_suffix(".log")
@@ -185,8 +194,7 @@ def run(kills: int, kinds: list[str], seed: int, kills_a_run: int, scratch: Path
             if moment is not None:
                 report["kills"] += 1
                 report["kills_by_moment"][moment] = report["kills_by_moment"].get(moment, 0) + 1
-        statuses = wait(start(config, processes, log), LONGEST_RUN)
-        _ended([1 if status is None else status for status in statuses], folder)
+        start(config, processes, log).finish(folder)
         found = result(folder)
         different = sorted(name for name in found | references[kind] if found.get(name) != references[kind].get(name))
         report["runs"] += 1
