@@ -17,6 +17,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 
 import train_checkpoint
 from helpers import ROOT, TINY_UNET, run_command
@@ -403,6 +404,13 @@ def test_times_memory_and_counts_are_logged(finished):
     assert all(0 < line[part] < 60 for line in metrics for part in parts)
     assert all(line["images_per_second"] > 0 and 0.05 < line["memory_gib"] < 10 for line in metrics)
     assert [line["step"] for line in metrics if "checkpoint_seconds" in line] == [3, 5, 7, 9, 11]
+
+
+def test_sharded_weights_are_refused(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ConfigError, match=r"configured for FSDP, which shards weights; use MULTI_GPU"):
+        Run(TrainingConfig(**options, output_dir=str(tmp_path / "model")))
+    assert not (tmp_path / "model").exists()
 
 
 def test_max_train_time_must_be_positive():

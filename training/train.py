@@ -19,7 +19,7 @@ import diffusers
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard
@@ -56,6 +56,11 @@ from train_update import NumericalError, Updater
 
 logger = logging.getLogger("train")
 
+REPLICATED = (
+    DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU,
+    DistributedType.MULTI_NPU, DistributedType.MULTI_MLU, DistributedType.MULTI_HPU,
+)  # fmt: skip
+
 
 # ---- parts ----------------------------------------------------------------------------------------
 
@@ -73,6 +78,15 @@ def share_out_batch(config: TrainingConfig, world_size: int) -> None:
         raise ConfigError(
             f"--batch_size {config.batch_size} cannot be split over {world_size} processes x "
             f"{config.gradient_accumulation_steps} accumulation steps; use a multiple of {parts}."
+        )
+
+
+def check_replicated(accelerator: Accelerator) -> None:
+    """Raise ConfigError where a process would hold a part of the weights only: averages and samples are of whole ones."""
+    if accelerator.distributed_type not in REPLICATED:
+        raise ConfigError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, which shards weights; use MULTI_GPU (every "
+            "preset fits on one device), by `accelerate config` or --multi_gpu."
         )
 
 
@@ -170,6 +184,7 @@ class Run:
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         config = replace(config, output_dir=str(folder), mixed_precision=accelerator.mixed_precision)
+        check_replicated(accelerator)
         share_out_batch(config, accelerator.num_processes)
         use_all_cores(config, accelerator)
         with accelerator.main_process_first():
