@@ -59,6 +59,44 @@ def check_data_set_from_the_hub_is_read_as_it_was():
     assert (data.resolution, data.channels, data.class_names, data.name) == (8, 1, ["a", "b"], "org/pictures")
     assert (data.pixels(range(24)).numpy()[:, 0] == np.load("pictures.npy")).all()
 
+def check_data_set_from_the_hub_is_streamed():
+    import numpy as np
+    from train_batches import batch_loader
+    from train_config import TrainingConfig
+    from train_stream import open_stream
+    expected = np.load("pictures.npy")
+    data = open_stream("org/pictures", resolution=8, channels=1, condition="class")
+    assert (data.name, data.class_names, data.num_images) == ("org/pictures", ["a", "b"], None)
+    assert (data.first(100).numpy()[:, 0] == expected).all()
+    for workers in (0, 2):
+        config = TrainingConfig(
+            streaming=True, resolution=8, max_train_steps=99, batch_size=4, dataloader_num_workers=workers, shuffle_buffer=5
+        )
+        batches = batch_loader(data, config, "cpu", 0, 1, None, 0, 6)
+        images = np.concatenate([batch["pixels"].numpy()[:, 0] for batch in batches])
+        assert sorted(image.tobytes() for image in images) == sorted(image.tobytes() for image in expected), workers
+    stored = data.stored(10, "stored")
+    assert (stored.pixels(range(10)).numpy()[:, 0] == expected[:10]).all()
+
+def check_loose_files_on_the_hub_are_streamed():
+    import io
+    import numpy as np
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+    from PIL import Image as Picture
+    from train_stream import open_stream
+    api = HfApi(token=os.environ["WRITE"])
+    api.create_repo("org/files", repo_type="dataset")
+    expected = np.load("pictures.npy")
+    for kind in ("a", "b"):
+        os.makedirs(f"files/train/{kind}")
+    for i in range(6):
+        Picture.fromarray(expected[i]).save(f"files/train/{'ab'[i % 2]}/{i}.png")
+    api.upload_folder(folder_path="files", repo_id="org/files", repo_type="dataset")
+    data = open_stream("org/files", resolution=8, channels=1, condition="class")
+    assert data.class_names == ["a", "b"]
+    assert (data.first(9).numpy()[:, 0] == expected[[0, 2, 4, 1, 3, 5]]).all()
+
 def check_missing_token_ends_the_run_before_it_starts():
     code, _ = run("none", "--push_to_hub", "--hub_model_id", "org/none", token=None)
     assert "hf auth login" in str(code), code

@@ -542,6 +542,15 @@ def test_several_processes_give_the_same(load, tmp_path):
     assert torch.equal(two.pixels(range(1797)), one.pixels(range(1797)))
 
 
+def test_preprocessing_shows_how_far_it_is_and_the_cache_shows_nothing(load, capfd):
+    datasets.enable_progress_bars()
+    load("digits", split="train[:40]", preprocessing_num_workers=2)
+    shown = capfd.readouterr().err
+    assert "Looking at image sizes (num_proc=2)" in shown and "Preprocessing images (num_proc=2): 100%" in shown
+    load("digits", split="train[:40]", preprocessing_num_workers=2)
+    assert "Preprocessing" not in capfd.readouterr().err
+
+
 # Batches
 
 
