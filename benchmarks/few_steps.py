@@ -117,9 +117,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     statistics = measured_statistics(pipe, levels[order[:first]], path.with_suffix(".statistics.pt"), arguments)
     done = {(row["sampler"], row["steps"]) for row in report["rows"]}
     for steps in arguments.steps:
-        for name in (*OWN, *PEERS):
-            if (name, steps) in done:
-                continue
+        for name in arguments.samplers:
+            if (name, steps) in done or (name.startswith("optimal") and steps >= config["num_train_timesteps"]):
+                continue  # the best choice of all timesteps is all of them
             scheduler = make_scheduler(name, config, statistics, steps)
             row: dict[str, Any] = {"sampler": name, "steps": steps}
             if name in OWN:
@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("folder", help="a pipeline folder trained on the digits")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/few_steps"), help="without suffix")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="numbers of steps")
+    parser.add_argument("--samplers", nargs="+", choices=[*OWN, *PEERS], default=[*OWN, *PEERS], help="in this order")
     parser.add_argument("--num_images", type=int, default=1024, help="images drawn for each Fréchet distance")
     parser.add_argument("--num_bound_images", type=int, default=256, help="images that each bound is the mean of")
     parser.add_argument("--num_statistics_images", type=int, default=256, help="other images, for Γ_t and timesteps")
