@@ -417,3 +417,18 @@ def test_max_train_time_must_be_positive():
     with pytest.raises(ConfigError, match="--max_train_time 0 must be a number of minutes above 0"):
         TrainingConfig(max_train_time=0)
     assert dataclasses.replace(TrainingConfig(), max_train_time=1.5).max_train_time == 1.5
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_in_the_same_bytes(options, tmp_path):
+    """Compiling takes most of a minute in each process."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**options, "compile": True, "num_samples": 1}))
+    command = [sys.executable, "training/train.py", "--config", str(tmp_path / "run.yaml"), "--output_dir"]
+    for name in ("whole", "model"):
+        done = run_command(*command, str(tmp_path / name), timeout=600)
+        assert done.returncode == 0, done.stderr
+    for step in (10, 12):
+        shutil.rmtree(tmp_path / f"model/checkpoints/step-000000{step}")
+    done = run_command(*command, str(tmp_path / "model"), "--resume", "latest", timeout=600)
+    assert done.returncode == 0 and "updates 8 to 12" in done.stderr
+    assert end_state(tmp_path / "model") == end_state(tmp_path / "whole")

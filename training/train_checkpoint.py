@@ -275,11 +275,12 @@ class Checkpoints:
         if self.accelerator.num_processes > 1:
             problems = gather_object(problems)
         if found := [text for text in problems if text]:
+            free = shutil.disk_usage(self.folder).free / 1e6  # libraries have words of their own for a full disk
             if temporary is not None and self.accelerator.is_main_process:
                 shutil.rmtree(temporary, ignore_errors=True)  # the room may be what others need
             raise CheckpointError(
-                f"a checkpoint could not be written: {found[0]}. The last whole one is {self.last}; make room, and go on from "
-                "it with --resume latest."
+                f"a checkpoint could not be written, with {free:,.0f} MB free on its disk: {found[0]}. The last whole one is "
+                f"{self.last}; make room, and go on from it with --resume latest."
             ) from problem
 
 
