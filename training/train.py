@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import diffusers
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard
@@ -56,6 +57,9 @@ from train_update import NumericalError, Updater
 
 logger = logging.getLogger("train")
 
+LONGEST_WAIT = timedelta(
+    hours=12
+)  # for the main process, which preprocesses and draws; one that dies is noticed at once
 REPLICATED = (
     DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU,
     DistributedType.MULTI_NPU, DistributedType.MULTI_MLU, DistributedType.MULTI_HPU,
@@ -160,8 +164,8 @@ def evaluate_briefly(
         generator=[torch.Generator().manual_seed(noise_seed) for noise_seed in noise_seeds],
         progress=False,
     ).total
-    error = float(result.std() / count**0.5) if count > 1 else float("nan")
-    return {"eval_bits_per_dim": float(result.mean()), "eval_bits_per_dim_error": error}
+    error = {"eval_bits_per_dim_error": float(result.std() / count**0.5)} if count > 1 else {}
+    return {"eval_bits_per_dim": float(result.mean()), **error}
 
 
 # ---- the run --------------------------------------------------------------------------------------
@@ -181,7 +185,10 @@ class Run:
             mixed_precision=config.mixed_precision,
             log_with=None if config.report_to == "none" else config.report_to,
             project_dir=str(folder),
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+            ],
         )
         config = replace(config, output_dir=str(folder), mixed_precision=accelerator.mixed_precision)
         check_replicated(accelerator)
