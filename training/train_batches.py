@@ -200,7 +200,8 @@ class StreamLoader(BatchLoader):
         self._skipped += found
         self._first = (self._first + found)[:SHOWN]
         bad, seen = (sum(getattr(position, name) for position in self._positions) for name in ("bad", "seen"))
-        if seen >= JUDGED_ROWS or any(position.epoch for position in self._positions):
+        judged = seen >= JUDGED_ROWS or any(position.epoch for position in self._positions)
+        if judged or self._max_bad_fraction == 0:
             check_bad_fraction(repr(self._name), self._first, bad, seen, self._max_bad_fraction)
         return batch
 
