@@ -4,13 +4,13 @@ Reads top to bottom: the configuration, the parts, the loop, what is left behind
 """
 
 import contextlib
-import json
+import errno
 import logging
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,29 +19,47 @@ import diffusers
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard
 from tqdm.auto import tqdm
 
+import train_push
+import train_stop
 from ddpm_pipeline import AlphaDDPMScheduler
 from ddpm_pipeline.hub import PushError, build_card, export
 from ddpm_pipeline.likelihood import bits_per_dim
 from ddpm_pipeline.objectives import min_snr_weights, per_image_loss, timestep_sampler
 from train_batches import batch_loader, open_data
-from train_checkpoint import CONFIG_FILE, find_checkpoint, load_checkpoint, prepare_output_folder, save_checkpoint
+from train_checkpoint import (
+    CONFIG_FILE,
+    CheckpointError,
+    Checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    prepare_output_folder,
+    write_atomically,
+)
 from train_conditions import Conditions, build_conditions
 from train_config import ConfigError, TrainingConfig, parse_config
 from train_data import DataError, ImageData, to_model_range
+from train_metrics import MetricsLog, StepTimer, memory
 from train_model import build_model, objective_for
-from train_push import EXIT_STATUS, Pusher, is_hub_dataset, public, recipe_command
+from train_push import Pusher, is_hub_dataset, public, recipe_command
 from train_random import Stream, noise_of, seeds
 from train_samples import draw, draw_process, grid, save_picture
 from train_skipped import SkippedLog
+from train_stop import Stopped, StopRequest, in_any_process
 from train_stream import StreamData
+from train_update import NumericalError, Updater
 
 logger = logging.getLogger("train")
+
+REPLICATED = (
+    DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU,
+    DistributedType.MULTI_NPU, DistributedType.MULTI_MLU, DistributedType.MULTI_HPU,
+)  # fmt: skip
 
 
 # ---- parts ----------------------------------------------------------------------------------------
@@ -60,6 +78,15 @@ def share_out_batch(config: TrainingConfig, world_size: int) -> None:
         raise ConfigError(
             f"--batch_size {config.batch_size} cannot be split over {world_size} processes x "
             f"{config.gradient_accumulation_steps} accumulation steps; use a multiple of {parts}."
+        )
+
+
+def check_replicated(accelerator: Accelerator) -> None:
+    """Raise ConfigError where a process would hold a part of the weights only: averages and samples are of whole ones."""
+    if accelerator.distributed_type not in REPLICATED:
+        raise ConfigError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, which shards weights; use MULTI_GPU (every "
+            "preset fits on one device), by `accelerate config` or --multi_gpu."
         )
 
 
@@ -137,223 +164,312 @@ def evaluate_briefly(
     return {"eval_bits_per_dim": float(result.mean()), "eval_bits_per_dim_error": error}
 
 
-class MetricsLog:
-    """Lines of metrics.jsonl, and the trackers'."""
-
-    def __init__(self, accelerator: Accelerator, path: Path):
-        self.accelerator, self.path = accelerator, path
-
-    def __call__(self, metrics: Mapping[str, float], step: int) -> None:
-        self.accelerator.log(dict(metrics), step=step)
-        if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
-
-
 # ---- the run --------------------------------------------------------------------------------------
+
+
+class Run:
+    """A training run: everything that it needs is made here, then `updates` and `finish` do the work.
+
+    Raises ConfigError or DataError before it starts.
+    """
+
+    def __init__(self, config: TrainingConfig):
+        self.began = time.monotonic()
+        self.stop = StopRequest(config.max_train_time, self.began)
+        folder = self.folder = Path(config.output_dir or default_output_dir(config.dataset))
+        accelerator = self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_dir=str(folder),
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+        config = replace(config, output_dir=str(folder), mixed_precision=accelerator.mixed_precision)
+        check_replicated(accelerator)
+        share_out_batch(config, accelerator.num_processes)
+        use_all_cores(config, accelerator)
+        with accelerator.main_process_first():
+            if accelerator.is_main_process:
+                prepare_output_folder(folder, config)
+            self.pusher = Pusher(config, folder) if config.push_to_hub and accelerator.is_main_process else None
+            data = self.data = open_data(config)
+        set_up_logging(accelerator, folder)
+        self.skipped = SkippedLog(folder) if accelerator.is_main_process else None
+        if self.skipped is not None:
+            self.skipped.add(data.skipped)
+        torch.manual_seed(int(seeds(config.seed, Stream.MODEL, 0, 1)[0]))  # the initial weights
+        conditions = self.conditions = build_conditions(config, data)
+        self.unet, self.scheduler = build_model(config, data.resolution, data.channels, conditions)
+        network = self.network = conditions.network(self.unet)
+        self.max_train_steps = config.max_train_steps or -(-len(data) * config.num_train_epochs // config.batch_size)
+        config = self.config = replace(
+            config,
+            resolution=data.resolution,
+            channels=data.channels,
+            max_train_steps=self.max_train_steps,
+            num_train_timesteps=self.scheduler.config.num_train_timesteps,
+            objective=objective_for(config, self.scheduler),
+        )
+        checkpoint = find_checkpoint(folder, config, accelerator) if config.resume else None
+        if accelerator.is_main_process:
+            write_atomically(folder / CONFIG_FILE, config.to_yaml())
+        accelerator.init_trackers(
+            "ddpm-pipeline", config={key: value for key, value in asdict(config).items() if value}
+        )
+
+        if config.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        if config.channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+        ema = self.ema = averaged(network.to(accelerator.device), config)
+        optimizer = torch.optim.AdamW(
+            network.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            fused=accelerator.device.type in ("cuda", "cpu"),
+        )
+        lr_scheduler = self.lr_scheduler = get_scheduler(  # not prepared: it counts updates, whatever the processes
+            config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=self.max_train_steps,
+        )
+        model = torch.compile(network) if config.compile else network
+        self.model, optimizer = accelerator.prepare(model, optimizer)
+        self.updater = Updater(accelerator, network, optimizer, lr_scheduler, ema, config.max_grad_norm)
+        self.sampler = timestep_sampler(config.timestep_sampling, len(self.scheduler))
+        self.parts = {"lr_scheduler": lr_scheduler, "updater": self.updater}
+        if self.sampler.observes_losses:
+            self.parts["timestep_sampler"] = self.sampler
+        self.checkpoints = Checkpoints(accelerator, folder, config.checkpoints_total_limit)
+        self.first_step, position = (
+            load_checkpoint(accelerator, ema, self.parts, checkpoint) if checkpoint else (0, None)
+        )
+        # with a scheduler of its own: previews choose shorter chains, and the bound is that of the full one
+        self.pipe = conditions.pipeline(self.unet, AlphaDDPMScheduler.from_config(self.scheduler.config))
+        self.pipe.set_progress_bar_config(disable=True)
+
+        self.loader = batch_loader(
+            data, config, accelerator.device.type, accelerator.process_index, accelerator.num_processes, conditions,
+            self.first_step * config.gradient_accumulation_steps,
+            self.max_train_steps * config.gradient_accumulation_steps,
+            position,
+        )  # fmt: skip
+        self.parameters = sum(parameter.numel() for parameter in network.parameters())
+        logger.info(
+            "%s: %s of %dx%dx%d; %.2f M parameters; updates %d to %d of %d images; %s, %s, %d threads",
+            data.name, f"{data.num_images} images" if data.num_images else "a stream", data.resolution, data.resolution,
+            data.channels, self.parameters / 1e6, self.first_step, self.max_train_steps, config.batch_size,
+            accelerator.device, accelerator.mixed_precision, torch.get_num_threads(),
+        )  # fmt: skip
+        self.log = MetricsLog(accelerator, folder / "metrics.jsonl", self.first_step)
+        self.timer = StepTimer(accelerator.device)
+        self.losses: list[torch.Tensor] = []  # of the updates since the last line of the log
+        self.grad_norm = float("nan")  # of the last update
+        self.window_began = time.monotonic()
+
+    def updates(self) -> None:
+        """From the first update that is not done to the last. Raises Stopped, CheckpointError or NumericalError."""
+        config = self.config
+        bar = tqdm(
+            total=self.max_train_steps,
+            initial=self.first_step,
+            disable=not self.accelerator.is_main_process,
+            desc="training",
+            unit="update",
+        )
+        self.model.train()
+        if self.first_step and not (self.folder / preview_name(self.first_step)).is_file():
+            self.preview(self.first_step)  # that was left out where the run was stopped
+        self.window_began = time.monotonic()
+        with bar:
+            for done in range(self.first_step + 1, self.max_train_steps + 1):
+                stopping = self.update(done - 1)
+                bar.update()
+                if done % config.log_every == 0 or done == self.max_train_steps:
+                    bar.set_postfix(self.report(done), refresh=False)
+                stopping = stopping or self.main_process_work(done)
+                due = config.checkpoint_every and done % config.checkpoint_every == 0
+                if stopping or due or (config.checkpoint_every and done == self.max_train_steps):
+                    with self.timer("checkpoint", on_device=False):
+                        self.save_checkpoint(done)
+                    self.window_began = time.monotonic()
+                if stopping:
+                    self.checkpoints.close()
+                    raise Stopped(f"stopped by {self.stop.reason or 'another process'} after update {done}")
+        self.checkpoints.close()
+
+    def update(self, step: int) -> bool:
+        """Forward and backward passes and the optimiser's step; whether any process was asked to stop."""
+        config, accelerator, timer = self.config, self.accelerator, self.timer
+        seed_dropout(config.seed, step, accelerator)
+        losses, indices = [], []
+        observed: list[tuple[torch.Tensor, torch.Tensor]] = []  # of timesteps and losses
+        for pass_index in range(config.gradient_accumulation_steps):
+            last_pass = pass_index == config.gradient_accumulation_steps - 1
+            with contextlib.nullcontext() if last_pass else accelerator.no_sync(self.model):
+                with timer("data", on_device=False):
+                    batch = next(self.loader)
+                with timer("forward"):
+                    timesteps, weights = (each.to(accelerator.device) for each in self.sampler.draw(batch["quantiles"]))
+                    image_losses = losses_of(self.model, self.scheduler, batch, timesteps, config, self.conditions)
+                    loss = (weights * image_losses).mean()
+                with timer("backward"):
+                    accelerator.backward(loss / config.gradient_accumulation_steps)
+            losses.append(image_losses.detach())
+            self.losses.append(loss.detach())
+            indices += batch["indices"].tolist()
+            if self.sampler.observes_losses:
+                observed.append(accelerator.gather((timesteps, image_losses.detach())))
+        with timer("optimizer"):
+            norm, stopping = self.updater(step, torch.cat(losses), indices, stop=self.stop.reason is not None)
+        if norm is None:
+            del self.losses[-config.gradient_accumulation_steps :]
+            if self.updater.hopeless:
+                raise self.numerical_error(f"{self.updater.in_a_row} updates in a row had to be left out")
+        else:
+            self.grad_norm = norm
+            for observation in observed:  # after the last draw, which so does not depend on how the update was split
+                self.sampler.observe(*observation)
+        return stopping
+
+    def report(self, done: int) -> dict[str, float]:
+        """Log the window of updates that ends here: losses are means over all processes, times over its updates."""
+        updates = len(self.losses) // self.config.gradient_accumulation_steps  # but for those that were left out
+        metrics: dict[str, float] = {}
+        if self.losses:
+            metrics["loss"] = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
+            metrics["grad_norm"] = self.grad_norm
+        shown = dict(metrics)
+        metrics["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
+        metrics["images_per_second"] = updates * self.config.batch_size / (time.monotonic() - self.window_began)
+        metrics["skipped_updates"] = self.updater.skipped
+        for part, seconds in self.timer.take().items():
+            metrics[f"{part}_seconds"] = seconds / max(updates, 1)
+        self.note_skipped()
+        if self.skipped:
+            metrics["skipped_rows"] = len(self.skipped)
+        self.log(metrics | memory(self.accelerator.device), done)
+        self.losses, self.window_began = [], time.monotonic()
+        return shown
+
+    def main_process_work(self, done: int) -> bool:
+        """What is due between updates and is done by one process while the others wait: pictures, evaluation, a push.
+
+        Whether any process was asked to stop meanwhile; the work is then left where it is.
+        """
+        config = self.config
+        before_end = done < self.max_train_steps
+        preview = config.preview_every and done % config.preview_every == 0 and before_end
+        evaluation = config.eval_every and done % config.eval_every == 0
+        push = self.config.push_to_hub and config.push_every and done % config.push_every == 0 and before_end
+        if not (preview or evaluation or push):
+            return False
+        if self.accelerator.is_main_process:
+            with contextlib.suppress(Stopped), self.stop.interrupts(self.unet):
+                if preview:
+                    self.preview(done)
+                with averaged_weights(self.network, self.ema):
+                    if push:
+                        self.pusher.push_soon(done, lambda snapshot: self.save_model(snapshot, done))
+                    if evaluation:
+                        self.log(evaluate_briefly(self.unet, self.scheduler, self.data, config), done)
+        (stopping,) = in_any_process(self.accelerator, self.stop.reason is not None)
+        self.window_began = time.monotonic()
+        return stopping
+
+    def preview(self, done: int) -> None:
+        """samples/step-N.png, in the main process; where one is due."""
+        config = self.config
+        due = config.preview_every and done % config.preview_every == 0 and done < self.max_train_steps
+        if due and self.accelerator.is_main_process:
+            with averaged_weights(self.network, self.ema):
+                path = self.folder / preview_name(done)
+                draw_grid(
+                    self.pipe, self.conditions, config, config.preview_images, config.preview_inference_steps, path
+                )
+
+    def save_checkpoint(self, done: int) -> None:
+        if not self.updater.weights_are_finite():
+            raise self.numerical_error(f"the weights after {done} updates are not finite")
+        self.note_skipped()  # those before a checkpoint are not come by again
+        self.checkpoints.save(done, self.ema, self.parts, own=self.loader.state_dict())
+
+    def note_skipped(self) -> None:
+        """Write down what all processes left out of a stream since the last time."""
+        if self.config.streaming:
+            found = gather_object(self.loader.skipped)
+            if self.skipped is not None:
+                self.skipped.add(found)
+
+    def numerical_error(self, what: str) -> NumericalError:
+        self.checkpoints.close()
+        return NumericalError(
+            f"{what} (train.log names the images). The last good checkpoint is {self.checkpoints.last}. Look at those images, "
+            "or train anew with a lower --learning_rate or without --mixed_precision."
+        )
+
+    def save_model(self, target: Path, done: int) -> None:
+        """The pipeline, with its present weights, and its card."""
+        seconds = time.monotonic() - self.began
+        facts = training_facts(self.config, self.parameters, self.first_step, done, seconds, self.accelerator)
+        facts = self.conditions.facts() | facts
+        name, example = self.folder.resolve().name, self.conditions.example()
+        processes = self.accelerator.num_processes
+        export(
+            self.pipe, target, model_card(self.pipe, self.config, self.data, facts, target, name, processes, example)
+        )
+
+    def finish(self) -> None:
+        """Samples and the model, in the main process. Raises Stopped, or PushError where all is done but the last push."""
+        config, conditions, folder = self.config, self.conditions, self.folder
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # samples are what the saved weights draw
+        if self.accelerator.is_main_process:
+            with averaged_weights(self.network, self.ema), self.stop.interrupts(self.unet):
+                logger.info("drawing %d samples over %d steps", config.num_samples, len(self.scheduler))
+                draw_grid(self.pipe, conditions, config, config.num_samples, None, folder / "samples.png")
+                condition = conditions.preview(4)[0]
+                guidance = config.preview_guidance if config.condition_dropout else 1.0
+                save_picture(draw_process(self.pipe, config.seed, condition, guidance), folder / "process.png")
+                self.save_model(folder, self.max_train_steps)
+            seconds = time.monotonic() - self.began
+            logger.info("done in %.0f s: the model, its card and samples.png are in %s", seconds, folder)
+            if self.pusher is not None:
+                logger.info("pushed: %s", self.pusher.finish())
+
+
+def averaged(network: torch.nn.Module, config: TrainingConfig) -> EMAModel | None:
+    """The moving average of the weights, if there shall be one."""
+    if not config.ema_decay:
+        return None
+    return EMAModel(
+        network.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=config.ema_power, foreach=True
+    )
+
+
+def preview_name(done: int) -> str:
+    return f"samples/step-{done:08d}.png"
 
 
 def train(config: TrainingConfig) -> Path:
     """Run training as configured; the folder with what it left.
 
-    Raises ConfigError or DataError before it starts, PushError where all is done but the last push.
+    Raises ConfigError or DataError before it starts; Stopped where it was asked to end early; CheckpointError or
+    NumericalError where it cannot go on; PushError where all is done but the last push.
     """
-    began = time.monotonic()
-    default_tracker = None if config.report_to == "none" else config.report_to
-    folder = Path(config.output_dir or default_output_dir(config.dataset))
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=default_tracker,
-        project_dir=str(folder),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
-    config = replace(config, output_dir=str(folder), mixed_precision=accelerator.mixed_precision)
-    share_out_batch(config, accelerator.num_processes)
-    use_all_cores(config, accelerator)
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            prepare_output_folder(folder, config)
-        pusher = Pusher(config, folder) if config.push_to_hub and accelerator.is_main_process else None
-        data = open_data(config)
-    set_up_logging(accelerator, folder)
-    skipped_log = SkippedLog(folder) if accelerator.is_main_process else None
-    if skipped_log is not None:
-        skipped_log.add(data.skipped)
-    torch.manual_seed(int(seeds(config.seed, Stream.MODEL, 0, 1)[0]))  # the initial weights
-    conditions = build_conditions(config, data)
-    unet, scheduler = build_model(config, data.resolution, data.channels, conditions)
-    network = conditions.network(unet)
-    max_train_steps = config.max_train_steps or -(-len(data) * config.num_train_epochs // config.batch_size)
-    config = replace(
-        config,
-        resolution=data.resolution,
-        channels=data.channels,
-        max_train_steps=max_train_steps,
-        num_train_timesteps=scheduler.config.num_train_timesteps,
-        objective=objective_for(config, scheduler),
-    )
-    checkpoint = find_checkpoint(folder, config) if config.resume else None
-    accelerator.wait_for_everyone()  # the others have read the folder before it is written to
-    if accelerator.is_main_process:
-        (folder / CONFIG_FILE).write_text(config.to_yaml(), "utf-8")
-    accelerator.init_trackers("ddpm-pipeline", config={key: value for key, value in asdict(config).items() if value})
-
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if config.channels_last:
-        unet.to(memory_format=torch.channels_last)
-    ema = None
-    if config.ema_decay:
-        network.to(accelerator.device)
-        ema = EMAModel(
-            network.parameters(),
-            decay=config.ema_decay,
-            use_ema_warmup=True,
-            power=config.ema_power,
-            foreach=True,
-        )
-    optimizer = torch.optim.AdamW(
-        network.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=accelerator.device.type in ("cuda", "cpu"),
-    )
-    lr_scheduler = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=max_train_steps,
-    )
-    model = torch.compile(network) if config.compile else network
-    model, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(lr_scheduler)  # not prepared: it counts updates, whatever the processes
-    sampler = timestep_sampler(config.timestep_sampling, len(scheduler))
-    if sampler.observes_losses:
-        accelerator.register_for_checkpointing(sampler)
-    first_step = load_checkpoint(accelerator, ema, checkpoint) if checkpoint else 0
-    # with a scheduler of its own: previews choose shorter chains, and the bound is that of the full one
-    pipe = conditions.pipeline(unet, AlphaDDPMScheduler.from_config(scheduler.config))
-    pipe.set_progress_bar_config(disable=True)
-
-    loader = batch_loader(
-        data, config, accelerator.device.type, accelerator.process_index, accelerator.num_processes, conditions,
-        first_step * config.gradient_accumulation_steps, max_train_steps * config.gradient_accumulation_steps,
-    )  # fmt: skip
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    logger.info(
-        "%s: %s of %dx%dx%d; %.2f M parameters; updates %d to %d of %d images; %s, %s, %d threads",
-        data.name, f"{data.num_images} images" if data.num_images else "a stream", data.resolution, data.resolution,
-        data.channels, parameters / 1e6, first_step,
-        max_train_steps, config.batch_size, accelerator.device, accelerator.mixed_precision, torch.get_num_threads(),
-    )  # fmt: skip
-
-    def save_model(target: Path, done: int) -> None:
-        """The pipeline, with its present weights, and its card."""
-        facts = training_facts(config, parameters, first_step, done, time.monotonic() - began, accelerator)
-        facts = conditions.facts() | facts
-        name, example = folder.resolve().name, conditions.example()
-        card = model_card(pipe, config, data, facts, target, name, accelerator.num_processes, example)
-        export(pipe, target, card)
-
-    def note_skipped() -> None:
-        """Write down what all processes left out of a stream since the last time."""
-        if config.streaming:
-            found = gather_object(loader.skipped)
-            if skipped_log is not None:
-                skipped_log.add(found)
-
-    log = MetricsLog(accelerator, folder / "metrics.jsonl")
-    progress = tqdm(
-        total=max_train_steps,
-        initial=first_step,
-        disable=not accelerator.is_main_process,
-        desc="training",
-        unit="update",
-    )
-    losses: list[torch.Tensor] = []
-    window_began = time.monotonic()
-    model.train()
-    for step in range(first_step, max_train_steps):
-        seed_dropout(config.seed, step, accelerator)
-        observed: list[tuple[torch.Tensor, torch.Tensor]] = []  # of timesteps and losses
-        for pass_index in range(config.gradient_accumulation_steps):
-            last_pass = pass_index == config.gradient_accumulation_steps - 1
-            with contextlib.nullcontext() if last_pass else accelerator.no_sync(model):
-                batch = next(loader)
-                timesteps, weights = (each.to(accelerator.device) for each in sampler.draw(batch["quantiles"]))
-                image_losses = losses_of(model, scheduler, batch, timesteps, config, conditions)
-                loss = (weights * image_losses).mean()
-                accelerator.backward(loss / config.gradient_accumulation_steps)
-            losses.append(loss.detach())
-            if sampler.observes_losses:
-                observed.append(accelerator.gather((timesteps, image_losses.detach())))
-        for observation in observed:  # after the update's last draw, which so does not depend on how it was split
-            sampler.observe(*observation)
-        grad_norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        if not accelerator.optimizer_step_was_skipped:  # as the fp16 scaler does where gradients overflow
-            lr_scheduler.step()
-            if ema is not None:
-                ema.step(network.parameters())
-        progress.update()
-
-        done = step + 1
-        if done % config.log_every == 0 or done == max_train_steps:
-            mean_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            seconds = time.monotonic() - window_began
-            images = len(losses) * config.batch_size // config.gradient_accumulation_steps
-            metrics = {
-                "loss": mean_loss,
-                "grad_norm": float(grad_norm),
-                "learning_rate": lr_scheduler.get_last_lr()[0],
-                "images_per_second": images / seconds,
-            }
-            note_skipped()
-            if skipped_log:
-                metrics["skipped_rows"] = len(skipped_log)
-            log(metrics, done)
-            progress.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
-            losses, window_began = [], time.monotonic()
-        if config.preview_every and done % config.preview_every == 0 and done < max_train_steps:
-            if accelerator.is_main_process:
-                path = folder / "samples" / f"step-{done:08d}.png"
-                with averaged_weights(network, ema):
-                    draw_grid(pipe, conditions, config, config.preview_images, config.preview_inference_steps, path)
-            accelerator.wait_for_everyone()
-            window_began = time.monotonic()
-        if pusher is not None and config.push_every and done % config.push_every == 0 and done < max_train_steps:
-            with averaged_weights(network, ema):
-                pusher.push_soon(done, lambda snapshot, done=done: save_model(snapshot, done))
-            window_began = time.monotonic()
-        if config.eval_every and done % config.eval_every == 0:
-            if accelerator.is_main_process:
-                with averaged_weights(network, ema):
-                    log(evaluate_briefly(unet, scheduler, data, config), done)
-            accelerator.wait_for_everyone()
-            window_began = time.monotonic()
-        if config.checkpoint_every and (done % config.checkpoint_every == 0 or done == max_train_steps):
-            note_skipped()  # those before a checkpoint are not come by again
-            save_checkpoint(accelerator, ema, folder, done, config.checkpoints_total_limit)
-            window_began = time.monotonic()
-    progress.close()
-    loader.close()
-
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the samples are what the saved float32 weights draw
-    if accelerator.is_main_process:
-        with averaged_weights(network, ema):
-            logger.info("drawing %d samples over %d steps", config.num_samples, len(scheduler))
-            draw_grid(pipe, conditions, config, config.num_samples, None, folder / "samples.png")
-            condition, guidance = conditions.preview(4)[0], config.preview_guidance if config.condition_dropout else 1.0
-            save_picture(draw_process(pipe, config.seed, condition, guidance), folder / "process.png")
-            save_model(folder, max_train_steps)
-        logger.info("done in %.0f s: the model, its card and samples.png are in %s", time.monotonic() - began, folder)
-        if pusher is not None:
-            logger.info("pushed: %s", pusher.finish())
-    accelerator.end_training()
-    return folder
+    run = Run(config)
+    try:
+        with run.stop.listening():
+            run.updates()
+            run.finish()
+    except Stopped as stopped:
+        run.accelerator.end_training()
+        raise Stopped(f"{stopped}; the same command with --resume latest goes on from there") from None
+    finally:
+        run.loader.close()
+    run.accelerator.end_training()
+    return run.folder
 
 
 def losses_of(
@@ -431,13 +547,23 @@ def training_facts(
 def main() -> None:
     try:
         train(parse_config(sys.argv[1:]))
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, CheckpointError, NumericalError) as error:
         sys.exit(f"error: {error}")
     except PushError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_STATUS)
+        sys.exit(train_push.EXIT_STATUS)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(train_stop.EXIT_STATUS)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(
+            f"error: the disk is full ({error}). Checkpoints that were written are whole: make room, and go on with --resume "
+            "latest."
+        )
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command with --resume latest goes on from the last checkpoint")
+        sys.exit("interrupted before the first update")
 
 
 if __name__ == "__main__":

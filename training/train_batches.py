@@ -19,6 +19,7 @@ from train_config import ConfigError, TrainingConfig
 from train_data import ImageData, images_of, load_images
 from train_random import Stream, image_indices, seeds, uniform
 from train_skipped import SHOWN, DataError, SkippedRow, check_bad_fraction
+from train_stop import ignore_signals_in_worker
 from train_stream import JUDGED_ROWS, Cut, Position, StreamData, cut, open_stream, rows_of_part
 
 FAILURE = "failure"  # what an item of a worker holds that cannot go on: the message
@@ -236,6 +237,7 @@ def batch_loader(
     options = {
         "batch_size": None,
         "num_workers": config.dataloader_num_workers,
+        "worker_init_fn": ignore_signals_in_worker,
         "pin_memory": device_type == "cuda",
     }
     if isinstance(data, ImageData):

@@ -152,6 +152,9 @@ class TrainingConfig:
     output_dir: str | None = _option(None, "Folder for the model; ddpm-NAME for a data set called NAME if not given.")
     overwrite: bool = _option(False, "Remove an earlier run's files from the output folder and start anew.")
     resume: str | None = _option(None, "'latest' or a checkpoint folder: go on from there. 'latest' may find none.")
+    max_train_time: float | None = _option(
+        None, "Minutes after which the run writes a checkpoint and ends, as by a signal (docs/training.md)."
+    )
     checkpoint_every: int = _option(1000, "Updates between checkpoints; 0 writes none.")
     checkpoints_total_limit: int = _option(2, "Checkpoints to keep, at least 1.")
     preview_every: int = _option(1000, "Updates between preview pictures; 0 draws none.")
@@ -180,6 +183,8 @@ class TrainingConfig:
             "eval_every": 0, "eval_images": 1, "eval_calls": 3, "shuffle_buffer": 1,
         }.items():  # fmt: skip
             self._require(name, getattr(self, name) >= low, f"at least {low}")
+        positive_time = self.max_train_time is None or 0 < self.max_train_time < math.inf
+        self._require("max_train_time", positive_time, "a number of minutes above 0")
         for name in ("resolution", "max_train_steps", "num_cpu_threads", "preprocessing_num_workers"):
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "at least 1")

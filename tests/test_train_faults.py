@@ -1,0 +1,419 @@
+"""What a run survives: being killed or stopped, damaged checkpoints, a full disk, numbers that are not finite."""
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+import train_checkpoint
+from helpers import ROOT, TINY_UNET, run_command
+from train import Run, train
+from train_checkpoint import CheckpointError, list_checkpoints, what_is_wrong
+from train_config import ConfigError, TrainingConfig
+from train_stop import EXIT_STATUS, Stopped, StopRequest
+from train_update import MAX_IN_A_ROW, NumericalError, Updater
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory) -> dict:
+    """A run of twelve updates in two seconds, with a checkpoint every second one."""
+    folder = tmp_path_factory.mktemp("options")
+    (folder / "unet.json").write_text(json.dumps(TINY_UNET | {"dropout": 0.1}))
+    return {
+        "dataset": "digits", "model": str(folder / "unet.json"), "num_train_timesteps": 20, "beta_end": 0.4,
+        "batch_size": 8, "max_train_steps": 12, "learning_rate": 1e-3, "lr_warmup_steps": 3, "mixed_precision": "no",
+        "checkpoint_every": 2, "checkpoints_total_limit": 3, "preview_every": 0, "num_samples": 2, "log_every": 1,
+        "num_cpu_threads": 1, "cache_dir": str(folder / "cache"),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(options, tmp_path_factory) -> Path:
+    return train(TrainingConfig(**options, output_dir=str(tmp_path_factory.mktemp("run") / "model")))
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "model"))
+
+
+def resume(options, folder: Path, **changed) -> Path:
+    return train(TrainingConfig(**{**options, "output_dir": str(folder), "resume": "latest", **changed}))
+
+
+def end_state(folder: Path) -> list[bytes]:
+    last = list_checkpoints(folder)[-1]
+    names = ("model.safetensors", "ema.safetensors", "optimizer.bin", "parts.pt", "run_state.json")
+    return [(last / name).read_bytes() for name in names] + [(folder / "samples.png").read_bytes()]
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------
+
+
+def test_runs_that_are_killed_end_in_the_same_bytes(tmp_path):
+    """With SIGKILL, at random moments and in the middle of a checkpoint; one process and two."""
+    kinds = ("captions, workers", "two processes, stream")
+    command = ["benchmarks/kill_and_resume.py", "--kills", "4", "--kills_a_run", "2", "--kinds", *kinds]
+    done = run_command(sys.executable, *command, "--output", str(tmp_path / "kills.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "kills.json").read_text())
+    assert report["kills"] >= 4 and report["runs_that_match"] == report["runs"] >= 2
+
+
+def test_a_checkpoint_is_listed_with_its_hashes_and_older_ones_go(finished):
+    checkpoints = list_checkpoints(finished)
+    assert [path.name for path in checkpoints] == ["step-00000008", "step-00000010", "step-00000012"]
+    assert [path.name for path in (finished / "checkpoints").glob(".*")] == []
+    for checkpoint in checkpoints:
+        assert what_is_wrong(checkpoint) is None
+        listed = json.loads((checkpoint / "manifest.json").read_text())["files"]
+        assert set(listed) == {path.name for path in checkpoint.iterdir()} - {"manifest.json"}
+        assert torch.load(checkpoint / "optimizer.bin", weights_only=True).keys() == {"state", "param_groups"}
+
+
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (lambda folder: (folder / "ema.safetensors").unlink(), "ema.safetensors is missing"),
+        (lambda folder: os.truncate(folder / "optimizer.bin", 100), "optimizer.bin has 100 bytes, and had"),
+        (lambda folder: flip_a_bit(folder / "model.safetensors"), "model.safetensors has changed since it was written"),
+        (lambda folder: (folder / "manifest.json").unlink(), "its manifest.json cannot be read"),
+        (lambda folder: (folder / "manifest.json").write_text('{"files": '), "its manifest.json cannot be read"),
+        (lambda folder: (folder / "manifest.json").write_text('{"files": {}}'), "lists no run_state.json"),
+    ],
+)
+def test_latest_passes_over_a_damaged_checkpoint_and_says_why(damage, told, copied, options, finished, caplog):
+    damage(copied / "checkpoints/step-00000012")
+    with caplog.at_level(logging.WARNING):
+        run = Run(TrainingConfig(**options, output_dir=str(copied), resume="latest"))
+    assert run.first_step == 10
+    run.loader.close()
+    assert "passing over the checkpoint step-00000012: " in (copied / "train.log").read_text() + caplog.text
+    assert told in (copied / "train.log").read_text() + caplog.text
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_done_anew(copied, options, finished):
+    flip_a_bit(copied / "checkpoints/step-00000012/model.safetensors")
+    resume(options, copied)
+    assert end_state(copied) == end_state(finished)
+    steps = [json.loads(line)["step"] for line in (copied / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 13))
+
+
+def test_no_whole_checkpoint_is_an_error_and_no_new_start(copied, options):
+    for checkpoint in list_checkpoints(copied):
+        (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(
+        ConfigError, match=r"none of the 3 checkpoints .* is whole .*model.safetensors is missing.*--overwrite"
+    ):
+        resume(options, copied)
+    with pytest.raises(ConfigError, match=r"step-00000010 is damaged: model.safetensors is missing"):
+        resume(options, copied, resume=str(copied / "checkpoints/step-00000010"))
+
+
+def test_changed_options_are_named(copied, options):
+    with pytest.raises(ConfigError, match=r"--learning_rate was 0.001 and is 0.5"):
+        resume(options, copied, learning_rate=0.5)
+    with pytest.raises(ConfigError, match="--compile was False and is True"):
+        resume(options, copied, compile=True)
+    resume(options, copied, num_samples=3, max_train_steps=13)
+    log = (copied / "train.log").read_text()
+    assert "changed options: --max_train_steps was 12 and is 13; --num_samples was 2 and is 3" in log
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_a_clear_error(options, tmp_path, monkeypatch):
+    """Room runs out in the middle of a file, while the state is written and while it is brought to the disk."""
+    whole, written = train_checkpoint.save_file, []
+
+    def save_half(tensors, path):
+        written.append(path)
+        if len(written) < 3:
+            return whole(tensors, path)
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train_checkpoint, "save_file", save_half)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*step-00000004; make room.*--resume latest"):
+        train(TrainingConfig(**options, output_dir=str(tmp_path / "model")))
+    names = sorted(path.name for path in (tmp_path / "model/checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000004"]
+    assert what_is_wrong(tmp_path / "model/checkpoints/step-00000004") is None
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train_checkpoint, "save_file", whole)
+    monkeypatch.setattr(train_checkpoint, "_to_disk", full)
+    monkeypatch.setattr("train.write_atomically", lambda path, text: None)
+    monkeypatch.setattr("train_metrics.write_atomically", lambda path, text: None)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*step-00000004"):
+        resume(options, tmp_path / "model")
+    monkeypatch.undo()
+    resume(options, tmp_path / "model")
+    assert list_checkpoints(tmp_path / "model")[-1].name == "step-00000012"
+    assert list((tmp_path / "model/checkpoints").glob(".*")) == []
+
+
+# ---- stops ------------------------------------------------------------------------------------------
+
+
+def start_and_wait(options, folder: Path, lines: int, processes: int = 1) -> subprocess.Popen:
+    """A run that has logged so many more updates."""
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump({**options, "max_train_steps": 100_000, "checkpoint_every": 50_000}))
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = ["training/train.py", "--config", str(path), "--output_dir", str(folder), "--resume", "latest"]
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    metrics, until = folder / "metrics.jsonl", time.monotonic() + 200
+    before = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
+    while not metrics.is_file() or len(metrics.read_text().splitlines()) < before + lines:
+        if process.poll() is not None or time.monotonic() > until:
+            process.kill()
+            pytest.fail(f"the run did not start: {process.communicate()[0][-3000:]}")
+        time.sleep(0.05)
+    return process
+
+
+def test_signals_end_a_run_after_its_update_with_a_checkpoint(options, tmp_path):
+    folder = tmp_path / "model"
+    done = 0
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        process = start_and_wait(options, folder, 2)
+        began = time.monotonic()
+        process.send_signal(number)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == EXIT_STATUS == 75, output
+        assert time.monotonic() - began < 30
+        assert f"stopped by {number.name} after update" in output and "--resume latest goes on" in output
+        assert "Traceback" not in output
+        (*_, last) = list_checkpoints(folder)
+        assert what_is_wrong(last) is None
+        state = json.loads((last / "run_state.json").read_text())
+        assert state["step"] > done
+        done = state["step"]
+        assert not (folder / "samples.png").exists()
+
+
+def test_a_second_signal_ends_a_run_at_once():
+    code = (
+        "import train_stop, signal, os, time, threading\n"
+        "request = train_stop.StopRequest(None, time.monotonic())\n"
+        "with request.listening():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2)\n"  # handed on by a launcher: still the first
+        "    print(request.reason, flush=True); time.sleep(train_stop.ONE_REQUEST)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "training")}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "SIGTERM\n" and ended.returncode == -signal.SIGTERM
+
+
+def test_the_clock_ends_a_run_and_it_goes_on(options, finished, tmp_path, monkeypatch):
+    """In the middle, in a preview, and in the final samples; the end is the same."""
+    folder = tmp_path / "model"
+    reasons = iter([None] * 5 + ["--max_train_time 1"] * 1000)
+    monkeypatch.setattr(StopRequest, "reason", property(lambda self: next(reasons)))
+    with pytest.raises(Stopped, match=r"stopped by --max_train_time 1 after update 6; .* --resume latest"):
+        train(TrainingConfig(**options, output_dir=str(folder), max_train_time=1.0))
+    monkeypatch.undo()
+    assert [path.name for path in list_checkpoints(folder)][-1] == "step-00000006"
+    request = StopRequest(1e-9, 0.0)
+    assert request.reason == "--max_train_time 1e-09"
+    network = torch.nn.Identity()
+    with pytest.raises(Stopped, match="max_train_time"), request.interrupts(network):
+        network(torch.zeros(1))
+    network(torch.zeros(1))
+    resume(options, folder)
+    assert end_state(folder) == end_state(finished)
+
+
+def test_a_preview_that_a_stop_cut_short_is_drawn_on_resuming(options, tmp_path, monkeypatch):
+    previews = {**options, "preview_every": 4, "preview_images": 2, "preview_inference_steps": 4}
+    whole = train(TrainingConfig(**previews, output_dir=str(tmp_path / "whole")))
+    drawn = []
+    draw_grid = sys.modules["train"].draw_grid
+
+    def stop_in_preview(*arguments):
+        drawn.append(arguments[-1])
+        raise Stopped("SIGTERM")
+
+    monkeypatch.setattr("train.draw_grid", stop_in_preview)
+    monkeypatch.setattr(StopRequest, "reason", property(lambda self: "SIGTERM" if drawn else None))
+    with pytest.raises(Stopped, match="SIGTERM after update 4"):
+        train(TrainingConfig(**previews, output_dir=str(tmp_path / "model")))
+    monkeypatch.undo()
+    assert draw_grid is sys.modules["train"].draw_grid and not (tmp_path / "model/samples").exists()
+    resume(previews, tmp_path / "model")
+    for name in ("step-00000004.png", "step-00000008.png"):
+        assert (tmp_path / "model/samples" / name).read_bytes() == (whole / "samples" / name).read_bytes()
+
+
+def test_two_processes_stop_together(options, tmp_path):
+    process = start_and_wait(options, tmp_path / "model", 2, processes=2)
+    process.send_signal(signal.SIGTERM)  # to the launcher, which hands it on
+    output = process.communicate(timeout=90)[0]
+    assert "stopped by SIGTERM after update" in output
+    assert what_is_wrong(list_checkpoints(tmp_path / "model")[-1]) is None
+
+
+def test_a_process_that_dies_takes_the_other_down(options, tmp_path):
+    process = start_and_wait(options, tmp_path / "model", 2, processes=2)
+    children = [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    began = time.monotonic()
+    os.kill(children[-1], signal.SIGKILL)
+    output = process.communicate(timeout=90)[0]
+    assert time.monotonic() - began < 60
+    assert process.returncode != 0 and "Signal 9 (SIGKILL)" in output
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+# ---- numbers ----------------------------------------------------------------------------------------
+
+
+class Poison:
+    """Makes losses of chosen updates non-finite, for one of the images."""
+
+    def __init__(self, monkeypatch, updates):
+        self.updates, self.calls = set(updates), 0
+        self.whole = sys.modules["train"].losses_of
+        monkeypatch.setattr("train.losses_of", self)
+
+    def __call__(self, *arguments):
+        losses = self.whole(*arguments)
+        self.calls += 1
+        factor = torch.ones_like(losses)
+        if self.calls - 1 in self.updates:
+            factor[2] = float("nan")
+        return losses * factor
+
+
+def test_an_update_with_a_loss_that_is_not_finite_is_left_out_and_named(options, finished, tmp_path, monkeypatch):
+    Poison(monkeypatch, {3, 4, 7})
+    folder = train(TrainingConfig(**options, output_dir=str(tmp_path / "model")))
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_updates"] for line in metrics] == [0, 0, 0, 1, 2, 2, 2, 3, 3, 3, 3, 3]
+    assert [line["step"] for line in metrics if "loss" not in line] == [4, 5, 8]
+    log = (folder / "train.log").read_text()
+    assert log.count("is left out: the loss is not finite for the images") == 3
+    assert "update 3 is left out: the loss is not finite for the images " in log
+    state = torch.load(list_checkpoints(folder)[-1] / "parts.pt", weights_only=True)
+    assert state["updater"] == {"skipped": 3, "in_a_row": 0} and state["lr_scheduler"]["last_epoch"] == 9
+
+
+def test_ten_in_a_row_end_the_run_and_name_the_last_good_checkpoint(options, tmp_path, monkeypatch):
+    Poison(monkeypatch, range(5, 100))
+    with pytest.raises(NumericalError, match=r"10 updates in a row .* last good checkpoint is .*step-00000014"):
+        train(TrainingConfig(**{**options, "max_train_steps": 30}, output_dir=str(tmp_path / "model")))
+    assert MAX_IN_A_ROW == 10
+
+
+def test_weights_that_are_not_finite_are_not_saved(options, tmp_path):
+    run = Run(TrainingConfig(**options, output_dir=str(tmp_path / "model")))
+    run.save_checkpoint(2)
+    with torch.no_grad():
+        next(run.network.parameters()).view(-1)[0] = float("inf")
+    with pytest.raises(NumericalError, match=r"weights after 4 updates are not finite.*step-00000002"):
+        run.save_checkpoint(4)
+    run.loader.close()
+
+
+@pytest.mark.parametrize("fault", ["gradient", "loss", "overflow"])
+def test_half_precision_scalers_and_faults(fault, monkeypatch):
+    """An overflow of scaled gradients is the scaler's affair; a loss that is not finite is counted. On the CPU's scaler."""
+    accelerator = Accelerator(cpu=True)
+    network = torch.nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    if fault != "gradient":
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        accelerator.native_amp = True
+        monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    network, optimizer = accelerator.prepare(network, optimizer)
+    accelerator._optimizers[-1].scaler = accelerator.scaler
+    updater = Updater(accelerator, network, optimizer, schedule, None, 1.0)
+    before = network.weight.detach().clone()
+    loss = network(torch.ones(3, 2)).squeeze(1)
+    scaled = loss.mean() if accelerator.scaler is None else accelerator.scaler.scale(loss.mean())
+    scaled.backward()
+    if fault != "loss":
+        network.weight.grad[0, 0] = float("inf")
+    seen = loss.detach() * (float("nan") if fault == "loss" else 1)
+    norm, stop = updater(0, seen, [5, 6, 7], stop=True)
+    assert norm is None and stop and torch.equal(network.weight, before)
+    assert updater.skipped == (0 if fault == "overflow" else 1)
+    if accelerator.scaler is not None:
+        assert accelerator.scaler.get_scale() == (2.0**15 if fault == "overflow" else 2.0**16)
+    network(torch.ones(3, 2)).mean().backward()
+    norm, stop = updater(1, torch.ones(3), [5, 6, 7], stop=False)
+    assert norm is not None and not stop and not torch.equal(network.weight, before)
+    assert updater.in_a_row == 0
+
+
+def test_the_forward_process_stays_in_float32_in_bf16(options, tmp_path, monkeypatch):
+    seen = []
+    whole = sys.modules["train"].losses_of
+
+    def look(model, scheduler, batch, timesteps, *rest):
+        def add_noise(*arguments):
+            noisy = type(scheduler).add_noise(scheduler, *arguments)
+            seen.append((*(value.dtype for value in arguments[:2]), noisy.dtype))
+            return noisy
+
+        monkeypatch.setattr(scheduler, "add_noise", add_noise, raising=False)
+        losses = whole(model, scheduler, batch, timesteps, *rest)
+        seen.append((losses.dtype,))
+        return losses
+
+    monkeypatch.setattr("train.losses_of", look)
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+    changed = {"mixed_precision": "bf16", "max_train_steps": 1, "num_samples": 1}
+    train(TrainingConfig(**{**options, **changed}, output_dir=str(tmp_path / "model")))
+    assert seen == [(torch.float32,) * 3, (torch.float32,)]
+
+
+# ---- what a run says of itself ----------------------------------------------------------------------
+
+
+def test_times_memory_and_counts_are_logged(finished):
+    metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    parts = [f"{part}_seconds" for part in ("data", "forward", "backward", "optimizer")]
+    assert all(0 < line[part] < 60 for line in metrics for part in parts)
+    assert all(line["images_per_second"] > 0 and 0.05 < line["memory_gib"] < 10 for line in metrics)
+    assert [line["step"] for line in metrics if "checkpoint_seconds" in line] == [3, 5, 7, 9, 11]
+
+
+def test_sharded_weights_are_refused(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ConfigError, match=r"configured for FSDP, which shards weights; use MULTI_GPU"):
+        Run(TrainingConfig(**options, output_dir=str(tmp_path / "model")))
+    assert not (tmp_path / "model").exists()
+
+
+def test_max_train_time_must_be_positive():
+    with pytest.raises(ConfigError, match="--max_train_time 0 must be a number of minutes above 0"):
+        TrainingConfig(max_train_time=0)
+    assert dataclasses.replace(TrainingConfig(), max_train_time=1.5).max_train_time == 1.5

@@ -1,0 +1,95 @@
+"""Ending a run early and in order: signals, and the clock of `--max_train_time`.
+
+The first signal is a request: the update under way is finished, a checkpoint written, and the command ends with EXIT_STATUS. A
+second one ends it at once. Imports accelerate and torch; nothing of the package.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command with --resume latest goes on
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+ONE_REQUEST = 2.0  # seconds in which signals count as one: launchers hand on what a terminal or Slurm sends to all
+
+
+class Stopped(Exception):
+    """The run ended early, as it was asked to; the message says by what and where it can go on."""
+
+
+class StopRequest:
+    """Whether the run shall end, and why. `max_minutes` are counted from `began`, a reading of time.monotonic."""
+
+    def __init__(self, max_minutes: float | None, began: float):
+        self.deadline = None if max_minutes is None else began + 60 * max_minutes
+        self.max_minutes = max_minutes
+        self._signal: signal.Signals | None = None
+        self._asked_at = 0.0
+
+    @property
+    def reason(self) -> str | None:
+        """What asked this process to stop; None while nothing did."""
+        if self._signal is not None:
+            return self._signal.name
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            return f"--max_train_time {self.max_minutes:g}"
+        return None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, signals are requests. What they did before is restored at the end."""
+        heard = SIGNALS if threading.current_thread() is threading.main_thread() else ()  # Python allows no other
+        before = {each: signal.signal(each, self._on_signal) for each in heard}
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is None:
+            self._signal, self._asked_at = signal.Signals(number), time.monotonic()
+            message = (
+                f"\n{self._signal.name}: finishing this update and writing a checkpoint; once more ends it at once\n"
+            )
+            os.write(2, message.encode())  # print is not safe here: it may be what was interrupted
+        elif time.monotonic() - self._asked_at > ONE_REQUEST:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    @contextlib.contextmanager
+    def interrupts(self, network: torch.nn.Module) -> Iterator[None]:
+        """Within, the next call of the network after a request raises Stopped: for drawing and evaluating, which may take
+        minutes and can be done anew.
+        """
+
+        def check(*_: object) -> None:
+            if (reason := self.reason) is not None:
+                raise Stopped(reason)
+
+        hook = network.register_forward_pre_hook(check)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def in_any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """Each flag, true for all processes where it is true in one of them; a collective call where there are several."""
+    if accelerator.num_processes == 1:
+        return list(flags)
+    counts = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
+    return (accelerator.reduce(counts, "sum") > 0).tolist()
+
+
+def ignore_signals_in_worker(_: int) -> None:
+    """For data loader workers: the process that reads from them decides when to stop, and they end with it."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
