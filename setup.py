@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "src/ddpm_pipeline/__ini
 
 TRAIN = [
     "accelerate>=1.0",
-    "datasets>=4.0",
+    "datasets>=4.7",
     "transformers>=5.0",
     "scikit-learn>=1.3",
     "pyyaml>=6.0",

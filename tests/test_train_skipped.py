@@ -228,5 +228,6 @@ def test_the_log_has_each_row_once_and_survives_a_kill(tmp_path, caplog):
 
 def test_the_check_needs_no_list_of_all(tmp_path):
     check_bad_fraction("x", [], 0, 5, 0.0)
+    check_bad_fraction("x", [], 29, 100, 0.29)  # though 0.29 * 100 < 29
     with pytest.raises(DataError, match=r"300 of 1,000 rows of x .*\n  row 1: why\n  and 295 more"):
         check_bad_fraction("x", [skipped_row(1, "why")], 300, 1000, 0.1)

@@ -3,8 +3,12 @@
 Imports torch, the other parts of the training data and the package's timestep quantiles; called by train.py.
 """
 
+import atexit
+import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -12,6 +16,7 @@ import fsspec
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ddpm_pipeline.objectives import timestep_quantiles
 from train_conditions import Conditions
@@ -157,6 +162,7 @@ class BatchLoader(Iterator[dict[str, Any]]):
 
     def __init__(self, loader: DataLoader):
         self._batches = iter(loader)
+        atexit.register(self.close)  # before multiprocessing's own end, which waits for workers that ignore its signal
 
     def __next__(self) -> dict[str, Any]:
         return next(self._batches)
@@ -171,8 +177,13 @@ class BatchLoader(Iterator[dict[str, Any]]):
         return []
 
     def close(self) -> None:
-        """End the workers; no batch can be taken afterwards."""
-        self._batches = iter(())
+        """End the workers; no batch can be taken afterwards. Called too when the process ends, however it does."""
+        atexit.unregister(self.close)
+        batches, self._batches = self._batches, iter(())
+        if isinstance(
+            batches, _MultiProcessingDataLoaderIter
+        ):  # a traceback may hold it, so that dropping it is not enough
+            batches._shutdown_workers()
 
 
 class StreamLoader(BatchLoader):
@@ -201,7 +212,8 @@ class StreamLoader(BatchLoader):
         self._skipped += found
         self._first = (self._first + found)[:SHOWN]
         bad, seen = (sum(getattr(position, name) for position in self._positions) for name in ("bad", "seen"))
-        if seen >= JUDGED_ROWS or any(position.epoch for position in self._positions):
+        judged = seen >= JUDGED_ROWS or any(position.epoch for position in self._positions)
+        if judged or self._max_bad_fraction == 0:
             check_bad_fraction(repr(self._name), self._first, bad, seen, self._max_bad_fraction)
         return batch
 
@@ -236,7 +248,7 @@ def batch_loader(
     options = {
         "batch_size": None,
         "num_workers": config.dataloader_num_workers,
-        "worker_init_fn": ignore_signals_in_worker,
+        "worker_init_fn": partial(_begin_worker, os.getpid()),
         "pin_memory": device_type == "cuda",
     }
     if isinstance(data, ImageData):
@@ -255,6 +267,13 @@ def batch_loader(
     share = Share(config, rank, world_size)
     streamed = StreamBatches(data, config, share, conditions or Conditions(), parts, positions, passes)
     return StreamLoader(DataLoader(streamed, **options), streamed)
+
+
+def _begin_worker(parent: int, worker: int) -> None:
+    """In a worker: it ends if its process did before it began, for torch looks only at what happens from then on."""
+    ignore_signals_in_worker(worker)
+    if multiprocessing.get_start_method() == "fork" and os.getppid() != parent:
+        os._exit(1)
 
 
 def _check_state(state: dict[str, Any], first_pass: int, world_size: int, rank: int, workers: int, parts: Cut) -> None:

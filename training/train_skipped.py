@@ -43,7 +43,7 @@ def check_bad_fraction(name: str, skipped: Sequence[SkippedRow], bad: int, total
 
     `skipped` are some or all of the bad ones, of which the message names the first few.
     """
-    if bad <= max_bad_fraction * total and bad < total:
+    if bad < total and bad / total <= max_bad_fraction:  # a quotient is rounded as the number that was typed is
         return
     allowed = f"more than --max_bad_fraction {max_bad_fraction:g} allows" if bad < total else "and no row is left"
     fix = "repair or remove them"

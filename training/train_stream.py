@@ -53,6 +53,7 @@ class StreamData:
 
     stream: IterableDataset  # the image column, not decoded, and the one that the condition needs
     image_column: str
+    kind: str  # of that column, as `train_columns.image_kind` says
     resolution: int
     channels: int
     name: str  # of the built-in or Hub data set, or the last part of a local path
@@ -151,8 +152,7 @@ class StreamData:
                 missing = missing_value(table.column(self.needed)[index].as_py(), self.needed, classes)
                 if missing is not None:
                     return None, skipped_row(row, missing, shard=shard)
-            kind = image_kind(self.stream.features[self.image_column])
-            return image_pixels(_fetched(value), kind, self.resolution, self.channels), None
+            return image_pixels(_fetched(value), self.kind, self.resolution, self.channels), None
         except BadImage as error:
             return None, skipped_row(row, str(error), image_file(value), shard)
 
@@ -203,6 +203,7 @@ def open_stream(
     return StreamData(
         stream=stream.decode(False).select_columns([column, *([] if needed is None else [needed])]),
         image_column=column,
+        kind=image_kind(features[column]),
         resolution=resolution,
         channels=channels,
         name=source.name,
