@@ -1,7 +1,6 @@
 """train.py with --push_to_hub, from a data set on the Hub, against a Hub that fails: real runs in one fresh process."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -10,6 +9,7 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.numpy import load_file
 
 import hub_server
+from helpers import run_limited
 from hub_fixtures import environment, hub, run_checks  # noqa: F401
 
 RUNS = """
@@ -151,7 +151,7 @@ def test_printed_command_pushes_the_finished_run(hub: hub_server.Hub, runs: dict
     assert "model_index.json" not in hub.files("org/stranded")
     command = [sys.executable, "-m", "ddpm_pipeline.hub", "push", "stranded", "org/stranded"]
     env = environment(hub, runs["folder"] / "home", hub_server.WRITE_TOKEN)
-    done = subprocess.run(command, env=env, cwd=runs["folder"], capture_output=True, text=True, timeout=60)
+    done = run_limited(command, timeout=60, env=env, cwd=runs["folder"])
     assert done.returncode == 0, done.stderr
     assert {"samples.png", "model_index.json", "README.md"} <= hub.files("org/stranded")
     assert HfApi(endpoint=hub.url).model_info("org/stranded").sha
