@@ -86,10 +86,10 @@ class Hub:
         """Titles of main's commits, newest first."""
         return [commit["title"] for commit in self.repos["models", repo_id]["commits"].values()][::-1]
 
-    def write(self, repo_id: str, contents: dict[str, bytes], title: str = "by hand") -> None:
+    def write(self, repo_id: str, contents: dict[str, bytes], title: str = "by hand", kind: str = "models") -> None:
         """A commit as somebody makes it on the web page."""
         with self.lock:
-            repo = self.repos.get(("models", repo_id)) or self.create("models", repo_id, private=False)
+            repo = self.repos.get((kind, repo_id)) or self.create(kind, repo_id, private=False)
             parent = repo["branches"]["main"]
             files = repo["commits"][parent]["files"] | {path: self.entry(data) for path, data in contents.items()}
             self.commit(repo, "main", parent, files, title)
