@@ -31,6 +31,30 @@ from hub_models import (
     tiny_unet,
 )
 
+SCHEDULER, INDEX = "scheduler/scheduler_config.json", "model_index.json"
+# repositories with one file that cannot be meant, and a word of what is said of each
+MALFORMED = {
+    "endless": (SCHEDULER, {"num_train_timesteps": 10**12}, "num_train_timesteps=1000000000000"),
+    "nan": (SCHEDULER, {"beta_start": float("nan")}, "NaN"),
+    "wide": ("unet/config.json", {"block_out_channels": [10**12, 8]}, "block_out_channels=1000000000000"),
+    "typed": ("unet/config.json", {"sample_size": "8"}, "wrong type"),
+    "climbing": (INDEX, {"../../evil": ["diffusers", "UNet2DModel"]}, "evil"),
+    "executing": (INDEX, {"unet": ["os", "system"]}, "os"),
+    "torn": (SCHEDULER, b"{", "scheduler_config.json"),
+    "torn-index": (INDEX, b"{", "model_index.json is not a valid config"),
+    "listed": (INDEX, b"[]", "must hold a JSON object, not a list"),
+}
+
+
+def malformed(hub: hub_server.Hub, sound: Path) -> None:
+    """Put those on the Hub, made of a sound folder, and one that lists files outside of itself."""
+    files = {path.relative_to(sound).as_posix(): path.read_bytes() for path in sound.rglob("*") if path.is_file()}
+    for name, (file, change, _) in MALFORMED.items():
+        changed = change if isinstance(change, bytes) else json.dumps(json.loads(files[file]) | change).encode()
+        hub.write(f"org/{name}", {**files, file: changed})
+    climbing = {f"scheduler/{'../' * depth}evil-{depth}.json": b"{}" for depth in range(1, 9)}
+    hub.write("org/tricky", {**files, **climbing})
+
 
 @pytest.fixture(scope="module")
 def published(hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -70,6 +94,7 @@ def published(hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> 
         expected["early"] = early_repository(folder / "early")
         api.create_repo("org/early")
         api.upload_folder(repo_id="org/early", folder_path=folder / "early")
+        malformed(hub, folder / "ddpm")
         DDPMPipeline(tiny_unet(), DDPMScheduler(STEPS)).save_pretrained(folder / "pickled", safe_serialization=False)
         api.create_repo("org/pickled")
         api.upload_folder(repo_id="org/pickled", folder_path=folder / "pickled")
@@ -304,10 +329,7 @@ def check_scheduler_alone_and_its_compatibles():
     names = [name for name in AlphaDDPMScheduler._compatibles if hasattr(diffusers, name)]
     assert len(names) >= 10
     for name in names:
-        try:
-            other = getattr(diffusers, name).from_config(ours.config)
-        except ImportError:
-            continue  # needs a library that is not installed
+        other = getattr(diffusers, name).from_config(ours.config)
         other.set_timesteps(5)
         assert other.config.num_train_timesteps == STEPS and other.config.beta_schedule == "squaredcos_cap_v2", name
 
@@ -374,6 +396,18 @@ def check_pickled_weights_are_refused():
     pipe = AlphaDDPMPipeline.from_pretrained("org/ddpm")
     raises(ValueError, lambda: pipe.save_pretrained("pickled", safe_serialization=False), "pickle")
     raises(ValueError, lambda: pipe.push_to_hub("org/p", safe_serialization=False), "pickle")
+
+def check_malformed_repositories_end_in_an_error_and_write_nothing_outside():
+    import huggingface_hub
+    outside = Path(huggingface_hub.constants.HF_HOME).parents[2]  # of the caches and of where this process works
+    before = set(outside.iterdir())
+    for name, word in json.loads(os.environ["MALFORMED"]).items():
+        raises((ValueError, OSError), lambda: AlphaDDPMPipeline.from_pretrained(f"org/{name}"), word)
+    try:
+        AlphaDDPMPipeline.from_pretrained("org/tricky")
+    except (ValueError, OSError):
+        pass
+    assert set(outside.iterdir()) == before and not list(outside.rglob("evil*"))
 
 def check_push_to_hub_of_a_pipeline():
     pipe = AlphaDDPMPipeline.from_pretrained("org/own")
@@ -450,6 +484,7 @@ class Groups:
             home = self.folder / ("installed" if warm else group) / "home"
             env = environment(
                 self.hub, home, hub_server.WRITE_TOKEN, EXPECTED=str(self.published / "expected.npz"),
+                MALFORMED=json.dumps({name: word for name, (*_, word) in MALFORMED.items()}),
                 **({"HF_HUB_OFFLINE": "1"} if warm else {}),
             )  # fmt: skip
             with_package = group in ("installed", "offline")

@@ -151,6 +151,11 @@ class StockFormatMixin:
             raise OSError(f"{pretrained_model_name_or_path} cannot be loaded: {PICKLE_REFUSED}. ({error})") from error
 
     @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """diffusers reads the index of a repository by this, before it downloads the rest."""
+        return read_json(Path(json_file))
+
+    @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """The index; the one of a folder only after all configs in it were found to be sound."""
         if os.path.isdir(pretrained_model_name_or_path):
