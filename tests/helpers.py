@@ -42,6 +42,9 @@ def run_limited(command: Sequence[str], timeout: float, **options) -> subprocess
     )  # fmt: skip
     try:
         printed, errors = process.communicate(timeout=timeout)
+    except KeyboardInterrupt:  # which does not reach a session of its own
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGABRT)  # makes Python print where each thread is, see run_command
         try:
