@@ -1,10 +1,14 @@
 """What several test modules share: tiny models and commands in subprocesses."""
 
 import os
+import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import UNet2DModel
 
@@ -30,12 +34,32 @@ def tiny_unet(seed: int = 0, **config) -> UNet2DModel:
         return UNet2DModel(**{**TINY_UNET, **config}).eval()
 
 
+def run_limited(command: Sequence[str], timeout: float, **options) -> subprocess.CompletedProcess:
+    """Run a command without input and capture what it prints; an end by force fails the test and says where it hung."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, **options,
+    )  # fmt: skip
+    try:
+        printed, errors = process.communicate(timeout=timeout)
+    except KeyboardInterrupt:  # which does not reach a session of its own
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)  # makes Python print where each thread is, see run_command
+        try:
+            printed, errors = process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            printed, errors = process.communicate()
+        pytest.fail(f"{shlex.join(command)[:500]} had not ended after {timeout} s:\n{printed}\n{errors}")
+    return subprocess.CompletedProcess(command, process.returncode, printed, errors)
+
+
 def run_command(*command: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
     """Run a command from the project's root, with one thread and no network, and capture what it prints."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **env}
+    return run_limited(command, timeout, cwd=ROOT, env=environment)
 
 
 def run_python(code: str, **env: str) -> str:

@@ -5,7 +5,6 @@ Import `hub` or `client` into a test module to use them.
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +14,11 @@ import pytest
 from huggingface_hub import HfApi
 
 import hub_server
+from helpers import run_limited
 
 ROOT = Path(__file__).parent.parent
 MARK = "RESULT: "
+LIMIT_OF_A_CHECK, LIMIT = 120, 300  # seconds, many times what is needed: of a check, and of a process with many
 
 # In a process without the package: an editable install is found by a path entry, so blocking the import is not enough
 BLOCK_PACKAGE = """
@@ -34,10 +35,10 @@ sys.meta_path.insert(0, Blocker())
 # Runs every function that the script defined by the name of check_..., and reports what each one did.
 RUN_CHECKS = f"""
 import faulthandler, json, traceback
-faulthandler.dump_traceback_later(120, exit=True)  # where it hangs
 outcome = {{}}
 for _name, _check in list(globals().items()):
     if _name.startswith("check_"):
+        faulthandler.dump_traceback_later({LIMIT_OF_A_CHECK}, exit=True)  # where it hangs
         try:
             _check()
             outcome[_name] = "passed"
@@ -70,21 +71,17 @@ def environment(hub: hub_server.Hub, home: Path, token: str | None = None, **mor
     paths = [str(ROOT / name) for name in ("src", "training", "tests")]
     return inherited | {
         "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
         **({"HF_TOKEN": token} if token else {}), **more,
     }  # fmt: skip
-
-
-def run_script(script: str, env: dict[str, str], folder: Path) -> subprocess.CompletedProcess:
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", script]
-    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=200)
 
 
 def run_checks(script: str, env: dict[str, str], folder: Path, with_package: bool = True) -> dict[str, Any]:
     """What became of each `check_...` of the script: "passed" or a traceback. Errors outside of checks fail the test."""
     whole = ("" if with_package else BLOCK_PACKAGE) + script + RUN_CHECKS
-    done = run_script(whole, env, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = run_limited([sys.executable, "-c", whole], LIMIT, env=env, cwd=folder)
     results = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     assert results, f"the process ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     outcome = json.loads(results[-1].removeprefix(MARK))

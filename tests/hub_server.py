@@ -62,6 +62,15 @@ class Hub:
     def heal(self) -> None:
         self.faults.clear()
 
+    def next_fault(self, method: str, path: str) -> Fault | None:
+        """Note a request; what goes wrong with it, if anything."""
+        with self.lock:
+            self.requests.append((method, path))
+            fault = next((fault for fault in self.faults if fault.matches(method, path)), None)
+            if fault is not None:
+                fault.times -= 1
+            return fault
+
     def head(self, repo_id: str, kind: str = "models") -> dict:
         """The newest commit of main: `files` (path -> entry), `title`, `parent`."""
         repo = self.repos[kind, repo_id]
@@ -77,10 +86,10 @@ class Hub:
         """Titles of main's commits, newest first."""
         return [commit["title"] for commit in self.repos["models", repo_id]["commits"].values()][::-1]
 
-    def write(self, repo_id: str, contents: dict[str, bytes], title: str = "by hand") -> None:
+    def write(self, repo_id: str, contents: dict[str, bytes], title: str = "by hand", kind: str = "models") -> None:
         """A commit as somebody makes it on the web page."""
         with self.lock:
-            repo = self.repos.get(("models", repo_id)) or self.create("models", repo_id, private=False)
+            repo = self.repos.get((kind, repo_id)) or self.create(kind, repo_id, private=False)
             parent = repo["branches"]["main"]
             files = repo["commits"][parent]["files"] | {path: self.entry(data) for path, data in contents.items()}
             self.commit(repo, "main", parent, files, title)
@@ -123,6 +132,7 @@ def _git_oid(data: bytes) -> str:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two writes, and the second would wait for an acknowledgement
     hub: Hub
 
     # ---- plumbing -------------------------------------------------------------------------------------
@@ -143,13 +153,18 @@ class Handler(BaseHTTPRequestHandler):
         return data
 
     def send(self, status: int, data: Any = b"", headers: dict[str, str] | None = None) -> None:
+        """Make this the answer; it goes out when the request is done with the Hub's state."""
         headers = dict(headers or {})
         if not isinstance(data, bytes):
             data = json.dumps(data).encode()
             headers.setdefault("Content-Type", "application/json")
-        if self.losing_answer:
-            self.close_connection = True
-            return
+        self.answer = status, data, headers
+
+    def refuse(self, status: int, code: str, message: str) -> None:
+        self.send(status, {"error": message}, {"X-Error-Code": code, "X-Error-Message": message})
+
+    def deliver(self) -> None:
+        status, data, headers = self.answer
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **headers}.items():
             self.send_header(name, value)
@@ -157,36 +172,36 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    def refuse(self, status: int, code: str, message: str) -> None:
-        self.send(status, {"error": message}, {"X-Error-Code": code, "X-Error-Message": message})
-
     def handle_any(self) -> None:
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
-        self.losing_answer = False
-        self.hub.requests.append((self.command, url.path))
-        fault = next((fault for fault in self.hub.faults if fault.matches(self.command, url.path)), None)
+        fault = self.hub.next_fault(self.command, url.path)
         if fault is not None:
-            fault.times -= 1
-            if fault.stall:
-                time.sleep(fault.stall)
+            time.sleep(fault.stall)
             if fault.drop:
                 self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
                 self.close_connection = True
                 return
-            if fault.status:
-                self.body()
-                self.refuse(fault.status, "InjectedFault", HTTPStatus(fault.status).phrase)
-                return
-            self.losing_answer = fault.lose_answer
         data = self.body()
-        with self.hub.lock:
-            for methods, pattern, function in ROUTES:
-                if self.command in methods and (match := re.fullmatch(pattern, url.path)):
-                    groups = {name: unquote(value) if value else value for name, value in match.groupdict().items()}
-                    function(self, data, **groups)
-                    return
-        self.refuse(404, "NotFound", f"no route for {self.command} {url.path}")
+        if fault is not None and fault.status:
+            self.refuse(fault.status, "InjectedFault", HTTPStatus(fault.status).phrase)
+        else:
+            with (
+                self.hub.lock
+            ):  # not while answering: a client may take its time to read, and ask for something else first
+                self.carry_out(url.path, data)
+        if fault is not None and fault.lose_answer:
+            self.close_connection = True
+        else:
+            self.deliver()
+
+    def carry_out(self, path: str, data: bytes) -> None:
+        for methods, pattern, function in ROUTES:
+            if self.command in methods and (match := re.fullmatch(pattern, path)):
+                groups = {name: unquote(value) if value else value for name, value in match.groupdict().items()}
+                function(self, data, **groups)
+                return
+        self.refuse(404, "NotFound", f"no route for {self.command} {path}")
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
 
@@ -370,7 +385,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         commit = repo["commits"][sha]
         siblings = [
-            {"rfilename": path} | ({"size": entry["size"], "blobId": entry["oid"]} if "blobs" in self.query else {})
+            {"rfilename": path} | (self.details(entry) if "blobs" in self.query else {})
             for path, entry in sorted(commit["files"].items())
         ]
         self.send(200, {
@@ -378,6 +393,10 @@ class Handler(BaseHTTPRequestHandler):
             "lastModified": commit["date"], "createdAt": commit["date"], "private": repo["private"], "disabled": False,
             "gated": False, "downloads": 0, "likes": 0, "tags": [], "siblings": siblings, "cardData": {},
         })  # fmt: skip
+
+    def details(self, entry: dict) -> dict:
+        lfs = {"sha256": entry["sha256"], "size": entry["size"], "pointerSize": 130}
+        return {"size": entry["size"], "blobId": entry["oid"]} | ({"lfs": lfs} if entry["lfs"] else {})
 
     def refs(self, data: bytes, kind: str, repo_id: str) -> None:
         repo, _ = self.find(kind, repo_id)
@@ -481,6 +500,7 @@ ROUTES = [
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # connections that wait to be accepted; more are tried again after a second or more
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], ConnectionError):  # of clients that hang up

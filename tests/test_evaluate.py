@@ -1,4 +1,4 @@
-"""evaluate.py and generate.py as people type them: in subprocesses, by one process and by two."""
+"""evaluate.py and generate.py by one process and by two; the two are started as people start them."""
 
 import json
 import sys
@@ -10,10 +10,13 @@ from datasets import load_dataset
 from huggingface_hub import ModelCard
 from PIL import Image
 
+import evaluate
 import generate
+import train
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
 from ddpm_pipeline.hub import build_card, export
 from helpers import run_command, tiny_unet
+from train_config import ConfigError, parse_config
 
 QUICK = ["--num_cpu_threads", "1"]
 
@@ -24,6 +27,15 @@ def launch(script: str, *arguments: str, processes: int = 1):
         ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     )
     return run_command(sys.executable, *several, f"training/{script}.py", *arguments, *QUICK, ACCELERATE_USE_CPU="true")
+
+
+def run_evaluate(*arguments: str, processes: int = 1) -> None:
+    """In this process where one is enough: starting another takes longer than what it does."""
+    if processes == 1:
+        evaluate.evaluate(evaluate.parse([*arguments, *QUICK]))
+    else:
+        done = launch("evaluate", *arguments, processes=processes)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +58,11 @@ def test_one_and_two_processes_find_the_same(model, cache, tmp_path):
     results = []
     for processes in (1, 2):
         output = tmp_path / f"{processes}.json"
-        done = launch(
-            "evaluate", "--model", str(model), "--dataset", "digits", "--split", "train[:40]", "--two_term",
+        run_evaluate(
+            "--model", str(model), "--dataset", "digits", "--split", "train[:40]", "--two_term",
             "--num_likelihood_images", "11", "--num_images", "14", "--batch_size", "4", "--cache_dir", cache,
             "--output", str(output), processes=processes,
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
         results.append(json.loads(output.read_text()))
     assert [result.pop("processes") for result in results] == [1, 2]
     for result in results:
@@ -75,12 +86,11 @@ def test_one_and_two_processes_find_the_same(model, cache, tmp_path):
 
 
 def test_another_sampler_and_an_estimated_bound(model, cache, tmp_path):
-    done = launch(
-        "evaluate", "--model", str(model), "--dataset", "digits", "--split", "train[:40]", "--num_likelihood_images", "3",
+    run_evaluate(
+        "--model", str(model), "--dataset", "digits", "--split", "train[:40]", "--num_likelihood_images", "3",
         "--likelihood_calls", "6", "--num_images", "8", "--num_inference_steps", "4", "--scheduler", "ddim",
         "--cache_dir", cache, "--output", str(tmp_path / "e.json"), "--update_card", "false",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["quality"]["scheduler"] == "DDIMScheduler"
     assert result["bits_per_dim"]["network_calls"] == 6
@@ -95,11 +105,17 @@ def test_another_sampler_and_an_estimated_bound(model, cache, tmp_path):
         (["--model", "MODEL", "--dataset", "digits", "--num_images", "0", "--num_likelihood_images", "0"], "nothing"),
     ],
 )
-def test_what_cannot_be_evaluated_is_said_in_one_line(model, cache, arguments, message):
+def test_what_cannot_be_evaluated_is_said(model, cache, arguments, message, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     arguments = [str(model) if argument == "MODEL" else argument for argument in arguments]
-    done = launch("evaluate", "--likelihood_steps", "1", "--cache_dir", cache, *arguments)
-    assert done.returncode != 0
-    assert message in done.stderr
+    with pytest.raises(ConfigError, match=message):
+        run_evaluate("--likelihood_steps", "1", "--cache_dir", cache, *arguments)
+
+
+def test_error_is_one_line(cache):
+    done = launch("evaluate", "--model", "no/such", "--dataset", "digits", "--cache_dir", cache)
+    assert done.returncode == 1
+    assert "error: --model no/such cannot be loaded" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -134,11 +150,8 @@ def test_image_i_is_always_the_same(model, tmp_path):
     with Image.open(tmp_path / "one/000007.png") as expected:
         assert rows[7]["image"].tobytes() == expected.tobytes()
 
-    done = launch(
-        "generate", "--model", str(model), "--output_dir", str(tmp_path / "one"), "--num_images", "9", "--seed", "1"
-    )
-    assert done.returncode != 0
-    assert "another model, sampler, number of steps or seed" in done.stderr
+    with pytest.raises(ConfigError, match="another model, sampler, number of steps or seed"):
+        draw("one", 4, 1, "--seed", "1")
 
 
 def test_training_evaluates_on_the_way(tmp_path, cache):
@@ -154,8 +167,11 @@ def test_training_evaluates_on_the_way(tmp_path, cache):
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         arguments = [f"--{name}={value}" for name, value in flags.items()]
-        done = launch("train", *arguments, "--output_dir", str(folder), processes=processes)
-        assert done.returncode == 0, done.stderr
+        if processes == 1:
+            train.train(parse_config([*arguments, "--output_dir", str(folder), *QUICK]))
+        else:
+            done = launch("train", *arguments, "--output_dir", str(folder), processes=processes)
+            assert done.returncode == 0, done.stderr
         logs.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
     evaluated = [[entry["eval_bits_per_dim"] for entry in log if "eval_bits_per_dim" in entry] for log in logs]
     assert len(evaluated[0]) == 2
@@ -166,6 +182,5 @@ def test_training_evaluates_on_the_way(tmp_path, cache):
     assert pipe.scheduler.config.variance_type == "learned_range"
     assert pipe(1, torch.Generator().manual_seed(0), num_inference_steps=3, output_type="pt").images.isfinite().all()
     arguments = [f"--{name}={value}" for name, value in flags.items() if name not in ("objective", "variance_type")]
-    done = launch("train", *arguments, "--objective", "hybrid", "--output_dir", str(tmp_path / "wrong"))
-    assert "error:" in done.stderr
-    assert "learned_range" in done.stderr
+    with pytest.raises(ConfigError, match="learned_range"):
+        train.train(parse_config([*arguments, "--objective", "hybrid", "--output_dir", str(tmp_path / "wrong")]))

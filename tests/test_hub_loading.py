@@ -3,6 +3,7 @@
 Each group of checks runs in a process of its own with an empty cache; a check in it is a test here.
 """
 
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,72 +11,49 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 from huggingface_hub import HfApi
-from safetensors.torch import load_file, save_file
 
 import hub_server
-from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline import AlphaDDPMPipeline
 from ddpm_pipeline.hub import build_card, export, push
 from hub_fixtures import environment, hub, run_checks  # noqa: F401
+from hub_models import (
+    CALLS,
+    KEPT,
+    OWN,
+    STEPS,
+    class_pipeline,
+    early_repository,
+    images,
+    scheduler,
+    text_pipeline,
+    tiny_unet,
+)
 
-STEPS = 20
-OWN = {
-    "variance_type": "analytic",
-    "noise_second_moments": [round(0.4 + 0.02 * t, 3) for t in range(STEPS)],
-    "inference_timesteps": {"3": [19, 7, 0]},
+SCHEDULER, INDEX = "scheduler/scheduler_config.json", "model_index.json"
+# repositories with one file that cannot be meant, and a word of what is said of each
+MALFORMED = {
+    "endless": (SCHEDULER, {"num_train_timesteps": 10**12}, "num_train_timesteps=1000000000000"),
+    "nan": (SCHEDULER, {"beta_start": float("nan")}, "NaN"),
+    "wide": ("unet/config.json", {"block_out_channels": [10**12, 8]}, "block_out_channels=1000000000000"),
+    "typed": ("unet/config.json", {"sample_size": "8"}, "wrong type"),
+    "climbing": (INDEX, {"../../evil": ["diffusers", "UNet2DModel"]}, "evil"),
+    "executing": (INDEX, {"unet": ["os", "system"]}, "os"),
+    "torn": (SCHEDULER, b"{", "scheduler_config.json"),
+    "torn-index": (INDEX, b"{", "model_index.json is not a valid config"),
+    "listed": (INDEX, b"[]", "must hold a JSON object, not a list"),
 }
 
 
-def tiny_unet(**config) -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
-        attention_head_dim=None, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"), **config,
-    ).eval()  # fmt: skip
-
-
-def scheduler(**config) -> AlphaDDPMScheduler:
-    return AlphaDDPMScheduler(num_train_timesteps=STEPS, beta_schedule="squaredcos_cap_v2", **config)
-
-
-def images(pipe) -> np.ndarray:
-    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    return pipe(2, generators, num_inference_steps=STEPS, output_type="np").images
-
-
-def early_repository(folder: Path) -> np.ndarray:
-    """As google/ddpm-cifar10-32 and its like: all files at the top, few config keys, attention by its former names."""
-    unet = tiny_unet(downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6)
-    DDPMPipeline(unet, DDPMScheduler(STEPS, variance_type="fixed_large")).save_pretrained(folder)
-    weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-    former = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
-    for new, old in former.items():
-        weights = {name.replace(new, old): tensor for name, tensor in weights.items()}
-    assert any("proj_attn" in name for name in weights)
-    save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "unet" / "config.json").read_text())
-    newer = ("dropout", "attn_norm_num_groups", "class_embed_type", "num_class_embeds", "num_train_timesteps",
-             "resnet_time_scale_shift", "time_embedding_dim", "downsample_type", "upsample_type", "mid_block_type")  # fmt: skip
-    config = {name: value for name, value in config.items() if name not in newer}
-    (folder / "config.json").write_text(json.dumps(config | {"_diffusers_version": "0.1.1"}))
-    kept = (
-        "_class_name",
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "clip_sample",
-        "variance_type",
-    )
-    stored = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    (folder / "scheduler_config.json").write_text(json.dumps({name: stored[name] for name in kept}))
-    for name in ("unet", "scheduler"):
-        for file in (folder / name).iterdir():
-            file.unlink()
-        (folder / name).rmdir()
-    return images(AlphaDDPMPipeline(unet, AlphaDDPMScheduler(STEPS, variance_type="fixed_large")))
+def malformed(hub: hub_server.Hub, sound: Path) -> None:
+    """Put those on the Hub, made of a sound folder, and one that lists files outside of itself."""
+    files = {path.relative_to(sound).as_posix(): path.read_bytes() for path in sound.rglob("*") if path.is_file()}
+    for name, (file, change, _) in MALFORMED.items():
+        changed = change if isinstance(change, bytes) else json.dumps(json.loads(files[file]) | change).encode()
+        hub.write(f"org/{name}", {**files, file: changed})
+    climbing = {f"scheduler/{'../' * depth}evil-{depth}.json": b"{}" for depth in range(1, 9)}
+    hub.write("org/tricky", {**files, **climbing})
 
 
 @pytest.fixture(scope="module")
@@ -88,29 +66,35 @@ def published(hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> 
         patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         patch.setattr("warnings.warn", lambda *args, **kwargs: None)
         pipe = AlphaDDPMPipeline(tiny_unet(), scheduler())
-        pipe.set_progress_bar_config(disable=True)
         expected = {"ddpm": images(pipe)}
         export(pipe, folder / "ddpm", build_card(pipe, name="ddpm"))
-        pipe.save_pretrained(folder / "ddpm", variant="fp16")
+        pipe.to(torch.float16).save_pretrained(folder / "ddpm", variant="fp16")
         push(folder / "ddpm", "org/ddpm", api=api)
-        api.create_tag("org/ddpm", tag="v1")
         other = tiny_unet()
         with torch.no_grad():
             other.conv_out.bias.add_(1.0)
-        export(AlphaDDPMPipeline(other, scheduler()), folder / "changed")
-        push(folder / "changed", "org/moved", api=api)
-        api.create_tag("org/moved", tag="before")
-        push(folder / "ddpm", "org/moved", api=api)
-        expected["moved"] = images(AlphaDDPMPipeline(other, scheduler()))
-        own = AlphaDDPMPipeline(tiny_unet(), scheduler(**OWN))
-        expected["own"] = images(own)
-        export(own, folder / "own")
-        push(folder / "own", "org/own", api=api)
-        export(AlphaDDPMPipeline(tiny_unet(num_class_embeds=11), scheduler()), folder / "class")
-        push(folder / "class", "org/class", api=api)
+        moved = {"ddpm": AlphaDDPMPipeline(other, scheduler()), "text": text_pipeline(seed=1)}
+        pipes = {
+            "own": AlphaDDPMPipeline(tiny_unet(), scheduler(**OWN)),
+            "class": class_pipeline(),
+            "text": text_pipeline(),
+        }
+        for name, pipe in pipes.items():
+            expected[name] = images(pipe, name)
+            export(pipe, folder / name, build_card(pipe, name=name))
+            pipe.to(torch.float16).save_pretrained(folder / name, variant="fp16")
+        for name, pipe in moved.items():  # another model before, under a tag
+            expected[f"{name}-before"] = images(pipe, name)
+            export(pipe, folder / f"{name}-before")
+            push(folder / f"{name}-before", f"org/{name}-moved", api=api)
+            api.create_tag(f"org/{name}-moved", tag="before")
+            push(folder / name, f"org/{name}-moved", api=api)
+        for name in pipes:
+            push(folder / name, f"org/{name}", api=api)
         expected["early"] = early_repository(folder / "early")
         api.create_repo("org/early")
         api.upload_folder(repo_id="org/early", folder_path=folder / "early")
+        malformed(hub, folder / "ddpm")
         DDPMPipeline(tiny_unet(), DDPMScheduler(STEPS)).save_pretrained(folder / "pickled", safe_serialization=False)
         api.create_repo("org/pickled")
         api.upload_folder(repo_id="org/pickled", folder_path=folder / "pickled")
@@ -119,22 +103,25 @@ def published(hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 COMMON = f"""
-import os, sys, json, warnings
+import os, sys, json
 from pathlib import Path
+from typing import Any
 import numpy as np
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
-STEPS, OWN = {STEPS}, {OWN!r}
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, IFPipeline
+STEPS, OWN, CALLS, KEPT = {STEPS}, {OWN!r}, {CALLS!r}, {KEPT!r}
 EXPECTED = np.load(os.environ["EXPECTED"])
 
-def draw(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    return pipe(2, generators, num_inference_steps=STEPS, output_type="np").images
+{inspect.getsource(images)}
 
-def same(pipe, name="ddpm", within=1e-6):
-    difference = np.abs(draw(pipe) - EXPECTED[name]).max()
+def same(pipe, name="ddpm", within=1e-6, expected=None):
+    difference = np.abs(images(pipe, name) - EXPECTED[expected or name]).max()
     assert difference <= within, difference
+
+def is_half(pipe, plain, *components):  # of the components, the weights of plain in half precision
+    for component in components:
+        for found, whole in zip(getattr(pipe, component).parameters(), getattr(plain, component).parameters(), strict=True):
+            assert found.dtype == torch.float32 and torch.equal(found, whole.half().float()), component
 
 def raises(kind, call, *words):
     try:
@@ -144,10 +131,11 @@ def raises(kind, call, *words):
     else:
         raise AssertionError(f"no {{kind.__name__}} was raised")
 
-def own_settings(folder):
-    return json.loads(Path(folder, "scheduler", "scheduler_config.json").read_text())["_alpha_ddpm"]
-
-KEPT = {{name: OWN[name] for name in ("noise_second_moments", "inference_timesteps")}}
+def all_kept(folder, name):
+    for component, settings in KEPT[name].items():
+        file = "scheduler_config.json" if component == "scheduler" else "config.json"
+        found = json.loads(Path(folder, component, file).read_text())["_alpha_ddpm"]
+        assert found == settings, (component, found)
 """
 
 STRANGER = (
@@ -163,13 +151,19 @@ def check_plain_call_samples():
     pipe.save_pretrained("plain")
     same(DiffusionPipeline.from_pretrained("plain"), within=1e-3)
 
+def check_plain_call_of_a_text_model_samples():
+    pipe = DiffusionPipeline.from_pretrained("org/text")
+    assert type(pipe) is IFPipeline and type(pipe.scheduler) is DDPMScheduler
+    same(pipe, "text", within=1e-3)
+    assert not any(name.startswith("diffusers_modules") for name in sys.modules), "code of the repository was run"
+
 def check_code_is_not_run_without_trust():
     raises(ValueError, lambda: DiffusionPipeline.from_pretrained("org/ddpm", custom_pipeline="org/ddpm"), "trust_remote_code")
     assert not any(name.startswith("diffusers_modules") for name in sys.modules)
 
 def check_plain_call_of_a_class_model_loads_but_says_that_it_needs_labels():
     pipe = DiffusionPipeline.from_pretrained("org/class")
-    assert pipe.unet.config.num_class_embeds == 11
+    assert type(pipe) is DDPMPipeline and pipe.unet.config.num_class_embeds == 4
     raises(ValueError, lambda: pipe(num_inference_steps=2), "class_labels")
 
 def check_trusted_call_after_the_plain_one():
@@ -182,6 +176,27 @@ def check_trusted_call_after_the_plain_one():
     assert len(seen) == 4
     assert pipe.scheduler.q_posterior(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), 0).mean.shape == (1, 1, 8, 8)
 
+def check_trusted_text_model_has_all_features():
+    pipe = DiffusionPipeline.from_pretrained("org/text", custom_pipeline="org/text", **TRUST)
+    assert type(pipe).__name__ == "AlphaDDPMTextToImagePipeline" and type(pipe.scheduler).__name__ == "AlphaDDPMScheduler"
+    assert type(pipe).__module__.startswith("diffusers_modules")
+    same(pipe, "text")
+    picture = torch.full((1, 1, 8, 8), 0.5)
+    mask = torch.zeros(8, 8)
+    mask[:4] = 1
+    drawn = pipe("zero", 3, negative_prompt="the digit 7", guidance_rescale=0.5, image=picture, mask_image=mask,
+                 output_type="pt", output_trajectory=True)
+    assert drawn.trajectory.shape == (4, 1, 1, 8, 8) and torch.equal(drawn.images[..., 4:, :], picture[..., 4:, :])
+    assert pipe.scheduler.timesteps.tolist() == [19, 7, 0]
+    assert len(pipe.interpolate(picture, 1 - picture, 9, num_inference_steps=4, prompt="zero", output_type="pt").images) == 5
+
+def check_trusted_class_model_has_all_features():
+    pipe = DiffusionPipeline.from_pretrained("org/class", custom_pipeline="org/class", **TRUST)
+    assert type(pipe).__name__ == "AlphaDDPMPipeline" and pipe.id2label == {0: "zero", 1: "one", 2: "two"}
+    same(pipe, "class")
+    raises(ValueError, lambda: pipe(class_labels="tow"), "near it: 'two'")
+    assert len(pipe(class_labels=["one", None], num_inference_steps=3).images) == 2
+
 def check_code_of_another_repository_does_not_get_in_the_way():
     first = DiffusionPipeline.from_pretrained("org/own", custom_pipeline="org/own", **TRUST)
     second = DiffusionPipeline.from_pretrained("org/ddpm", custom_pipeline="org/ddpm", **TRUST)
@@ -190,23 +205,30 @@ def check_code_of_another_repository_does_not_get_in_the_way():
     assert "org--ddpm" in type(second.scheduler).__module__ and "org--own" in type(first.scheduler).__module__
 
 def check_trusted_pipeline_saves_a_folder_that_loads_everywhere():
-    pipe = DiffusionPipeline.from_pretrained("org/own", custom_pipeline="org/own", **TRUST)
-    pipe.save_pretrained("again")
-    assert own_settings("again") == KEPT
-    assert {"pipeline.py", "sampling_alpha_ddpm.py", "scheduling_alpha_ddpm.py", "stock_format.py"} <= set(os.listdir("again"))
-    assert type(DiffusionPipeline.from_pretrained("again")) is DDPMPipeline
-    same(DiffusionPipeline.from_pretrained("again", custom_pipeline="again", **TRUST), "own")
+    for name in KEPT:
+        pipe = DiffusionPipeline.from_pretrained(f"org/{name}", custom_pipeline=f"org/{name}", **TRUST)
+        pipe.save_pretrained(f"again/{name}")
+        all_kept(f"again/{name}", name)
+        shipped = {"pipeline.py", "sampling_alpha_ddpm.py", "scheduling_alpha_ddpm.py", "stock_format.py"}
+        assert shipped <= set(os.listdir(f"again/{name}"))
+        stock = DiffusionPipeline.from_pretrained(f"again/{name}")
+        assert type(stock) is (IFPipeline if name == "text" else DDPMPipeline)
+        same(DiffusionPipeline.from_pretrained(f"again/{name}", custom_pipeline=f"again/{name}", **TRUST), name)
 
 def check_stock_saves_our_settings_again():
-    DiffusionPipeline.from_pretrained("org/own").save_pretrained("stock")
-    assert own_settings("stock") == KEPT
-    pipe = DiffusionPipeline.from_pretrained("stock", custom_pipeline="org/own", **TRUST)
-    same(pipe, "own")
+    for name in KEPT:
+        DiffusionPipeline.from_pretrained(f"org/{name}").save_pretrained(f"stock/{name}")
+        all_kept(f"stock/{name}", name)
+        same(DiffusionPipeline.from_pretrained(f"stock/{name}", custom_pipeline=f"org/{name}", **TRUST), name)
+    same(DiffusionPipeline.from_pretrained("stock/text"), "text", within=1e-3)
 
 def check_trusted_pipeline_pushes():
     pipe = DiffusionPipeline.from_pretrained("org/ddpm", custom_pipeline="org/ddpm", **TRUST)
     pipe.push_to_hub("org/forked")
     same(DiffusionPipeline.from_pretrained("org/forked", custom_pipeline="org/forked", **TRUST))
+    DiffusionPipeline.from_pretrained("org/text", custom_pipeline="org/text", **TRUST).push_to_hub("org/forked-text")
+    same(DiffusionPipeline.from_pretrained("org/forked-text", custom_pipeline="org/forked-text", **TRUST), "text")
+    same(DiffusionPipeline.from_pretrained("org/forked-text"), "text", within=1e-3)
 """
 )
 
@@ -214,6 +236,8 @@ FRESH = (
     COMMON
     + """
 def check_trusted_call_first_of_all():
+    for name in ("text", "class"):
+        same(DiffusionPipeline.from_pretrained(f"org/{name}", custom_pipeline=f"org/{name}", trust_remote_code=True), name)
     same(DiffusionPipeline.from_pretrained("org/ddpm", custom_pipeline="org/ddpm", trust_remote_code=True))
     same(DiffusionPipeline.from_pretrained("org/ddpm", custom_pipeline="org/ddpm", trust_remote_code=True))
     same(DiffusionPipeline.from_pretrained("org/ddpm"), within=1e-3)
@@ -224,20 +248,41 @@ INSTALLED = (
     COMMON
     + """
 import diffusers
-from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, AlphaDDPMTextToImagePipeline
+OURS = {"text": AlphaDDPMTextToImagePipeline, "class": AlphaDDPMPipeline, "own": AlphaDDPMPipeline, "ddpm": AlphaDDPMPipeline}
+STOCK = {"text": IFPipeline, "class": DDPMPipeline, "own": DDPMPipeline}
 
 def check_our_call():
     pipe = AlphaDDPMPipeline.from_pretrained("org/ddpm")
     assert type(pipe.scheduler) is AlphaDDPMScheduler
     same(pipe)
 
+def check_our_call_of_text_and_class_models():
+    for name in ("text", "class"):
+        pipe = OURS[name].from_pretrained(f"org/{name}")
+        assert type(pipe) is OURS[name] and type(pipe.scheduler) is AlphaDDPMScheduler
+        same(pipe, name)
+    same(DiffusionPipeline.from_pretrained("org/text"), "text", within=1e-3)
+
+def check_other_text_encoders():
+    from text_models import make
+    for kind, encoder in {"t5": "T5EncoderModel", "bert": "BertModel"}.items():
+        pipe = make(kind)
+        pipe.push_to_hub(f"org/{kind}")
+        expected = images(pipe, "text")
+        ours, stock = (cls.from_pretrained(f"org/{kind}") for cls in (AlphaDDPMTextToImagePipeline, DiffusionPipeline))
+        assert type(ours.text_encoder).__name__ == type(stock.text_encoder).__name__ == encoder
+        assert np.abs(images(ours, "text") - expected).max() <= 1e-6
+        assert np.abs(images(stock, "text") - expected).max() <= 1e-3
+
 def check_loading_warns_of_nothing():
     import io, logging
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     logging.getLogger("diffusers").addHandler(handler)
-    AlphaDDPMPipeline.from_pretrained("org/own")
-    DiffusionPipeline.from_pretrained("org/own")
+    for name in KEPT:
+        OURS[name].from_pretrained(f"org/{name}")
+        DiffusionPipeline.from_pretrained(f"org/{name}")
     logging.getLogger("diffusers").removeHandler(handler)
     assert "arn" not in stream.getvalue() and "ignored" not in stream.getvalue(), stream.getvalue()
 
@@ -247,14 +292,16 @@ def check_trusted_call_with_the_package_there():
     same(pipe)
 
 def check_our_settings_survive_a_stock_round_trip():
-    AlphaDDPMPipeline.from_pretrained("org/own").save_pretrained("own")
-    DDPMPipeline.from_pretrained("own").save_pretrained("stock")
-    pipe = AlphaDDPMPipeline.from_pretrained("stock")
-    pipe.save_pretrained("third")
-    assert own_settings("stock") == own_settings("third") == KEPT
-    same(pipe, "own")
-    pipe.scheduler.set_timesteps(3)
-    assert pipe.scheduler.timesteps.tolist() == [19, 7, 0]
+    for name in KEPT:
+        OURS[name].from_pretrained(f"org/{name}").save_pretrained(f"own/{name}")
+        STOCK[name].from_pretrained(f"own/{name}").save_pretrained(f"stock/{name}")
+        pipe = OURS[name].from_pretrained(f"stock/{name}")
+        pipe.save_pretrained(f"third/{name}")
+        for folder in ("own", "stock", "third"):
+            all_kept(f"{folder}/{name}", name)
+        same(pipe, name)
+        pipe.scheduler.set_timesteps(3)
+        assert pipe.scheduler.timesteps.tolist() == [19, 7, 0]
 
 def check_scheduler_override():
     scheduler = diffusers.DDIMScheduler.from_pretrained("org/ddpm", subfolder="scheduler")
@@ -264,7 +311,16 @@ def check_scheduler_override():
     assert type(DiffusionPipeline.from_pretrained("ddim").scheduler) is diffusers.DDIMScheduler
     assert type(AlphaDDPMPipeline.from_pretrained("ddim").scheduler) is diffusers.DDIMScheduler
     plain = DDPMPipeline.from_pretrained("org/ddpm", scheduler=scheduler)
-    assert np.abs(draw(plain) - draw(pipe)).max() <= 1e-3
+    assert np.abs(images(plain) - images(pipe)).max() <= 1e-3
+    for name in ("text", "class"):
+        scheduler = diffusers.DDIMScheduler.from_pretrained(f"org/{name}", subfolder="scheduler")
+        pipe = OURS[name].from_pretrained(f"org/{name}", scheduler=scheduler)
+        assert pipe.scheduler is scheduler
+        drawn = images(pipe, name)
+        pipe.save_pretrained(f"ddim/{name}")
+        pipe = OURS[name].from_pretrained(f"ddim/{name}")
+        assert type(pipe.scheduler) is diffusers.DDIMScheduler and np.abs(images(pipe, name) - drawn).max() <= 1e-6
+        same(OURS[name].from_pretrained(f"ddim/{name}", scheduler=AlphaDDPMScheduler.from_config(pipe.scheduler.config)), name)
 
 def check_scheduler_alone_and_its_compatibles():
     ours = AlphaDDPMScheduler.from_pretrained("org/own", subfolder="scheduler")
@@ -273,10 +329,7 @@ def check_scheduler_alone_and_its_compatibles():
     names = [name for name in AlphaDDPMScheduler._compatibles if hasattr(diffusers, name)]
     assert len(names) >= 10
     for name in names:
-        try:
-            other = getattr(diffusers, name).from_config(ours.config)
-        except ImportError:
-            continue  # needs a library that is not installed
+        other = getattr(diffusers, name).from_config(ours.config)
         other.set_timesteps(5)
         assert other.config.num_train_timesteps == STEPS and other.config.beta_schedule == "squaredcos_cap_v2", name
 
@@ -286,26 +339,47 @@ def check_from_pipe():
     assert type(ours.scheduler) is AlphaDDPMScheduler and ours.unet is stock.unet
     same(ours)
     same(DDPMPipeline.from_pipe(ours), within=1e-3)
+    stock = DiffusionPipeline.from_pretrained("org/text")
+    ours = AlphaDDPMTextToImagePipeline.from_pipe(stock)
+    assert type(ours.scheduler) is AlphaDDPMScheduler and ours.text_encoder is stock.text_encoder
+    same(ours, "text")
+    same(AlphaDDPMTextToImagePipeline.from_pipe(ours), "text")
+    same(IFPipeline.from_pipe(ours, safety_checker=None, feature_extractor=None, watermarker=None,
+                              requires_safety_checker=False), "text", within=1e-3)
+    same(AlphaDDPMPipeline.from_pipe(DiffusionPipeline.from_pretrained("org/class")), "class")
 
 def check_dtype():
-    pipe = AlphaDDPMPipeline.from_pretrained("org/ddpm", torch_dtype=torch.bfloat16)
-    assert pipe.unet.dtype == torch.bfloat16 and np.isfinite(draw(pipe)).all()
-    same(AlphaDDPMPipeline.from_pretrained("org/ddpm", torch_dtype=torch.float64), within=1)
+    for name in ("ddpm", "text", "class"):
+        for dtype in (torch.bfloat16, torch.float64):
+            pipe = OURS[name].from_pretrained(f"org/{name}", torch_dtype=dtype)
+            assert {part.dtype for part in pipe.components.values() if hasattr(part, "dtype")} == {dtype}
+            drawn = images(pipe, name)
+            moved = images(OURS[name].from_pretrained(f"org/{name}").to(dtype), name)
+            assert np.isfinite(drawn).all() and np.abs(drawn - moved).max() <= 1e-6, (name, dtype)
 
 def check_variant():
-    pipe = AlphaDDPMPipeline.from_pretrained("org/ddpm", variant="fp16")
-    same(pipe)
-    pipe.save_pretrained("variant", variant="fp16")
-    assert os.listdir("variant/unet") and Path("variant/unet/diffusion_pytorch_model.fp16.safetensors").is_file()
-    same(AlphaDDPMPipeline.from_pretrained("variant", variant="fp16"))
-    same(DiffusionPipeline.from_pretrained("org/ddpm", variant="fp16"), within=1e-3)
+    for name, components in {"ddpm": ["unet"], "class": ["unet"], "text": ["unet", "text_encoder"]}.items():
+        plain = OURS[name].from_pretrained(f"org/{name}")
+        pipe = OURS[name].from_pretrained(f"org/{name}", variant="fp16")
+        is_half(pipe, plain, *components)
+        same(pipe, name, within=0.05)
+        pipe.save_pretrained(f"variant/{name}", variant="fp16")
+        assert Path(f"variant/{name}/unet/diffusion_pytorch_model.fp16.safetensors").is_file()
+        is_half(OURS[name].from_pretrained(f"variant/{name}", variant="fp16"), plain, *components)
+        is_half(DiffusionPipeline.from_pretrained(f"org/{name}", variant="fp16"), plain, *components)
+        pipe.push_to_hub(f"org/{name}-variant")
+        pipe.push_to_hub(f"org/{name}-variant", variant="fp16")
+        is_half(OURS[name].from_pretrained(f"org/{name}-variant", variant="fp16"), plain, *components)
+        is_half(OURS[name].from_pretrained(f"org/{name}-variant"), plain, *components)
 
 def check_revision():
-    same(AlphaDDPMPipeline.from_pretrained("org/moved"))
-    same(AlphaDDPMPipeline.from_pretrained("org/moved", revision="before"), "moved")
+    for name in ("ddpm", "text"):
+        same(OURS[name].from_pretrained(f"org/{name}-moved"), name)
+        same(OURS[name].from_pretrained(f"org/{name}-moved", revision="before"), name, expected=f"{name}-before")
 
 def check_saved_again_it_holds_no_local_path():
-    AlphaDDPMPipeline.from_pretrained("org/ddpm").save_pretrained("clean")
+    AlphaDDPMPipeline.from_pretrained("org/ddpm").save_pretrained("clean/ddpm")
+    AlphaDDPMTextToImagePipeline.from_pretrained("org/text").save_pretrained("clean/text")
     for path in Path("clean").rglob("*.json"):
         assert str(Path.cwd()) not in path.read_text() and "name_or_path" not in path.read_text(), path
 
@@ -323,42 +397,63 @@ def check_pickled_weights_are_refused():
     raises(ValueError, lambda: pipe.save_pretrained("pickled", safe_serialization=False), "pickle")
     raises(ValueError, lambda: pipe.push_to_hub("org/p", safe_serialization=False), "pickle")
 
+def check_malformed_repositories_end_in_an_error_and_write_nothing_outside():
+    import huggingface_hub
+    outside = Path(huggingface_hub.constants.HF_HOME).parents[2]  # of the caches and of where this process works
+    before = set(outside.iterdir())
+    for name, word in json.loads(os.environ["MALFORMED"]).items():
+        raises((ValueError, OSError), lambda: AlphaDDPMPipeline.from_pretrained(f"org/{name}"), word)
+    try:
+        AlphaDDPMPipeline.from_pretrained("org/tricky")
+    except (ValueError, OSError):
+        pass
+    assert set(outside.iterdir()) == before and not list(outside.rglob("evil*"))
+
 def check_push_to_hub_of_a_pipeline():
     pipe = AlphaDDPMPipeline.from_pretrained("org/own")
     pipe.push_to_hub("org/pushed", private=True)
     same(AlphaDDPMPipeline.from_pretrained("org/pushed"), "own")
     pipe.save_pretrained("saved-and-pushed", push_to_hub=True, repo_id="org/pushed-too")
     same(AlphaDDPMPipeline.from_pretrained("org/pushed-too"), "own")
+    AlphaDDPMTextToImagePipeline.from_pretrained("org/text").push_to_hub("org/pushed-text")
+    same(AlphaDDPMTextToImagePipeline.from_pretrained("org/pushed-text"), "text")
     assert not Path("saved-and-pushed", "README.md").exists()
 
 def check_examples_of_the_card_run():
     import re
     from huggingface_hub import hf_hub_download
-    text = Path(hf_hub_download("org/ddpm", "README.md")).read_text()
-    examples = re.findall(r"```python\\n(.*?)```", text, re.DOTALL)
-    assert len(examples) == 3
-    for example in examples:
-        names = {}
-        exec(example, names)
-        assert names["image"].size == (8, 8)
+    for name in ("ddpm", "text", "class"):
+        text = Path(hf_hub_download(f"org/{name}", "README.md")).read_text()
+        examples = re.findall(r"```python\\n(.*?)```", text, re.DOTALL)
+        assert len(examples) == 3
+        for example in examples:
+            names = {}
+            exec(example, names)
+            assert ("image" in names) == (name != "class" or example is not examples[0])
+            assert "image" not in names or names["image"].size == (8, 8)
 
 def check_stock_pipeline_pushed_then_ours():
     DDPMPipeline.from_pretrained("org/own").push_to_hub("org/by-stock")
     same(AlphaDDPMPipeline.from_pretrained("org/by-stock"), "own")
     AlphaDDPMPipeline.from_pretrained("org/by-stock").push_to_hub("org/by-stock")
+    IFPipeline.from_pretrained("org/text").push_to_hub("org/text-by-stock")
+    same(AlphaDDPMTextToImagePipeline.from_pretrained("org/text-by-stock"), "text")
 """
 )
 
 OFFLINE = (
     COMMON
     + """
-from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, AlphaDDPMTextToImagePipeline
 
 def check_our_call_offline():
     same(AlphaDDPMPipeline.from_pretrained("org/ddpm"))
+    same(AlphaDDPMPipeline.from_pretrained("org/class"), "class")
+    same(AlphaDDPMTextToImagePipeline.from_pretrained("org/text"), "text")
 
 def check_plain_call_offline():
     same(DiffusionPipeline.from_pretrained("org/ddpm"), within=1e-3)
+    same(DiffusionPipeline.from_pretrained("org/text"), "text", within=1e-3)
 
 def check_scheduler_offline():
     assert len(AlphaDDPMScheduler.from_pretrained("org/ddpm", subfolder="scheduler")) == STEPS
@@ -389,6 +484,7 @@ class Groups:
             home = self.folder / ("installed" if warm else group) / "home"
             env = environment(
                 self.hub, home, hub_server.WRITE_TOKEN, EXPECTED=str(self.published / "expected.npz"),
+                MALFORMED=json.dumps({name: word for name, (*_, word) in MALFORMED.items()}),
                 **({"HF_HUB_OFFLINE": "1"} if warm else {}),
             )  # fmt: skip
             with_package = group in ("installed", "offline")
@@ -407,17 +503,22 @@ def test_loads(groups: Groups, group: str, check: str) -> None:
     assert outcome == "passed", outcome
 
 
-def test_shipped_code_is_the_package_s_own_byte_for_byte(hub: hub_server.Hub, published: Path) -> None:
+@pytest.mark.parametrize(
+    ("repo_id", "pipeline"), [("org/ddpm", "pipeline_alpha_ddpm.py"), ("org/text", "pipeline_alpha_ddpm_text.py")]
+)
+def test_shipped_code_is_the_package_s_own_byte_for_byte(
+    hub: hub_server.Hub, published: Path, repo_id: str, pipeline: str
+) -> None:
     package = Path(hub_server.__file__).parent.parent / "src" / "ddpm_pipeline"
     sources = {
-        "pipeline.py": "pipeline_alpha_ddpm.py",
+        "pipeline.py": pipeline,
         "sampling_alpha_ddpm.py": "sampling_alpha_ddpm.py",
         "scheduling_alpha_ddpm.py": "scheduling_alpha_ddpm.py",
         "stock_format.py": "stock_format.py",
     }
-    assert {name for name in hub.files("org/ddpm") if name.endswith(".py")} == set(sources)
+    assert {name for name in hub.files(repo_id) if name.endswith(".py")} == set(sources)
     for name, source in sources.items():
-        assert hub.read("org/ddpm", name) == (package / source).read_bytes()
+        assert hub.read(repo_id, name) == (package / source).read_bytes()
 
 
 def test_repository_holds_the_stock_format_and_nothing_else(hub: hub_server.Hub, published: Path) -> None:
@@ -425,6 +526,7 @@ def test_repository_holds_the_stock_format_and_nothing_else(hub: hub_server.Hub,
         ".gitattributes", "README.md", "model_index.json", "pipeline.py", "sampling_alpha_ddpm.py",
         "scheduling_alpha_ddpm.py", "stock_format.py",
         "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
     }  # fmt: skip
     index = json.loads(hub.read("org/class", "model_index.json"))
     assert index.pop("_diffusers_version")

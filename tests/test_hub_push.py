@@ -19,6 +19,7 @@ import train_push
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
 from ddpm_pipeline import hub as package_hub
 from ddpm_pipeline.hub import Measurement, PushError, build_card, export, push, record_evaluation, refresh_card
+from helpers import run_limited
 from hub_fixtures import client, environment, hub  # noqa: F401
 from train_config import ConfigError, TrainingConfig
 from train_push import Pusher, public, recipe_command
@@ -103,6 +104,61 @@ def test_second_push_without_a_change_makes_no_commit(hub, client: HfApi, folder
     assert len(hub.titles("org/twice")) == 2
 
 
+SMALL_SHARDS = "40KB"
+WEIGHTS = "unet/diffusion_pytorch_model"
+
+
+def resaved(pipe: AlphaDDPMPipeline, folder: Path, **options) -> Path:
+    pipe.save_pretrained(folder, **options)
+    return folder
+
+
+def test_no_weights_of_an_earlier_model_stay_beside_those_that_are_pushed(hub, client, pipe, tmp_path: Path) -> None:
+    """Of shards with their index, which loaders prefer, of a pickle, of a tokenizer and of a component that is no more."""
+    push(resaved(pipe, tmp_path / "sharded", max_shard_size=SMALL_SHARDS), "org/stale", api=client)
+    index = json.loads(hub.read("org/stale", "model_index.json")) | {"text_encoder": ["transformers", "CLIPTextModel"]}
+    theirs = {
+        "unet/notes.md": b"mine", "unet/pytorch_lora_weights.safetensors": b"mine", "samples/model.safetensors": b"mine",
+        "vocab.json": b"mine", "text_encoder/mine.json": b"mine", "text_encoder/model.safetensors.txt": b"mine",
+    }  # fmt: skip
+    hub.write("org/stale", {
+        "model_index.json": json.dumps(index).encode(), "unet/diffusion_pytorch_model.bin": b"old",
+        "unet/special_tokens_map.json": b"{}", "text_encoder/config.json": b"{}", "text_encoder/model.safetensors": b"old",
+        "text_encoder/model.fp16.safetensors": b"old", **theirs,
+    })  # fmt: skip
+    assert f"{WEIGHTS}.safetensors.index.json" in hub.files("org/stale")
+    push(resaved(pipe, tmp_path / "whole"), "org/stale", api=client)
+    assert hub.files("org/stale") == (MODEL_FILES - {"samples.png"}) | theirs.keys()
+    assert len(hub.titles("org/stale")) == 4, "one commit a push"
+    assert all(hub.read("org/stale", name) == b"mine" for name in theirs)
+    push(resaved(pipe, tmp_path / "again", max_shard_size=SMALL_SHARDS), "org/stale", api=client)
+    assert f"{WEIGHTS}.safetensors" not in hub.files("org/stale")
+
+
+def test_variants_stay_until_the_model_they_are_of_is_replaced(hub, client, pipe, tmp_path: Path) -> None:
+    def variants() -> set[str]:
+        return {name.removeprefix(WEIGHTS) for name in hub.files("org/variants") if name.startswith(WEIGHTS)}
+
+    plain = resaved(pipe, tmp_path / "plain")
+    push(plain, "org/variants", api=client)
+    shards = resaved(pipe, tmp_path / "shards", variant="fp16", max_shard_size=SMALL_SHARDS)
+    push(shards, "org/variants", api=client)
+    assert ".safetensors" in variants() and ".safetensors.index.fp16.json" in variants() and len(variants()) > 3
+    push(resaved(pipe, tmp_path / "fp16", variant="fp16"), "org/variants", api=client)
+    push(plain, "org/variants", api=client)
+    assert variants() == {".safetensors", ".fp16.safetensors"}
+    other = UNet2DModel.from_config(pipe.unet.config)
+    push(resaved(AlphaDDPMPipeline(other, pipe.scheduler), tmp_path / "other"), "org/variants", api=client)
+    assert variants() == {".safetensors"}
+
+
+def test_repository_whose_index_is_broken_can_be_pushed_to(hub, client: HfApi, folder: Path) -> None:
+    for index in (b"{", b"[]", b"\xff", b'{"unet": 3}'):
+        hub.write("org/broken", {"model_index.json": index, "unet/diffusion_pytorch_model.bin": b"old"})
+        push(folder, "org/broken", api=client)
+        assert hub.files("org/broken") == MODEL_FILES
+
+
 def test_push_refuses_what_must_not_leave(client: HfApi, folder: Path, tmp_path: Path) -> None:
     (folder / "unet" / "weights.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"weights\.bin is a pickle"):
@@ -172,15 +228,37 @@ def test_card_without_facts_invents_none(pipe) -> None:
     assert "None" not in text.replace("Nonetheless", "")
 
 
-def test_card_of_a_class_model_says_which_call_draws(pipe) -> None:
-    index = json.loads(pipe.to_json_string())
-    unet = {**pipe.unet.config, "num_class_embeds": 11}
-    text = str(package_hub._card(index, unet, pipe.scheduler.config, name="c", repo_id="org/c"))
+def test_card_of_a_class_or_text_model_says_which_call_draws(folder: Path) -> None:
+    def changed(file: str, **values) -> None:
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
+
+    changed("unet/config.json", num_class_embeds=11)
+    text = str(build_card(folder, name="c", repo_id="org/c"))
     assert "class_labels=[0]" in text and "cannot be told a class" in text
     assert "image = pipe(num_inference_steps" not in text
-    text_index = {**index, "text_encoder": ["transformers", "CLIPTextModel"]}
-    text = str(package_hub._card(text_index, pipe.unet.config, pipe.scheduler.config, name="t", repo_id="org/t"))
+    changed("model_index.json", text_encoder=["transformers", "CLIPTextModel"])
+    text = str(build_card(folder, name="t", repo_id="org/t"))
     assert "AlphaDDPMTextToImagePipeline" in text and "pipeline_tag: text-to-image" in text
+    with pytest.raises(ValueError, match="no pipeline folder"):
+        build_card(folder / "unet", name="u")
+
+
+def test_example_of_a_card_outlives_pushes(hub, client: HfApi, folder: Path) -> None:
+    """The label that a training run put into its card, whatever is pushed over it; but not for a model of another kind."""
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"num_class_embeds": 11}))
+    example = "class_labels='nine', guidance_scale=3"
+    (folder / "README.md").write_text(str(build_card(folder, name="c", example=example)))
+    push(folder, "org/example", api=client)
+    card = hub.read("org/example", "README.md").decode()
+    assert card.count(f"pipe({example}, num_inference_steps=20)") == 2 and 'from_pretrained("org/example")' in card
+    (folder / "README.md").unlink()
+    push(folder, "org/example", api=client)
+    assert hub.read("org/example", "README.md").decode() == card
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    push(folder, "org/example", api=client)
+    card = hub.read("org/example", "README.md").decode()
+    assert "pipe(num_inference_steps=20)" in card and "nine" not in card
 
 
 def test_card_with_a_token_or_a_local_path_is_refused(pipe) -> None:
@@ -441,7 +519,7 @@ def test_command_line_pushes_a_folder(hub, folder: Path, tmp_path: Path) -> None
     def run(*words: str, token: str | None = hub_server.WRITE_TOKEN) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "ddpm_pipeline.hub", *words]
         env = environment(hub, tmp_path / "home", token)
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        return run_limited(command, timeout=60, env=env)
 
     done = run(
         "push", str(folder), "org/by-command", "--private", "--include", "metrics.jsonl", "--message", "From here"

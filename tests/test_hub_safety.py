@@ -2,7 +2,6 @@
 
 import json
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from diffusers import UNet2DModel
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
 from ddpm_pipeline.stock_format import check_folder
+from helpers import run_limited
 
 
 @pytest.fixture(scope="module")
@@ -148,5 +148,5 @@ def test_blow_up_is_impossible_in_little_memory(tmp_path: Path, sound: dict[str,
     )
     source = str(Path(__file__).parent.parent / "src")
     env = {"PYTHONPATH": source, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=env)
+    done = run_limited([sys.executable, "-c", script], timeout=60, env=env)
     assert done.returncode == 1 and "num_train_timesteps=1000000000000" in done.stderr

@@ -1,7 +1,6 @@
-"""train.py with --push_to_hub, from a data set on the Hub, against a Hub that fails: real runs in one fresh process."""
+"""train.py and evaluate.py with models and data sets of a Hub that fails: real runs, most of them in one fresh process."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -10,19 +9,37 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.numpy import load_file
 
 import hub_server
-from hub_fixtures import environment, hub, run_checks  # noqa: F401
+from helpers import run_limited
+from hub_fixtures import ROOT, environment, hub, run_checks  # noqa: F401
+from hub_models import early_repository
+from text_models import make_unet
 
-RUNS = """
+ARGUMENTS = [
+    "--num_train_timesteps", "8", "--beta_schedule", "squaredcos_cap_v2", "--batch_size", "8", "--max_train_steps", "6",
+    "--preview_every", "2", "--preview_images", "2", "--preview_inference_steps", "2", "--num_samples", "4",
+    "--log_every", "3", "--checkpoint_every", "0", "--num_cpu_threads", "1", "--lr_warmup_steps", "1",
+    "--dataset", "org/pictures", "--seed", "3",
+]  # fmt: skip
+UNET = {
+    "layers_per_block": 1, "block_out_channels": [4, 8], "norm_num_groups": 2,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"],
+}  # fmt: skip
+JUDGE = """
+import torch
+
+def make():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+"""
+
+RUNS = (
+    f"""
 import contextlib, io, os, sys
 from pathlib import Path
 
-ARGUMENTS = [
-    "--model", os.environ["UNET"], "--num_train_timesteps", "8", "--beta_schedule", "squaredcos_cap_v2", "--batch_size", "8",
-    "--max_train_steps", "6", "--preview_every", "2", "--preview_images", "2", "--preview_inference_steps", "2",
-    "--num_samples", "4", "--log_every", "3", "--checkpoint_every", "0", "--num_cpu_threads", "1", "--lr_warmup_steps", "1",
-    "--dataset", "org/pictures", "--seed", "3",
-]
-SNAPSHOTS = []
+ARGUMENTS = ["--model", "unet.json", *{ARGUMENTS!r}]
+"""
+    + """
 
 def run(output, *arguments, token=os.environ["WRITE"]):
     import train, train_push
@@ -112,27 +129,101 @@ def check_run_that_pushes():
     code, errors = run("pushed", "--push_to_hub", "--hub_model_id", "org/trained", "--push_every", "2", "--hub_private",
                        "--hub_license", "apache-2.0")
     assert code == 0, (code, errors)
-    assert errors.count("pushing to org/trained failed") == 1, errors
+    assert errors.count("pushing to org/trained failed") == 1 and "HTTP Request" not in errors, errors
+
+def check_runs_with_conditions_push_models_that_load_everywhere():
+    import numpy as np
+    import torch
+    from diffusers import DDPMPipeline, DiffusionPipeline, IFPipeline
+    from huggingface_hub import hf_hub_download
+    from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline
+
+    def draw(pipe, **call):
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(**call, generator=torch.Generator().manual_seed(0), num_inference_steps=8, output_type="np").images
+
+    ours = {"text": (AlphaDDPMTextToImagePipeline, {"prompt": "b"}), "class": (AlphaDDPMPipeline, {"class_labels": "b"})}
+    for kind, (our_class, call) in ours.items():
+        variance = "learned_range" if kind == "text" else "fixed_small"
+        code, errors = run(kind, "--condition", kind, "--model", f"{kind}.json", "--variance_type", variance,
+                           "--max_train_steps", "2", "--push_to_hub", "--hub_model_id", f"org/trained-{kind}")
+        assert code == 0, (code, errors)
+        pipe = our_class.from_pretrained(f"org/trained-{kind}")
+        drawn = draw(pipe, **call)
+        assert np.abs(drawn - draw(our_class.from_pretrained(kind), **call)).max() <= 1e-6
+        stock = DiffusionPipeline.from_pretrained(f"org/trained-{kind}")
+        assert type(stock) is (IFPipeline if kind == "text" else DDPMPipeline)
+        if kind == "text":
+            guided = {**call, "guidance_scale": 2.0}
+            assert np.abs(draw(pipe, **guided) - draw(stock, **guided)).max() <= 1e-3
+        example = next(iter(call)) if kind == "class" else "pipe('b'"
+        card = Path(hf_hub_download(f"org/trained-{kind}", "README.md")).read_text()
+        assert example in card and our_class.__name__ in card and f"org/trained-{kind}" in card, card
 
 def check_run_whose_last_push_fails():
     code, errors = run("stranded", "--push_to_hub", "--hub_model_id", "org/stranded")
     assert code == 3, (code, errors)
     assert "python -m ddpm_pipeline.hub push stranded org/stranded" in errors and "Traceback" not in errors, errors
+
+def judged(model, *arguments):
+    import evaluate
+    return evaluate.evaluate(evaluate.parse([
+        "--model", model, "--dataset", "org/pictures", "--split", "train[:20]", "--num_likelihood_images", "3",
+        "--num_images", "6", "--batch_size", "4", "--features", "judge:make", "--num_cpu_threads", "1", *arguments,
+    ]))
+
+def check_stock_repository_is_judged_by_a_data_set_of_the_hub():
+    from ddpm_pipeline import AlphaDDPMPipeline
+    found = judged("org/early", "--num_inference_steps", "5", "--output", "early.json")
+    assert (found["dataset"], found["quality"]["num_real"], found["quality"]["num_generated"]) == ("org/pictures", 20, 6)
+    assert (found["bits_per_dim"]["num_images"], found["bits_per_dim"]["variance_type"]) == (3, "fixed_large")
+    AlphaDDPMPipeline.from_pretrained("org/early").save_pretrained("early")
+    saved = judged("early", "--num_inference_steps", "5")
+    assert [found[part] for part in ("bits_per_dim", "quality")] == [saved[part] for part in ("bits_per_dim", "quality")]
+    assert Path("early.json").is_file() and Path("early", "evaluation.json").is_file()
+
+def check_figures_go_to_a_card_that_was_edited_on_the_hub():
+    import json
+    from huggingface_hub import HfApi, ModelCard, hf_hub_download
+    import ddpm_pipeline.hub as package_hub
+    os.environ["HF_TOKEN"] = os.environ["WRITE"]
+    assert package_hub.main(["push", "pushed", "org/measured"]) == 0
+    text = Path(hf_hub_download("org/measured", "README.md")).read_text()
+    assert "Not measured yet." in text
+    edited = text.replace("# trained", "# A title of mine").replace("license: apache-2.0", "license: mit")
+    assert edited != text
+    HfApi().upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id="org/measured")
+    found = judged("pushed")
+    assert package_hub.main(["push", "pushed", "org/measured"]) == 0
+    card = ModelCard.load("org/measured")
+    card.validate()
+    assert "# A title of mine" in card.text and "Not measured yet." not in card.text and card.data.license == "mit"
+    figures = {one.metric_type: one for one in card.data.eval_results}
+    assert set(figures) == {"bits-dim", "fid", "kid", "precision", "recall"}
+    assert figures["bits-dim"].metric_value == found["bits_per_dim"]["total"]
+    assert figures["fid"].metric_value == found["quality"]["fid"] and figures["fid"].dataset_name == "org/pictures"
+    assert figures["fid"].metric_args == {
+        "num_images": 6, "steps": 8, "scheduler": "AlphaDDPMScheduler", "features": "Sequential", "seed": 0
+    }
+    assert json.loads(Path(hf_hub_download("org/measured", "evaluation.json")).read_text()) == found
 """
+)
 
 
 @pytest.fixture(scope="module")
 def runs(hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("runs")
-    unet = {
-        "layers_per_block": 1, "block_out_channels": [4, 8], "norm_num_groups": 2,
-        "down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    }  # fmt: skip
-    (folder / "unet.json").write_text(json.dumps(unet))
+    (folder / "unet.json").write_text(json.dumps(UNET))
+    (folder / "class.json").write_text(json.dumps(UNET))
+    (folder / "text.json").write_text(json.dumps(dict(make_unet(cross_attention_dim=64).config)))
+    (folder / "judge.py").write_text(JUDGE)
+    early_repository(folder / "early-layout")
+    files = [path for path in (folder / "early-layout").iterdir() if path.is_file()]
+    hub.write("org/early", {path.name: path.read_bytes() for path in files})
     hub.fail("POST", "/models/org/trained/commit/", status=500, times=3)  # all attempts of the first push
     hub.fail("POST", "/models/org/stranded/commit/", status=500, times=1000)
     env = environment(
-        hub, folder / "home", UNET=str(folder / "unet.json"), WRITE=hub_server.WRITE_TOKEN, READ=hub_server.READ_TOKEN,
+        hub, folder / "home", WRITE=hub_server.WRITE_TOKEN, READ=hub_server.READ_TOKEN,
         CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
     outcome = run_checks(RUNS, env, folder)
@@ -189,7 +280,28 @@ def test_printed_command_pushes_the_finished_run(hub: hub_server.Hub, runs: dict
     assert "model_index.json" not in hub.files("org/stranded")
     command = [sys.executable, "-m", "ddpm_pipeline.hub", "push", "stranded", "org/stranded"]
     env = environment(hub, runs["folder"] / "home", hub_server.WRITE_TOKEN)
-    done = subprocess.run(command, env=env, cwd=runs["folder"], capture_output=True, text=True, timeout=60)
+    done = run_limited(command, timeout=60, env=env, cwd=runs["folder"])
     assert done.returncode == 0, done.stderr
     assert {"samples.png", "model_index.json", "README.md"} <= hub.files("org/stranded")
     assert HfApi(endpoint=hub.url).model_info("org/stranded").sha
+
+
+def test_two_processes_push_what_one_would(hub: hub_server.Hub, runs: dict) -> None:
+    folder = runs["folder"]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        str(ROOT / "training" / "train.py"), "--model", "unet.json", *ARGUMENTS, "--push_to_hub", "--hub_model_id", "org/two",
+        "--push_every", "2", "--push_logs", "--output_dir", "two",
+    ]  # fmt: skip
+    env = environment(hub, folder / "home", hub_server.WRITE_TOKEN, ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
+    done = run_limited(command, timeout=200, env=env, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    titles = hub.titles("org/two")
+    assert titles[0] == "Training done" and titles[-2:] == ["Training in progress, step 2", "initial commit"]
+    assert len(titles) == len(set(titles)), "only one of the processes pushes"
+    for name in ("unet/diffusion_pytorch_model.safetensors", "samples.png", "process.png", "metrics.jsonl"):
+        assert hub.read("org/two", name) == (folder / "two" / name).read_bytes()
+    assert "accelerate launch --num_processes 2 training/train.py" in hub.read("org/two", "README.md").decode()
+    one, two = (load_file(folder / run / "unet" / "diffusion_pytorch_model.safetensors") for run in ("quiet", "two"))
+    for name, tensor in one.items():
+        np.testing.assert_allclose(two[name], tensor, atol=1e-5)

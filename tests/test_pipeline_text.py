@@ -5,58 +5,14 @@ import warnings
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
-from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from diffusers import DiffusionPipeline
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from ddpm_pipeline import AlphaDDPMScheduler, AlphaDDPMTextToImagePipeline, describe_conditions
+from ddpm_pipeline import AlphaDDPMTextToImagePipeline
 from helpers import run_python, tiny_unet
-from train_conditions import make_tokenizer
+from text_models import make, make_unet
 
-CAPTIONS = ["a handwritten seven", "the digit 7", "three, in ink", "zero"]
 STRANGE = ["", "七个手写数字", "seven 🎉👩‍👩‍👧", "x" * 10_000, " \n\t ", "\x00\ud7ff"]
-
-
-def make_encoder(kind: str, vocabulary: int):
-    size = {"vocab_size": vocabulary, "hidden_size": 16}
-    if kind == "t5":
-        return T5EncoderModel(T5Config(vocab_size=vocabulary, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
-    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    if kind == "bert":
-        return BertModel(BertConfig(**size, **heads))
-    return CLIPTextModel(CLIPTextConfig(**size, **heads, max_position_embeddings=77))
-
-
-def make_unet(**config) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        **{
-            "sample_size": 8,
-            "in_channels": 1,
-            "out_channels": 2,
-            "block_out_channels": (8, 16),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "cross_attention_dim": 16,
-            "attention_head_dim": 2,
-            **config,
-        }
-    )
-
-
-def make(kind="clip", dropout=0.1) -> AlphaDDPMTextToImagePipeline:
-    tokenizer = make_tokenizer(CAPTIONS)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet, encoder = make_unet(), make_encoder(kind, len(tokenizer))
-        with torch.no_grad():  # a fresh network hardly hears its text: make it loud
-            for parameter in [*unet.parameters(), *encoder.parameters()]:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    describe_conditions(unet, condition_dropout=dropout)
-    scheduler = AlphaDDPMScheduler(variance_type="learned_range")
-    pipe = AlphaDDPMTextToImagePipeline(unet.eval(), encoder.eval(), tokenizer, scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def draw(pipe, prompt, seed=0, **options) -> torch.Tensor:

@@ -159,7 +159,8 @@ def summary(totals: dict[str, list[float]]) -> dict[str, Any]:
     for name, values in columns.items():
         result[name] = values.mean().item()
     # images draw their own timesteps, so the spread of totals holds what a subset of timesteps adds
-    result["total_standard_error"] = columns["total"].std().item() / math.sqrt(count) if count > 1 else float("nan")
+    if count > 1:
+        result["total_standard_error"] = columns["total"].std().item() / math.sqrt(count)
     result["standard_error_of_one_image"] = columns.pop("standard_error").square().mean().sqrt().item()
     del result["standard_error"]
     return result
@@ -254,8 +255,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             my_batches(config.num_images, config.batch_size, accelerator), disable=not main, desc="drawing"
         ):
             quality.update(draw_uint8(pipe, batch, config.seed, steps).to(accelerator.device), real=False)
+        figures = quality.compute()._asdict()
         results["quality"] = {
-            **quality.compute()._asdict(),
+            **{name: value for name, value in figures.items() if not math.isnan(value)},  # NaN is no JSON
             "steps": steps,
             "scheduler": type(pipe.scheduler).__name__,
             "features": type(extractor).__name__,

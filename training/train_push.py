@@ -40,6 +40,8 @@ class Pusher:
     """
 
     def __init__(self, config: TrainingConfig, folder: Path, api: HfApi | None = None):
+        for client in ("httpx", "httpx2"):  # of older and newer versions of huggingface_hub; they log every request
+            logging.getLogger(client).setLevel(logging.WARNING)
         self.api = api or HfApi()
         self.folder = folder
         self.private = config.hub_private or None

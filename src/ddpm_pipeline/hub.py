@@ -8,48 +8,49 @@ import argparse
 import json
 import logging
 import os
-import re
 import shlex
 import shutil
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+from .hub_card import (
+    Measurement,
+    build_card,
+    card_of_folder,
+    check_private,
+    read_text,
+    record_evaluation,
+    refresh_card,
+    write_text,
+)
+from .hub_files import INDEX, components_of, files_to_push, read_object, stale_files
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+__all__ = [
+    "Measurement", "PushError", "build_card", "export", "push", "push_command", "push_pipeline", "record_evaluation",
+    "refresh_card",
+]  # fmt: skip
+
 logger = logging.getLogger(__name__)
 
-CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
-INDEX = "model_index.json"
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
-EXTRA_FILES = ("README.md", "evaluation.json", "*.png", "*.gif", "*.jpg")  # pushed from the top of a folder
 ATTEMPTS = 5
 FIRST_WAIT = 2.0  # seconds before the second attempt; doubled before each further one
-
-OUR_SOURCE = "ddpm-pipeline"  # marks evaluation results of ours in a card's metadata
-OUR_SOURCE_URL = "https://pypi.org/project/ddpm-pipeline/"
-GENERATED = re.compile(
-    r"^This is the model card of a .* This model card has been automatically generated\.$", re.MULTILINE
-)
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 T = TypeVar("T")
 
 
 class PushError(RuntimeError):
     """The Hub did not take a push; the message says why, and which command pushes the folder later."""
-
-
-# ---- folders --------------------------------------------------------------------------------------
 
 
 def export(pipe: "DiffusionPipeline", folder: str | Path, card: ModelCard | None = None) -> None:
@@ -63,349 +64,13 @@ def export(pipe: "DiffusionPipeline", folder: str | Path, card: ModelCard | None
         pipe.save_pretrained(temporary)
         if card is not None:
             readme = folder / "README.md"
-            text = refresh_card(_read_text(readme), card) if readme.is_file() else str(card)
-            _write_text(Path(temporary, "README.md"), text)
+            text = refresh_card(read_text(readme), card) if readme.is_file() else str(card)
+            write_text(Path(temporary, "README.md"), text)
         for entry in sorted(Path(temporary).iterdir(), key=lambda path: path.name == INDEX):
             target = folder / entry.name
             if target.is_dir():
                 shutil.rmtree(target)
             os.replace(entry, target)  # model_index.json last: with it the folder is a pipeline
-
-
-def files_to_push(folder: Path, include: Sequence[str] = ()) -> dict[str, Path]:
-    """The files of a pipeline folder by their paths in the repository; no checkpoints, logs or hidden files.
-
-    `include` are patterns of further files, relative to the folder. Raises ValueError where the folder is no pipeline,
-    holds pickled weights, or links to files outside of it.
-    """
-    index = _read_object(folder / INDEX)
-    components = [name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None]
-    chosen = [folder / INDEX]
-    for name in components:
-        if not (folder / name).is_dir():
-            raise ValueError(f"{folder} has no folder {name!r}, which its {INDEX} names; export the pipeline anew.")
-        chosen += [path for path in sorted((folder / name).rglob("*")) if path.is_file()]
-    if (folder / "pipeline.py").is_file():
-        code = (folder / "pipeline.py").read_text("utf-8")
-        modules = re.findall(r"^from \.(\w+) import", code, flags=re.MULTILINE)
-        chosen += [folder / f"{name}.py" for name in ["pipeline", *modules]]
-    chosen += [path for pattern in (*EXTRA_FILES, *include) for path in sorted(folder.glob(pattern)) if path.is_file()]
-    files = {path.relative_to(folder).as_posix(): path for path in chosen}
-    root = folder.resolve()
-    for name, path in files.items():
-        if path.suffix in PICKLE_SUFFIXES:
-            raise ValueError(f"{path} is a pickle, which can run any code when it is opened; save as safetensors.")
-        if not path.resolve().is_relative_to(root):
-            raise ValueError(f"{path} is a link to a file outside of {folder}; copy it there if it is to be pushed.")
-        if any(part.startswith(".") for part in Path(name).parts):
-            raise ValueError(f"{path} is hidden, so probably not meant to be pushed; remove or rename it.")
-    return files
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path.parent} is no pipeline folder: {path.name}: {error.strerror}.") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
-    return content
-
-
-def _read_text(path: Path) -> str:
-    return path.read_bytes().decode("utf-8")  # line ends as they are
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(text.encode("utf-8"))
-    os.replace(temporary, path)
-
-
-# ---- the card -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One measured figure and what it depends on."""
-
-    metric: str  # as it is called: "bits/dim", "FID", "KID"
-    value: float
-    num_images: int
-    dataset: str
-    split: str = "train"
-    standard_error: float | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)  # steps, scheduler, feature extractor, seed, ...
-
-    def as_eval_result(self, task_type: str = "unconditional-image-generation") -> EvalResult:
-        return EvalResult(
-            task_type=task_type,
-            task_name="Image generation",
-            dataset_type=self.dataset,
-            dataset_name=self.dataset,
-            dataset_split=self.split,
-            metric_type=re.sub(r"\W+", "-", self.metric.lower()),
-            metric_name=self.metric,
-            metric_value=self.value,
-            metric_args={"num_images": self.num_images, **self.settings},
-            source_name=OUR_SOURCE,
-            source_url=OUR_SOURCE_URL,
-        )
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What a card says of one kind of model."""
-
-    our_class: str
-    pipeline_tag: str
-    what: str
-    example: str  # arguments of a call
-    plain_note: str = ""
-    plain_draws: bool = True  # whether the stock class can be called
-
-
-KINDS = {
-    "unconditional": _Kind("AlphaDDPMPipeline", "unconditional-image-generation", "", ""),
-    "class": _Kind(
-        "AlphaDDPMPipeline", "unconditional-image-generation", "class-conditional ",
-        "class_labels=[0], guidance_scale=2.0",
-        plain_note=" it loads, but cannot be told a class, so it cannot draw", plain_draws=False,
-    ),
-    "text": _Kind(
-        "AlphaDDPMTextToImagePipeline", "text-to-image", "text-conditional ",
-        '"what it should show", guidance_scale=2.0',
-    ),
-}  # fmt: skip
-
-
-def kind_of(index: Mapping[str, Any], unet: Mapping[str, Any]) -> str:
-    """Which of `KINDS` a model is, by its index and its UNet's config."""
-    if "text_encoder" in index:
-        return "text"
-    return "class" if unet.get("num_class_embeds") or unet.get("class_embed_type") else "unconditional"
-
-
-def build_card(
-    pipe: "DiffusionPipeline",
-    *,
-    name: str,
-    repo_id: str | None = None,
-    dataset: str | None = None,
-    num_images: int | None = None,
-    hub_dataset: str | None = None,
-    license: str | None = None,
-    training: Mapping[str, Any] | None = None,
-    command: str | None = None,
-    evaluation: Sequence[Measurement] | None = None,
-    pictures: Mapping[str, str] | None = None,
-    example: str = "",
-) -> ModelCard:
-    """The card of a model.
-
-    Args:
-        name: its title.
-        repo_id: where it is loaded from, in the examples; `push` puts in the repository that it pushes to.
-        dataset: what it was trained on, `num_images` of them, or a stream; `hub_dataset` if that is the name of one of the Hub.
-        license: the model's, as the Hub spells it ("apache-2.0").
-        training: facts as a table, and the `command` that trained it.
-        evaluation: what was measured; [] says that nothing was, None leaves a card that is refreshed as it is.
-        pictures: captions by the names of files in the folder.
-        example: arguments of a call of the pipeline, as code: the prompt or label.
-    """
-    index = json.loads(pipe.to_json_string())
-    return _card(
-        index, pipe.unet.config, pipe.scheduler.config, name=name, repo_id=repo_id, dataset=dataset,
-        num_images=num_images, hub_dataset=hub_dataset, license=license, training=training, command=command,
-        evaluation=evaluation, pictures=pictures, example=example,
-    )  # fmt: skip
-
-
-def _card(
-    index: Mapping[str, Any],
-    unet: Mapping[str, Any],
-    schedule: Mapping[str, Any],
-    *,
-    name: str,
-    repo_id: str | None = None,
-    dataset: str | None = None,
-    num_images: int | None = None,
-    hub_dataset: str | None = None,
-    license: str | None = None,
-    training: Mapping[str, Any] | None = None,
-    command: str | None = None,
-    evaluation: Sequence[Measurement] | None = None,
-    pictures: Mapping[str, str] | None = None,
-    example: str = "",
-) -> ModelCard:
-    kind_name = kind_of(index, unet)
-    kind = KINDS[kind_name]
-    tags = ["ddpm", OUR_SOURCE, "pytorch", *(["class-conditional"] if kind_name == "class" else [])]
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag=kind.pipeline_tag,
-        tags=tags,
-        license=license,
-        datasets=[hub_dataset] if hub_dataset else None,
-        **_evaluation_metadata(name, kind.pipeline_tag, evaluation),
-    )
-    channels = unet.get("in_channels", 3)
-    colours = {1: "grey", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels}-channel")
-    size = unet.get("sample_size")
-    width, height = size if isinstance(size, list | tuple) else (size, size)
-    resolution = f"{colours} {width}x{height}"
-    amount = f"{num_images:,} images" if num_images else "a stream"
-    source = f", trained from scratch on {amount} of `{dataset}`" if dataset else ""
-    total = schedule.get("num_train_timesteps", 1000)
-    facts = dict(training or {})
-    if training is not None and license:
-        facts["licence"] = license
-    table = ["| | |", "|---|---|", *(f"| {fact} | {value} |" for fact, value in facts.items())]
-    card = ModelCard.from_template(
-        data,
-        template_path=str(CARD_TEMPLATE),
-        name=name,
-        repo_id=repo_id or name,
-        summary=(
-            f"A {kind.what}denoising diffusion probabilistic model (Ho et al. 2020) of {resolution} images{source}. "
-            f"The diffusion process: {_diffusion(schedule)}."
-        ),
-        pictures=dict(pictures or {}),
-        plain_note=kind.plain_note,
-        # DDPMPipeline takes 1000 steps by default, however many there are
-        plain_call=_example_call(example or kind.example, total) if kind.plain_draws else "",
-        our_class=kind.our_class,
-        our_call=_example_call(example or kind.example, min(100, total)),
-        training_table="\n".join(table) if training else "",
-        command=command or "",
-        evaluation=_evaluation_text(evaluation),
-        resolution=resolution,
-    )
-    _check_private(str(card))
-    return card
-
-
-def _example_call(arguments: str, steps: int) -> str:
-    arguments = ", ".join(filter(None, (arguments, f"num_inference_steps={steps}")))
-    return f"image = pipe({arguments}).images[0]"
-
-
-def _diffusion(schedule: Mapping[str, Any]) -> str:
-    """The schedule in words, as far as a scheduler's config tells it."""
-    trained = schedule.get("trained_betas") is not None
-    parts = [
-        f"{schedule['num_train_timesteps']} steps" if "num_train_timesteps" in schedule else None,
-        "betas of its own" if trained else f"{schedule.get('beta_schedule', 'linear')} schedule",
-        f"{schedule.get('prediction_type', 'epsilon')} prediction",
-        f"{schedule['variance_type']} variance" if schedule.get("variance_type") else None,
-    ]
-    return ", ".join(part for part in parts if part)
-
-
-def _evaluation_metadata(name: str, task: str, evaluation: Sequence[Measurement] | None) -> dict[str, Any]:
-    if not evaluation:
-        return {}
-    return {"model_name": name, "eval_results": [measurement.as_eval_result(task) for measurement in evaluation]}
-
-
-def _evaluation_text(evaluation: Sequence[Measurement] | None) -> str:
-    if evaluation is None:
-        return ""
-    if not evaluation:
-        return "Not measured yet."
-    lines = ["| metric | value | images | data | how |", "|---|---|---|---|---|"]
-    for one in evaluation:
-        error = "" if one.standard_error is None else f" ± {one.standard_error:.2g}"
-        how = ", ".join(f"{name} {value}" for name, value in one.settings.items())
-        lines.append(
-            f"| {one.metric} | {one.value:.4g}{error} | {one.num_images:,} | {one.dataset} ({one.split}) | {how} |"
-        )
-    return "\n".join(lines)
-
-
-def _check_private(text: str) -> None:
-    """Raise ValueError where a card gives away what is nobody's business."""
-    if TOKEN.search(text):
-        raise ValueError("the model card holds what looks like a token of the Hub (hf_...); remove it.")
-    if (home := str(Path.home())) != "/" and re.search(rf"{re.escape(home)}(?![\w-])", text):
-        raise ValueError(f"the model card holds a local path, {home}; remove it.")
-
-
-def _section(name: str) -> re.Pattern:
-    name = re.escape(name)
-    return re.compile(
-        rf"(?P<open><!-- ddpm-pipeline: {name} -->)(?P<text>.*?)(?P<close><!-- /ddpm-pipeline: {name} -->)", re.DOTALL
-    )
-
-
-def _sections(text: str) -> Iterator[tuple[str, str]]:
-    for name in re.findall(r"<!-- ddpm-pipeline: ([\w-]+) -->", text):
-        if found := _section(name).search(text):
-            yield name, found["text"]
-
-
-def refresh_card(existing: str, new: ModelCard, only: Sequence[str] | None = None) -> str:
-    """The README `existing` with our sections as in `new`; everything else in it stays, character by character.
-
-    Sections that `new` has nothing to say about stay too, and so does a README without our marks, unless it is diffusers'
-    blank form. Evaluation results in the metadata are ours to replace where we put them there. `only` names the
-    sections to refresh.
-    """
-    if not any(_sections(existing)):
-        return str(new) if _is_blank_form(existing) else existing
-    evaluated = False
-    for name, text in _sections(str(new)):
-        if text.strip() and (only is None or name in only):
-            evaluated |= name == "evaluation"
-            existing = _section(name).sub(lambda found, text=text: found["open"] + text + found["close"], existing)
-    return _with_results(existing, new) if evaluated else existing
-
-
-def _is_blank_form(text: str) -> bool:
-    """Whether a README is empty, or diffusers' template with nothing filled in."""
-    card = ModelCard(text, ignore_metadata_errors=True)
-    sentence = GENERATED.search(card.text)
-    if sentence is None:
-        return not card.text.strip()
-    blank = ModelCard.from_template(ModelCardData(), model_description=sentence[0])
-    return card.text.strip() == blank.text.strip()
-
-
-def _with_results(existing: str, new: ModelCard) -> str:
-    """`existing` with our evaluation results in its metadata replaced by those of `new`."""
-    card = ModelCard(existing, ignore_metadata_errors=True)
-    theirs = [result for result in card.data.eval_results or [] if result.source_name != OUR_SOURCE]
-    results = theirs + (new.data.eval_results or [])
-    if results == (card.data.eval_results or []):
-        return existing
-    card.data.eval_results = results or None
-    if results:
-        card.data.model_name = card.data.model_name or new.data.model_name
-    return str(card)
-
-
-def record_evaluation(folder: str | Path, evaluation: Sequence[Measurement]) -> None:
-    """Put what was measured into the card of a pipeline folder, in its text and its metadata."""
-    folder = Path(folder)
-    card = _card_of_folder(folder, folder.resolve().name, evaluation)
-    readme = folder / "README.md"
-    _write_text(readme, refresh_card(_read_text(readme), card, ["evaluation"]) if readme.is_file() else str(card))
-
-
-def _card_of_folder(folder: Path, repo_id: str, evaluation: Sequence[Measurement] | None = None) -> ModelCard:
-    """What can be said of a folder by its configs alone."""
-    pictures = {"samples.png": "samples", "process.png": "from noise to images"}
-    return _card(
-        _read_object(folder / INDEX),
-        _read_object(folder / "unet" / "config.json"),
-        _read_object(folder / "scheduler" / "scheduler_config.json"),
-        name=repo_id.split("/")[-1],
-        repo_id=repo_id,
-        evaluation=evaluation,
-        pictures={file: caption for file, caption in pictures.items() if (folder / file).is_file()},
-    )
 
 
 # ---- pushing --------------------------------------------------------------------------------------
@@ -428,8 +93,9 @@ def push(
 ) -> str:
     """Push a pipeline folder in one commit, and return the commit's address.
 
-    The repository is made if there is none. Of a card that is there already only our sections are refreshed, and if
-    somebody commits meanwhile that is seen, and done again on theirs.
+    The repository is made if there is none. Of a card that is there already only our sections are refreshed, and
+    `stale_files` of a model that was there before are deleted. If somebody commits meanwhile, that is seen, and done again
+    on theirs.
 
     Args:
         private: for a repository that is made.
@@ -446,14 +112,21 @@ def push(
 
     def attempt() -> str:
         full_name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        parent = api.repo_info(full_name, revision=revision).sha
+        info = api.repo_info(full_name, revision=revision, files_metadata=True)
+        parent = info.sha
         readme = _merged_readme(api, folder, full_name, parent).encode("utf-8")
         contents = {**files, "README.md": readme}
-        operations = [CommitOperationAdd(name, str(file) if isinstance(file, Path) else file)
-                      for name, file in contents.items()]  # fmt: skip
+        additions = [CommitOperationAdd(name, str(file) if isinstance(file, Path) else file)
+                     for name, file in contents.items()]  # fmt: skip
+        stale = stale_files(
+            {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings or []},
+            {addition.path_in_repo: addition.upload_info.sha256.hex() for addition in additions},
+            old=_components(api, full_name, parent),
+            new=components_of(read_object(folder / INDEX)),
+        )
         return api.create_commit(
             full_name,
-            operations,
+            [*additions, *(CommitOperationDelete(path, is_folder=False) for path in stale)],
             commit_message=commit_message or f"Upload {folder.resolve().name}",
             revision=revision,
             create_pr=create_pr,
@@ -502,18 +175,33 @@ def push_command(folder: Path, repo_id: str, private: bool | None = None, includ
 
 def _merged_readme(api: HfApi, folder: Path, repo_id: str, revision: str) -> str:
     """The README to push: the folder's, naming the repository in its examples, poured into the one that is there."""
-    fresh = _card_of_folder(folder, repo_id)
-    ours = fresh
-    if (folder / "README.md").is_file():
-        ours = ModelCard(refresh_card(_read_text(folder / "README.md"), fresh, ["use"]), ignore_metadata_errors=True)
-    _check_private(str(ours))
+    path = folder / "README.md"
+    theirs = _text_on_the_hub(api, repo_id, "README.md", revision)
+    ours = read_text(path) if path.is_file() else None
+    fresh = card_of_folder(folder, repo_id, ours or theirs or "")
+    new = fresh if ours is None else ModelCard(refresh_card(ours, fresh, ["use"]), ignore_metadata_errors=True)
+    check_private(str(new))
+    if theirs is None:
+        return str(new)
+    # a pipeline from memory knows the examples, not the pictures
+    return refresh_card(theirs, new, ["use"] if ours is None else None)
+
+
+def _components(api: HfApi, repo_id: str, revision: str) -> set[str]:
+    """The components of the model that is in a repository; none where its index cannot be read."""
     try:
-        theirs = _read_text(Path(api.hf_hub_download(repo_id, "README.md", revision=revision)))
+        index = json.loads(_text_on_the_hub(api, repo_id, INDEX, revision) or "{}")
+    except ValueError:
+        return set()
+    return components_of(index) if isinstance(index, dict) else set()
+
+
+def _text_on_the_hub(api: HfApi, repo_id: str, path: str, revision: str) -> str | None:
+    """A file of a repository; None where it has none of that name."""
+    try:
+        return read_text(Path(api.hf_hub_download(repo_id, path, revision=revision)))
     except EntryNotFoundError:
-        return str(ours)
-    if not (folder / "README.md").is_file():  # a pipeline from memory knows the examples, not the pictures
-        return refresh_card(theirs, ours, ["use"])
-    return refresh_card(theirs, ours)
+        return None
 
 
 def _retried(attempt: Callable[[], T], attempts: int, first_wait: float, give_up: threading.Event | None) -> T:

@@ -16,6 +16,9 @@ from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Condition, 
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
 
+# diffusers runs the pipeline.py of every local folder in one and the same module, and wants to find a single class there
+globals().pop("AlphaDDPMTextToImagePipeline", None)
+
 ClassLabels = int | str | Sequence[int | str | None] | torch.Tensor
 
 

@@ -19,6 +19,9 @@ from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Condition, 
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
 
+# diffusers runs the pipeline.py of every local folder in one and the same module, and wants to find a single class there
+globals().pop("AlphaDDPMPipeline", None)
+
 MAX_TOKENS = 77  # as IFPipeline pads, whatever the tokenizer
 SHOWN = 200  # characters of a cut prompt that the warning shows at most
 

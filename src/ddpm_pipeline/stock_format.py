@@ -78,7 +78,7 @@ class StockFormatMixin:
             target = Path(save_directory, name)
             if source.resolve() != target.resolve():
                 shutil.copyfile(source, target)
-        _forget_paths(Path(save_directory))
+        _tidy_configs(Path(save_directory))
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def save_pretrained(
@@ -151,6 +151,11 @@ class StockFormatMixin:
             raise OSError(f"{pretrained_model_name_or_path} cannot be loaded: {PICKLE_REFUSED}. ({error})") from error
 
     @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """diffusers reads the index of a repository by this, before it downloads the rest."""
+        return read_json(Path(json_file))
+
+    @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """The index; the one of a folder only after all configs in it were found to be sound."""
         if os.path.isdir(pretrained_model_name_or_path):
@@ -158,17 +163,22 @@ class StockFormatMixin:
         return super().load_config(pretrained_model_name_or_path, **kwargs)
 
 
-# ---- what is written carries no trace of where it was made ----------------------------------------
+# ---- what is written does not depend on where and how it was made ---------------------------------
 
 
-def _forget_paths(folder: Path) -> None:
-    """Drop the places that components remember having been loaded from; they may be local paths."""
+def _tidy_configs(folder: Path) -> None:
+    """Drop the places that components remember having been loaded from, which may be local paths, and the precision that
+    a text encoder was saved in.
+
+    transformers loads in that precision, diffusers in float32 if nothing else is asked for; and it would be that of the
+    variant that was saved last.
+    """
     for path in [*folder.glob("*/config.json"), *folder.glob("*/tokenizer_config.json")]:
         config = json.loads(path.read_text("utf-8"))
-        if config.keys() & {"_name_or_path", "name_or_path"}:
-            config.pop("_name_or_path", None)
-            config.pop("name_or_path", None)
-            path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+        tidy = {name: value for name, value in config.items() if name not in ("_name_or_path", "name_or_path")}
+        tidy |= dict.fromkeys(tidy.keys() & {"dtype", "torch_dtype"}, "float32")
+        if tidy != config:
+            path.write_text(json.dumps(tidy, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
 
 
 # ---- what is read is checked before anything is built from it -------------------------------------
