@@ -102,6 +102,7 @@ def test_another_sampler_and_an_estimated_bound(model, cache, tmp_path):
     [
         (["--model", "no/such", "--dataset", "digits"], "cannot be loaded"),
         (["--model", "MODEL", "--dataset", "digits", "--features", "nonsense:f"], "MODULE:FUNCTION"),
+        (["--model", "MODEL", "--dataset", "digits", "--num_images", "3"], "--num_images 3 are too few"),
         (["--model", "MODEL", "--dataset", "digits", "--num_images", "0", "--num_likelihood_images", "0"], "nothing"),
     ],
 )

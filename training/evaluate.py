@@ -44,6 +44,7 @@ from train_random import Stream, image_indices, seeds
 from train_skipped import SHOWN, describe
 from train_stream import open_stream
 
+FEWEST_IMAGES = 5  # that ImageQuality takes with its three neighbours
 REAL_BATCH = 256  # images whose features are extracted at once
 
 
@@ -113,6 +114,10 @@ class EvaluateConfig:
                 raise ConfigError(f"--{name} {getattr(self, name)} must be at least {low}.")
         if not 0 <= self.max_bad_fraction < 1:
             raise ConfigError(f"--max_bad_fraction {self.max_bad_fraction} must be at least 0 and below 1.")
+        if 0 < self.num_images < FEWEST_IMAGES:
+            raise ConfigError(
+                f"--num_images {self.num_images} are too few to judge; give 0 for none, or at least {FEWEST_IMAGES}."
+            )
         if not self.num_images and not self.num_likelihood_images:
             raise ConfigError("--num_images 0 and --num_likelihood_images 0 leave nothing to evaluate.")
 
@@ -209,6 +214,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     main = accelerator.is_main_process
     pipe = load_pipeline(config.model).to(accelerator.device)
     own_scheduler = pipe.scheduler
+    if config.num_images:  # before anything that takes long, for what cannot be used is said here
+        use_scheduler(pipe, config.scheduler)
+        extractor = feature_extractor(config.features, config.dataset, config.inception_weights).to(accelerator.device)
+        pipe.scheduler = own_scheduler
     size = pipe.unet.config.sample_size
     with accelerator.main_process_first():
         data = open_images(config, size if isinstance(size, int) else size[0], pipe.unet.config.in_channels)
@@ -246,7 +255,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.num_images:
         use_scheduler(pipe, config.scheduler)
         steps = default_steps(pipe, config.num_inference_steps)
-        extractor = feature_extractor(config.features, config.dataset, config.inception_weights).to(accelerator.device)
         quality = ImageQuality(extractor, seed=config.seed).to(accelerator.device)
         with accelerator.main_process_first():
             reference = real_features(data, extractor, config.cache_dir)
