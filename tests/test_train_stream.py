@@ -104,8 +104,8 @@ def test_two_processes_see_every_row_once_an_epoch(tmp_path, sizes, workers):
     assert np.mean(ahead) > 2  # shuffled, if only a little by a buffer of 7 rows
 
 
-@pytest.mark.parametrize("parts", [1, 3, 4, 7])
-@pytest.mark.parametrize("sizes", [[5, 0, 17, 1, 30], [2], [1, 1, 1], [40] * 7])
+@pytest.mark.parametrize("parts", [1, 4, 7])
+@pytest.mark.parametrize("sizes", [[5, 0, 17, 1, 30], [2], [1, 1, 1], [12] * 7])
 def test_the_parts_of_any_stream_make_up_every_epoch(tmp_path, sizes, parts):
     """Also with fewer files or rows than parts, files of no rows, and a buffer larger than the data."""
     data = stream_of(write(tmp_path / "x", sizes, group=8))
@@ -121,7 +121,7 @@ def test_the_parts_of_any_stream_make_up_every_epoch(tmp_path, sizes, parts):
         assert epoch == Counter(range(sum(sizes)))
 
 
-@pytest.mark.parametrize(("workers", "resumed_at"), [(0, (1, 2, 3, 10, 11, 25, 26, 39)), (2, (7, 12))])
+@pytest.mark.parametrize(("workers", "resumed_at"), [(0, (1, 2, 11, 26)), (2, (7,))])
 @pytest.mark.parametrize("sizes", [[25, 31, 40], [24, 24, 24, 24], [5]], ids=["uneven", "even", "tiny"])
 def test_a_stream_goes_on_from_any_batch(tmp_path, sizes, workers, resumed_at):
     """With bad rows among them, in files of parquet and over the ends of blocks and epochs."""
