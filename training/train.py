@@ -445,6 +445,15 @@ class Run:
             if self.pusher is not None:
                 logger.info("pushed: %s", self.pusher.finish())
 
+    def close(self) -> None:
+        """End workers, trackers and the process group. The distributed model goes before the group: were it the last to hold
+        the group, its destructor would wait, with Python's lock held, for threads that wait for that lock.
+        """
+        self.loader.close()
+        del self.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
 
 def averaged(network: torch.nn.Module, config: TrainingConfig) -> EMAModel | None:
     """The moving average of the weights, if there shall be one."""
@@ -471,11 +480,9 @@ def train(config: TrainingConfig) -> Path:
             run.updates()
             run.finish()
     except Stopped as stopped:
-        run.accelerator.end_training()
         raise Stopped(f"{stopped}; the same command with --resume latest goes on from there") from None
     finally:
-        run.loader.close()
-    run.accelerator.end_training()
+        run.close()
     return run.folder
 
 
