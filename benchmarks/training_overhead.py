@@ -3,20 +3,19 @@
     python benchmarks/training_overhead.py --output benchmarks/results/training_overhead.json
 
 Checkpoints: the seconds that training waits for one, and those that making it safe takes in the background, as a share of the
-time of as many updates as lie between two by default. Measurements: updates with and without them in turn, in one run.
+time of as many updates as lie between two by default. Measurements: the time of the timers and of the log, as a share of an
+update. (Updates with and without them in turn differ by less than updates do among themselves.)
 Imports training/.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,20 +26,10 @@ import torch
 from eval_parts import provenance
 from train import Run
 from train_config import TrainingConfig, parse_config
+from train_metrics import StepTimer
 from train_stop import in_any_process
 
 INTERVAL = TrainingConfig.checkpoint_every  # updates between checkpoints by default
-
-
-class NoTimer:
-    """A timer that measures nothing."""
-
-    @contextlib.contextmanager
-    def __call__(self, part: str, on_device: bool = True) -> Iterator[None]:
-        yield
-
-    def take(self) -> dict[str, float]:
-        return {}
 
 
 def seconds(function: Any, *arguments: Any) -> float:
@@ -49,27 +38,29 @@ def seconds(function: Any, *arguments: Any) -> float:
     return time.perf_counter() - began
 
 
-def measure_updates(run: Run, updates: int, block: int) -> dict[str, float]:
-    """Median seconds of an update with measurements and without, in alternating blocks; the log's line counts as a share
-    of the updates that it stands for.
-    """
-    timers = {"measured": run.timer, "bare": NoTimer()}
-    taken: dict[str, list[float]] = {name: [] for name in timers}
-    lines = []
+def measure_updates(run: Run, updates: int) -> dict[str, float]:
+    """Median seconds of an update, and of what measures it: the timers of an update and a line of the log."""
+    taken, timed, lines = [], [], []
     run.model.train()
     for done in range(updates):
-        name = ("measured", "bare")[done // block % 2]
-        run.timer = timers[name]
-        taken[name].append(seconds(run.update, done))
-        if name == "measured" and (done + 1) % block == 0:
+        taken.append(seconds(run.update, done))
+        timed.append(seconds(measure_nothing, run.config.gradient_accumulation_steps))
+        if (done + 1) % max(1, updates // 8) == 0:
             lines.append(seconds(run.report, done + 1))
-        elif (done + 1) % block == 0:
-            run.losses = []
-    run.timer = timers["measured"]
-    medians = {f"{name}_update_seconds": statistics.median(values) for name, values in taken.items()}
-    line = statistics.median(lines)
-    measured = medians["measured_update_seconds"] + line / run.config.log_every
-    return medians | {"log_line_seconds": line, "measurements_cost": measured / medians["bare_update_seconds"] - 1}
+    update, timers, line = (statistics.median(values) for values in (taken, timed, lines))
+    cost = (timers + line / run.config.log_every) / update
+    return {"update_seconds": update, "timer_seconds": timers, "log_line_seconds": line, "measurements_cost": cost}
+
+
+def measure_nothing(passes: int) -> None:
+    """The timers of an update, around nothing."""
+    timer = StepTimer(torch.device("cpu"))
+    for _ in range(passes):
+        for part in ("data", "forward", "backward"):
+            with timer(part):
+                pass
+    with timer("optimizer"):
+        pass
 
 
 def measure_checks(run: Run, repeats: int = 200) -> dict[str, float]:
@@ -101,11 +92,11 @@ def measure(config: TrainingConfig, updates: int, repeats: int) -> dict[str, Any
     run = Run(config)
     result: dict[str, Any] = {
         "parameters": run.parameters, "resolution": run.config.resolution, "batch_size": config.batch_size,
-        **measure_updates(run, updates, block=min(25, updates // 4)), **measure_checks(run),
+        **measure_updates(run, updates), **measure_checks(run),
         **measure_checkpoints(run, repeats),
     }  # fmt: skip
     run.loader.close()
-    update = result["bare_update_seconds"]
+    update = result["update_seconds"]
     result["finite_check_cost"] = result["finite_check_seconds"] / update
     result["checkpoint_cost"] = result["checkpoint_waited_seconds"] / (INTERVAL * update)
     busy = result["checkpoint_waited_seconds"] + result["checkpoint_background_seconds"]
@@ -115,7 +106,7 @@ def measure(config: TrainingConfig, updates: int, repeats: int) -> dict[str, Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--updates", type=int, default=400, help="of the digits recipe, half of them measured")
+    parser.add_argument("--updates", type=int, default=400, help="of the digits recipe")
     parser.add_argument("--repeats", type=int, default=5, help="checkpoints")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
@@ -124,7 +115,14 @@ def main() -> None:
         digits = replace(
             recipe, output_dir=f"{scratch}/digits", cache_dir=f"{scratch}/cache", max_train_steps=arguments.updates
         )
-        measured = {"digits recipe": measure(digits, arguments.updates, arguments.repeats)}
+        large = replace(
+            digits, output_dir=f"{scratch}/large", model="32", resolution=32, batch_size=1, max_train_steps=16,
+            mixed_precision=None,
+        )  # fmt: skip
+        measured = {
+            "digits recipe": measure(digits, arguments.updates, arguments.repeats),
+            "the preset for 32 pixels, batches of 1": measure(large, 16, arguments.repeats),
+        }
     report = {
         "command": f"python benchmarks/training_overhead.py {' '.join(sys.argv[1:])}",
         **provenance(torch.device("cpu")),
