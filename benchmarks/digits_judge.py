@@ -15,16 +15,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "training"))
 import torch
 from diffusers import DiffusionPipeline
 from sklearn.datasets import load_digits
 from torch import nn
+
+from eval_parts import provenance
 
 NUM_CLASSES = 10
 MAX_GREY = 16  # the digits have 17 grey levels, 0 to 16
@@ -254,7 +258,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     images = draw_images(arguments.folder, arguments.num_images, arguments.seed, arguments.steps, arguments.batch_size)
-    report = json.dumps(asdict(judge(images)), indent=2)
+    command = f"python benchmarks/digits_judge.py {Path(arguments.folder).name} --num_images {arguments.num_images}"
+    command += f" --seed {arguments.seed} --steps {arguments.steps}"
+    found = {"command": command, **provenance(torch.device("cpu")), **asdict(judge(images))}
+    report = json.dumps(found, indent=2)
     print(report)
     if arguments.output:
         arguments.output.write_text(report + "\n")

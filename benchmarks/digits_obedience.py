@@ -12,18 +12,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "training"))
 import torch
 import yaml
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline
 from ddpm_pipeline.pictures import grid, save_picture
+from ddpm_pipeline.pipeline_alpha_ddpm_text import prepare_prompt
 from digits_judge import NUM_CLASSES, fit_digits_classifier, load_digits_images
+from eval_parts import provenance
+from train_conditions import Captions
+from train_config import TrainingConfig
+from train_data import load_images
+from train_random import image_indices
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SEEN = "a handwritten {name}"
@@ -79,12 +87,6 @@ def judge(images: torch.Tensor) -> tuple[list[float], float]:
 
 def training_captions(folder: Path) -> Counter[str]:
     """Every caption that the run in `folder` drew, as the tokenizer saw it: a function of its configuration."""
-    from ddpm_pipeline.pipeline_alpha_ddpm_text import prepare_prompt
-    from train_conditions import Captions
-    from train_config import TrainingConfig
-    from train_data import load_images
-    from train_random import image_indices
-
     config = TrainingConfig(**yaml.safe_load((folder / "training_config.yaml").read_text("utf-8")))
     data = load_images(config.dataset, label_column=config.label_column, text_column=config.text_column)
     captions, seen = Captions(config, data), Counter()
@@ -132,7 +134,12 @@ def main() -> None:
             rows = images.view(NUM_CLASSES, -1, 1, 8, 8)[:, :12]
             save_picture(grid(rows.flatten(0, 1), columns=rows.shape[1]), arguments.picture)
     if arguments.output:
-        report = {"steps": arguments.steps, "judge_accuracy": fit_digits_classifier().held_out_accuracy}
+        report = {
+            "command": f"python benchmarks/digits_obedience.py {arguments.folder.name} --num_images {arguments.num_images} "
+            f"--num_unseen {arguments.num_unseen} --steps {arguments.steps} --seed {arguments.seed}",
+            **provenance(torch.device("cpu")),
+        }
+        report |= {"steps": arguments.steps, "judge_accuracy": fit_digits_classifier().held_out_accuracy}
         arguments.output.write_text(json.dumps(report | {"results": results}, indent=2) + "\n")
 
 

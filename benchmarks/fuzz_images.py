@@ -14,14 +14,12 @@ import faulthandler
 import io
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
-from datetime import UTC, datetime
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "training"))
@@ -30,8 +28,10 @@ import numpy as np
 import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 
+from eval_parts import provenance
 from train_images import BadImage, image_pixels, image_shape
 
 SECONDS = 10  # that one file may take
@@ -209,8 +209,7 @@ def main() -> None:
         "limit_mb": round(LIMIT / 1e6),
         "limit_seconds": SECONDS,
         "command": f"python benchmarks/fuzz_images.py --files {args.files} --seed {args.seed}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {"python": platform.python_version(), "pillow": PIL.__version__, "numpy": np.__version__},
+        **provenance(torch.device("cpu"), PIL, np),
     }
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "fuzz_images.json").write_text(json.dumps(result, indent=2) + "\n")

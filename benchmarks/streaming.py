@@ -12,14 +12,14 @@ import argparse
 import io
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from datetime import UTC, datetime
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "training"))
 
 LIMIT = 2 * 10**9  # bytes
 ROWS_A_GROUP = 10_000
@@ -56,7 +56,6 @@ def write_images(folder: Path, rows: int, files: int = FILES) -> int:
 
 def go_through(folder: str, rows: int, workers: int, batch_size: int) -> None:
     """One epoch, in this process; prints what was found as JSON."""
-    sys.path.append(str(Path(__file__).resolve().parent.parent / "training"))
     import torch
 
     from train_batches import batch_loader
@@ -150,15 +149,14 @@ def main() -> None:
     import datasets
     import torch
 
+    from eval_parts import provenance
+
     result |= {
         "limit_mb": LIMIT // 10**6,
         "command": f"python benchmarks/streaming.py --rows {args.rows} --workers {args.workers}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "datasets": datasets.__version__,
-        },
+        **provenance(torch.device("cpu"), datasets),
         "cores": os.cpu_count(),
-    }  # fmt: skip
+    }
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "streaming.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

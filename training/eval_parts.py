@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import diffusers
@@ -114,13 +115,16 @@ def feature_extractor(name: str, dataset: str, inception_weights: str | None) ->
     return extractor.eval()
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """When, with what versions and on what processor a figure was measured."""
+def provenance(device: torch.device, *libraries: ModuleType) -> dict[str, Any]:
+    """When, with what versions and on what processor a figure was measured; `libraries` are further ones that matter."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "processor": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
-        "versions": {"ddpm-pipeline": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        "versions": {
+            "ddpm-pipeline": __version__,
+            **{library.__name__: library.__version__ for library in (torch, diffusers, *libraries)},
+        },
     }
 
 
