@@ -57,9 +57,7 @@ from train_update import NumericalError, Updater
 
 logger = logging.getLogger("train")
 
-LONGEST_WAIT = timedelta(
-    hours=12
-)  # for the main process, which preprocesses and draws; one that dies is noticed at once
+LONGEST_WAIT = timedelta(hours=12)  # for the main process as it preprocesses and draws; if it dies, that shows at once
 REPLICATED = (
     DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU,
     DistributedType.MULTI_NPU, DistributedType.MULTI_MLU, DistributedType.MULTI_HPU,
