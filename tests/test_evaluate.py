@@ -16,7 +16,7 @@ import train
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
 from ddpm_pipeline.hub import build_card, export
 from helpers import run_command, tiny_unet
-from train_config import ConfigError, parse_config
+from train_config import ConfigError, TrainingConfig, parse_config
 
 QUICK = ["--num_cpu_threads", "1"]
 
@@ -162,7 +162,7 @@ def test_training_evaluates_on_the_way(tmp_path, cache):
         "beta_end": 0.6, "batch_size": 8, "max_train_steps": 6, "preview_every": 0, "checkpoint_every": 3, "num_samples": 1,
         "lr_warmup_steps": 1, "learning_rate": 0.001, "mixed_precision": "no", "log_every": 3, "cache_dir": cache,
         "variance_type": "learned_range", "objective": "bound", "timestep_sampling": "importance",
-        "eval_every": 3, "eval_images": 6, "eval_calls": 5,
+        "eval_every": 3, "eval_images": 6, "eval_calls": 5, "eval_samples": 6, "preview_inference_steps": 3,
     }  # fmt: skip
     logs = []
     for processes in (1, 2):
@@ -176,6 +176,9 @@ def test_training_evaluates_on_the_way(tmp_path, cache):
         logs.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
     evaluated = [[entry["eval_bits_per_dim"] for entry in log if "eval_bits_per_dim" in entry] for log in logs]
     assert len(evaluated[0]) == 2
+    for log in logs:
+        judged = [entry for entry in log if "eval_bits_per_dim" in entry]
+        assert all(0 < entry["eval_fid"] < 1000 and 0 <= entry["eval_precision"] <= 1 for entry in judged)
     assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-3)
     losses = [[entry["loss"] for entry in log if "loss" in entry] for log in logs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -185,3 +188,9 @@ def test_training_evaluates_on_the_way(tmp_path, cache):
     arguments = [f"--{name}={value}" for name, value in flags.items() if name not in ("objective", "variance_type")]
     with pytest.raises(ConfigError, match="learned_range"):
         train.train(parse_config([*arguments, "--objective", "hybrid", "--output_dir", str(tmp_path / "wrong")]))
+    with pytest.raises(ConfigError, match=r"--eval_features nonsense:f: .* MODULE:FUNCTION"):
+        train.train(
+            TrainingConfig(eval_every=1, eval_samples=5, eval_features="nonsense:f", output_dir=str(tmp_path / "w"))
+        )
+    with pytest.raises(ConfigError, match="--eval_samples 5 does not go with --eval_every 0"):
+        TrainingConfig(eval_samples=5)

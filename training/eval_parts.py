@@ -1,4 +1,4 @@
-"""What evaluate.py and generate.py share: any pipeline, a sampler of choice, images by their number, work split evenly.
+"""What evaluate.py, generate.py and evaluation during training share: any pipeline, samplers, images by number, judges.
 
 Imports diffusers, torch and the package.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import datasets
 import diffusers
 import torch
 from accelerate import Accelerator
@@ -25,10 +26,12 @@ from diffusers import (
 from torch import nn
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, __version__
-from ddpm_pipeline.quality import InceptionFeatures
+from ddpm_pipeline.quality import InceptionFeatures, cached_features, extract
 from train_config import ConfigError
+from train_data import ImageData
 from train_random import Stream, seeds
 
+REAL_BATCH = 256  # images whose features are extracted at once
 SCHEDULERS: dict[str, type] = {
     "ddpm": AlphaDDPMScheduler,
     "stock-ddpm": DDPMScheduler,
@@ -92,15 +95,18 @@ def my_batches(count: int, batch_size: int, accelerator: Accelerator) -> list[ra
     return batches[bounds[accelerator.process_index] : bounds[accelerator.process_index + 1]]
 
 
-def feature_extractor(name: str, dataset: str, inception_weights: str | None) -> nn.Module:
-    """The network that quality is judged by: "digits", "inception", or MODULE:FUNCTION that returns one."""
+def feature_extractor(name: str, dataset: str, inception_weights: str | None, option: str = "--features") -> nn.Module:
+    """The network that quality is judged by: "digits", "inception", or MODULE:FUNCTION that returns one.
+
+    Raises ConfigError, with the `option` that named it, where it cannot be used.
+    """
     if name == "auto":
         name = "digits" if dataset == "digits" else "inception"
     if name == "inception":
         try:
             return InceptionFeatures(inception_weights)
         except (ModuleNotFoundError, FileNotFoundError) as error:
-            raise ConfigError(f"--features inception: {error}") from error
+            raise ConfigError(f"{option} inception: {error}") from error
     if name == "digits":
         name = "digits_judge:fit_digits_classifier"
         sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -109,10 +115,23 @@ def feature_extractor(name: str, dataset: str, inception_weights: str | None) ->
         extractor: Any = getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"--features {name}: {error}. Use auto, digits, inception, or MODULE:FUNCTION, where the function returns a "
+            f"{option} {name}: {error}. Use auto, digits, inception, or MODULE:FUNCTION, where the function returns a "
             "torch module from images [B, C, H, W] in [-1, 1] to features [B, F]."
         ) from error
     return extractor.eval()
+
+
+def real_features(data: ImageData, extractor: nn.Module, cache_dir: str | None) -> torch.Tensor:
+    """Features [N, F] of all of the data, from the cache by its fingerprint."""
+
+    def compute() -> torch.Tensor:
+        rows = [range(start, min(start + REAL_BATCH, len(data))) for start in range(0, len(data), REAL_BATCH)]
+        with torch.no_grad():
+            device = next(iter(extractor.state_dict().values()), torch.empty(0)).device
+            return torch.cat([extract(extractor, data.pixels(batch).to(device))[0].cpu() for batch in rows])
+
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ddpm_pipeline"
+    return cached_features(folder, data.fingerprint, extractor, compute)
 
 
 def provenance(device: torch.device, *libraries: ModuleType) -> dict[str, Any]:

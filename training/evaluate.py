@@ -16,18 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from ddpm_pipeline import AlphaDDPMPipeline
 from ddpm_pipeline.hub import Measurement, record_evaluation
 from ddpm_pipeline.likelihood import BitsPerDim, bits_per_dim
-from ddpm_pipeline.quality import ImageQuality, cached_features, extract
+from ddpm_pipeline.quality import ImageQuality
 from eval_parts import (
     SCHEDULERS,
     default_steps,
@@ -36,6 +34,7 @@ from eval_parts import (
     load_pipeline,
     my_batches,
     provenance,
+    real_features,
     use_scheduler,
 )
 from train_config import ConfigError
@@ -45,7 +44,6 @@ from train_skipped import SHOWN, describe
 from train_stream import open_stream
 
 FEWEST_IMAGES = 5  # that ImageQuality takes with its three neighbours
-REAL_BATCH = 256  # images whose features are extracted at once
 
 
 @dataclass(frozen=True)
@@ -182,19 +180,6 @@ def open_images(config: EvaluateConfig, resolution: int, channels: int) -> Image
         return load_images(config.dataset, **options)
     count = max(config.num_images, config.num_likelihood_images)
     return open_stream(config.dataset, **options).stored(count, config.cache_dir)
-
-
-def real_features(data: ImageData, extractor: nn.Module, cache_dir: str | None) -> torch.Tensor:
-    """Features [N, F] of all of the data, from the cache by its fingerprint."""
-
-    def compute() -> torch.Tensor:
-        rows = [range(start, min(start + REAL_BATCH, len(data))) for start in range(0, len(data), REAL_BATCH)]
-        with torch.no_grad():
-            device = next(iter(extractor.state_dict().values()), torch.empty(0)).device
-            return torch.cat([extract(extractor, data.pixels(batch).to(device))[0].cpu() for batch in rows])
-
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ddpm_pipeline"
-    return cached_features(folder, data.fingerprint, extractor, compute)
 
 
 def share(rows: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:

@@ -30,7 +30,6 @@ import train_push
 import train_stop
 from ddpm_pipeline import AlphaDDPMScheduler
 from ddpm_pipeline.hub import PushError, build_card, export
-from ddpm_pipeline.likelihood import bits_per_dim
 from ddpm_pipeline.objectives import min_snr_weights, per_image_loss, timestep_sampler
 from train_batches import batch_loader, open_data
 from train_checkpoint import (
@@ -45,6 +44,7 @@ from train_checkpoint import (
 from train_conditions import Conditions, build_conditions
 from train_config import ConfigError, TrainingConfig, parse_config
 from train_data import DataError, ImageData, to_model_range
+from train_evaluation import Evaluation
 from train_metrics import MetricsLog, StepTimer, memory
 from train_model import build_model, objective_for
 from train_push import Pusher, is_hub_dataset, public, recipe_command
@@ -144,26 +144,6 @@ def draw_grid(
     count = count if condition is None else len(condition[1])
     guidance = config.preview_guidance if config.condition_dropout else 1.0
     save_picture(grid(draw(pipe, count, steps, config.seed, batch, condition, guidance), columns), path)
-
-
-def evaluate_briefly(
-    unet: torch.nn.Module, scheduler: AlphaDDPMScheduler, data: ImageData | StreamData, config: TrainingConfig
-) -> dict[str, float]:
-    """Bits per dimension of the same few images with the same noise every time, estimated from a few timesteps each."""
-    images = data.examples(config.eval_images, config.seed)
-    count = len(images)
-    noise_seeds = seeds(config.seed, Stream.NOISE, 0, count).tolist()
-    result = bits_per_dim(
-        unet,
-        scheduler,
-        to_model_range(images),
-        num_evaluated=config.eval_calls,
-        batch_size=config.batch_size // config.gradient_accumulation_steps,
-        generator=[torch.Generator().manual_seed(noise_seed) for noise_seed in noise_seeds],
-        progress=False,
-    ).total
-    error = {"eval_bits_per_dim_error": float(result.std() / count**0.5)} if count > 1 else {}
-    return {"eval_bits_per_dim": float(result.mean()), **error}
 
 
 # ---- the run --------------------------------------------------------------------------------------
@@ -268,6 +248,7 @@ class Run:
             data.channels, self.parameters / 1e6, self.first_step, self.max_train_steps, config.batch_size,
             accelerator.device, accelerator.mixed_precision, torch.get_num_threads(),
         )  # fmt: skip
+        self.evaluation = Evaluation(config, data, accelerator.device) if config.eval_every else None
         self.log = MetricsLog(accelerator, folder / "metrics.jsonl", self.first_step)
         self.timer = StepTimer(accelerator.device)
         self.losses: list[torch.Tensor] = []  # of the updates since the last line of the log
@@ -367,7 +348,7 @@ class Run:
         config = self.config
         before_end = done < self.max_train_steps
         preview = config.preview_every and done % config.preview_every == 0 and before_end
-        evaluation = config.eval_every and done % config.eval_every == 0
+        evaluation = self.evaluation is not None and done % config.eval_every == 0
         push = self.config.push_to_hub and config.push_every and done % config.push_every == 0 and before_end
         if not (preview or evaluation or push):
             return False
@@ -379,7 +360,7 @@ class Run:
                     if push:
                         self.pusher.push_soon(done, lambda snapshot: self.save_model(snapshot, done))
                     if evaluation:
-                        self.log(evaluate_briefly(self.unet, self.scheduler, self.data, config), done)
+                        self.log(self.evaluation(self.pipe, self.scheduler), done)
         (stopping,) = in_any_process(self.accelerator, self.stop.reason is not None)
         self.window_began = time.monotonic()
         return stopping

@@ -48,7 +48,8 @@ FREE_TO_CHANGE = frozenset(
         "num_train_epochs", "gradient_checkpointing", "channels_last", "num_cpu_threads", "output_dir", "overwrite", "resume",
         "max_bad_fraction", "max_train_time", "checkpoint_every", "checkpoints_total_limit", "preview_every",
         "preview_images", "preview_inference_steps", "preview_prompts", "preview_guidance", "num_samples", "eval_every",
-        "eval_images", "eval_calls", "log_every", "report_to", "push_to_hub", "hub_model_id", "hub_private", "hub_license",
+        "eval_images", "eval_calls", "eval_samples", "eval_features",
+        "log_every", "report_to", "push_to_hub", "hub_model_id", "hub_private", "hub_license",
         "push_every", "push_logs",
     )
 )  # fmt: skip

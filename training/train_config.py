@@ -160,9 +160,15 @@ class TrainingConfig:
     preview_every: int = _option(1000, "Updates between preview pictures; 0 draws none.")
     preview_images: int = _option(64, "Images in a preview.")
     preview_inference_steps: int = _option(100, "Reverse steps of a preview.")
-    eval_every: int = _option(0, "Updates between evaluations of the averaged weights in bits per dimension; 0: none.")
+    eval_every: int = _option(0, "Updates between evaluations of the averaged weights; 0: none (docs/evaluation.md).")
     eval_images: int = _option(64, "Images of the data that such an evaluation is of.")
     eval_calls: int = _option(50, "Network calls an image that it takes, at least 3.")
+    eval_samples: int = _option(
+        0, "Images drawn for FID, KID, precision and recall at each evaluation; 0 for none, else at least 5."
+    )
+    eval_features: str = _option(
+        "auto", "Judge of these: digits, inception, MODULE:FUNCTION, or auto (digits for digits)."
+    )
     num_samples: int = _option(64, "Images in the final samples.png, drawn over the full chain.")
     log_every: int = _option(50, "Updates between lines of the log.")
     report_to: str = _option("none", "Tracker: none, tensorboard or wandb.")
@@ -180,7 +186,7 @@ class TrainingConfig:
             "batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "checkpoints_total_limit": 1,
             "log_every": 1, "preview_images": 1, "preview_inference_steps": 1, "num_samples": 1, "seed": 0,
             "lr_warmup_steps": 0, "push_every": 0, "checkpoint_every": 0, "preview_every": 0, "dataloader_num_workers": 0,
-            "eval_every": 0, "eval_images": 1, "eval_calls": 3, "shuffle_buffer": 1,
+            "eval_every": 0, "eval_images": 1, "eval_calls": 3, "eval_samples": 0, "shuffle_buffer": 1,
         }.items():  # fmt: skip
             self._require(name, getattr(self, name) >= low, f"at least {low}")
         positive_time = self.max_train_time is None or 0 < self.max_train_time < math.inf
@@ -212,6 +218,10 @@ class TrainingConfig:
         self._require("timestep_sampling", known_sampling, f"one of {', '.join(TIMESTEP_SAMPLINGS)}")
         if self.objective == "bound" and self.snr_gamma is not None:
             raise ConfigError("--snr_gamma weights the squared error, which --objective bound does not have; drop one.")
+        self._require("eval_samples", self.eval_samples == 0 or self.eval_samples >= 5, "0 or at least 5")
+        if self.eval_samples and (self.streaming or not self.eval_every):
+            clash = "--streaming, for it compares with all of the data" if self.streaming else "--eval_every 0"
+            raise ConfigError(f"--eval_samples {self.eval_samples} does not go with {clash}; leave one out.")
         if self.eval_every and self.condition != "none":
             raise ConfigError(
                 "--eval_every measures models without a condition; leave it out, or use --condition none."
