@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -251,6 +252,7 @@ class Run:
         self.evaluation = Evaluation(config, data, accelerator.device) if config.eval_every else None
         self.log = MetricsLog(accelerator, folder / "metrics.jsonl", self.first_step)
         self.timer = StepTimer(accelerator.device)
+        self.spent: Counter[str] = Counter()  # seconds by part of an update
         self.losses: list[torch.Tensor] = []  # of the updates since the last line of the log
         self.grad_norm = float("nan")  # of the last update
         self.window_began = time.monotonic()
@@ -285,6 +287,14 @@ class Run:
                     self.checkpoints.close()
                     raise Stopped(f"stopped by {self.stop.reason or 'another process'} after update {done}")
         self.checkpoints.close()
+        self.tell_costs()
+
+    def tell_costs(self) -> None:
+        total = self.spent.total() or 1.0
+        parts = ", ".join(f"{part} {seconds / total:.1%}" for part, seconds in self.spent.most_common())
+        used = ", ".join(f"{name} {gib:.2f}" for name, gib in memory(self.accelerator.device).items())
+        left_out = f"{self.updater.skipped} updates and {len(self.skipped or ())} rows left out"
+        logger.info("where the time of updates went: %s; %s; %s", parts, used, left_out)
 
     def update(self, step: int) -> bool:
         """Forward and backward passes and the optimiser's step; whether any process was asked to stop."""
@@ -333,6 +343,7 @@ class Run:
         metrics["skipped_updates"] = self.updater.skipped
         for part, seconds in self.timer.take().items():
             metrics[f"{part}_seconds"] = seconds / max(updates, 1)
+            self.spent[part] += seconds
         self.note_skipped()
         if self.skipped:
             metrics["skipped_rows"] = len(self.skipped)
