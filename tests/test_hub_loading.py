@@ -38,7 +38,7 @@ MALFORMED = {
     "nan": (SCHEDULER, {"beta_start": float("nan")}, "NaN"),
     "wide": ("unet/config.json", {"block_out_channels": [10**12, 8]}, "block_out_channels=1000000000000"),
     "typed": ("unet/config.json", {"sample_size": "8"}, "wrong type"),
-    "climbing": (INDEX, {"../../evil": ["diffusers", "UNet2DModel"]}, "evil"),
+    "climbing": (INDEX, {"../../climbed": ["diffusers", "UNet2DModel"]}, "climbed"),
     "executing": (INDEX, {"unet": ["os", "system"]}, "os"),
     "torn": (SCHEDULER, b"{", "scheduler_config.json"),
     "torn-index": (INDEX, b"{", "model_index.json is not a valid config"),
@@ -52,7 +52,7 @@ def malformed(hub: hub_server.Hub, sound: Path) -> None:
     for name, (file, change, _) in MALFORMED.items():
         changed = change if isinstance(change, bytes) else json.dumps(json.loads(files[file]) | change).encode()
         hub.write(f"org/{name}", {**files, file: changed})
-    climbing = {f"scheduler/{'../' * depth}evil-{depth}.json": b"{}" for depth in range(1, 9)}
+    climbing = {f"scheduler/{'../' * depth}climbed-{depth}.json": b"{}" for depth in range(1, 9)}
     hub.write("org/tricky", {**files, **climbing})
 
 
@@ -407,7 +407,7 @@ def check_malformed_repositories_end_in_an_error_and_write_nothing_outside():
     except (ValueError, OSError):
         pass
     found = [name for _, folders, files in os.walk(outside) for name in folders + files]  # other tests write there too
-    assert not [name for name in found if name.startswith("evil")]
+    assert not [name for name in found if name.startswith("climbed")]
 
 def check_push_to_hub_of_a_pipeline():
     pipe = AlphaDDPMPipeline.from_pretrained("org/own")
