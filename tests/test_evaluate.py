@@ -15,6 +15,7 @@ import generate
 import train
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
 from ddpm_pipeline.hub import build_card, export
+from eval_parts import draw_uint8, load_pipeline, use_scheduler
 from helpers import run_command, tiny_unet
 from train_config import ConfigError, TrainingConfig, parse_config
 
@@ -111,6 +112,14 @@ def test_what_cannot_be_evaluated_is_said(model, cache, arguments, message, monk
     arguments = [str(model) if argument == "MODEL" else argument for argument in arguments]
     with pytest.raises(ConfigError, match=message):
         run_evaluate("--likelihood_steps", "1", "--cache_dir", cache, *arguments)
+
+
+def test_images_that_are_not_numbers_are_no_images(model, cache):
+    """Diffusers 0.42.1: the last two timesteps of UniPC are the same where there are as many steps as timesteps."""
+    pipe = load_pipeline(str(model))
+    use_scheduler(pipe, "unipc")
+    with pytest.raises(ConfigError, match="UniPCMultistepScheduler gives values that are not numbers in 12 steps"):
+        draw_uint8(pipe, range(2), seed=0, steps=12)
 
 
 def test_error_is_one_line(cache):

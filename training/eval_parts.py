@@ -72,11 +72,17 @@ def default_steps(pipe: AlphaDDPMPipeline, num_inference_steps: int | None) -> i
 def draw_uint8(pipe: AlphaDDPMPipeline, indices: Sequence[int], seed: int, steps: int) -> torch.Tensor:
     """The images with these numbers, uint8 [b, C, H, W] on the CPU; each a function of (seed, number) and the model.
 
-    The first ones are those of a training run's samples.png, which draws with the run's seed.
+    The first ones are those of a training run's samples.png, which draws with the run's seed. Raises ConfigError where the
+    sampler gives values that are not numbers.
     """
     image_seeds = seeds(seed, Stream.PREVIEW, 0, max(indices) + 1)[list(indices)]
     generators = [torch.Generator(pipe.device).manual_seed(int(image_seed)) for image_seed in image_seeds]
     images = pipe(len(generators), generators, num_inference_steps=steps, output_type="pt").images
+    if not images.isfinite().all():
+        raise ConfigError(
+            f"{type(pipe.scheduler).__name__} gives values that are not numbers in {steps} steps of this model; use fewer "
+            "--num_inference_steps or another --scheduler (diffusers' multistep solvers do so where steps = T)."
+        )
     return images.float().mul(255).round().to(torch.uint8).cpu()
 
 

@@ -3,6 +3,7 @@
 Imports torch, the package and parts of evaluate.py. Called by train.py's main process.
 """
 
+import logging
 import math
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import nn
 from ddpm_pipeline.likelihood import bits_per_dim
 from ddpm_pipeline.quality import ImageQuality
 from eval_parts import draw_uint8, feature_extractor, real_features
-from train_config import TrainingConfig
+from train_config import ConfigError, TrainingConfig
 from train_data import ImageData, to_model_range
 from train_random import Stream, seeds
 from train_stream import StreamData
+
+logger = logging.getLogger("train")
 
 FIGURES = ("fid", "kid", "precision", "recall")
 
@@ -61,7 +64,11 @@ class Evaluation:
         quality.add_real_features(real_features(self.data, judge, config.cache_dir).to(pipe.device))
         for start in range(0, config.eval_samples, self.batch_size):
             batch = range(start, min(start + self.batch_size, config.eval_samples))
-            images = draw_uint8(pipe, batch, config.seed, config.preview_inference_steps)
+            try:
+                images = draw_uint8(pipe, batch, config.seed, config.preview_inference_steps)
+            except ConfigError as error:  # no reason to end the run
+                logger.warning("samples cannot be judged: %s", error)
+                return {}
             quality.update(images.to(pipe.device), real=False)
         figures = quality.compute()._asdict()
         return {f"eval_{name}": figures[name] for name in FIGURES if not math.isnan(figures[name])}
