@@ -164,15 +164,17 @@ def table(report: dict[str, Any]) -> str:
         for name in names:
             cells = []
             for n in steps:
-                value = by_key.get((name, n), {}).get(key)
-                text = "" if value is None else f"{value:.{digits}f}"
+                row = by_key.get((name, n), {})
+                value = row.get(key)
+                text = ("fails" if "error" in row else "") if value is None else f"{value:.{digits}f}"
                 cells.append(f"**{text}**" if value is not None and value == best[n] else text)
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     settings = report["settings"]
     lines += [
         f"Fréchet distances are of {settings['num_images']} drawn images, bounds the mean over {settings['num_bound_images']} "
-        f"digits; real halves are {report['frechet_distance_of_real_halves']:.2f} apart.",
+        f"digits; real halves are {report['frechet_distance_of_real_halves']:.2f} apart. Over all timesteps there is "
+        "nothing to choose; a sampler fails where it raises an error or gives values that are not numbers.",
         "",
         f"`{report['command']}`, {report['date']}, {report['processor']}, {report['threads']} threads, "
         + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
