@@ -16,8 +16,9 @@ TRAIN = [
     "pyyaml>=6.0",
     "tqdm>=4.66",
     "psutil>=5.9",
+    "torchmetrics>=1.6",
 ]
-EVAL = [*TRAIN, "torchmetrics>=1.6", "scipy>=1.11", "matplotlib>=3.8"]
+EVAL = [*TRAIN, "scipy>=1.11", "matplotlib>=3.8"]
 INCEPTION = ["torchmetrics[image]>=1.6"]  # torchvision and torch-fidelity, for published FIDs
 TEST = [
     *EVAL,
