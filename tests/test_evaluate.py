@@ -1,6 +1,7 @@
 """evaluate.py and generate.py by one process and by two; the two are started as people start them."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from datasets import load_dataset
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import generate
@@ -112,6 +114,15 @@ def test_what_cannot_be_evaluated_is_said(model, cache, arguments, message, monk
     arguments = [str(model) if argument == "MODEL" else argument for argument in arguments]
     with pytest.raises(ConfigError, match=message):
         run_evaluate("--likelihood_steps", "1", "--cache_dir", cache, *arguments)
+
+
+def test_missing_weights_are_named(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model")
+    weights = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+    del weights["conv_in.bias"]
+    save_file(weights, folder / "unet/diffusion_pytorch_model.safetensors")
+    with pytest.raises(ConfigError, match=r"no weights for conv_in\.bias of its network"):
+        load_pipeline(str(folder))
 
 
 def test_images_that_are_not_numbers_are_no_images(model, cache):

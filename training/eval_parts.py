@@ -51,6 +51,8 @@ def load_pipeline(model: str) -> AlphaDDPMPipeline:
         raise ConfigError(
             f"--model {model} has a conditional network; this command draws and judges unconditional ones."
         )
+    if missing := [name for name, weight in pipe.unet.named_parameters() if weight.is_meta]:
+        raise ConfigError(f"--model {model} has no weights for {', '.join(missing[:3])} of its network; save it anew.")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
