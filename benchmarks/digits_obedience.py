@@ -24,14 +24,14 @@ import torch
 import yaml
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline
-from ddpm_pipeline.pictures import grid, save_picture
 from ddpm_pipeline.pipeline_alpha_ddpm_text import prepare_prompt
+from ddpm_pipeline.support.draws import image_indices
+from ddpm_pipeline.support.pictures import grid, save_picture
 from digits_judge import NUM_CLASSES, fit_digits_classifier, load_digits_images
 from eval_parts import provenance
 from train_conditions import Captions
 from train_config import TrainingConfig
 from train_data import load_images
-from train_random import image_indices
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SEEN = "a handwritten {name}"

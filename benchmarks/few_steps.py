@@ -31,9 +31,9 @@ from ddpm_pipeline.likelihood import (
     with_analytic_variance,
 )
 from ddpm_pipeline.quality import frechet_distance
+from ddpm_pipeline.support.draws import image_indices
 from digits_judge import fit_digits_classifier, frechet_distance_of_halves, load_digits_images
 from eval_parts import draw_uint8, load_pipeline, provenance
-from train_random import image_indices
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -10,8 +10,8 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, describe_conditions
-from ddpm_pipeline.pictures import save_gif, save_strip, strip
 from ddpm_pipeline.sampling_alpha_ddpm import guide
+from ddpm_pipeline.support.pictures import save_gif, save_strip, strip
 from helpers import tiny_unet
 
 MEANS = torch.tensor([-0.5, 0.5, 0.0])  # of two classes, and of "no class"

@@ -13,11 +13,11 @@ from scipy import stats
 import train_samples
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
 from ddpm_pipeline.objectives import mean_squared_error, min_snr_weights
+from ddpm_pipeline.support.draws import Stream, image_indices, noise_of, seeds, uniform
 from helpers import TINY_UNET
 from train_checkpoint import prepare_output_folder
 from train_config import CONFIGS, ConfigError, TrainingConfig, options_table, parse_config
 from train_model import PRESETS, build_model
-from train_random import Stream, image_indices, noise_of, seeds, uniform
 
 # ---- randomness
 

@@ -26,6 +26,7 @@ from ddpm_pipeline import AlphaDDPMPipeline
 from ddpm_pipeline.hub import Measurement, record_evaluation
 from ddpm_pipeline.likelihood import BitsPerDim, bits_per_dim
 from ddpm_pipeline.quality import ImageQuality
+from ddpm_pipeline.support.draws import Stream, image_indices, seeds
 from eval_parts import (
     SCHEDULERS,
     default_steps,
@@ -39,7 +40,6 @@ from eval_parts import (
 )
 from train_config import ConfigError
 from train_data import DataError, ImageData, load_images, to_model_range
-from train_random import Stream, image_indices, seeds
 from train_skipped import SHOWN, describe
 from train_stream import open_stream
 

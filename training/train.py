@@ -32,6 +32,7 @@ import train_stop
 from ddpm_pipeline import AlphaDDPMScheduler
 from ddpm_pipeline.hub import PushError, build_card, export
 from ddpm_pipeline.objectives import min_snr_weights, per_image_loss, timestep_sampler
+from ddpm_pipeline.support.draws import Stream, noise_of, seeds
 from train_batches import batch_loader, open_data
 from train_checkpoint import (
     CONFIG_FILE,
@@ -49,7 +50,6 @@ from train_evaluation import Evaluation
 from train_metrics import MetricsLog, StepTimer, memory
 from train_model import build_model, objective_for
 from train_push import Pusher, is_hub_dataset, public, recipe_command
-from train_random import Stream, noise_of, seeds
 from train_samples import draw, draw_process, grid, save_picture
 from train_skipped import SkippedLog
 from train_stop import Stopped, StopRequest, in_any_process

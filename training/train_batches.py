@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ddpm_pipeline.objectives import timestep_quantiles
+from ddpm_pipeline.support.draws import Stream, image_indices, seeds, uniform
 from train_conditions import Conditions
 from train_config import ConfigError, TrainingConfig
 from train_data import ImageData, images_of, load_images
-from train_random import Stream, image_indices, seeds, uniform
 from train_skipped import SHOWN, DataError, SkippedRow, check_bad_fraction
 from train_stop import ignore_signals_in_worker
 from train_stream import JUDGED_ROWS, Cut, Position, StreamData, cut, open_stream, rows_of_part

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 
+from ddpm_pipeline.support.draws import image_indices
 from train_columns import (
     DIGEST,
     FILE,
@@ -41,7 +42,6 @@ from train_columns import (
     missing_value,
 )
 from train_images import BadImage, check_channels, check_resolution, image_file, image_pixels, image_shape
-from train_random import image_indices
 from train_skipped import DataError, SkippedRow, check_bad_fraction, skipped_row
 from train_sources import Source, hash_of, load_source, summary
 

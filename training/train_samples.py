@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ddpm_pipeline.pictures import GAP, grid, save_picture, strip
-from train_random import Stream, seeds
+from ddpm_pipeline.support.draws import Stream, seeds
+from ddpm_pipeline.support.pictures import GAP, grid, save_picture, strip
 
 __all__ = ["GAP", "draw", "draw_process", "grid", "save_picture"]
 

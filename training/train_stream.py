@@ -22,6 +22,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset
 from datasets.arrow_writer import ArrowWriter
 
+from ddpm_pipeline.support.draws import block_order, shard_order
 from train_columns import (
     check_column,
     check_text_column,
@@ -34,7 +35,6 @@ from train_columns import (
 )
 from train_data import PREPROCESSING_VERSION, ImageData, cache_features, cache_table, image_data, images_of
 from train_images import BadImage, check_channels, check_resolution, image_file, image_pixels
-from train_random import block_order, shard_order
 from train_skipped import DataError, SkippedRow, check_bad_fraction, skipped_row
 from train_sources import as_data_error, hash_of, load_source
 
