@@ -24,6 +24,7 @@ import torch
 import yaml
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline
+from ddpm_pipeline.data.mapped import load_images
 from ddpm_pipeline.pipeline_alpha_ddpm_text import prepare_prompt
 from ddpm_pipeline.support.draws import image_indices
 from ddpm_pipeline.support.pictures import grid, save_picture
@@ -31,7 +32,6 @@ from digits_judge import NUM_CLASSES, fit_digits_classifier, load_digits_images
 from eval_parts import provenance
 from train_conditions import Captions
 from train_config import TrainingConfig
-from train_data import load_images
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SEEN = "a handwritten {name}"

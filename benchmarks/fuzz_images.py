@@ -31,8 +31,8 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from ddpm_pipeline.data.images import BadImage, image_pixels, image_shape
 from eval_parts import provenance
-from train_images import BadImage, image_pixels, image_shape
 
 SECONDS = 10  # that one file may take
 LIMIT = 1.5e9  # bytes of growth
@@ -170,7 +170,7 @@ def through_load_images(count: int, seed: int, good: list[bool]) -> dict:
     """All files as a data set: exactly those that became pixels are left."""
     import datasets
 
-    from train_data import load_images
+    from ddpm_pipeline.data.mapped import load_images
 
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:

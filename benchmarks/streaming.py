@@ -58,9 +58,9 @@ def go_through(folder: str, rows: int, workers: int, batch_size: int) -> None:
     """One epoch, in this process; prints what was found as JSON."""
     import torch
 
+    from ddpm_pipeline.data.streamed import open_stream
     from train_batches import batch_loader
     from train_config import TrainingConfig
-    from train_stream import open_stream
 
     torch.set_num_threads(1)
     data = open_stream(folder, resolution=8)

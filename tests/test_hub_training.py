@@ -71,7 +71,7 @@ def check_data_set_is_pushed():
 
 def check_data_set_from_the_hub_is_read_as_it_was():
     import numpy as np
-    from train_data import load_images
+    from ddpm_pipeline.data.mapped import load_images
     data = load_images("org/pictures")
     assert (data.resolution, data.channels, data.class_names, data.name) == (8, 1, ["a", "b"], "org/pictures")
     assert (data.pixels(range(24)).numpy()[:, 0] == np.load("pictures.npy")).all()
@@ -80,7 +80,7 @@ def check_data_set_from_the_hub_is_streamed():
     import numpy as np
     from train_batches import batch_loader
     from train_config import TrainingConfig
-    from train_stream import open_stream
+    from ddpm_pipeline.data.streamed import open_stream
     expected = np.load("pictures.npy")
     data = open_stream("org/pictures", resolution=8, channels=1, condition="class")
     assert (data.name, data.class_names, data.num_images) == ("org/pictures", ["a", "b"], None)
@@ -101,7 +101,7 @@ def check_loose_files_on_the_hub_are_streamed():
     from datasets import load_dataset
     from huggingface_hub import HfApi
     from PIL import Image as Picture
-    from train_stream import open_stream
+    from ddpm_pipeline.data.streamed import open_stream
     api = HfApi(token=os.environ["WRITE"])
     api.create_repo("org/files", repo_type="dataset")
     expected = np.load("pictures.npy")

@@ -12,11 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline.data.mapped import DataError, load_images
 from helpers import TINY_UNET, run_command
 from train import default_output_dir, losses_of, main, train
 from train_batches import MicroBatches
 from train_config import ConfigError, TrainingConfig
-from train_data import DataError, load_images
 
 
 @pytest.fixture(scope="module")

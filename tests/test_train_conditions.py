@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import BertConfig, BertModel
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline
+from ddpm_pipeline.data.mapped import load_images
 from ddpm_pipeline.pipeline_alpha_ddpm_text import prepare_prompt, tokenize
 from ddpm_pipeline.support.draws import image_indices
 from train import train
@@ -27,7 +28,6 @@ from train_conditions import (
     make_tokenizer,
 )
 from train_config import CONFIGS, ConfigError, TrainingConfig, parse_config
-from train_data import load_images
 
 DIGIT_CAPTIONS = "digits_captions.yaml"
 STRANGE = ["", "七个手写数字", "seven 🎉👩‍👩‍👧", "word " * 2_000, "\x00", None]

@@ -17,8 +17,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import train_data
-from train_data import DataError, find_image_column, load_images, to_model_range
+from ddpm_pipeline.data import mapped
+from ddpm_pipeline.data.mapped import DataError, find_image_column, load_images, to_model_range
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +42,8 @@ def load(tmp_path):
 def decoded(monkeypatch):
     """A list that grows by one for each image that is decoded for the cache in this process."""
     calls = []
-    original = train_data.image_pixels
-    monkeypatch.setattr(train_data, "image_pixels", lambda *args: calls.append(1) or original(*args))
+    original = mapped.image_pixels
+    monkeypatch.setattr(mapped, "image_pixels", lambda *args: calls.append(1) or original(*args))
     return calls
 
 
@@ -557,7 +557,7 @@ def test_preprocessing_shows_how_far_it_is_and_the_cache_shows_nothing(load, cap
 @pytest.fixture
 def chunked(load, monkeypatch):
     """200 digits in RGB, in Arrow chunks of 7 rows."""
-    monkeypatch.setattr(train_data, "BATCH_BYTES", 7 * 8 * 8 * 3)
+    monkeypatch.setattr(mapped, "BATCH_BYTES", 7 * 8 * 8 * 3)
     return load("digits", channels=3, split="train[:200]")
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from helpers import ROOT, run_command, run_python
-from train_images import (
+from ddpm_pipeline.data.images import (
     MAX_PIXELS,
     BadImage,
     array_to_image,
@@ -21,6 +20,7 @@ from train_images import (
     open_image,
     to_array,
 )
+from helpers import ROOT, run_command, run_python
 
 SIDE = 16
 
@@ -464,7 +464,7 @@ def test_the_largest_image_takes_little_more_than_its_pixels(format, tmp_path):
     (tmp_path / "large").write_bytes(encoded(Image.new("RGBA", (side, side), (1, 2, 3, 4)), format))
     code = f"""
 from fuzz_images import peak_kib
-from train_images import image_pixels, image_shape
+from ddpm_pipeline.data.images import image_pixels, image_shape
 assert image_shape({str(tmp_path / "large")!r}, "image") == ({side}, {side}, 3)
 before = peak_kib()
 image_pixels({str(tmp_path / "large")!r}, "image", 64, 3)

@@ -11,9 +11,9 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 from PIL import Image
 
-import train_data
-from train_data import DataError, load_images
-from train_skipped import SkippedLog, check_bad_fraction, skipped_row
+from ddpm_pipeline.data import mapped
+from ddpm_pipeline.data.mapped import DataError, load_images
+from ddpm_pipeline.data.skipped import SkippedLog, check_bad_fraction, skipped_row
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,7 @@ def test_few_bad_rows_are_left_out_and_named(load, mixed, options):
 
 def test_the_cache_knows_what_was_left_out(load, mixed, monkeypatch):
     first = load(mixed[0], max_bad_fraction=0.03)
-    monkeypatch.setattr(train_data, "image_pixels", None)  # nothing may be decoded again
+    monkeypatch.setattr(mapped, "image_pixels", None)  # nothing may be decoded again
     again = load(mixed[0], max_bad_fraction=0.03)
     assert again.skipped == first.skipped and again.fingerprint == first.fingerprint
     with pytest.raises(DataError, match="7 of 300 rows"):  # the limit is no part of the cache
@@ -197,7 +197,7 @@ def test_rows_without_what_the_condition_needs_are_left_out(load, tmp_path, opti
 
 def test_the_cache_is_the_same_whatever_the_condition(load, tmp_path, monkeypatch):
     load(labelled(tmp_path / "saved"))
-    monkeypatch.setattr(train_data, "image_pixels", None)
+    monkeypatch.setattr(mapped, "image_pixels", None)
     assert len(load(tmp_path / "saved", condition="class", max_bad_fraction=0.5)) == 4
 
 

@@ -21,15 +21,15 @@ from PIL import Image
 
 import evaluate
 import streaming
-import train_stream
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline.data import streamed
+from ddpm_pipeline.data.mapped import DataError, load_images
+from ddpm_pipeline.data.streamed import Position, cut, open_stream, rows_of_part
 from helpers import ROOT, TINY_UNET, tiny_unet
 from train import train
 from train_batches import MicroBatches, batch_loader
 from train_conditions import build_conditions
 from train_config import ConfigError, TrainingConfig, parse_config
-from train_data import DataError, load_images
-from train_stream import Position, cut, open_stream, rows_of_part
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +177,7 @@ def test_what_is_drawn_does_not_depend_on_the_kind_of_data(tmp_path):
 
 def test_a_large_block_is_bounded_by_its_bytes(tmp_path, monkeypatch):
     data = stream_of(write(tmp_path / "x", [400], group=400))
-    monkeypatch.setattr(train_stream, "BLOCK_BYTES", 100 * len(png(0)))
+    monkeypatch.setattr(streamed, "BLOCK_BYTES", 100 * len(png(0)))
     rows = rows_of_part(data, cut(data, 1), 0, 0, 10_000, Position())
     blocks = Counter(image.position.block for image in islice(rows, 400))
     assert len(blocks) == 4 and set(blocks.values()) == {100}
@@ -236,7 +236,7 @@ def test_a_stream_of_nothing_usable_ends_the_run(tmp_path, rows, message, worker
 
 
 def test_a_long_run_of_bad_rows_ends_the_run_before_it_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_stream, "JUDGED_ROWS", 20)
+    monkeypatch.setattr(streamed, "JUDGED_ROWS", 20)
     data = stream_of(write(tmp_path / "x", [500], bad=range(500)))
     with pytest.raises(DataError, match="20 of 20 rows"):
         next(loader(data, config()))
@@ -409,7 +409,7 @@ def test_a_model_is_judged_by_the_first_images_of_a_stream(tmp_path, monkeypatch
     results = evaluate.evaluate(evaluate.parse(arguments))
     assert results["skipped_rows"] == 1 and results["quality"]["num_real"] == 24
     assert results["bits_per_dim"]["num_images"] == 6 and results["dataset"] == "numbers"
-    monkeypatch.setattr(train_stream, "image_pixels", None)  # the second time they are read from the cache
+    monkeypatch.setattr(streamed, "image_pixels", None)  # the second time they are read from the cache
     again = evaluate.evaluate(evaluate.parse(arguments))
     assert again["quality"] == results["quality"] and again["skipped_rows"] == 1
 
@@ -428,8 +428,8 @@ WORKERS = """
 import datasets, os, sys, time
 from train_batches import batch_loader
 from train_config import TrainingConfig
-from train_data import load_images
-from train_stream import open_stream
+from ddpm_pipeline.data.mapped import load_images
+from ddpm_pipeline.data.streamed import open_stream
 datasets.disable_progress_bars()
 for kind, end in [line.split() for line in sys.argv[2:]]:
     reader, writer = os.pipe()

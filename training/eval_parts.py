@@ -26,10 +26,10 @@ from diffusers import (
 from torch import nn
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, __version__
+from ddpm_pipeline.data.mapped import ImageData
 from ddpm_pipeline.quality import InceptionFeatures, cached_features, extract
 from ddpm_pipeline.support.draws import Stream, seeds
 from train_config import ConfigError
-from train_data import ImageData
 
 REAL_BATCH = 256  # images whose features are extracted at once
 SCHEDULERS: dict[str, type] = {

@@ -23,6 +23,9 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from ddpm_pipeline import AlphaDDPMPipeline
+from ddpm_pipeline.data.mapped import DataError, ImageData, load_images, to_model_range
+from ddpm_pipeline.data.skipped import SHOWN, describe
+from ddpm_pipeline.data.streamed import open_stream
 from ddpm_pipeline.hub import Measurement, record_evaluation
 from ddpm_pipeline.likelihood import BitsPerDim, bits_per_dim
 from ddpm_pipeline.quality import ImageQuality
@@ -39,9 +42,6 @@ from eval_parts import (
     use_scheduler,
 )
 from train_config import ConfigError
-from train_data import DataError, ImageData, load_images, to_model_range
-from train_skipped import SHOWN, describe
-from train_stream import open_stream
 
 FEWEST_IMAGES = 5  # that ImageQuality takes with its three neighbours
 

@@ -30,6 +30,9 @@ from tqdm.auto import tqdm
 import train_push
 import train_stop
 from ddpm_pipeline import AlphaDDPMScheduler
+from ddpm_pipeline.data.mapped import DataError, ImageData, to_model_range
+from ddpm_pipeline.data.skipped import SkippedLog
+from ddpm_pipeline.data.streamed import StreamData
 from ddpm_pipeline.hub import PushError, build_card, export
 from ddpm_pipeline.objectives import min_snr_weights, per_image_loss, timestep_sampler
 from ddpm_pipeline.support.draws import Stream, noise_of, seeds
@@ -45,15 +48,12 @@ from train_checkpoint import (
 )
 from train_conditions import Conditions, build_conditions
 from train_config import ConfigError, TrainingConfig, parse_config
-from train_data import DataError, ImageData, to_model_range
 from train_evaluation import Evaluation
 from train_metrics import MetricsLog, StepTimer, memory
 from train_model import build_model, objective_for
 from train_push import Pusher, is_hub_dataset, public, recipe_command
 from train_samples import draw, draw_process, grid, save_picture
-from train_skipped import SkippedLog
 from train_stop import Stopped, StopRequest, in_any_process
-from train_stream import StreamData
 from train_update import NumericalError, Updater
 
 logger = logging.getLogger("train")

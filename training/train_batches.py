@@ -18,14 +18,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from ddpm_pipeline.data.mapped import ImageData, images_of, load_images
+from ddpm_pipeline.data.skipped import SHOWN, DataError, SkippedRow, check_bad_fraction
+from ddpm_pipeline.data.streamed import JUDGED_ROWS, Cut, Position, StreamData, cut, open_stream, rows_of_part
 from ddpm_pipeline.objectives import timestep_quantiles
 from ddpm_pipeline.support.draws import Stream, image_indices, seeds, uniform
 from train_conditions import Conditions
 from train_config import ConfigError, TrainingConfig
-from train_data import ImageData, images_of, load_images
-from train_skipped import SHOWN, DataError, SkippedRow, check_bad_fraction
 from train_stop import ignore_signals_in_worker
-from train_stream import JUDGED_ROWS, Cut, Position, StreamData, cut, open_stream, rows_of_part
 
 FAILURE = "failure"  # what an item of a worker holds that cannot go on: the message
 

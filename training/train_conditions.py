@@ -30,11 +30,11 @@ from transformers import (
 )
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline, describe_conditions
+from ddpm_pipeline.data.mapped import ImageData
+from ddpm_pipeline.data.streamed import StreamData
 from ddpm_pipeline.pipeline_alpha_ddpm_text import MAX_TOKENS, prepare_prompt, tokenize
 from ddpm_pipeline.support.draws import Stream, seeds, uniform
 from train_config import ConfigError, TrainingConfig
-from train_data import ImageData
-from train_stream import StreamData
 
 CAPTIONS = Path(__file__).parent / "captions"  # where a file of wordings is looked for that is not found as named
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddpm_pipeline.data.mapped import ImageData, to_model_range
+from ddpm_pipeline.data.streamed import StreamData
 from ddpm_pipeline.likelihood import bits_per_dim
 from ddpm_pipeline.quality import ImageQuality
 from ddpm_pipeline.support.draws import Stream, seeds
 from eval_parts import draw_uint8, feature_extractor, real_features
 from train_config import ConfigError, TrainingConfig
-from train_data import ImageData, to_model_range
-from train_stream import StreamData
 
 logger = logging.getLogger("train")
 

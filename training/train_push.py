@@ -159,5 +159,5 @@ def public(value: str) -> str:
 
 
 def is_hub_dataset(config: TrainingConfig) -> bool:
-    """Whether the data set's name is that of one on the Hub, by what train_data takes for local."""
+    """Whether the data set's name is that of one on the Hub, by what mapped takes for local."""
     return config.dataset != "digits" and public(config.dataset) == config.dataset

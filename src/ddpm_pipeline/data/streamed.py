@@ -2,7 +2,7 @@
 
 The stream is cut into parts, one for each process that reads (`cut`), and `rows_of_part` goes through one part for ever, in an
 order that is a function of the seed. Where it has got to is a `Position` of a few numbers. Images are preprocessed as they come
-by (`train_images`), and what cannot be used is left out (`train_skipped`).
+by (`images`), and what cannot be used is left out (`skipped`).
 
 Called by `train_batches` and `evaluate.py`; imports `datasets`, torch and the other modules of the data.
 """
@@ -22,8 +22,8 @@ import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset
 from datasets.arrow_writer import ArrowWriter
 
-from ddpm_pipeline.support.draws import block_order, shard_order
-from train_columns import (
+from ..support.draws import block_order, shard_order
+from .columns import (
     check_column,
     check_text_column,
     condition_column,
@@ -33,10 +33,10 @@ from train_columns import (
     kept_columns,
     missing_value,
 )
-from train_data import PREPROCESSING_VERSION, ImageData, cache_features, cache_table, image_data, images_of
-from train_images import BadImage, check_channels, check_resolution, image_file, image_pixels
-from train_skipped import DataError, SkippedRow, check_bad_fraction, skipped_row
-from train_sources import as_data_error, hash_of, load_source
+from .images import BadImage, check_channels, check_resolution, image_file, image_pixels
+from .mapped import PREPROCESSING_VERSION, ImageData, cache_features, cache_table, image_data, images_of
+from .skipped import DataError, SkippedRow, check_bad_fraction, skipped_row
+from .sources import as_data_error, hash_of, load_source
 
 READ_ROWS = 100  # rows that are asked for at a time
 LOCAL_SHARDS = 256  # that a memory-mapped data set is read in
@@ -53,7 +53,7 @@ class StreamData:
 
     stream: IterableDataset  # the image column, not decoded, and the one that the condition needs
     image_column: str
-    kind: str  # of that column, as `train_columns.image_kind` says
+    kind: str  # of that column, as `columns.image_kind` says
     resolution: int
     channels: int
     name: str  # of the built-in or Hub data set, or the last part of a local path
@@ -176,7 +176,7 @@ def open_stream(
     text_column: str | None = None,
     max_bad_fraction: float = 0.01,
 ) -> StreamData:
-    """The images that `dataset` names, as `train_data.load_images` takes it, to be read as they are needed.
+    """The images that `dataset` names, as `mapped.load_images` takes it, to be read as they are needed.
 
     `channels` left out are 1 where the column's type says grey, else 3. Labels must be a ClassLabel. Raises DataError for data
     that cannot be used as asked, ValueError for an impossible resolution or channel count.

@@ -1,8 +1,8 @@
 """Preprocessing and caching the training images.
 
-`load_images` takes what `--dataset` says (`train_sources`), finds the image column (`train_columns`), brings every image to
-one size and channel count once (`train_images`), and keeps the result as a memory-mapped Arrow file; `ImageData` then reads
-batches from it without touching an image file. Rows that cannot be used are left out (`train_skipped`). Called by `train.py`
+`load_images` takes what `--dataset` says (`sources`), finds the image column (`columns`), brings every image to
+one size and channel count once (`images`), and keeps the result as a memory-mapped Arrow file; `ImageData` then reads
+batches from it without touching an image file. Rows that cannot be used are left out (`skipped`). Called by `train.py`
 and `evaluate.py`; in a launch of several processes the main one calls it first (`accelerator.main_process_first()`) and the
 others find the cache.
 
@@ -24,8 +24,8 @@ import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from ddpm_pipeline.support.draws import image_indices
-from train_columns import (
+from ..support.draws import image_indices
+from .columns import (
     DIGEST,
     FILE,
     PIXELS,
@@ -41,9 +41,9 @@ from train_columns import (
     kept_columns,
     missing_value,
 )
-from train_images import BadImage, check_channels, check_resolution, image_file, image_pixels, image_shape
-from train_skipped import DataError, SkippedRow, check_bad_fraction, skipped_row
-from train_sources import Source, hash_of, load_source, summary
+from .images import BadImage, check_channels, check_resolution, image_file, image_pixels, image_shape
+from .skipped import DataError, SkippedRow, check_bad_fraction, skipped_row
+from .sources import Source, hash_of, load_source, summary
 
 __all__ = ["DataError", "ImageData", "find_image_column", "load_images", "to_model_range"]
 

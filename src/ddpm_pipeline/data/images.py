@@ -1,7 +1,7 @@
 """From an image file to training pixels: every PIL mode, orientation, transparency, resizing.
 
 Pure functions on PIL images and numpy arrays. It imports neither `datasets` nor torch, changes no global state of PIL,
-and is called by `train_data` and `train_stream`, in worker processes too. Whatever is wrong with a file ends in `BadImage`,
+and is called by `mapped` and `streamed`, in worker processes too. Whatever is wrong with a file ends in `BadImage`,
 so that a caller may skip that one row.
 
 Colour management is not done: ICC profiles are ignored, as by every loader of this field. Of an animation or a

@@ -1,6 +1,6 @@
 """Which columns of a data set hold its images, labels and captions, and which of their values are missing.
 
-Called by `train_data` and `train_stream`; imports `datasets`' types and `train_skipped`.
+Called by `mapped` and `streamed`; imports `datasets`' types and `skipped`.
 """
 
 import re
@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from datasets import ClassLabel, Features, List, Value
 
-from train_skipped import DataError
+from .skipped import DataError
 
 KINDS = ("image", "image struct", "array", "bytes")  # of image columns; the first kind that a data set has is meant
 PIXELS, DIGEST, REASON, FILE = "pixels", "pixels_digest", "skipped_reason", "skipped_file"

@@ -1,7 +1,7 @@
 """Finding the source of the training images and loading it, whole or as a stream.
 
-`load_source` decides what `--dataset` names. Called by `train_data` and `train_stream`; imports `datasets`, the Hub's client
-and `train_skipped`.
+`load_source` decides what `--dataset` names. Called by `mapped` and `streamed`; imports `datasets`, the Hub's client
+and `skipped`.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from train_skipped import DataError
+from .skipped import DataError
 
 logger = logging.getLogger(__name__)
 
