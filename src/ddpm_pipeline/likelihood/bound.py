@@ -20,7 +20,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
-from .scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES, AlphaDDPMScheduler, Moments
+from ..scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES, AlphaDDPMScheduler, Moments
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 NoiseSource = Callable[[int, torch.Size], torch.Tensor]
