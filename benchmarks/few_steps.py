@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "training"))
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from ddpm_pipeline import AlphaDDPMScheduler
-from ddpm_pipeline.likelihood.bound import (
+from ddpm_pipeline.likelihood import (
     NoiseStatistics,
     bits_per_dim,
     estimate_analytic_variance,

@@ -17,8 +17,9 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 import hub_server
 import train_push
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
-from ddpm_pipeline import hub as package_hub
 from ddpm_pipeline.hub import Measurement, PushError, build_card, export, push, record_evaluation, refresh_card
+import ddpm_pipeline
+from ddpm_pipeline.hub import upload as package_hub
 from helpers import run_limited
 from hub_fixtures import client, environment, hub  # noqa: F401
 from train_config import ConfigError, TrainingConfig
@@ -192,7 +193,7 @@ def test_format_follows_what_the_pipeline_class_says(pipe, tmp_path: Path) -> No
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == "IFPipeline" and index["safety_checker"] == [None, None]
     assert index["requires_safety_checker"] is False and index["scheduler"] == ["diffusers", "DDPMScheduler"]
-    package = Path(package_hub.__file__).parent
+    package = Path(ddpm_pipeline.__file__).parent
     for name, source in OtherPipeline.shipped_files().items():
         assert source.parent == package and (tmp_path / name).read_bytes() == source.read_bytes()
     again = OtherPipeline.from_pretrained(tmp_path)

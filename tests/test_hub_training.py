@@ -43,7 +43,7 @@ ARGUMENTS = ["--model", "unet.json", *{ARGUMENTS!r}]
 
 def run(output, *arguments, token=os.environ["WRITE"]):
     import train, train_push
-    import ddpm_pipeline.hub as package_hub
+    from ddpm_pipeline.hub import upload as package_hub
     os.environ.pop("HF_TOKEN", None)
     if token:
         os.environ["HF_TOKEN"] = token
@@ -185,16 +185,16 @@ def check_stock_repository_is_judged_by_a_data_set_of_the_hub():
 def check_figures_go_to_a_card_that_was_edited_on_the_hub():
     import json
     from huggingface_hub import HfApi, ModelCard, hf_hub_download
-    import ddpm_pipeline.hub as package_hub
+    from ddpm_pipeline.hub.__main__ import main
     os.environ["HF_TOKEN"] = os.environ["WRITE"]
-    assert package_hub.main(["push", "pushed", "org/measured"]) == 0
+    assert main(["push", "pushed", "org/measured"]) == 0
     text = Path(hf_hub_download("org/measured", "README.md")).read_text()
     assert "Not measured yet." in text
     edited = text.replace("# trained", "# A title of mine").replace("license: apache-2.0", "license: mit")
     assert edited != text
     HfApi().upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id="org/measured")
     found = judged("pushed")
-    assert package_hub.main(["push", "pushed", "org/measured"]) == 0
+    assert main(["push", "pushed", "org/measured"]) == 0
     card = ModelCard.load("org/measured")
     card.validate()
     assert "# A title of mine" in card.text and "Not measured yet." not in card.text and card.data.license == "mit"

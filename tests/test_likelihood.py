@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from scipy.stats import norm
 
 from ddpm_pipeline import AlphaDDPMScheduler
-from ddpm_pipeline.likelihood.bound import (
+from ddpm_pipeline.likelihood import (
     _PairCosts,
     bits_per_dim,
     discretized_gaussian_log_likelihood,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ddpm_pipeline import AlphaDDPMScheduler
-from ddpm_pipeline.likelihood.bound import bits_per_dim
+from ddpm_pipeline.likelihood import bits_per_dim
 from ddpm_pipeline.objectives import (
     ImportanceTimesteps,
     UniformTimesteps,

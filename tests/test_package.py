@@ -26,7 +26,7 @@ def test_version_is_one():
 
 def test_type_hints_and_card_template_are_installed():
     assert (ROOT / "src/ddpm_pipeline/py.typed").is_file()
-    assert (ROOT / "src/ddpm_pipeline/model_card.md").read_text() == (ROOT / "model_card.md").read_text()
+    assert (ROOT / "src/ddpm_pipeline/hub/model_card.md").read_text() == (ROOT / "model_card.md").read_text()
 
 
 def test_links_and_code_names_in_the_docs_exist():

@@ -27,7 +27,7 @@ from ddpm_pipeline.data.mapped import DataError, ImageData, load_images, to_mode
 from ddpm_pipeline.data.skipped import SHOWN, describe
 from ddpm_pipeline.data.streamed import open_stream
 from ddpm_pipeline.hub import Measurement, record_evaluation
-from ddpm_pipeline.likelihood.bound import BitsPerDim, bits_per_dim
+from ddpm_pipeline.likelihood import BitsPerDim, bits_per_dim
 from ddpm_pipeline.quality import ImageQuality
 from ddpm_pipeline.support.draws import Stream, image_indices, seeds
 from eval_parts import (

@@ -12,7 +12,7 @@ from torch import nn
 
 from ddpm_pipeline.data.mapped import ImageData, to_model_range
 from ddpm_pipeline.data.streamed import StreamData
-from ddpm_pipeline.likelihood.bound import bits_per_dim
+from ddpm_pipeline.likelihood import bits_per_dim
 from ddpm_pipeline.quality import ImageQuality
 from ddpm_pipeline.support.draws import Stream, seeds
 from eval_parts import draw_uint8, feature_extractor, real_features

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .likelihood.bound import bound_terms
+from .likelihood import bound_terms
 
 if TYPE_CHECKING:
     from .scheduling_alpha_ddpm import AlphaDDPMScheduler

@@ -4,13 +4,11 @@
 no seconds to start; pipelines come in as arguments. Called by the training scripts and by `push_to_hub` of the pipelines.
 """
 
-import argparse
 import json
 import logging
 import os
 import shlex
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -21,25 +19,17 @@ from typing import TYPE_CHECKING, TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-from .hub_card import (
-    Measurement,
-    build_card,
+from .card import (
     card_of_folder,
     check_private,
     read_text,
-    record_evaluation,
     refresh_card,
     write_text,
 )
-from .hub_files import INDEX, components_of, files_to_push, read_object, stale_files
+from .files import INDEX, components_of, files_to_push, read_object, stale_files
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-__all__ = [
-    "Measurement", "PushError", "build_card", "export", "push", "push_command", "push_pipeline", "record_evaluation",
-    "refresh_card",
-]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -229,39 +219,3 @@ def summary(error: BaseException) -> str:
     cause = error.__cause__
     inner = f"; {summary(cause)}" if isinstance(cause, Exception) else ""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}{inner}"
-
-
-# ---- command line ---------------------------------------------------------------------------------
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ddpm_pipeline.hub", description="Push a finished pipeline folder.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("push", help="push FOLDER to the repository REPO of the Hub")
-    command.add_argument("folder", metavar="FOLDER", type=Path)
-    command.add_argument("repo", metavar="REPO", help="owner/name")
-    command.add_argument("--private", action="store_true", default=None, help="where the repository is made anew")
-    command.add_argument("--revision", help="branch to push to; main if not given")
-    command.add_argument("--message", help="of the commit")
-    command.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
-    command.add_argument("--include", action="append", default=[], metavar="PATTERN", help="further files to push")
-    command.add_argument("--attempts", type=int, default=ATTEMPTS)
-    options = parser.parse_args(argv)
-    if options.attempts < 1:
-        parser.error(f"--attempts {options.attempts} must be at least 1.")
-    try:
-        print(
-            push(
-                options.folder, options.repo, private=options.private, revision=options.revision,
-                commit_message=options.message, create_pr=options.create_pr, include=options.include,
-                attempts=options.attempts,
-            )
-        )  # fmt: skip
-    except (ValueError, PushError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .hub_files import INDEX, read_object
+from .files import INDEX, read_object
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
