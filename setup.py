@@ -42,7 +42,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"ddpm_pipeline": ["py.typed", "hub/model_card.md"]},
+    package_data={"ddpm_pipeline": ["py.typed", "hub/model_card.md", "recipes/*.yaml"]},
     install_requires=[
         "diffusers>=0.42",
         "torch>=2.5",

@@ -12,26 +12,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "training"))
 import torch
 import yaml
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline
 from ddpm_pipeline.data.mapped import load_images
+from ddpm_pipeline.evaluation.digits import NUM_CLASSES, fit_digits_classifier, load_digits_images
 from ddpm_pipeline.pipeline_alpha_ddpm_text import prepare_prompt
 from ddpm_pipeline.support.draws import image_indices
 from ddpm_pipeline.support.pictures import grid, save_picture
-from digits_judge import NUM_CLASSES, fit_digits_classifier, load_digits_images
-from eval_parts import provenance
-from train_conditions import Captions
-from train_config import TrainingConfig
+from ddpm_pipeline.support.provenance import provenance
+from ddpm_pipeline.training.conditions import Captions
+from ddpm_pipeline.training.options import TrainingConfig
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SEEN = "a handwritten {name}"

@@ -18,11 +18,13 @@ from typing import Any
 
 import matplotlib
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "training"))
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from ddpm_pipeline import AlphaDDPMScheduler
+from ddpm_pipeline.evaluation.digits import fit_digits_classifier, load_digits_images
+from ddpm_pipeline.evaluation.quality import frechet_distance
+from ddpm_pipeline.generation.drawing import sample_uint8
+from ddpm_pipeline.generation.pipelines import load_pipeline
 from ddpm_pipeline.likelihood import (
     NoiseStatistics,
     bits_per_dim,
@@ -30,10 +32,9 @@ from ddpm_pipeline.likelihood import (
     optimal_timesteps,
     with_analytic_variance,
 )
-from ddpm_pipeline.quality import frechet_distance
 from ddpm_pipeline.support.draws import image_indices
-from digits_judge import fit_digits_classifier, frechet_distance_of_halves, load_digits_images
-from eval_parts import draw_uint8, load_pipeline, provenance
+from ddpm_pipeline.support.provenance import provenance
+from digits_judge import frechet_distance_of_halves
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -82,7 +83,7 @@ def distance_of(pipe: Any, scheduler: Any, num_images: int, steps: int, seed: in
     pipe.scheduler = scheduler
     began = time.monotonic()
     drawn = [
-        draw_uint8(pipe, range(start, min(start + batch_size, num_images)), seed, steps)
+        sample_uint8(pipe, range(start, min(start + batch_size, num_images)), seed, steps)
         for start in range(0, num_images, batch_size)
     ]
     seconds = time.monotonic() - began

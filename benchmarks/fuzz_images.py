@@ -22,8 +22,6 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "training"))
-
 import numpy as np
 import PIL
 import pyarrow as pa
@@ -32,7 +30,7 @@ import torch
 from PIL import Image
 
 from ddpm_pipeline.data.images import BadImage, image_pixels, image_shape
-from eval_parts import provenance
+from ddpm_pipeline.support.provenance import provenance
 
 SECONDS = 10  # that one file may take
 LIMIT = 1.5e9  # bytes of growth

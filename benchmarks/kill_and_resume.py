@@ -25,12 +25,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "training"))
 import torch
 
-from eval_parts import provenance
-from train import train
-from train_config import TrainingConfig
+from ddpm_pipeline.support.provenance import provenance
+from ddpm_pipeline.training.loop import train
+from ddpm_pipeline.training.options import TrainingConfig
 
 UNET = {
     "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [8, 16], "layers_per_block": 1,

@@ -14,13 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "training"))
 import torch
 from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval_parts import provenance
-from train_model import PRESETS
+from ddpm_pipeline.support.provenance import provenance
+from ddpm_pipeline.training.models import PRESETS
 
 MODELS = {"CIFAR-10, 32x32": ("32", 32), "64x64": ("64", 64), "256x256": ("256", 256)}
 DEVICES = (1, 8, 64)

@@ -19,8 +19,6 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "training"))
-
 LIMIT = 2 * 10**9  # bytes
 ROWS_A_GROUP = 10_000
 FILES = 8
@@ -59,8 +57,8 @@ def go_through(folder: str, rows: int, workers: int, batch_size: int) -> None:
     import torch
 
     from ddpm_pipeline.data.streamed import open_stream
-    from train_batches import batch_loader
-    from train_config import TrainingConfig
+    from ddpm_pipeline.training.batches import batch_loader
+    from ddpm_pipeline.training.options import TrainingConfig
 
     torch.set_num_threads(1)
     data = open_stream(folder, resolution=8)
@@ -149,7 +147,7 @@ def main() -> None:
     import datasets
     import torch
 
-    from eval_parts import provenance
+    from ddpm_pipeline.support.provenance import provenance
 
     result |= {
         "limit_mb": LIMIT // 10**6,

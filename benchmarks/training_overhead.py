@@ -20,14 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "training"))
 import torch
 
-from eval_parts import provenance
-from train import Run
-from train_config import TrainingConfig, parse_config
-from train_metrics import StepTimer
-from train_stop import in_any_process
+from ddpm_pipeline.support.provenance import provenance
+from ddpm_pipeline.training.loop import Run
+from ddpm_pipeline.training.options import TrainingConfig, parse_config
+from ddpm_pipeline.training.stop import in_any_process
+from ddpm_pipeline.training.telemetry import StepTimer
 
 INTERVAL = TrainingConfig.checkpoint_every  # updates between checkpoints by default
 

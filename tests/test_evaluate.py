@@ -12,14 +12,16 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import evaluate
-import generate
-import train
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline.evaluation import run
+from ddpm_pipeline.generation import run
+from ddpm_pipeline.generation.drawing import sample_uint8
+from ddpm_pipeline.generation.pipelines import load_pipeline, use_scheduler
 from ddpm_pipeline.hub import build_card, export
-from eval_parts import draw_uint8, load_pipeline, use_scheduler
+from ddpm_pipeline.support.errors import ConfigError
+from ddpm_pipeline.training import loop
+from ddpm_pipeline.training.options import TrainingConfig, parse_config
 from helpers import run_command, tiny_unet
-from train_config import ConfigError, TrainingConfig, parse_config
 
 QUICK = ["--num_cpu_threads", "1"]
 
@@ -35,7 +37,7 @@ def launch(script: str, *arguments: str, processes: int = 1):
 def run_evaluate(*arguments: str, processes: int = 1) -> None:
     """In this process where one is enough: starting another takes longer than what it does."""
     if processes == 1:
-        evaluate.evaluate(evaluate.parse([*arguments, *QUICK]))
+        run.evaluate(run.parse([*arguments, *QUICK]))
     else:
         done = launch("evaluate", *arguments, processes=processes)
         assert done.returncode == 0, done.stderr
@@ -130,7 +132,7 @@ def test_images_that_are_not_numbers_are_no_images(model, cache):
     pipe = load_pipeline(str(model))
     use_scheduler(pipe, "unipc")
     with pytest.raises(ConfigError, match="UniPCMultistepScheduler gives values that are not numbers in 12 steps"):
-        draw_uint8(pipe, range(2), seed=0, steps=12)
+        sample_uint8(pipe, range(2), seed=0, steps=12)
 
 
 def test_error_is_one_line(cache):
@@ -147,7 +149,7 @@ def test_image_i_is_always_the_same(model, tmp_path):
             *more,
         ]  # fmt: skip
         if processes == 1:
-            generate.generate(generate.parse([*arguments, *QUICK]))
+            run.generate(run.parse([*arguments, *QUICK]))
         else:
             done = launch("generate", *arguments, processes=processes)
             assert done.returncode == 0, done.stderr
@@ -189,7 +191,7 @@ def test_training_evaluates_on_the_way(tmp_path, cache):
         folder = tmp_path / str(processes)
         arguments = [f"--{name}={value}" for name, value in flags.items()]
         if processes == 1:
-            train.train(parse_config([*arguments, "--output_dir", str(folder), *QUICK]))
+            loop.train(parse_config([*arguments, "--output_dir", str(folder), *QUICK]))
         else:
             done = launch("train", *arguments, "--output_dir", str(folder), processes=processes)
             assert done.returncode == 0, done.stderr
@@ -207,9 +209,9 @@ def test_training_evaluates_on_the_way(tmp_path, cache):
     assert pipe(1, torch.Generator().manual_seed(0), num_inference_steps=3, output_type="pt").images.isfinite().all()
     arguments = [f"--{name}={value}" for name, value in flags.items() if name not in ("objective", "variance_type")]
     with pytest.raises(ConfigError, match="learned_range"):
-        train.train(parse_config([*arguments, "--objective", "hybrid", "--output_dir", str(tmp_path / "wrong")]))
+        loop.train(parse_config([*arguments, "--objective", "hybrid", "--output_dir", str(tmp_path / "wrong")]))
     with pytest.raises(ConfigError, match=r"--eval_features nonsense:f: .* MODULE:FUNCTION"):
-        train.train(
+        loop.train(
             TrainingConfig(eval_every=1, eval_samples=5, eval_features="nonsense:f", output_dir=str(tmp_path / "w"))
         )
     with pytest.raises(ConfigError, match="--eval_samples 5 does not go with --eval_every 0"):

@@ -14,16 +14,17 @@ from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-import hub_server
-import train_push
-from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
-from ddpm_pipeline.hub import Measurement, PushError, build_card, export, push, record_evaluation, refresh_card
 import ddpm_pipeline
+import hub_server
+from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline.hub import Measurement, build_card, export, push, record_evaluation, refresh_card
 from ddpm_pipeline.hub import upload as package_hub
+from ddpm_pipeline.support.errors import ConfigError, PushError
+from ddpm_pipeline.training import pusher
+from ddpm_pipeline.training.options import TrainingConfig
+from ddpm_pipeline.training.pusher import Pusher, public, recipe_command
 from helpers import run_limited
 from hub_fixtures import client, environment, hub  # noqa: F401
-from train_config import ConfigError, TrainingConfig
-from train_push import Pusher, public, recipe_command
 
 
 @pytest.fixture(scope="module")
@@ -429,7 +430,7 @@ def config_for(repo_id: str | None, **options) -> TrainingConfig:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     real_push = package_hub.push
-    monkeypatch.setattr(train_push, "push", lambda *args, **kwargs: real_push(*args, first_wait=0.01, **kwargs))
+    monkeypatch.setattr(pusher, "push", lambda *args, **kwargs: real_push(*args, first_wait=0.01, **kwargs))
 
 
 def test_repository_and_rights_are_there_before_training(hub, client: HfApi, tmp_path: Path, monkeypatch) -> None:

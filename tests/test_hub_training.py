@@ -42,13 +42,13 @@ ARGUMENTS = ["--model", "unet.json", *{ARGUMENTS!r}]
     + """
 
 def run(output, *arguments, token=os.environ["WRITE"]):
-    import train, train_push
+    import train, pusher
     from ddpm_pipeline.hub import upload as package_hub
     os.environ.pop("HF_TOKEN", None)
     if token:
         os.environ["HF_TOKEN"] = token
     quick = lambda *a, **k: package_hub.push(*a, first_wait=0.01, **k)
-    train_push.push = quick
+    pusher.push = quick
     sys.argv = ["train.py", *ARGUMENTS, "--output_dir", output, *arguments]
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
@@ -78,8 +78,8 @@ def check_data_set_from_the_hub_is_read_as_it_was():
 
 def check_data_set_from_the_hub_is_streamed():
     import numpy as np
-    from train_batches import batch_loader
-    from train_config import TrainingConfig
+    from ddpm_pipeline.training.batches import batch_loader
+    from ddpm_pipeline.training.options import TrainingConfig
     from ddpm_pipeline.data.streamed import open_stream
     expected = np.load("pictures.npy")
     data = open_stream("org/pictures", resolution=8, channels=1, condition="class")
@@ -166,8 +166,8 @@ def check_run_whose_last_push_fails():
     assert "python -m ddpm_pipeline.hub push stranded org/stranded" in errors and "Traceback" not in errors, errors
 
 def judged(model, *arguments):
-    import evaluate
-    return evaluate.evaluate(evaluate.parse([
+    from ddpm_pipeline.evaluation import run
+    return run.evaluate(run.parse([
         "--model", model, "--dataset", "org/pictures", "--split", "train[:20]", "--num_likelihood_images", "3",
         "--num_images", "6", "--batch_size", "4", "--features", "judge:make", "--num_cpu_threads", "1", *arguments,
     ]))

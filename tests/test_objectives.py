@@ -6,7 +6,7 @@ import torch
 
 from ddpm_pipeline import AlphaDDPMScheduler
 from ddpm_pipeline.likelihood import bits_per_dim
-from ddpm_pipeline.objectives import (
+from ddpm_pipeline.training.objectives import (
     ImportanceTimesteps,
     UniformTimesteps,
     bound_loss,

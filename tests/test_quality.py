@@ -10,9 +10,15 @@ import scipy.linalg
 import torch
 from torch import nn
 
-import ddpm_pipeline.quality as quality
-from ddpm_pipeline.quality import ImageQuality, InceptionFeatures, cached_features, frechet_distance, precision_recall
-from digits_judge import fit_digits_classifier, load_digits_images
+import ddpm_pipeline.evaluation.quality as quality
+from ddpm_pipeline.evaluation.digits import fit_digits_classifier, load_digits_images
+from ddpm_pipeline.evaluation.quality import (
+    ImageQuality,
+    InceptionFeatures,
+    cached_features,
+    frechet_distance,
+    precision_recall,
+)
 
 
 @pytest.fixture(scope="module")

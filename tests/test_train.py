@@ -12,11 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
-from ddpm_pipeline.data.mapped import DataError, load_images
+from ddpm_pipeline.data.mapped import load_images
+from ddpm_pipeline.support.errors import ConfigError, DataError
+from ddpm_pipeline.training.batches import MicroBatches
+from ddpm_pipeline.training.loop import default_output_dir, losses_of, main, train
+from ddpm_pipeline.training.options import TrainingConfig
 from helpers import TINY_UNET, run_command
-from train import default_output_dir, losses_of, main, train
-from train_batches import MicroBatches
-from train_config import ConfigError, TrainingConfig
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline
 from ddpm_pipeline.data.mapped import load_images
 from ddpm_pipeline.pipeline_alpha_ddpm_text import prepare_prompt, tokenize
 from ddpm_pipeline.support.draws import image_indices
-from train import train
-from train_conditions import (
+from ddpm_pipeline.support.errors import ConfigError
+from ddpm_pipeline.training.conditions import (
     CAPTIONS,
     Captions,
     ClassConditions,
@@ -27,7 +27,8 @@ from train_conditions import (
     make_small_encoder,
     make_tokenizer,
 )
-from train_config import CONFIGS, ConfigError, TrainingConfig, parse_config
+from ddpm_pipeline.training.loop import train
+from ddpm_pipeline.training.options import CONFIGS, TrainingConfig, parse_config
 
 DIGIT_CAPTIONS = "digits_captions.yaml"
 STRANGE = ["", "七个手写数字", "seven 🎉👩‍👩‍👧", "word " * 2_000, "\x00", None]

@@ -18,7 +18,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ddpm_pipeline.data import mapped
-from ddpm_pipeline.data.mapped import DataError, find_image_column, load_images, to_model_range
+from ddpm_pipeline.data.mapped import find_image_column, load_images, to_model_range
+from ddpm_pipeline.support.errors import DataError
 
 
 @pytest.fixture(autouse=True)

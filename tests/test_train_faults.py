@@ -19,13 +19,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-import train_checkpoint
+from ddpm_pipeline.support.errors import CheckpointError, ConfigError, NumericalError, Stopped
+from ddpm_pipeline.training import checkpoints
+from ddpm_pipeline.training.checkpoints import list_checkpoints, what_is_wrong
+from ddpm_pipeline.training.loop import Run, train
+from ddpm_pipeline.training.options import TrainingConfig
+from ddpm_pipeline.training.stop import EXIT_STATUS, StopRequest
+from ddpm_pipeline.training.update import MAX_IN_A_ROW, Updater
 from helpers import ROOT, TINY_UNET, run_command
-from train import Run, train
-from train_checkpoint import CheckpointError, list_checkpoints, what_is_wrong
-from train_config import ConfigError, TrainingConfig
-from train_stop import EXIT_STATUS, Stopped, StopRequest
-from train_update import MAX_IN_A_ROW, NumericalError, Updater
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_changed_options_are_named(copied, options):
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_a_clear_error(options, tmp_path, monkeypatch):
     """Room runs out in the middle of a file, while the state is written and while it is brought to the disk."""
-    whole, written = train_checkpoint.save_file, []
+    whole, written = checkpoints.save_file, []
 
     def save_half(tensors, path):
         written.append(path)
@@ -152,7 +153,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_a_clear_error(options, tmp_p
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(train_checkpoint, "save_file", save_half)
+    monkeypatch.setattr(checkpoints, "save_file", save_half)
     with pytest.raises(CheckpointError, match=r"No space left on device.*step-00000004; make room.*--resume latest"):
         train(TrainingConfig(**options, output_dir=str(tmp_path / "model")))
     names = sorted(path.name for path in (tmp_path / "model/checkpoints").iterdir())
@@ -162,10 +163,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_a_clear_error(options, tmp_p
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(train_checkpoint, "save_file", whole)
-    monkeypatch.setattr(train_checkpoint, "_to_disk", full)
+    monkeypatch.setattr(checkpoints, "save_file", whole)
+    monkeypatch.setattr(checkpoints, "_to_disk", full)
     monkeypatch.setattr("train.write_atomically", lambda path, text: None)
-    monkeypatch.setattr("train_metrics.write_atomically", lambda path, text: None)
+    monkeypatch.setattr("telemetry.write_atomically", lambda path, text: None)
     with pytest.raises(CheckpointError, match=r"No space left on device.*step-00000004"):
         resume(options, tmp_path / "model")
     monkeypatch.undo()
@@ -219,12 +220,12 @@ def test_signals_end_a_run_after_its_update_with_a_checkpoint(options, tmp_path)
 
 def test_a_second_signal_ends_a_run_at_once():
     code = (
-        "import train_stop, signal, os, time, threading\n"
-        "request = train_stop.StopRequest(None, time.monotonic())\n"
+        "import stop, signal, os, time, threading\n"
+        "request = stop.StopRequest(None, time.monotonic())\n"
         "with request.listening():\n"
         "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2)\n"  # handed on by a launcher: still the first
-        "    print(request.reason, flush=True); time.sleep(train_stop.ONE_REQUEST)\n"
+        "    print(request.reason, flush=True); time.sleep(stop.ONE_REQUEST)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "training")}

@@ -10,14 +10,15 @@ import yaml
 from PIL import Image
 from scipy import stats
 
-import train_samples
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
-from ddpm_pipeline.objectives import mean_squared_error, min_snr_weights
+from ddpm_pipeline.generation import drawing
 from ddpm_pipeline.support.draws import Stream, image_indices, noise_of, seeds, uniform
+from ddpm_pipeline.support.errors import ConfigError
+from ddpm_pipeline.training.checkpoints import prepare_output_folder
+from ddpm_pipeline.training.models import PRESETS, build_model
+from ddpm_pipeline.training.objectives import mean_squared_error, min_snr_weights
+from ddpm_pipeline.training.options import CONFIGS, TrainingConfig, options_table, parse_config
 from helpers import TINY_UNET
-from train_checkpoint import prepare_output_folder
-from train_config import CONFIGS, ConfigError, TrainingConfig, options_table, parse_config
-from train_model import PRESETS, build_model
 
 # ---- randomness
 
@@ -255,8 +256,8 @@ def test_the_loss_is_float32_whatever_the_network_computes_in():
 
 def test_grid_shows_each_image_enlarged_in_reading_order():
     images = torch.linspace(0, 1, 6).view(6, 1, 1, 1).expand(6, 1, 8, 8)
-    picture = np.asarray(train_samples.grid(images, columns=3))
-    side, gap = 48, train_samples.GAP
+    picture = np.asarray(drawing.grid(images, columns=3))
+    side, gap = 48, drawing.GAP
     assert picture.shape == (2 * (side + gap) + gap, 3 * (side + gap) + gap)
     centres = [
         picture[gap + row * (side + gap) + 24, gap + column * (side + gap) + 24]
@@ -267,5 +268,5 @@ def test_grid_shows_each_image_enlarged_in_reading_order():
 
 
 def test_pictures_appear_whole(tmp_path):
-    train_samples.save_picture(Image.new("L", (4, 4)), tmp_path / "a" / "p.png")
+    drawing.save_picture(Image.new("L", (4, 4)), tmp_path / "a" / "p.png")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["p.png"]

@@ -12,8 +12,9 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from PIL import Image
 
 from ddpm_pipeline.data import mapped
-from ddpm_pipeline.data.mapped import DataError, load_images
+from ddpm_pipeline.data.mapped import load_images
 from ddpm_pipeline.data.skipped import SkippedLog, check_bad_fraction, skipped_row
+from ddpm_pipeline.support.errors import DataError
 
 
 @pytest.fixture(autouse=True)

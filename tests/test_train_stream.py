@@ -19,17 +19,18 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
-import evaluate
 import streaming
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
 from ddpm_pipeline.data import streamed
-from ddpm_pipeline.data.mapped import DataError, load_images
+from ddpm_pipeline.data.mapped import load_images
 from ddpm_pipeline.data.streamed import Position, cut, open_stream, rows_of_part
+from ddpm_pipeline.evaluation import run
+from ddpm_pipeline.support.errors import ConfigError, DataError
+from ddpm_pipeline.training.batches import MicroBatches, batch_loader
+from ddpm_pipeline.training.conditions import build_conditions
+from ddpm_pipeline.training.loop import train
+from ddpm_pipeline.training.options import TrainingConfig, parse_config
 from helpers import ROOT, TINY_UNET, tiny_unet
-from train import train
-from train_batches import MicroBatches, batch_loader
-from train_conditions import build_conditions
-from train_config import ConfigError, TrainingConfig, parse_config
 
 
 @pytest.fixture(autouse=True)
@@ -215,7 +216,7 @@ def test_too_many_bad_rows_end_the_run_after_a_thousand_or_at_the_end(tmp_path, 
             assert taken < 20  # an epoch has 90 usable rows
     assert "row" in str(error.value) and ".png): cannot identify" in str(error.value)
     assert "Traceback" not in str(error.value)
-    monkeypatch.setattr("train_batches.JUDGED_ROWS", 30)
+    monkeypatch.setattr("batches.JUDGED_ROWS", 30)
     batches = loader(data, settings)
     with pytest.raises(DataError, match=r"of \d\d rows"):
         for taken, _ in enumerate(batches):
@@ -406,11 +407,11 @@ def test_a_model_is_judged_by_the_first_images_of_a_stream(tmp_path, monkeypatch
         "--num_images", "24", "--num_likelihood_images", "6", "--features", "digits", "--cache_dir", str(tmp_path / "cache"),
         "--num_cpu_threads", "1",
     ]  # fmt: skip
-    results = evaluate.evaluate(evaluate.parse(arguments))
+    results = run.evaluate(run.parse(arguments))
     assert results["skipped_rows"] == 1 and results["quality"]["num_real"] == 24
     assert results["bits_per_dim"]["num_images"] == 6 and results["dataset"] == "numbers"
     monkeypatch.setattr(streamed, "image_pixels", None)  # the second time they are read from the cache
-    again = evaluate.evaluate(evaluate.parse(arguments))
+    again = run.evaluate(run.parse(arguments))
     assert again["quality"] == results["quality"] and again["skipped_rows"] == 1
 
 
@@ -426,8 +427,8 @@ def test_twenty_thousand_rows_take_no_more_memory_than_the_buffer(tmp_path):
 
 WORKERS = """
 import datasets, os, sys, time
-from train_batches import batch_loader
-from train_config import TrainingConfig
+from ddpm_pipeline.training.batches import batch_loader
+from ddpm_pipeline.training.options import TrainingConfig
 from ddpm_pipeline.data.mapped import load_images
 from ddpm_pipeline.data.streamed import open_stream
 datasets.disable_progress_bars()

@@ -5,7 +5,7 @@ from diffusers import UNet2DConditionModel
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, PreTrainedModel, T5Config, T5EncoderModel
 
 from ddpm_pipeline import AlphaDDPMScheduler, AlphaDDPMTextToImagePipeline, describe_conditions
-from train_conditions import make_tokenizer
+from ddpm_pipeline.training.conditions import make_tokenizer
 
 CAPTIONS = ["a handwritten seven", "the digit 7", "three, in ink", "zero"]
 

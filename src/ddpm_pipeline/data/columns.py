@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from datasets import ClassLabel, Features, List, Value
 
-from .skipped import DataError
+from ..support.errors import DataError
 
 KINDS = ("image", "image struct", "array", "bytes")  # of image columns; the first kind that a data set has is meant
 PIXELS, DIGEST, REASON, FILE = "pixels", "pixels_digest", "skipped_reason", "skipped_file"

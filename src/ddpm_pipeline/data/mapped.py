@@ -25,6 +25,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 
 from ..support.draws import image_indices
+from ..support.errors import DataError
 from .columns import (
     DIGEST,
     FILE,
@@ -42,7 +43,7 @@ from .columns import (
     missing_value,
 )
 from .images import BadImage, check_channels, check_resolution, image_file, image_pixels, image_shape
-from .skipped import DataError, SkippedRow, check_bad_fraction, skipped_row
+from .skipped import SkippedRow, check_bad_fraction, skipped_row
 from .sources import Source, hash_of, load_source, summary
 
 __all__ = ["DataError", "ImageData", "find_image_column", "load_images", "to_model_range"]

@@ -11,16 +11,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..support.errors import DataError
+
 logger = logging.getLogger(__name__)
 
 SKIPPED_FILE = "skipped.jsonl"
 SHOWN = 5  # skipped rows that an error names
 
 SkippedRow = dict[str, Any]
-
-
-class DataError(ValueError):
-    """The data cannot be used as asked; the message says what was given, what is allowed and what to do."""
 
 
 def skipped_row(row: int, reason: str, file: str | None = None, shard: int | None = None) -> SkippedRow:

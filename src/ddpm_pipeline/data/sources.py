@@ -23,7 +23,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from .skipped import DataError
+from ..support.errors import DataError
 
 logger = logging.getLogger(__name__)
 

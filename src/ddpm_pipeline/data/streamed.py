@@ -4,7 +4,7 @@ The stream is cut into parts, one for each process that reads (`cut`), and `rows
 order that is a function of the seed. Where it has got to is a `Position` of a few numbers. Images are preprocessed as they come
 by (`images`), and what cannot be used is left out (`skipped`).
 
-Called by `train_batches` and `evaluate.py`; imports `datasets`, torch and the other modules of the data.
+Called by `batches` and `evaluate.py`; imports `datasets`, torch and the other modules of the data.
 """
 
 import os
@@ -23,6 +23,7 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset
 from datasets.arrow_writer import ArrowWriter
 
 from ..support.draws import block_order, shard_order
+from ..support.errors import DataError
 from .columns import (
     check_column,
     check_text_column,
@@ -35,7 +36,7 @@ from .columns import (
 )
 from .images import BadImage, check_channels, check_resolution, image_file, image_pixels
 from .mapped import PREPROCESSING_VERSION, ImageData, cache_features, cache_table, image_data, images_of
-from .skipped import DataError, SkippedRow, check_bad_fraction, skipped_row
+from .skipped import SkippedRow, check_bad_fraction, skipped_row
 from .sources import as_data_error, hash_of, load_source
 
 READ_ROWS = 100  # rows that are asked for at a time

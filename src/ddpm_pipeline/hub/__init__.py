@@ -4,8 +4,9 @@
 seconds to start; pipelines come in as arguments.
 """
 
+from ..support.errors import PushError
 from .card import Measurement, build_card, record_evaluation, refresh_card
-from .upload import PushError, export, push, push_command, push_pipeline, summary
+from .upload import export, push, push_command, push_pipeline, summary
 
 __all__ = [
     "Measurement",

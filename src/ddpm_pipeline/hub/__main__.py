@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .upload import ATTEMPTS, PushError, push
+from ..support.errors import PushError
+from .upload import ATTEMPTS, push
 
 
 def main(argv: Sequence[str] | None = None) -> int:

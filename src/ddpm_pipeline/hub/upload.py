@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
+from ..support.errors import PushError
 from .card import (
     card_of_folder,
     check_private,
@@ -37,10 +38,6 @@ ATTEMPTS = 5
 FIRST_WAIT = 2.0  # seconds before the second attempt; doubled before each further one
 
 T = TypeVar("T")
-
-
-class PushError(RuntimeError):
-    """The Hub did not take a push; the message says why, and which command pushes the folder later."""
 
 
 def export(pipe: "DiffusionPipeline", folder: str | Path, card: ModelCard | None = None) -> None:

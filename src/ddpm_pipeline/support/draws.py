@@ -6,6 +6,7 @@ Imports numpy and torch only.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 
@@ -41,6 +42,24 @@ def uniform(seed: int, stream: Stream, step: int, count: int) -> np.ndarray:
 def seeds(seed: int, stream: Stream, step: int, count: int) -> np.ndarray:
     """A 53-bit seed for each position 0..count-1, int64 [count]."""
     return (uniform(seed, stream, step, count) * 2**53).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class BatchSlice:
+    """Some positions of one update's global batch, and the random numbers that belong to them."""
+
+    seed: int
+    step: int  # the update
+    batch_size: int  # of the global batch
+    positions: slice
+
+    def uniform(self, stream: Stream) -> np.ndarray:
+        """Numbers in [0, 1), one per position, float64 [b]."""
+        return uniform(self.seed, stream, self.step, self.batch_size)[self.positions]
+
+    def seeds(self, stream: Stream) -> np.ndarray:
+        """A 53-bit seed per position, int64 [b]."""
+        return seeds(self.seed, stream, self.step, self.batch_size)[self.positions]
 
 
 @lru_cache(maxsize=2)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .likelihood import bound_terms
+from ..likelihood import bound_terms
 
 if TYPE_CHECKING:
-    from .scheduling_alpha_ddpm import AlphaDDPMScheduler
+    from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 
 OBJECTIVES = ("simple", "hybrid", "bound")
 TIMESTEP_SAMPLINGS = ("uniform", "stratified", "importance")

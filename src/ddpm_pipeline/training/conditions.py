@@ -3,7 +3,7 @@
 In the loop a condition is drawn with each image from the value of its `column` (`draw`, on the CPU, in the data loader, be the
 images mapped from a file or streamed), becomes arguments of the network
 (`inputs`, on the device), and ends in a pipeline (`pipeline`). With a share of the images it is left out, for guidance.
-Imports diffusers, tokenizers, torch, transformers and the package. Called by train.py and train_model.py.
+Imports diffusers, tokenizers, torch, transformers and the package. Called by train.py and models.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,14 +29,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline, describe_conditions
-from ddpm_pipeline.data.mapped import ImageData
-from ddpm_pipeline.data.streamed import StreamData
-from ddpm_pipeline.pipeline_alpha_ddpm_text import MAX_TOKENS, prepare_prompt, tokenize
-from ddpm_pipeline.support.draws import Stream, seeds, uniform
-from train_config import ConfigError, TrainingConfig
+from ..data.mapped import ImageData
+from ..data.streamed import StreamData
+from ..pipeline_alpha_ddpm import AlphaDDPMPipeline
+from ..pipeline_alpha_ddpm_text import MAX_TOKENS, AlphaDDPMTextToImagePipeline, prepare_prompt, tokenize
+from ..sampling_alpha_ddpm import describe_conditions
+from ..support.draws import Stream, seeds, uniform
+from ..support.errors import ConfigError
+from .options import TrainingConfig
 
-CAPTIONS = Path(__file__).parent / "captions"  # where a file of wordings is looked for that is not found as named
+CAPTIONS = Path(__file__).parents[1] / "recipes"  # where a file of wordings is looked for that is not found as named
 
 SMALL = "small"  # the text encoder that is trained from scratch with the UNet
 SMALL_ENCODER = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -17,8 +17,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import HFValidationError, LocalTokenNotFoundError, validate_repo_id
 
-from ddpm_pipeline.hub import PushError, push, summary
-from train_config import ConfigError, TrainingConfig
+from ..hub import push, summary
+from ..support.errors import ConfigError, PushError
+from .options import TrainingConfig
 
 logger = logging.getLogger("train")
 

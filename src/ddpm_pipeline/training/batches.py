@@ -18,14 +18,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from ddpm_pipeline.data.mapped import ImageData, images_of, load_images
-from ddpm_pipeline.data.skipped import SHOWN, DataError, SkippedRow, check_bad_fraction
-from ddpm_pipeline.data.streamed import JUDGED_ROWS, Cut, Position, StreamData, cut, open_stream, rows_of_part
-from ddpm_pipeline.objectives import timestep_quantiles
-from ddpm_pipeline.support.draws import Stream, image_indices, seeds, uniform
-from train_conditions import Conditions
-from train_config import ConfigError, TrainingConfig
-from train_stop import ignore_signals_in_worker
+from ..data.mapped import ImageData, images_of, load_images
+from ..data.skipped import SHOWN, SkippedRow, check_bad_fraction
+from ..data.streamed import JUDGED_ROWS, Cut, Position, StreamData, cut, open_stream, rows_of_part
+from ..support.draws import Stream, image_indices, seeds, uniform
+from ..support.errors import ConfigError, DataError
+from .conditions import Conditions
+from .objectives import timestep_quantiles
+from .options import TrainingConfig
+from .stop import ignore_signals_in_worker
 
 FAILURE = "failure"  # what an item of a worker holds that cannot go on: the message
 

@@ -11,17 +11,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 
-from train_stop import in_any_process
+from .stop import in_any_process
 
 logger = logging.getLogger("train")
 
 MAX_IN_A_ROW = 10  # updates left out one after another, after which nothing good is to be expected
 SMALLEST_SCALE = 1.0  # of fp16 losses: a scaler that is below it and still overflows has a fault and not a wrong scale
 INDICES_TOLD = 20  # of images in a message
-
-
-class NumericalError(RuntimeError):
-    """Losses or gradients stay non-finite; the message names the last good checkpoint."""
 
 
 class Updater:

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpm_pipeline.data.mapped import ImageData, to_model_range
-from ddpm_pipeline.data.streamed import StreamData
-from ddpm_pipeline.likelihood import bits_per_dim
-from ddpm_pipeline.quality import ImageQuality
-from ddpm_pipeline.support.draws import Stream, seeds
-from eval_parts import draw_uint8, feature_extractor, real_features
-from train_config import ConfigError, TrainingConfig
+from ..data.mapped import ImageData, to_model_range
+from ..data.streamed import StreamData
+from ..evaluation.features import feature_extractor, real_features
+from ..evaluation.quality import ImageQuality
+from ..generation.drawing import sample_uint8
+from ..likelihood import bits_per_dim
+from ..support.draws import Stream, seeds
+from ..support.errors import ConfigError
+from .options import TrainingConfig
 
 logger = logging.getLogger("train")
 
@@ -65,7 +67,7 @@ class Evaluation:
         for start in range(0, config.eval_samples, self.batch_size):
             batch = range(start, min(start + self.batch_size, config.eval_samples))
             try:
-                images = draw_uint8(pipe, batch, config.seed, config.preview_inference_steps)
+                images = sample_uint8(pipe, batch, config.seed, config.preview_inference_steps)
             except ConfigError as error:  # no reason to end the run
                 logger.warning("samples cannot be judged: %s", error)
                 return {}

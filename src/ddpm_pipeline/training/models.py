@@ -10,10 +10,10 @@ from typing import Any
 from diffusers import UNet2DConditionModel, UNet2DModel
 from huggingface_hub.utils import HFValidationError
 
-from ddpm_pipeline import AlphaDDPMScheduler
-from ddpm_pipeline.scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES
-from train_conditions import Conditions
-from train_config import ConfigError, TrainingConfig
+from ..scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES, AlphaDDPMScheduler
+from ..support.errors import ConfigError
+from .conditions import Conditions
+from .options import TrainingConfig
 
 # Sides of images up to which a preset is meant, and its UNet2DModel. From 32 on these are the networks of Ho et al. 2020
 # (appendix B), the 64-pixel one between its neighbours.

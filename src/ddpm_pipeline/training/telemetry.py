@@ -14,7 +14,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 
-from train_checkpoint import write_atomically
+from .checkpoints import write_atomically
 
 
 class MetricsLog:

@@ -24,7 +24,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from train_config import ConfigError, TrainingConfig
+from ..support.errors import CheckpointError, ConfigError
+from .options import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +92,6 @@ def _check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"--output_dir {folder} cannot be written to: {error.strerror}.") from error
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; the message says why, and which one is the last that is whole."""
 
 
 class HasState(Protocol):

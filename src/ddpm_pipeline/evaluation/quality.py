@@ -5,23 +5,18 @@ All figures come from one set of features, in float64, and carry the number of i
 training/evaluate.py.
 """
 
-import hashlib
-import os
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torchmetrics import Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+from .features import extract
+
 DISTANCE_ROWS = 2048  # images whose distances to all others are held at a time
 
 
@@ -132,18 +127,6 @@ class ImageQuality(Metric):
         )
 
 
-def extract(extractor: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Features [B, F] and, where the extractor has them, logits [B, classes] of uint8 images [B, C, H, W]."""
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; give uint8 [B, C, H, W].")
-    scaled = images.to(torch.float32) / 127.5 - 1
-    if hasattr(extractor, "features_and_logits"):
-        return extractor.features_and_logits(scaled)
-    if hasattr(extractor, "features"):
-        return extractor.features(scaled), extractor(scaled)
-    return extractor(scaled), None
-
-
 def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
     """|μ_r - μ_g|² + tr(Σ_r + Σ_g - 2(Σ_r Σ_g)^½) of features [N, F], by torchmetrics in float64 throughout."""
     metric = FrechetInceptionDistance(_Given(real.shape[1]), sync_on_compute=False)
@@ -221,87 +204,3 @@ def _share_inside(points: torch.Tensor, manifold: torch.Tensor, num_neighbours: 
 def _distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Euclidean distances [N, M] of points [N, F] and [M, F]; by differences, as products lose a point's distance 0."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-# ---- reference features, cached ------------------------------------------------------------------------
-
-
-def cached_features(
-    cache_dir: str | Path, fingerprint: str, extractor: nn.Module, compute: Callable[[], torch.Tensor]
-) -> torch.Tensor:
-    """Features [N, F] of the data with this fingerprint, from `cache_dir` or else computed and kept there.
-
-    The key is the data's fingerprint and a digest of the extractor's class and weights, so that neither can be mistaken.
-    """
-    path = Path(cache_dir) / f"features-{fingerprint}-{extractor_digest(extractor)}.safetensors"
-    if path.is_file():
-        return load_file(path)["features"]
-    features = compute().cpu().contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({"features": features}, temporary)
-    os.replace(temporary, path)
-    return features
-
-
-def extractor_digest(extractor: nn.Module) -> str:
-    """16 hex digits of an extractor's class and weights."""
-    digest = hashlib.sha256(type(extractor).__qualname__.encode())
-    for name, value in sorted(extractor.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-# ---- Inception, the optional extra -----------------------------------------------------------------------
-
-
-class InceptionFeatures(nn.Module):
-    """The 2048 pool features and the logits of the Inception network that published FIDs use, by torch-fidelity.
-
-    Args:
-        weights: its weights file, INCEPTION_FILE; by default as cached or downloaded by torch.hub.
-
-    Raises:
-        ModuleNotFoundError: without the extra `inception`.
-        FileNotFoundError: without the weights: neither given, nor cached, nor to be downloaded.
-    """
-
-    num_features = 2048
-
-    def __init__(self, weights: str | Path | None = None):
-        super().__init__()
-        try:
-            import torch_fidelity  # noqa: F401
-            from torchmetrics.image.fid import NoTrainInceptionV3
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                "Inception features need torch-fidelity and torchvision: pip install 'ddpm-pipeline[inception]'; or give "
-                "another feature extractor."
-            ) from error
-        if weights is not None and not Path(weights).is_file():
-            raise FileNotFoundError(f"the Inception weights {weights} are not a file; {_HOW_TO_SUPPLY}")
-        try:
-            self.network = NoTrainInceptionV3(
-                name="inception-v3-compat",
-                features_list=["2048", "logits_unbiased"],
-                feature_extractor_weights_path=None if weights is None else str(weights),
-            )
-        except (OSError, RuntimeError) as error:  # URLError is an OSError
-            raise FileNotFoundError(f"the Inception weights cannot be had ({error}); {_HOW_TO_SUPPLY}") from error
-
-    def features_and_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, 2048] and [B, 1008] of images [B, 1 or 3, H, W] in [-1, 1]."""
-        pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
-        features, logits = self.network._torch_fidelity_forward(pixels)
-        return features.flatten(1), logits
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.features_and_logits(images)[0]
-
-
-_HOW_TO_SUPPLY = (
-    f"download {INCEPTION_URL} (95 MB) where there is a network, and pass its path (--inception_weights in evaluate.py), or "
-    "put it into torch.hub's folder of checkpoints."
-)

@@ -15,13 +15,11 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
+from ..support.errors import Stopped
+
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command with --resume latest goes on
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 ONE_REQUEST = 2.0  # seconds in which signals count as one: launchers hand on what a terminal or Slurm sends to all
-
-
-class Stopped(Exception):
-    """The run ended early, as it was asked to; the message says by what and where it can go on."""
 
 
 class StopRequest:

@@ -1,0 +1,80 @@
+"""What the commands are told of the data. Imports the support of options alone."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..support.errors import ConfigError
+from ..support.options import BELOW_ONE, OptionGroup, at_least, one_of, option
+
+CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+
+
+@dataclass(frozen=True)
+class DataOptions(OptionGroup):
+    """Which images are read, and what they are made into."""
+
+    title: ClassVar[str] = "data"
+
+    dataset: str = option(
+        "digits",
+        "Images: 'digits' (built in), a Hub data set, a folder of images, parquet files, or a folder saved by "
+        "Dataset.save_to_disk.",
+    )
+    dataset_config: str | None = option(None, "Configuration of a Hub data set.")
+    split: str = option("train", "Split of the data set.")
+    image_column: str | None = option(None, "Image column. By default the only column that holds images.")
+    resolution: int | None = option(
+        None, "Height and width of the images in pixels. By default their own, if they share one.", at_least(1)
+    )
+    channels: int | None = option(
+        None, "1 (grey), 3 (RGB) or 4 (RGBA). By default 1 if all images are grey, else 3.", one_of(CHANNELS)
+    )
+    cache_dir: str | None = option(
+        None,
+        "Cache folder for preprocessed images. By default that of the datasets library.",
+        on_resume="tell",
+        in_recipe=False,
+    )
+    preprocessing_num_workers: int | None = option(
+        None, "Processes that preprocess the images.", at_least(1), on_resume="tell", in_recipe=False
+    )
+    max_bad_fraction: float = option(
+        0.01,
+        "Largest share of rows that may be skipped, and listed in skipped.jsonl, because the image cannot be read or the "
+        "label or caption is missing. If more rows are bad, the run ends.",
+        BELOW_ONE,
+        on_resume="tell",
+    )
+    streaming: bool = option(False, "Read images as they are needed instead of preprocessing all of them first.")
+
+
+@dataclass(frozen=True)
+class TrainingDataOptions(DataOptions):
+    """The same, and how training goes through the images."""
+
+    random_flip: bool = option(False, "Mirror each image left to right with probability 1/2.")
+    shuffle_buffer: int = option(
+        10_000,
+        "Rows of a stream that each reading process shuffles together, or fewer if they exceed 256 MB.",
+        at_least(1),
+    )
+    dataloader_num_workers: int = option(
+        0,
+        "Worker processes that prepare batches in advance, per training process.",
+        at_least(0),
+        on_resume="tell",
+        in_recipe=False,
+    )
+
+    def check(self) -> None:
+        if self.streaming and self.resolution is None:
+            raise ConfigError("--streaming needs --resolution: image sizes are unknown before the images are read.")
+
+
+@dataclass(frozen=True)
+class ConditionColumns:
+    """The columns that a condition reads: "none" reads no column, "class" a label, "text" a caption or a label."""
+
+    condition: str = "none"
+    label_column: str | None = None  # by default the only ClassLabel column
+    text_column: str | None = None

@@ -1,0 +1,1 @@
+"""Sampling in bulk: any number of images, each a function of the seed and its number."""

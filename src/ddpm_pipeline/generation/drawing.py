@@ -1,0 +1,86 @@
+"""Images sampled from seeds: previews of a run, images to evaluate, images in bulk, and the reverse process as a strip.
+
+Image i is a function of (seed, i), the model and the sampler. Imports torch and the package's support; pipelines come in as
+arguments. Called by the generate command, by evaluation and by training.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..support.draws import Stream, seeds
+from ..support.errors import ConfigError
+from ..support.pictures import strip
+
+PROCESS_ROWS, PROCESS_MOMENTS = 4, 10
+PROCESS_STEPS = 100  # a trajectory of more would only take memory
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a pipeline is asked for: a value per image for one argument of its call, with guidance. By default nothing."""
+
+    argument: str | None = None  # "class_labels" or "prompt"
+    values: Sequence[Any] = ()  # one per image
+    guidance_scale: float = 1.0
+
+    def call(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """Arguments of the pipeline's call for the images with these numbers."""
+        if self.argument is None:
+            return {"batch_size": len(numbers)}
+        return {self.argument: [self.values[number] for number in numbers], "guidance_scale": self.guidance_scale}
+
+
+UNCONDITIONAL = Request()
+
+
+@torch.no_grad()
+def sample(
+    pipe: Any,
+    numbers: Sequence[int],
+    seed: int,
+    num_inference_steps: int | None,
+    request: Request = UNCONDITIONAL,
+    **options: Any,
+) -> Any:
+    """The pipeline's output for the images with these numbers, in one batch; `images` are [b, C, H, W] in [0, 1]."""
+    image_seeds = seeds(seed, Stream.PREVIEW, 0, max(numbers) + 1)[list(numbers)]
+    generators = [torch.Generator(pipe.device).manual_seed(int(image_seed)) for image_seed in image_seeds]
+    steps = {"num_inference_steps": num_inference_steps}
+    return pipe(generator=generators, output_type="pt", **steps, **request.call(numbers), **options)
+
+
+def sample_in_batches(
+    pipe: Any, count: int, batch_size: int, seed: int, num_inference_steps: int | None, request: Request = UNCONDITIONAL
+) -> torch.Tensor:
+    """Images 0..count-1 in [0, 1], [count, C, H, W] on the CPU."""
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    return torch.cat([sample(pipe, batch, seed, num_inference_steps, request).images.cpu() for batch in batches])
+
+
+def sample_uint8(
+    pipe: Any, numbers: Sequence[int], seed: int, num_inference_steps: int, request: Request = UNCONDITIONAL
+) -> torch.Tensor:
+    """The images with these numbers, uint8 [b, C, H, W] on the CPU.
+
+    The first ones are those of a training run's samples.png, which is sampled with the run's seed. Raises ConfigError where the
+    sampler produces NaN or infinite values.
+    """
+    images = sample(pipe, numbers, seed, num_inference_steps, request).images
+    if not images.isfinite().all():
+        raise ConfigError(
+            f"{type(pipe.scheduler).__name__} produced NaN or infinite values when sampling this model in "
+            f"{num_inference_steps} steps; use fewer --num_inference_steps or another --scheduler (diffusers' multistep "
+            "solvers do so where steps = T)."
+        )
+    return images.float().mul(255).round().to(torch.uint8).cpu()
+
+
+def sample_process(pipe: Any, seed: int, request: Request = UNCONDITIONAL) -> Image.Image:
+    """The reverse process as a strip: a few images, one per row, from noise to the result over PROCESS_STEPS steps."""
+    rows = PROCESS_ROWS if request.argument is None else min(PROCESS_ROWS, len(request.values))
+    steps = min(PROCESS_STEPS, pipe.scheduler.config.num_train_timesteps)
+    return strip(sample(pipe, range(rows), seed, steps, request, output_trajectory=True).trajectory, PROCESS_MOMENTS)

@@ -1,0 +1,79 @@
+"""Files and folders that appear whole or not at all, also after a kill or a power cut. Imports the standard library alone.
+
+What is being written lies beside its destination under a hidden name that ends in `.tmp`. It is brought to the disk and then
+renamed. A write that fails removes it; what a kill left behind is harmless, and `remove_leftovers` clears it away.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def temporary_beside(path: Path, owner: int | str | None = None) -> Path:
+    """The hidden name under which `path` is written: by this process, or by several that agree on an `owner`."""
+    return path.with_name(f".{path.name}.{os.getpid() if owner is None else owner}.tmp")
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yields a path to write to; on leaving without an error the file written there takes the place of `path`.
+
+    Missing parent folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(path)
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a UTF-8 file; line ends stay as they are in `text`."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8"))
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder, with all files and folders in it, to the disk."""
+    for path in sorted(folder.rglob("*")):
+        sync(path)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the list of names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that is whole under its name until it is gone."""
+    doomed = temporary_beside(folder, "removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Put a folder that was written beside in the place of `folder`, whether or not there is one already."""
+    if folder.exists():
+        remove_folder(folder)
+    os.replace(temporary, folder)
+    sync(folder.parent)
+
+
+def remove_leftovers(folder: Path, pattern: str = ".*.tmp") -> None:
+    """Remove what killed processes left half-written in a folder."""
+    for leftover in folder.glob(pattern):
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)

@@ -1,0 +1,61 @@
+"""The errors that end a command, and the exit status of each. Imports the standard library alone.
+
+Every error here is raised with a message that names the value, what is allowed and what to do; commands print it without a
+traceback.
+"""
+
+import contextlib
+import errno
+import sys
+from collections.abc import Iterator
+
+PUSH_FAILED_STATUS = 3  # the run is complete on disk, and could not be pushed
+STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command with --resume latest goes on
+
+
+class ConfigError(ValueError):
+    """An option cannot be used; the message names it, what is allowed, and what to do."""
+
+
+class DataError(ValueError):
+    """The data cannot be used as asked; the message says what was given, what is allowed and what to do."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the message says why, and which is the last whole one."""
+
+
+class NumericalError(RuntimeError):
+    """Losses or gradients stay non-finite; the message names the last good checkpoint."""
+
+
+class PushError(RuntimeError):
+    """The Hub did not take a push; the message says why, and which command pushes the folder later."""
+
+
+class Stopped(Exception):
+    """The run ended early, as it was asked to; the message says what asked and how to resume."""
+
+
+@contextlib.contextmanager
+def reported_errors() -> Iterator[None]:
+    """For commands: the errors above end the process with one line on standard error and their exit status."""
+    try:
+        yield
+    except (ConfigError, DataError, CheckpointError, NumericalError) as error:
+        sys.exit(f"error: {error}")
+    except PushError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(PUSH_FAILED_STATUS)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(STOPPED_STATUS)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(
+            f"error: the disk is full ({error}). Checkpoints that were written are whole: make room, then resume with --resume "
+            "latest."
+        )
+    except KeyboardInterrupt:
+        sys.exit("interrupted before the first update")

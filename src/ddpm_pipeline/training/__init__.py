@@ -1,0 +1,1 @@
+"""Training: options, model presets, conditions, objectives, batches, updates, checkpoints, and the loop."""
