@@ -20,12 +20,9 @@ if TYPE_CHECKING:
 
 CARD, TEMPLATE = "README.md", Path(__file__).parent / "model_card.md"
 OURS = "ddpm-pipeline"  # marks our evaluation results in a card's metadata, as the metric's configuration
-GENERATED = re.compile(
-    r"^This is the model card of a .* This model card has been automatically generated\.$", re.MULTILINE
-)
+GENERATED = re.compile(r"(?m)^This is the model card of a .* This model card has been automatically generated\.$")
 SECTION = re.compile(
-    r"(?P<open><!-- ddpm-pipeline: (?P<name>[\w-]+) -->)(?P<text>.*?)(?P<close><!-- /ddpm-pipeline: (?P=name) -->)",
-    re.DOTALL,
+    r"(?s)(?P<open><!-- ddpm-pipeline: (?P<name>[\w-]+) -->)(?P<text>.*?)(?P<close><!-- /ddpm-pipeline: (?P=name) -->)"
 )
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
@@ -81,11 +78,11 @@ class _Kind:
 
 UNCONDITIONAL = _Kind("AlphaDDPMPipeline", "unconditional-image-generation")
 CLASS = _Kind(
-    "AlphaDDPMPipeline", "unconditional-image-generation", "class-conditional", "class_labels=[0], guidance_scale=2.0",
+    "AlphaDDPMPipeline", "unconditional-image-generation", " class-conditional", "class_labels=[0], guidance_scale=2.0",
     " the model loads, but it cannot be told a class, so it cannot sample images",
 )  # fmt: skip
 TEXT = _Kind(
-    "AlphaDDPMTextToImagePipeline", "text-to-image", "text-conditional",
+    "AlphaDDPMTextToImagePipeline", "text-to-image", " text-conditional",
     '"what it should show", guidance_scale=2.0',
 )  # fmt: skip
 
@@ -185,9 +182,8 @@ def _summary(kind: _Kind, images: str, schedule: Mapping[str, Any], training: Tr
         f"{schedule.get('prediction_type', 'epsilon')} prediction",
         f"{schedule['variance_type']} variance" if schedule.get("variance_type") else None,
     ]
-    article = f"A {kind.conditional}".strip()
     return (
-        f"{article} denoising diffusion probabilistic model (Ho et al. 2020) of {images} images{source}. "
+        f"A{kind.conditional} denoising diffusion probabilistic model (Ho et al. 2020) of {images} images{source}. "
         f"The diffusion process: {', '.join(filter(None, diffusion))}."
     )
 
@@ -235,10 +231,8 @@ def refresh_card(existing: str, new: ModelCard, only: Sequence[str] | None = Non
         for found in SECTION.finditer(str(new))
         if found["text"].strip() and (only is None or found["name"] in only)
     }
-    refreshed = SECTION.sub(
-        lambda found: found["open"] + texts.get(found["name"], found["text"]) + found["close"], existing
-    )
-    return _with_results(refreshed, new) if "evaluation" in texts else refreshed
+    text = SECTION.sub(lambda old: old["open"] + texts.get(old["name"], old["text"]) + old["close"], existing)
+    return _with_results(text, new) if "evaluation" in texts else text
 
 
 def _is_blank(text: str) -> bool:

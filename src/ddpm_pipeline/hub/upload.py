@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError
 
 from ..support.atomic import remove_folder, sync, sync_folder, temporary_beside, write_text
 from ..support.errors import PushError
+from ..support.exceptions import describe_exception
 from .card import CARD, card_of_folder, check_private, read_card, refresh_card
 from .files import INDEX, components_of, files_to_push, read_object, stale_files
 
@@ -69,9 +70,6 @@ def export(pipe: "DiffusionPipeline", folder: str | Path, card: ModelCard | None
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-# ---- pushing --------------------------------------------------------------------------------------
-
-
 def push(folder: str | Path, repo_id: str, options: PushOptions | None = None, *, api: HfApi | None = None) -> str:
     """Push a pipeline folder in one commit, and return the commit's address.
 
@@ -96,11 +94,11 @@ def push(folder: str | Path, repo_id: str, options: PushOptions | None = None, *
             if attempt == options.attempts:
                 command = push_command(folder, repo_id, options.private, options.include)
                 raise PushError(
-                    f"pushing to {repo_id} failed ({summary(error)}). {folder} is complete; push it later with\n  {command}"
+                    f"pushing to {repo_id} failed ({describe_exception(error)}). {folder} is complete; push it later with\n"
+                    f"  {command}"
                 ) from error
-            wait = options.first_wait * 2 ** (attempt - 1)
-            logger.debug("attempt %d of %d: %s; again in %.1f s", attempt, options.attempts, summary(error), wait)
-            time.sleep(wait)
+            logger.debug("attempt %d of %d: %s", attempt, options.attempts, describe_exception(error))
+            time.sleep(options.first_wait * 2 ** (attempt - 1))
 
 
 def push_pipeline(
@@ -176,13 +174,3 @@ def _text_on_the_hub(api: HfApi, repo_id: str, path: str, revision: str) -> str:
         return Path(api.hf_hub_download(repo_id, path, revision=revision)).read_bytes().decode("utf-8")
     except EntryNotFoundError:
         return ""
-
-
-def summary(error: BaseException) -> str:
-    """One line of an exception: the Hub's status and words if it answered."""
-    if isinstance(error, HfHubHTTPError) and getattr(error, "response", None) is not None:
-        said = error.server_message or error.response.reason_phrase
-        return f"HTTP {error.response.status_code}: {said}"
-    cause = error.__cause__
-    inner = f"; {summary(cause)}" if isinstance(cause, Exception) else ""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}{inner}"
