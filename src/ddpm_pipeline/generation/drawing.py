@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..support.draws import Stream, seeds
+from ..support.draws import RandomStream, seeds
 from ..support.errors import ConfigError
 from ..support.pictures import strip
 
@@ -47,7 +47,7 @@ def sample(
     **options: Any,
 ) -> Any:
     """The pipeline's output for the images with these numbers, in one batch; `images` are [b, C, H, W] in [0, 1]."""
-    image_seeds = seeds(seed, Stream.PREVIEW, 0, max(numbers) + 1)[list(numbers)]
+    image_seeds = seeds(seed, RandomStream.PREVIEW, 0, max(numbers) + 1)[list(numbers)]
     generators = [torch.Generator(pipe.device).manual_seed(int(image_seed)) for image_seed in image_seeds]
     steps = {"num_inference_steps": num_inference_steps}
     return pipe(generator=generators, output_type="pt", **steps, **request.call(numbers), **options)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 
-class Stream(IntEnum):
+class RandomStream(IntEnum):
     """What is drawn; each has a stream of its own. Numbers are part of a run's identity and never change."""
 
     ORDER = 0
@@ -29,17 +29,17 @@ class Stream(IntEnum):
     BLOCK = 20
 
 
-def _generator(seed: int, stream: Stream, step: int) -> np.random.Generator:
+def _generator(seed: int, stream: RandomStream, step: int) -> np.random.Generator:
     """Philox counts draws in the low words of its counter, so that steps, in the high one, never overlap."""
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, step]))
 
 
-def uniform(seed: int, stream: Stream, step: int, count: int) -> np.ndarray:
+def uniform(seed: int, stream: RandomStream, step: int, count: int) -> np.ndarray:
     """Numbers in [0, 1) for positions 0..count-1, float64 [count]; the first n are the same for every count >= n."""
     return _generator(seed, stream, step).random(count)
 
 
-def seeds(seed: int, stream: Stream, step: int, count: int) -> np.ndarray:
+def seeds(seed: int, stream: RandomStream, step: int, count: int) -> np.ndarray:
     """A 53-bit seed for each position 0..count-1, int64 [count]."""
     return (uniform(seed, stream, step, count) * 2**53).astype(np.int64)
 
@@ -53,18 +53,18 @@ class BatchSlice:
     batch_size: int  # of the global batch
     positions: slice
 
-    def uniform(self, stream: Stream) -> np.ndarray:
+    def uniform(self, stream: RandomStream) -> np.ndarray:
         """Numbers in [0, 1), one per position, float64 [b]."""
         return uniform(self.seed, stream, self.step, self.batch_size)[self.positions]
 
-    def seeds(self, stream: Stream) -> np.ndarray:
+    def seeds(self, stream: RandomStream) -> np.ndarray:
         """A 53-bit seed per position, int64 [b]."""
         return seeds(self.seed, stream, self.step, self.batch_size)[self.positions]
 
 
 @lru_cache(maxsize=2)
 def _permutation(seed: int, num_images: int, epoch: int) -> np.ndarray:
-    return _generator(seed, Stream.ORDER, epoch).permutation(num_images)
+    return _generator(seed, RandomStream.ORDER, epoch).permutation(num_images)
 
 
 def image_indices(seed: int, num_images: int, step: int, batch_size: int) -> np.ndarray:
@@ -85,7 +85,7 @@ def shard_order(seed: int, num_shards: int, epoch: int) -> np.ndarray:
 
 def block_order(seed: int, epoch: int, part: int, block: int, rows: int) -> np.ndarray:
     """The order of a block's rows, int64 [rows], for block `block` of one part of a stream in an epoch."""
-    philox = np.random.Philox(key=[seed, Stream.BLOCK], counter=[0, epoch, part, block])
+    philox = np.random.Philox(key=[seed, RandomStream.BLOCK], counter=[0, epoch, part, block])
     return np.random.Generator(philox).permutation(rows)
 
 

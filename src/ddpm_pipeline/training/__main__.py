@@ -3,13 +3,15 @@
 import sys
 
 from ..support.errors import reported_errors
-from .loop import train
-from .options import parse_config
+from .options import parse_options
 
 
 def main() -> None:
     with reported_errors():
-        train(parse_config(sys.argv[1:]))
+        options = parse_options(sys.argv[1:])
+        from .loop import train  # after parsing, so that --help and mistakes take no seconds
+
+        train(options)
 
 
 if __name__ == "__main__":

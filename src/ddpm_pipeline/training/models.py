@@ -1,6 +1,6 @@
-"""The UNet and the schedule that a run starts from: a preset, a config file, or somebody's pipeline.
+"""The UNet and the schedule that a run starts from: a preset, a config file, or an existing pipeline.
 
-Imports diffusers, torch and the package.
+Imports diffusers; called by the training loop.
 """
 
 import json
@@ -12,10 +12,10 @@ from huggingface_hub.utils import HFValidationError
 
 from ..scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES, AlphaDDPMScheduler
 from ..support.errors import ConfigError
-from .conditions import Conditions
-from .options import TrainingConfig
+from .conditions import Condition
+from .options import DiffusionOptions, ModelOptions
 
-# Sides of images up to which a preset is meant, and its UNet2DModel. From 32 on these are the networks of Ho et al. 2020
+# Largest resolution that each preset is meant for, and its UNet2DModel. From 32 on these are the networks of Ho et al. 2020
 # (appendix B), the 64-pixel one between its neighbours.
 PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "tiny": (
@@ -64,95 +64,91 @@ PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
 }
 
-SCHEDULE_OPTIONS = (
-    "num_train_timesteps",
-    "beta_schedule",
-    "beta_start",
-    "beta_end",
-    "prediction_type",
-    "variance_type",
-    "rescale_betas_zero_snr",
-)
+UNet = UNet2DModel | UNet2DConditionModel
 
 
 def build_model(
-    config: TrainingConfig, resolution: int, channels: int, conditions: Conditions | None = None
-) -> tuple[UNet2DModel | UNet2DConditionModel, AlphaDDPMScheduler]:
+    model: ModelOptions,
+    diffusion: DiffusionOptions,
+    resolution: int,
+    channels: int,
+    condition: Condition | None = None,
+) -> tuple[UNet, AlphaDDPMScheduler]:
     """The UNet for images [B, channels, resolution, resolution] and its scheduler.
 
-    Raises ConfigError where preset, config file or `--init_from` cannot be used, or do not fit the images.
+    Raises ConfigError if preset, config file or `--init_from` cannot be used, or do not fit the images.
     """
-    conditions = conditions or Conditions()
-    schedule = {name: value for name in SCHEDULE_OPTIONS if (value := getattr(config, name)) is not None}
+    condition = condition or Condition()
     try:
-        if config.init_from is not None:
-            unet, scheduler = _from_pipeline(config.init_from, schedule, conditions)
+        if model.init_from is not None:
+            unet, scheduler = _from_pipeline(model.init_from, diffusion.schedule, condition)
         else:
-            unet = conditions.unet_class.from_config(_unet_config(config, resolution, channels, conditions))
-            scheduler = AlphaDDPMScheduler(**schedule)
+            images = {"sample_size": resolution, "in_channels": channels}
+            images["out_channels"] = channels * (1 + (diffusion.variance_type in LEARNED_VARIANCE_TYPES))
+            unet = condition.unet_class.from_config(_unet_config(model, images, condition))
+            scheduler = AlphaDDPMScheduler(**diffusion.schedule)
     except ConfigError:
         raise
     except (ValueError, TypeError, OSError, NotImplementedError, HFValidationError) as error:
-        what = f"--init_from {config.init_from}" if config.init_from else f"the model ({config.model}) or its schedule"
+        what = f"--init_from {model.init_from}" if model.init_from else f"the model ({model.model}) or its schedule"
         raise ConfigError(f"{what} cannot be used: {error}") from error
-    _check_fit(unet, scheduler, config, resolution, channels, conditions)
-    objective_for(config, scheduler)
+    _check_images_fit(unet, resolution, channels)
+    _check_variance_fits(unet, scheduler, channels)
+    _check_condition_fits(unet, condition, model.init_from or model.model)
+    objective_for(diffusion.objective, scheduler)
     return unet, scheduler
 
 
-def objective_for(config: TrainingConfig, scheduler: AlphaDDPMScheduler) -> str:
-    """The objective asked for, or the one that trains what the scheduler needs. Raises ConfigError where it cannot."""
-    learned = scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
-    objective = config.objective or ("hybrid" if learned else "simple")
+def objective_for(objective: str | None, scheduler: AlphaDDPMScheduler) -> str:
+    """The objective asked for, or by default the one that trains what the scheduler needs. Raises ConfigError if it cannot."""
+    variance_type = scheduler.config.variance_type
+    learned = variance_type in LEARNED_VARIANCE_TYPES
+    objective = objective or ("hybrid" if learned else "simple")
     if objective == "simple" and learned:
         raise ConfigError(
-            f"--objective simple does not train the variance that variance_type={scheduler.config.variance_type} has the UNet "
-            "learn; use hybrid or bound."
+            f"--objective simple does not train the UNet's variance, which variance_type={variance_type} needs; use hybrid "
+            "or bound."
         )
     if objective == "hybrid" and not learned:
         raise ConfigError(
-            f"--objective hybrid trains a learned variance, and this run has variance_type={scheduler.config.variance_type}; "
-            "add --variance_type learned_range, or use simple or bound."
+            f"--objective hybrid trains a learned variance, and this run has variance_type={variance_type}; add "
+            "--variance_type learned_range, or use simple or bound."
         )
     return objective
 
 
-def _from_pipeline(
-    source: str, schedule: dict[str, Any], conditions: Conditions
-) -> tuple[UNet2DModel | UNet2DConditionModel, AlphaDDPMScheduler]:
-    pipe = conditions.pipeline_class.from_pretrained(source, low_cpu_mem_usage=False)
-    if not isinstance(pipe.unet, conditions.unet_class):
+def _from_pipeline(source: str, schedule: dict[str, Any], condition: Condition) -> tuple[UNet, AlphaDDPMScheduler]:
+    pipe = condition.pipeline_class.from_pretrained(source, low_cpu_mem_usage=False)
+    if not isinstance(pipe.unet, condition.unet_class):
         raise ConfigError(
-            f"--init_from {source} has a {type(pipe.unet).__name__}; with this --condition a "
-            f"{conditions.unet_class.__name__} is trained."
+            f"--init_from {source} has a {type(pipe.unet).__name__}, and this --condition needs a "
+            f"{condition.unet_class.__name__}."
         )
     if schedule.keys() & {"beta_schedule", "beta_start", "beta_end", "num_train_timesteps"}:
         schedule = {"trained_betas": None, **schedule}  # flags of the schedule take the place of stored values
     return pipe.unet.float(), AlphaDDPMScheduler.from_config(pipe.scheduler.config, **schedule)
 
 
-def _unet_config(config: TrainingConfig, resolution: int, channels: int, conditions: Conditions) -> dict[str, Any]:
-    out_channels = channels * (2 if config.variance_type in LEARNED_VARIANCE_TYPES else 1)
-    images = {"sample_size": resolution, "in_channels": channels, "out_channels": out_channels}
-    dropout = {} if config.dropout is None else {"dropout": config.dropout}
-    if config.model == "auto" or config.model in PRESETS:
-        preset = PRESETS[_preset_for(config.model, resolution)][1]
-        if conditions.unet_class is UNet2DConditionModel:
+def _unet_config(model: ModelOptions, images: dict[str, int], condition: Condition) -> dict[str, Any]:
+    dropout = {} if model.dropout is None else {"dropout": model.dropout}
+    if model.model == "auto" or model.model in PRESETS:
+        preset = PRESETS[_preset_for(model.model, images["sample_size"])][1]
+        if condition.unet_class is UNet2DConditionModel:
             preset = _with_cross_attention(preset)
-        return {**preset, **images, **dropout, **conditions.unet_config()}
-    path = Path(config.model)
+        return {**preset, **images, **dropout, **condition.unet_config()}
+    path = Path(model.model)
     path = path / "config.json" if path.is_dir() else path
     try:
         stored = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(
-            f"--model {config.model} is no preset (auto, {', '.join(PRESETS)}), and as a file: {error.strerror}."
+            f"--model {model.model} is neither a preset (auto, {', '.join(PRESETS)}) nor a config file: {error.strerror}."
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--model {path} is not a JSON file: {error}") from error
     if not isinstance(stored, dict):
-        raise ConfigError(f"--model {path} must hold a {conditions.unet_class.__name__}'s config, an object.")
-    return {"sample_size": resolution, **images, **conditions.unet_config(), **stored, **dropout}
+        raise ConfigError(f"--model {path} must hold the config of a {condition.unet_class.__name__}, a JSON object.")
+    return {**images, **condition.unet_config(), **stored, **dropout}
 
 
 def _with_cross_attention(preset: dict[str, Any]) -> dict[str, Any]:
@@ -172,18 +168,11 @@ def _preset_for(name: str, resolution: int) -> str:
         if resolution <= largest:
             return preset
     raise ConfigError(
-        f"no preset is meant for {resolution} pixels; give --model a preset or a UNet2DModel config file."
+        f"no preset is meant for {resolution} pixels; name a preset or a UNet2DModel config file with --model."
     )
 
 
-def _check_fit(
-    unet: UNet2DModel | UNet2DConditionModel,
-    scheduler: AlphaDDPMScheduler,
-    config: TrainingConfig,
-    resolution: int,
-    channels: int,
-    conditions: Conditions,
-) -> None:
+def _check_images_fit(unet: UNet, resolution: int, channels: int) -> None:
     levels = len(unet.config.block_out_channels) - 1
     if resolution % 2**levels:
         low = resolution // 2**levels * 2**levels
@@ -196,24 +185,25 @@ def _check_fit(
             f"the images have {channels} channels and the UNet takes {unet.config.in_channels}; "
             f"use --channels {unet.config.in_channels}."
         )
+    size = unet.config.sample_size
+    size = (size, size) if isinstance(size, int) else size
+    if size is not None and tuple(size) != (resolution, resolution):
+        raise ConfigError(f"the UNet is made for images of {size[0]}x{size[1]} pixels; use --resolution {size[0]}.")
+
+
+def _check_variance_fits(unet: UNet, scheduler: AlphaDDPMScheduler, channels: int) -> None:
     learned = scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
     if unet.config.out_channels != channels * (1 + learned):
         raise ConfigError(
-            f"the UNet gives {unet.config.out_channels} channels for images of {channels}, and "
+            f"the UNet has {unet.config.out_channels} output channels for images of {channels}, and "
             f"variance_type={scheduler.config.variance_type} needs {channels * (1 + learned)}; use --variance_type "
-            f"{'fixed_small or a UNet with twice the channels' if learned else 'learned_range where it has twice as many'}."
+            f"{'fixed_small, or a UNet with twice the channels' if learned else 'learned_range if it has twice as many'}."
         )
-    sample_size = unet.config.sample_size
-    if sample_size not in (None, resolution) and tuple(_pair(sample_size)) != (resolution, resolution):
-        raise ConfigError(f"the UNet draws images of {sample_size} pixels; use --resolution {_pair(sample_size)[0]}.")
-    for name, needed in {"num_class_embeds": None, **conditions.unet_config()}.items():
-        has = unet.config.get(name)
-        if has != needed:
+
+
+def _check_condition_fits(unet: UNet, condition: Condition, source: str) -> None:
+    for name, needed in {"num_class_embeds": None, **condition.unet_config()}.items():
+        if (has := unet.config.get(name)) != needed:
             raise ConfigError(
-                f"{config.init_from or config.model}: the UNet has {name}={has}, and --condition {config.condition} with "
-                f"these data needs {needed}."
+                f"{source}: the UNet has {name}={has}, and this --condition with these data needs {needed}."
             )
-
-
-def _pair(size: int | list[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)

@@ -1,110 +1,97 @@
-"""What the noise predictor is trained to minimise (report §6), and how its timesteps are drawn: in float32, an image each.
+"""What the noise predictor is trained to minimise (report §6), and how its timesteps are sampled: float32, per image.
 
-Three objectives: `mean_squared_error` (L_simple), `bound_loss` (the bound itself) and `hybrid_loss` (both, for learned
-variances). `per_image_loss` chooses among them by name, `timestep_quantiles` and the samplers draw timesteps. Imports
-torch, numpy and likelihood.py; the scheduler comes in as an argument and computes the formulas. Called by
-training/train.py.
+Three objectives: `mean_squared_error` (L_simple), `bound_loss` (the variational bound) and `hybrid_loss` (both, for learned
+variances). `per_image_loss` chooses among them by name. Imports torch, numpy and the likelihood room; the scheduler comes in as
+an argument and computes the formulas.
 """
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..likelihood import bound_terms
+from .options import HYBRID_BOUND_WEIGHT, OBJECTIVES
 
 if TYPE_CHECKING:
     from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
-
-OBJECTIVES = ("simple", "hybrid", "bound")
-TIMESTEP_SAMPLINGS = ("uniform", "stratified", "importance")
-HYBRID_BOUND_WEIGHT = 0.001  # λ of L_simple + λ L_vlb (Nichol & Dhariwal 2021, §3.1), L_vlb in bits per dimension
 
 
 # ---- losses -----------------------------------------------------------------------------------------
 
 
-def mean_squared_error(
-    scheduler: "AlphaDDPMScheduler",
-    prediction: torch.Tensor,
-    original_samples: torch.Tensor,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class NoisedBatch:
+    """Images, the noise in them, and what the network sees; images and noise are [B, C, H, W]."""
+
+    original_samples: torch.Tensor  # x_0, in [-1, 1]
+    noise: torch.Tensor
+    timesteps: torch.Tensor  # [B]
+    sample: torch.Tensor  # x_t
+
+
+def mean_squared_error(scheduler: "AlphaDDPMScheduler", prediction: torch.Tensor, batch: NoisedBatch) -> torch.Tensor:
     """L_simple (Ho et al. 2020, eq. 14): ‖target - prediction‖² averaged over each image's values, [B] in float32.
 
-    `prediction`, x_0 and noise are [B, C, H, W], `timesteps` [B]; the target is the noise, x_0 or v by prediction type.
+    `prediction` is [B, C, H, W]; the target is the noise, x_0 or v by prediction type.
     """
-    target = scheduler.training_target(original_samples.float(), noise.float(), timesteps)
+    target = scheduler.training_target(batch.original_samples.float(), batch.noise.float(), batch.timesteps)
     return (prediction.float() - target).square().flatten(1).mean(dim=1)
 
 
-def bound_loss(
-    scheduler: "AlphaDDPMScheduler",
-    model_output: torch.Tensor,
-    original_samples: torch.Tensor,
-    sample: torch.Tensor,
-    timesteps: torch.Tensor,
-) -> torch.Tensor:
-    """T·L_t, [B] in bits per dimension: for t uniform its mean is the bound without the prior term (report 6.12).
+def bound_loss(scheduler: "AlphaDDPMScheduler", model_output: torch.Tensor, batch: NoisedBatch) -> torch.Tensor:
+    """T·L_t, [B] in bits per dimension: for uniform t its mean is the bound without the prior term (report 6.12).
 
-    `model_output` is [B, C, H, W], or 2C channels for a learned variance; x_0 and `sample`, x_t, are [B, C, H, W]. x_0 is
-    predicted without clipping, which would stop the gradient; images are taken as 8-bit.
+    `model_output` is [B, C, H, W], or has 2C channels for a learned variance. The predicted x_0 is not clipped, since that
+    would stop the gradient; images are taken as 8-bit.
     """
-    model_output, x_0, x_t = model_output.float(), original_samples.float(), sample.float()
-    mean = scheduler.q_posterior(scheduler.predict_original_sample(model_output, timesteps, x_t), x_t, timesteps).mean
-    log_variance = scheduler.p_mean_variance(model_output, timesteps, x_t).log_variance
-    return len(scheduler) * bound_terms(scheduler, mean, log_variance, x_0, x_t, timesteps)
+    output, x_0, x_t, t = model_output.float(), batch.original_samples.float(), batch.sample.float(), batch.timesteps
+    mean = scheduler.q_posterior(scheduler.predict_original_sample(output, t, x_t), x_t, t).mean
+    log_variance = scheduler.p_mean_variance(output, t, x_t).log_variance
+    return len(scheduler) * bound_terms(scheduler, mean, log_variance, x_0, x_t, t)
 
 
 def hybrid_loss(
     scheduler: "AlphaDDPMScheduler",
     model_output: torch.Tensor,
-    original_samples: torch.Tensor,
-    sample: torch.Tensor,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
+    batch: NoisedBatch,
     bound_weight: float = HYBRID_BOUND_WEIGHT,
     error_weights: float | torch.Tensor = 1.0,
 ) -> torch.Tensor:
     """L_simple + λ·L_vlb for learned variances (Nichol & Dhariwal 2021, eq. 16), [B] in float32.
 
-    `model_output` is [B, 2C, H, W], prediction and variance half. The mean's gradient is stopped in the bound, which so
-    teaches the variance alone. L_vlb is estimated by T·L_t in bits per dimension: with λ = 0.001 one timestep's L_t has
+    `model_output` is [B, 2C, H, W], prediction and variance half. The mean's gradient is stopped in the bound, so the bound
+    trains the variance alone. L_vlb is estimated by T·L_t in bits per dimension: with λ = 0.001 one timestep's L_t has
     the weight T/1000. `error_weights`, [B], multiply L_simple.
     """
     prediction, raw_variance = model_output.float().chunk(2, dim=1)  # [B, 2C, H, W] -> 2 x [B, C, H, W]
     stopped = torch.cat([prediction.detach(), raw_variance], dim=1)
-    error = mean_squared_error(scheduler, prediction, original_samples, noise, timesteps)
-    return error_weights * error + bound_weight * bound_loss(scheduler, stopped, original_samples, sample, timesteps)
+    error = mean_squared_error(scheduler, prediction, batch)
+    return error_weights * error + bound_weight * bound_loss(scheduler, stopped, batch)
 
 
 def per_image_loss(
     objective: str,
     scheduler: "AlphaDDPMScheduler",
     model_output: torch.Tensor,
-    original_samples: torch.Tensor,
-    sample: torch.Tensor,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
+    batch: NoisedBatch,
     bound_weight: float = HYBRID_BOUND_WEIGHT,
     error_weights: float | torch.Tensor = 1.0,
 ) -> torch.Tensor:
-    """The loss that `objective`, one of OBJECTIVES, names: [B] in float32. `error_weights` do not touch the bound."""
+    """The loss that `objective`, one of OBJECTIVES, names: [B] in float32. `error_weights` do not affect the bound."""
     if objective == "simple":
-        return error_weights * mean_squared_error(scheduler, model_output, original_samples, noise, timesteps)
+        return error_weights * mean_squared_error(scheduler, model_output, batch)
     if objective == "bound":
-        return bound_loss(scheduler, model_output, original_samples, sample, timesteps)
+        return bound_loss(scheduler, model_output, batch)
     if objective == "hybrid":
-        return hybrid_loss(
-            scheduler, model_output, original_samples, sample, noise, timesteps, bound_weight, error_weights
-        )
+        return hybrid_loss(scheduler, model_output, batch, bound_weight, error_weights)
     raise ValueError(f"objective={objective!r} is not one of {', '.join(OBJECTIVES)}.")
 
 
 def min_snr_weights(scheduler: "AlphaDDPMScheduler", timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Weights of the squared error that amount to min(SNR_t, γ) on the x_0 error (Hang et al. 2023, "Min-SNR"), [B].
+    """Weights of the squared error equivalent to min(SNR_t, γ) on the x_0 error (Hang et al. 2023, "Min-SNR"), [B].
 
     The error in x_0 is that in the noise over SNR_t, and that in v over SNR_t + 1.
     """
@@ -118,12 +105,12 @@ def min_snr_weights(scheduler: "AlphaDDPMScheduler", timesteps: torch.Tensor, ga
     return clipped
 
 
-# ---- timesteps: quantiles from the run's random stream, and a distribution that turns them into timesteps ------
+# ---- timesteps: quantiles from the run's random stream, and a sampler that turns them into timesteps ----------
 
 
 def timestep_quantiles(uniform: np.ndarray, timestep_sampling: str) -> np.ndarray:
-    """What is put into the inverse distribution of timesteps: `uniform`, in [0, 1) and one a position of the batch, or,
-    for "stratified", position i's share of the i-th of B equal strata, (i + u_i)/B. Float64 [B], below 1.
+    """Quantiles of the timestep distribution, float64 [B] below 1: `uniform` itself, one per position of the batch, or, for
+    "stratified", (i + u_i)/B: position i samples the i-th of B equal strata.
     """
     if timestep_sampling != "stratified":
         return uniform
@@ -131,7 +118,7 @@ def timestep_quantiles(uniform: np.ndarray, timestep_sampling: str) -> np.ndarra
 
 
 class UniformTimesteps:
-    """Every timestep alike; weights 1 and no state."""
+    """All timesteps with equal probability; weights 1 and no state."""
 
     observes_losses = False
 
@@ -145,11 +132,11 @@ class UniformTimesteps:
 
 
 class ImportanceTimesteps:
-    """Timesteps drawn in proportion to √E[L_t²] of the last losses seen at each (Nichol & Dhariwal 2021, eq. 18).
+    """Timesteps sampled in proportion to √E[L_t²] of the latest losses seen at each (Nichol & Dhariwal 2021, eq. 18).
 
-    Uniform until every timestep has been seen `history_per_timestep` times; after that a share of `uniform_share` stays
-    uniform, so that weights are bounded. The state is a function of the losses observed, in the order of their
-    positions in the global batch, and is saved with checkpoints.
+    Uniform until every timestep has been seen `history_per_timestep` times; then mixed with a `uniform_share` of uniform
+    sampling, so that weights are bounded. The state is a function of the losses observed, in the order of their positions
+    in the global batch, and is saved with checkpoints.
     """
 
     observes_losses = True
@@ -179,11 +166,11 @@ class ImportanceTimesteps:
         return timesteps, (1 / (self.num_timesteps * probabilities[timesteps])).float()
 
     def observe(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
-        """Remember unweighted losses [B] seen at timesteps [B]; a timestep's oldest gives way."""
+        """Remember unweighted losses [B] seen at timesteps [B]; each replaces the oldest at its timestep."""
         history = self.losses.shape[1]
         remembered, counts = self.losses.numpy(), self.counts.numpy()  # views: reading one number is ten times quicker
         for t, loss in zip(timesteps.tolist(), losses.tolist(), strict=True):
-            if math.isfinite(loss):  # it may not be in an update that the fp16 scaler skips
+            if math.isfinite(loss):  # it may not be finite in an update that the fp16 scaler skips
                 remembered[t, counts[t] % history] = loss
                 counts[t] += 1
 
@@ -191,7 +178,7 @@ class ImportanceTimesteps:
         return {"losses": self.losses, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where the state is of another number of timesteps."""
+        """Raises ValueError if the state has another number of timesteps."""
         if state["losses"].shape != self.losses.shape:
             raise ValueError(
                 f"the checkpoint's timestep sampler has losses {tuple(state['losses'].shape)}, this run's has "
@@ -204,5 +191,5 @@ TimestepSampler = UniformTimesteps | ImportanceTimesteps
 
 
 def timestep_sampler(timestep_sampling: str, num_timesteps: int) -> TimestepSampler:
-    """The distribution that `timestep_sampling`, one of TIMESTEP_SAMPLINGS, draws from."""
+    """The sampler that `timestep_sampling`, one of TIMESTEP_SAMPLINGS, names."""
     return ImportanceTimesteps(num_timesteps) if timestep_sampling == "importance" else UniformTimesteps(num_timesteps)

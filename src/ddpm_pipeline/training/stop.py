@@ -1,7 +1,7 @@
 """Ending a run early and in order: signals, and the clock of `--max_train_time`.
 
-The first signal is a request: the update under way is finished, a checkpoint written, and the command ends with EXIT_STATUS. A
-second one ends it at once. Imports accelerate and torch; nothing of the package.
+The first signal is a request: the current update is finished, a checkpoint is written, and the command ends with
+`support.errors.STOPPED_STATUS`. A second one ends it at once. Imports accelerate and torch.
 """
 
 import contextlib
@@ -17,9 +17,8 @@ from accelerate import Accelerator
 
 from ..support.errors import Stopped
 
-EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command with --resume latest goes on
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-ONE_REQUEST = 2.0  # seconds in which signals count as one: launchers hand on what a terminal or Slurm sends to all
+ONE_REQUEST = 2.0  # seconds in which signals count as one: launchers pass on what a terminal or Slurm sends to all
 
 
 class StopRequest:
@@ -33,7 +32,7 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """What asked this process to stop; None while nothing did."""
+        """What asked this process to stop; None if nothing did."""
         if self._signal is not None:
             return self._signal.name
         if self.deadline is not None and time.monotonic() >= self.deadline:
@@ -42,7 +41,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, signals are requests. What they did before is restored at the end."""
+        """Within, signals are requests. Their earlier handlers are restored at the end."""
         heard = SIGNALS if threading.current_thread() is threading.main_thread() else ()  # Python allows no other
         before = {each: signal.signal(each, self._on_signal) for each in heard}
         try:
@@ -55,7 +54,7 @@ class StopRequest:
         if self._signal is None:
             self._signal, self._asked_at = signal.Signals(number), time.monotonic()
             message = (
-                f"\n{self._signal.name}: finishing this update and writing a checkpoint; once more ends it at once\n"
+                f"\n{self._signal.name}: finishing this update and writing a checkpoint; a second signal ends at once\n"
             )
             os.write(2, message.encode())  # print is not safe here: it may be what was interrupted
         elif time.monotonic() - self._asked_at > ONE_REQUEST:
@@ -64,8 +63,8 @@ class StopRequest:
 
     @contextlib.contextmanager
     def interrupts(self, network: torch.nn.Module) -> Iterator[None]:
-        """Within, the next call of the network after a request raises Stopped: for drawing and evaluating, which may take
-        minutes and can be done anew.
+        """Within, the next call of the network after a request raises Stopped: for sampling and evaluation, which may take
+        minutes and can be repeated.
         """
 
         def check(*_: object) -> None:
@@ -80,7 +79,7 @@ class StopRequest:
 
 
 def in_any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
-    """Each flag, true for all processes where it is true in one of them; a collective call where there are several."""
+    """Each flag, true in all processes if it is true in one; a collective call if there are several."""
     if accelerator.num_processes == 1:
         return list(flags)
     counts = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)

@@ -1,9 +1,10 @@
-"""One optimiser update after its forward and backward passes, and what to do where numbers are not finite.
+"""One optimizer update after its backward passes, and what happens if numbers are not finite.
 
-Imports accelerate, diffusers' averaged weights and torch; nothing of the package.
+Imports accelerate, diffusers' EMA and torch; called by the training loop.
 """
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,40 +14,35 @@ from diffusers.training_utils import EMAModel
 
 from .stop import in_any_process
 
-logger = logging.getLogger("train")
+logger = logging.getLogger(__name__)
 
-MAX_IN_A_ROW = 10  # updates left out one after another, after which nothing good is to be expected
-SMALLEST_SCALE = 1.0  # of fp16 losses: a scaler that is below it and still overflows has a fault and not a wrong scale
-INDICES_TOLD = 20  # of images in a message
+MAX_IN_A_ROW = 10  # skipped updates in succession, after which training is hopeless
+SMALLEST_SCALE = 1.0  # of fp16 losses: if they overflow even below it, the scale is not what is wrong
+INDICES_SHOWN = 20  # of images in a message
 
 
+@dataclass
 class Updater:
-    """Applies gradients: clipping, optimiser, learning rate, averaged weights. Leaves out an update whose loss or gradient is
-    not finite, in all processes together, and counts it.
+    """Applies gradients: clipping, optimizer, learning rate, EMA. Skips an update whose loss or gradient is not finite, in all
+    processes together, and counts it.
 
-    Where fp16 gradients overflow while the loss is finite, the scaler of accelerate leaves the update out and lowers its scale;
-    that is not counted.
+    If fp16 gradients overflow while the loss is finite, accelerate's scaler skips the update and lowers its scale; that is
+    not counted.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        network: torch.nn.Module,
-        optimizer: Any,
-        lr_scheduler: Any,
-        ema: EMAModel | None,
-        max_grad_norm: float,
-    ):
-        self.accelerator, self.network, self.optimizer = accelerator, network, optimizer
-        self.lr_scheduler, self.ema, self.max_grad_norm = lr_scheduler, ema, max_grad_norm
-        self.skipped = 0  # updates in all
-        self.in_a_row = 0
+    accelerator: Accelerator
+    network: torch.nn.Module
+    optimizer: Any
+    lr_scheduler: Any
+    ema: EMAModel | None
+    max_grad_norm: float
+    skipped: int = 0  # updates in total
+    in_a_row: int = 0
 
     def __call__(self, step: int, losses: torch.Tensor, indices: list[int], stop: bool) -> tuple[float | None, bool]:
-        """Apply the gradients of update `step`. `losses` [b] are of this process's images, `indices` which those are.
+        """Apply the gradients of update `step`. `losses` [b] are of this process's images, whose rows are `indices`.
 
-        (The gradient's norm before clipping, or None where the update was left out; whether any process was asked to stop).
-        Raises NumericalError after MAX_IN_A_ROW left out one after another.
+        (The gradient norm before clipping, or None if the update was skipped; whether any process was asked to stop).
         """
         norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
         finite_losses, finite_norm = torch.stack([losses.isfinite().all(), norm.isfinite()]).tolist()
@@ -55,7 +51,7 @@ class Updater:
         fault = not finite_losses or not (finite_norm or excused)
         fault, stop = in_any_process(self.accelerator, fault, stop)
         if fault:
-            self._leave_out(step, losses, indices, float(norm))
+            self._skip(step, losses, indices, float(norm))
             return None, stop
         self.in_a_row = 0
         self.optimizer.step()
@@ -67,33 +63,27 @@ class Updater:
             self.ema.step(self.network.parameters())
         return float(norm), stop
 
-    def _leave_out(self, step: int, losses: torch.Tensor, indices: list[int], norm: float) -> None:
+    def _skip(self, step: int, losses: torch.Tensor, indices: list[int], norm: float) -> None:
         self.optimizer.zero_grad()
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # forgets that gradients were unscaled, and lowers the scale
         self.skipped += 1
         self.in_a_row += 1
         finite = losses.isfinite().tolist()
-        mine = [index for index, good in zip(indices, finite, strict=True) if not good]
-        found = gather_object(mine)
-        if found:
-            cause = f"the loss is not finite for the images {', '.join(map(str, found[:INDICES_TOLD]))}"
-            cause += f" and {len(found) - INDICES_TOLD} more" if len(found) > INDICES_TOLD else ""
+        culprits = gather_object([index for index, good in zip(indices, finite, strict=True) if not good])
+        images = culprits or gather_object(indices)
+        shown = ", ".join(map(str, images[:INDICES_SHOWN]))
+        shown += f" and {len(images) - INDICES_SHOWN} more" if len(images) > INDICES_SHOWN else ""
+        if culprits:
+            cause = f"the loss is not finite for the images {shown}"
         else:
-            everything = gather_object(indices)
-            cause = (
-                f"the gradient's norm is {norm} and all losses are finite; the images are "
-                f"{', '.join(map(str, everything[:INDICES_TOLD]))}{', ...' if len(everything) > INDICES_TOLD else ''}"
-            )
+            cause = f"the gradient norm is {norm} although all losses are finite; the images are {shown}"
         if self.accelerator.is_main_process:
-            logger.warning("update %d is left out: %s (%d so far)", step, cause, self.skipped)
+            logger.warning("update %d is skipped: %s (%d so far)", step, cause, self.skipped)
 
     @property
     def hopeless(self) -> bool:
         return self.in_a_row >= MAX_IN_A_ROW
-
-    def weights_are_finite(self) -> bool:
-        return bool(torch.stack([weight.isfinite().all() for weight in self.network.parameters()]).all())
 
     def state_dict(self) -> dict[str, int]:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}

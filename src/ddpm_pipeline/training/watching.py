@@ -1,10 +1,12 @@
-"""A small version of evaluate.py on the way: the averaged weights' bits per dimension, and how good some samples are.
+"""What is looked at while a run continues, in its main process: previews, evaluations of the EMA weights, and the final samples.
 
-Imports torch, the package and parts of evaluate.py. Called by train.py's main process.
+Imports torch and the rooms for generation and evaluation; called by the training loop.
 """
 
 import logging
 import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,62 +16,105 @@ from ..data.mapped import ImageData, to_model_range
 from ..data.streamed import StreamData
 from ..evaluation.features import feature_extractor, real_features
 from ..evaluation.quality import ImageQuality
-from ..generation.drawing import sample_uint8
+from ..generation.drawing import sample_in_batches, sample_process, sample_uint8
 from ..likelihood import bits_per_dim
-from ..support.draws import Stream, seeds
+from ..support.draws import RandomStream, seeds
 from ..support.errors import ConfigError
-from .options import TrainingConfig
+from ..support.pictures import grid, save_picture
+from .conditions import Condition
+from .options import TrainingDataOptions, WatchingOptions
 
-logger = logging.getLogger("train")
+logger = logging.getLogger(__name__)
 
 FIGURES = ("fid", "kid", "precision", "recall")
 
 
-class Evaluation:
-    """What `--eval_every` asks for, on the same images with the same noise every time.
+@dataclass(frozen=True)
+class Samples:
+    """Pictures of what the pipeline samples, in the output folder."""
 
-    Raises ConfigError for `--eval_features` that cannot be used.
+    pipe: Any
+    condition: Condition
+    folder: Path
+    options: WatchingOptions
+    seed: int
+    batch_size: int  # images per network call
+
+    def preview(self, done: int) -> None:
+        """samples/step-N.png, with fewer reverse steps."""
+        self._grid(self.options.preview_images, self.options.preview_inference_steps, self.preview_path(done))
+
+    def preview_path(self, done: int) -> Path:
+        return self.folder / "samples" / f"step-{done:08d}.png"
+
+    def final(self) -> None:
+        """samples.png over the full chain, and process.png, the reverse process from noise to images."""
+        logger.info("sampling %d images over %d steps", self.options.num_samples, len(self.pipe.scheduler))
+        self._grid(self.options.num_samples, None, self.folder / "samples.png")
+        request, _ = self.condition.preview(4)
+        save_picture(sample_process(self.pipe, self.seed, request), self.folder / "process.png")
+
+    def _grid(self, count: int, steps: int | None, path: Path) -> None:
+        request, columns = self.condition.preview(count)
+        count = len(request.values) or count  # equal rows, one per condition
+        images = sample_in_batches(self.pipe, count, self.batch_size, self.seed, steps, request)
+        save_picture(grid(images, columns), path)
+
+
+class Evaluation:
+    """Bits per dimension of some images, and FID, KID, precision and recall of samples, with the same noise every time.
+
+    Raises ConfigError if `--eval_features` cannot be used.
     """
 
-    def __init__(self, config: TrainingConfig, data: ImageData | StreamData, device: torch.device):
-        self.config, self.data = config, data
-        self.batch_size = config.batch_size // config.gradient_accumulation_steps
-        self.judge: nn.Module | None = None
-        if config.eval_samples:
-            self.judge = feature_extractor(config.eval_features, config.dataset, None, "--eval_features").to(device)
+    def __init__(
+        self,
+        data: ImageData | StreamData,
+        data_options: TrainingDataOptions,
+        options: WatchingOptions,
+        seed: int,
+        batch_size: int,
+        device: torch.device,
+    ):
+        self.data, self.options, self.seed, self.batch_size = data, options, seed, batch_size
+        self.cache_dir = data_options.cache_dir
+        self.extractor: nn.Module | None = None
+        if options.eval_samples:
+            name = options.eval_features
+            self.extractor = feature_extractor(name, data_options.dataset, None, "--eval_features").to(device)
 
     def __call__(self, pipe: Any, scheduler: Any) -> dict[str, float]:
-        """Figures of the pipeline's network: the bound of `scheduler`'s chain, and samples over the previews' steps."""
-        return self._likelihood(pipe.unet, scheduler) | (self._quality(pipe, self.judge) if self.judge else {})
+        """Figures of the pipeline's network: the bound over `scheduler`'s chain, and samples over the previews' steps."""
+        return self._likelihood(pipe.unet, scheduler) | (self._quality(pipe, self.extractor) if self.extractor else {})
 
     def _likelihood(self, unet: nn.Module, scheduler: Any) -> dict[str, float]:
         """Estimated from a few timesteps of each image."""
-        images = self.data.examples(self.config.eval_images, self.config.seed)
+        images = self.data.examples(self.options.eval_images, self.seed)
         count = len(images)
-        noise_seeds = seeds(self.config.seed, Stream.NOISE, 0, count).tolist()
-        result = bits_per_dim(
+        noise_seeds = seeds(self.seed, RandomStream.NOISE, 0, count).tolist()
+        total = bits_per_dim(
             unet,
             scheduler,
             to_model_range(images),
-            num_evaluated=self.config.eval_calls,
+            num_evaluated=self.options.eval_calls,
             batch_size=self.batch_size,
             generator=[torch.Generator().manual_seed(noise_seed) for noise_seed in noise_seeds],
             progress=False,
         ).total
-        error = {"eval_bits_per_dim_error": float(result.std() / count**0.5)} if count > 1 else {}
-        return {"eval_bits_per_dim": float(result.mean()), **error}
+        error = {"eval_bits_per_dim_error": float(total.std() / count**0.5)} if count > 1 else {}
+        return {"eval_bits_per_dim": float(total.mean()), **error}
 
-    def _quality(self, pipe: Any, judge: nn.Module) -> dict[str, float]:
-        """Against all of the data, in one process alone."""
-        config = self.config
-        quality = ImageQuality(judge, seed=config.seed, sync_on_compute=False).to(pipe.device)
-        quality.add_real_features(real_features(self.data, judge, config.cache_dir).to(pipe.device))
-        for start in range(0, config.eval_samples, self.batch_size):
-            batch = range(start, min(start + self.batch_size, config.eval_samples))
+    def _quality(self, pipe: Any, extractor: nn.Module) -> dict[str, float]:
+        """Compared with all of the data, in this process alone."""
+        options = self.options
+        quality = ImageQuality(extractor, seed=self.seed, sync_on_compute=False).to(pipe.device)
+        quality.add_real_features(real_features(self.data, extractor, self.cache_dir).to(pipe.device))
+        for start in range(0, options.eval_samples, self.batch_size):
+            batch = range(start, min(start + self.batch_size, options.eval_samples))
             try:
-                images = sample_uint8(pipe, batch, config.seed, config.preview_inference_steps)
+                images = sample_uint8(pipe, batch, self.seed, options.preview_inference_steps)
             except ConfigError as error:  # no reason to end the run
-                logger.warning("samples cannot be judged: %s", error)
+                logger.warning("samples cannot be evaluated: %s", error)
                 return {}
             quality.update(images.to(pipe.device), real=False)
         figures = quality.compute()._asdict()

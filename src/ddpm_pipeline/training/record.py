@@ -1,0 +1,98 @@
+"""What is recorded of a run in the model card: facts, and the command that trains the same model. No path, no name of a machine.
+
+Imports diffusers, torch and the hub room; called by the training loop.
+"""
+
+import os
+import re
+import shlex
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from huggingface_hub import ModelCard
+
+from ..data.mapped import ImageData
+from ..data.sources import BUILT_IN
+from ..data.streamed import StreamData
+from ..hub import build_card
+from .conditions import Condition
+from .options import FIELDS, TrainingOptions
+
+PICTURES = {"samples.png": "samples", "process.png": "from noise to images"}
+
+
+def training_facts(
+    options: TrainingOptions, num_parameters: int, first: int, done: int, seconds: float, accelerator: Accelerator
+) -> dict[str, Any]:
+    """What the model card says of the run."""
+    optimisation, device = options.optimisation, accelerator.device.type
+    total, warmup = optimisation.max_train_steps, optimisation.lr_warmup_steps
+    return {
+        "parameters": f"{num_parameters / 1e6:.2f} M",
+        "objective": options.diffusion.objective,
+        "updates": done if done == total else f"{done} of {total} so far",
+        "batch size": optimisation.batch_size,
+        "learning rate": f"{optimisation.learning_rate} ({optimisation.lr_scheduler}, {warmup} warm-up updates)",
+        "EMA of weights": f"decay up to {optimisation.ema_decay}" if optimisation.ema_decay else "none",
+        "precision": options.hardware.mixed_precision,
+        "seed": options.run.seed,
+        "hardware": f"{accelerator.num_processes} x {torch.cuda.get_device_name() if device == 'cuda' else device}",
+        "time" if first == 0 else f"time since resuming at update {first}": f"{seconds / 60:.1f} minutes",
+        "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}",
+    }
+
+
+def model_card(
+    pipe: Any,
+    options: TrainingOptions,
+    data: ImageData | StreamData,
+    condition: Condition,
+    facts: dict[str, Any],
+    target: Path,
+    num_processes: int,
+) -> ModelCard:
+    """The card of this run, with the pictures that lie in the folder that it is for."""
+    name = Path(options.run.output_dir).resolve().name
+    return build_card(
+        pipe,
+        name=(options.hub.hub_model_id or name).split("/")[-1],
+        repo_id=options.hub.hub_model_id,
+        dataset=public(data.name),
+        num_images=data.num_images,
+        hub_dataset=options.data.dataset if is_hub_dataset(options.data.dataset) else None,
+        license=options.hub.hub_license,
+        training=condition.facts() | facts,
+        command=recipe_command(options, num_processes),
+        evaluation=[],
+        example=condition.example(),
+        pictures={file: caption for file, caption in PICTURES.items() if (target / file).is_file()},
+    )
+
+
+def recipe_command(options: TrainingOptions, num_processes: int = 1) -> str:
+    """The command line that trains the same model: what belongs to the recipe and differs from the defaults."""
+    words = ["accelerate", "launch", *(["--num_processes", str(num_processes)] if num_processes > 1 else [])]
+    words.append("training/train.py")
+    for name, value in options.flat().items():
+        field = FIELDS[name]
+        default = None if field.default is MISSING else field.default
+        # the data set is always named: with no --dataset the default recipe runs
+        if not field.metadata["in_recipe"] or value is None or (value == default and name != "dataset"):
+            continue
+        words += [f"--{name}", public(str(value))]
+    return shlex.join(words)
+
+
+def public(value: str) -> str:
+    """A value as the card may show it: of a path only its last part."""
+    looks_like_path = os.path.isabs(value) or value.startswith((".", "~")) or re.search(r"[\\*?]|\.\w+$", value)
+    return Path(value).name or value if looks_like_path or os.path.exists(value) else value
+
+
+def is_hub_dataset(dataset: str) -> bool:
+    """Whether a data set's name is one of the Hub's, as far as `data.sources` does not take it for local."""
+    return dataset != BUILT_IN and public(dataset) == dataset

@@ -1,0 +1,94 @@
+"""Tokenizers and text encoders: a small one built from the captions, or any text model of transformers.
+
+Imports tokenizers, torch and transformers; called by conditions.py.
+"""
+
+from collections.abc import Iterable
+from itertools import islice
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from ..pipeline_alpha_ddpm_text import MAX_TOKENS
+from ..support.errors import ConfigError
+
+SMALL_ENCODER = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+MAX_VOCABULARY = 8192  # with it the small encoder has 0.6 M parameters
+MAX_CAPTIONS_READ = 1_000_000  # for the tokenizer
+SPECIAL_TOKENS = ("<|pad|>", "<|startoftext|>", "<|endoftext|>")
+
+
+def make_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on captions. It can encode any other text as well."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # a word is the same token everywhere
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        islice(captions, MAX_CAPTIONS_READ),
+        trainers.BpeTrainer(
+            vocab_size=MAX_VOCABULARY,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    pad, start, end = SPECIAL_TOKENS
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(token, tokenizer.token_to_id(token)) for token in (start, end)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, bos_token=start, eos_token=end, model_max_length=MAX_TOKENS
+    )
+
+
+def make_small_encoder(tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel:
+    """A CLIP-style text transformer of under 2 M parameters, with weights from torch's global generator."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            **SMALL_ENCODER,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=MAX_TOKENS,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def load_text_encoder(source: str | None, init_from: str | None) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and encoder, in float32, from a Hub name or folder, or from the pipeline `init_from` if `source` is None.
+
+    Raises ConfigError if they cannot be used.
+    """
+    option = f"--text_encoder {source}" if source else f"--init_from {init_from}"
+    places = {part: {} if source else {"subfolder": part} for part in ("tokenizer", "text_encoder")}
+    name = source or init_from
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **places["tokenizer"])
+        encoder_config = AutoConfig.from_pretrained(name, **places["text_encoder"])
+        if encoder_config.model_type == "clip":  # the text half of a whole CLIP
+            loader = CLIPTextModel
+        else:
+            known = type(encoder_config) in AutoModelForTextEncoding._model_mapping
+            loader = AutoModelForTextEncoding if known else AutoModel
+        encoder = loader.from_pretrained(name, dtype=torch.float32, **places["text_encoder"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{option} cannot be used as a text encoder: {error}") from error
+    positions = getattr(encoder.config, "max_position_embeddings", None)
+    if positions is not None and positions < MAX_TOKENS:
+        raise ConfigError(f"{option} takes {positions} tokens, and captions are padded to {MAX_TOKENS}; use another.")
+    if tokenizer.pad_token is None:
+        raise ConfigError(f"{option} has a tokenizer without a padding token, which captions need; use another.")
+    return tokenizer, encoder
