@@ -1,0 +1,106 @@
+"""All options of a command as one object that consists of option groups. Imports the support of options alone, no torch."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, Field, asdict, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Self, get_type_hints
+
+import yaml
+
+from .errors import ConfigError
+from .options import OptionGroup, option_fields, parse_flags, unknown_option
+
+
+class OptionSet:
+    """Base of a command's options. A subclass declares its groups as annotated fields:
+
+        @dataclass(frozen=True, init=False)
+        class CopyOptions(OptionSet):
+            data: DataOptions
+            output: OutputOptions
+
+        CopyOptions(dataset="photos", output_dir="copies")  # by the names of the flags
+        CopyOptions(data=DataOptions("photos"), output_dir="copies")  # or by groups
+        CopyOptions(config="copy.yaml", split="test")  # from a YAML file, which the others override
+
+    Raises ConfigError for an unknown or missing option, a value that is not allowed, and options that exclude each other.
+    """
+
+    def __init__(self, *, config: str | Path | None = None, **options: Any):
+        groups, known = self.groups(), self.declared()
+        given = {name: options.pop(name) for name in groups if isinstance(options.get(name), OptionGroup)}
+        set_already = option_fields(given.values())
+        if config is not None:
+            flags = [f"--{name}={value}" for name, value in options.items() if _required(known.get(name))]
+            stored = parse_flags(list(groups.values()), flags, "", self.config_file(config))
+            options = {name: value for name, value in stored.items() if name not in set_already} | options
+        if unknown := [name for name in options if name not in known]:
+            raise ConfigError(unknown_option(f"--{unknown[0]}", known))
+        self._check_given({*options, *set_already})
+        for name, group in groups.items():
+            mine = {entry.name: options[entry.name] for entry in fields(group) if entry.name in options}
+            object.__setattr__(self, name, replace(given[name], **mine) if name in given else group(**mine))
+        self.check()
+
+    def check(self) -> None:
+        """Raises ConfigError if options of different groups exclude each other."""
+
+    @classmethod
+    @cache
+    def groups(cls) -> dict[str, type[OptionGroup]]:
+        """The groups by the names of their fields."""
+        hints = get_type_hints(cls).items()
+        return {name: hint for name, hint in hints if isinstance(hint, type) and issubclass(hint, OptionGroup)}
+
+    @classmethod
+    @cache
+    def declared(cls) -> dict[str, Field]:
+        """The fields of all options, by name."""
+        return option_fields(cls.groups().values())
+
+    @classmethod
+    def config_file(cls, config: str | Path) -> Path:
+        """The YAML file that `config` names."""
+        return Path(config)
+
+    @classmethod
+    def parse(cls, argv: Sequence[str], description: str, config: str | Path | None = None, **flags: str) -> Self:
+        """The options that a command line asks for, on top of the entries of a file.
+
+        `flags` are further flags by name with their help, such as `config`, which are accepted and left out. Raises
+        ConfigError for a command line that cannot be understood.
+        """
+        names = [token.split("=")[0].removeprefix("--") for token in argv if token.startswith("-")]
+        if config is None and not {"-h", "help"} & set(names):
+            known = [*cls.declared(), *flags]
+            if cls._missing(names) and (unknown := [name for name in names if name.removeprefix("no_") not in known]):
+                raise ConfigError(unknown_option(f"--{unknown[0]}", known))  # probably the missing one, misspelt
+            cls._check_given(names)
+        path = None if config is None else cls.config_file(config)
+        return cls(**parse_flags(list(cls.groups().values()), argv, description, path, **flags))
+
+    @classmethod
+    def _missing(cls, given: Iterable[str]) -> list[str]:
+        return [name for name, entry in cls.declared().items() if _required(entry) and name not in given]
+
+    @classmethod
+    def _check_given(cls, given: Iterable[str]) -> None:
+        if missing := cls._missing(given):
+            raise ConfigError(f"--{missing[0]} is required: {cls.declared()[missing[0]].metadata['help']}")
+
+    def flat(self) -> dict[str, Any]:
+        """Every option with its value, by the name of its flag."""
+        return {name: value for group in self.groups() for name, value in asdict(getattr(self, group)).items()}
+
+    def with_values(self, **options: Any) -> Self:
+        """The same options with other values for some, by the names of the flags."""
+        return type(self)(**(self.flat() | options))
+
+    def to_yaml(self) -> str:
+        """Every option with its value, as a file that `config` takes."""
+        return yaml.safe_dump(self.flat(), sort_keys=False, allow_unicode=True)
+
+
+def _required(entry: Field | None) -> bool:
+    return entry is not None and entry.default is MISSING
