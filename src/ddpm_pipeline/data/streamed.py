@@ -283,7 +283,8 @@ def rows_of_part(
     """
     skipped: list[SkippedRow] = []
     needed = data.roles.needed
-    barren, seen_before = 0, position.seen  # epochs in a row without a usable row
+    barren = -1 if position.seen else 0  # epochs in a row without a usable row; the rest of a resumed one may be empty
+    seen_before = position.seen
     while True:
         barren += 1
         for block in _blocks(_pieces(data, partition, part, seed, position), shuffle_buffer):
