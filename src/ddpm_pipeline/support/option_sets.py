@@ -1,7 +1,7 @@
 """All options of a command as one object that consists of option groups. Imports the support of options alone, no torch."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, Field, asdict, fields, replace
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, asdict, fields, make_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Self, get_type_hints
@@ -9,7 +9,7 @@ from typing import Any, Self, get_type_hints
 import yaml
 
 from .errors import ConfigError
-from .options import OptionGroup, option_fields, parse_flags, unknown_option
+from .options import OptionGroup, option, option_fields, parse_flags, unknown_option
 
 
 class OptionSet:
@@ -30,16 +30,16 @@ class OptionSet:
     def __init__(self, *, config: str | Path | None = None, **options: Any):
         groups, known = self.groups(), self.declared()
         given = {name: options.pop(name) for name in groups if isinstance(options.get(name), OptionGroup)}
-        set_already = option_fields(given.values())
         if config is not None:
-            flags = [f"--{name}={value}" for name, value in options.items() if _required(known.get(name))]
-            stored = parse_flags(list(groups.values()), flags, "", self.config_file(config))
-            options = {name: value for name, value in stored.items() if name not in set_already} | options
+            kept = option_fields(given.values())  # what a group says goes before what the file says
+            stored = self._parsed([], "", config)
+            options = {name: value for name, value in stored.items() if name not in kept} | options
         if unknown := [name for name in options if name not in known]:
             raise ConfigError(unknown_option(f"--{unknown[0]}", known))
-        self._check_given({*options, *set_already})
         for name, group in groups.items():
             mine = {entry.name: options[entry.name] for entry in fields(group) if entry.name in options}
+            if name not in given and (missing := [needed for needed in _required(group) if needed not in mine]):
+                raise ConfigError(f"--{missing[0]} is required: {known[missing[0]].metadata['help']}")
             object.__setattr__(self, name, replace(given[name], **mine) if name in given else group(**mine))
         self.check()
 
@@ -65,29 +65,23 @@ class OptionSet:
         return Path(config)
 
     @classmethod
-    def parse(cls, argv: Sequence[str], description: str, config: str | Path | None = None, **flags: str) -> Self:
-        """The options that a command line asks for, on top of the entries of a file.
+    def parse(cls, argv: Sequence[str], description: str, file: str | Path | None = None, **flags: str) -> Self:
+        """The options that a command line asks for, on top of the entries of a `file`.
 
         `flags` are further flags by name with their help, such as `config`, which are accepted and left out. Raises
         ConfigError for a command line that cannot be understood.
         """
-        names = [token.split("=")[0].removeprefix("--") for token in argv if token.startswith("-")]
-        if config is None and not {"-h", "help"} & set(names):
-            known = [*cls.declared(), *flags]
-            if cls._missing(names) and (unknown := [name for name in names if name.removeprefix("no_") not in known]):
-                raise ConfigError(unknown_option(f"--{unknown[0]}", known))  # probably the missing one, misspelt
-            cls._check_given(names)
-        path = None if config is None else cls.config_file(config)
-        return cls(**parse_flags(list(cls.groups().values()), argv, description, path, **flags))
+        return cls(**cls._parsed(argv, description, file, **flags))
 
     @classmethod
-    def _missing(cls, given: Iterable[str]) -> list[str]:
-        return [name for name, entry in cls.declared().items() if _required(entry) and name not in given]
-
-    @classmethod
-    def _check_given(cls, given: Iterable[str]) -> None:
-        if missing := cls._missing(given):
-            raise ConfigError(f"--{missing[0]} is required: {cls.declared()[missing[0]].metadata['help']}")
+    def _parsed(cls, argv: Sequence[str], description: str, file: str | Path | None, **flags: str) -> dict[str, Any]:
+        """What a file and flags say, by name; required options that they leave out are missing."""
+        path = None if file is None else cls.config_file(file)
+        values = parse_flags(
+            [_all_optional(group) for group in cls.groups().values()], argv, description, path, **flags
+        )
+        required = [name for group in cls.groups().values() for name in _required(group)]
+        return {name: value for name, value in values.items() if not (value is None and name in required)}
 
     def flat(self) -> dict[str, Any]:
         """Every option with its value, by the name of its flag."""
@@ -102,5 +96,12 @@ class OptionSet:
         return yaml.safe_dump(self.flat(), sort_keys=False, allow_unicode=True)
 
 
-def _required(entry: Field | None) -> bool:
-    return entry is not None and entry.default is MISSING
+def _required(group: type[OptionGroup]) -> list[str]:
+    return [entry.name for entry in fields(group) if entry.default is MISSING]
+
+
+def _all_optional(group: type[OptionGroup]) -> type[OptionGroup]:
+    """The group for the parser, which would end the process where a required option is missing."""
+    hints, declared = get_type_hints(group), option_fields([group])
+    optional = [(name, hints[name] | None, option(None, declared[name].metadata["help"])) for name in _required(group)]
+    return make_dataclass(group.__name__, optional, bases=(group,), frozen=True)
