@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _LAZY = {"TrainingOptions": "options", "train": "loop"}
-__all__ = list(_LAZY)
+__all__ = ["TrainingOptions", "train"]
 
 if TYPE_CHECKING:
     from .loop import train

@@ -1,8 +1,8 @@
 """Checkpoints of a run: found, written in the background, and read back.
 
-A checkpoint is a folder `checkpoints/step-00001000`. It is written beside under a hidden name, and renamed once every file is on
-the disk and listed with its size and hash in `manifest.json`: under its own name it is whole. Imports accelerate, safetensors and
-torch.
+A checkpoint is a folder `checkpoints/step-00001000`. It is written beside under a hidden name, and renamed once every file is
+on the disk and listed with its size and hash in `manifest.json`: under its own name it is whole. Imports accelerate,
+safetensors and torch.
 """
 
 import hashlib

@@ -124,5 +124,7 @@ class Pusher:
             self._reported = True
             cause = error.__cause__ if isinstance(error, PushError) else error
             logger.warning(
-                "pushing to %s failed (%s). Training continues; later pushes try again, and further failures are not reported.", self.repo_id, summary(cause or error),
-            )  # fmt: skip
+                "pushing to %s failed (%s). Training continues and later pushes try again; their failures are not reported.",
+                self.repo_id,
+                summary(cause or error),
+            )

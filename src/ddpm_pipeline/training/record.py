@@ -1,4 +1,4 @@
-"""What is recorded of a run in the model card: facts, and the command that trains the same model. No path, no name of a machine.
+"""What the model card records of a run: facts, and the command that trains the same model; no path, no name of a machine.
 
 Imports diffusers, torch and the hub room; called by the training loop.
 """

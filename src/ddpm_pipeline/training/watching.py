@@ -1,4 +1,4 @@
-"""What is looked at while a run continues, in its main process: previews, evaluations of the EMA weights, and the final samples.
+"""What the main process looks at during a run: previews, evaluations of the EMA weights, and the final samples.
 
 Imports torch and the rooms for generation and evaluation; called by the training loop.
 """
