@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from ddpm_pipeline.support.errors import STOPPED_STATUS, CheckpointError, ConfigError, NumericalError, Stopped
@@ -379,6 +380,7 @@ def test_the_forward_process_stays_in_float32_in_bf16(options, tmp_path, monkeyp
         return losses
 
     monkeypatch.setattr(loop, "losses_of", look)
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # other tests have an accelerator of their own
     changed = {"mixed_precision": "bf16", "max_train_steps": 1, "num_samples": 1}
     train(TrainingOptions(**{**options, **changed}, output_dir=str(tmp_path / "model")))
     assert seen == [(torch.float32,) * 3, (torch.float32,)]
