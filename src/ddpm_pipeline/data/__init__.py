@@ -1,1 +1,29 @@
-"""From any source of images to batches of tensors: sources, columns, images, mapped and streamed reading, skipped rows."""
+"""From any source of images to batches of tensors: `open_data` reads what a `DataOptions` names.
+
+It gives `ImageData`, preprocessed once into a memory-mapped cache (`load_images`), or `StreamData`, read as needed
+(`open_stream`). Names are imported on first use, because options need neither torch nor datasets.
+"""
+
+from typing import TYPE_CHECKING
+
+from ..support.errors import DataError
+from ..support.extras import lazy_exports
+
+_MODULES = {
+    "ConditionColumns": ".options",
+    "DataOptions": ".options",
+    "ImageData": ".mapped",
+    "StreamData": ".streamed",
+    "load_images": ".mapped",
+    "open_data": ".streamed",
+    "open_stream": ".streamed",
+    "to_model_range": ".mapped",
+}
+__all__ = ["DataError", *_MODULES]
+
+if TYPE_CHECKING:
+    from .mapped import ImageData, load_images, to_model_range  # noqa: F401
+    from .options import ConditionColumns, DataOptions  # noqa: F401
+    from .streamed import StreamData, open_data, open_stream  # noqa: F401
+
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES, extra="train")

@@ -1,17 +1,16 @@
-"""What the commands are told of the data. Imports the support of options alone."""
+"""Which data a command reads, and how: the options from the command line to the reader. Imports neither torch nor datasets."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..support.errors import ConfigError
 from ..support.options import BELOW_ONE, OptionGroup, at_least, one_of, option
-
-CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+from .images import CHANNELS
 
 
 @dataclass(frozen=True)
 class DataOptions(OptionGroup):
-    """Which images are read, and what they are made into."""
+    """Which images are read, and their size and channels after preprocessing."""
 
     title: ClassVar[str] = "data"
 
@@ -31,7 +30,7 @@ class DataOptions(OptionGroup):
     )
     cache_dir: str | None = option(
         None,
-        "Cache folder for preprocessed images. By default that of the datasets library.",
+        "Cache folder for preprocessed images. By default the datasets library's.",
         on_resume="tell",
         in_recipe=False,
     )
@@ -47,10 +46,15 @@ class DataOptions(OptionGroup):
     )
     streaming: bool = option(False, "Read images as they are needed instead of preprocessing all of them first.")
 
+    def require_resolution(self) -> None:
+        """Raises ConfigError without a resolution, which streams need."""
+        if self.resolution is None:
+            raise ConfigError("--streaming needs --resolution: image sizes are unknown before the images are read.")
+
 
 @dataclass(frozen=True)
 class TrainingDataOptions(DataOptions):
-    """The same, and how training goes through the images."""
+    """The same, and the order in which training sees the images."""
 
     random_flip: bool = option(False, "Mirror each image left to right with probability 1/2.")
     shuffle_buffer: int = option(
@@ -67,14 +71,17 @@ class TrainingDataOptions(DataOptions):
     )
 
     def check(self) -> None:
-        if self.streaming and self.resolution is None:
-            raise ConfigError("--streaming needs --resolution: image sizes are unknown before the images are read.")
+        if self.streaming:
+            self.require_resolution()
 
 
 @dataclass(frozen=True)
 class ConditionColumns:
-    """The columns that a condition reads: "none" reads no column, "class" a label, "text" a caption or a label."""
+    """What images are conditioned on: "none" reads no column, "class" a label, "text" a caption or a label."""
 
     condition: str = "none"
     label_column: str | None = None  # by default the only ClassLabel column
     text_column: str | None = None
+
+
+UNCONDITIONAL = ConditionColumns()

@@ -1,17 +1,13 @@
 """Images that are streamed: read from the Hub or from files as they are needed, never held or stored as a whole.
 
-The stream is cut into parts, one for each process that reads (`cut`), and `rows_of_part` goes through one part for ever, in an
-order that is a function of the seed. Where it has got to is a `Position` of a few numbers. Images are preprocessed as they come
-by (`images`), and what cannot be used is left out (`skipped`).
-
-Called by `batches` and `evaluate.py`; imports `datasets`, torch and the other modules of the data.
+A stream is divided into parts, one per reading process (`divide`). `rows_of_part` reads a part for ever, in an order that is a
+function of the seed; a `Position`, a few numbers, says how far it has been read. Imports `datasets` and torch. Training reads
+batches from streams; evaluation stores their first images.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -22,55 +18,41 @@ import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset
 from datasets.arrow_writer import ArrowWriter
 
+from ..support.atomic import atomic_file
 from ..support.draws import block_order, shard_order
 from ..support.errors import DataError
-from .columns import (
-    check_column,
-    check_text_column,
-    condition_column,
-    find_image_column,
-    find_label_column,
-    image_kind,
-    kept_columns,
-    missing_value,
-)
-from .images import BadImage, check_channels, check_resolution, image_file, image_pixels
-from .mapped import PREPROCESSING_VERSION, ImageData, cache_features, cache_table, image_data, images_of
+from ..support.exceptions import describe_exception
+from .columns import check_column, find_roles, kept_columns, missing_value
+from .images import GREY_MODES, BadImage, image_file, image_pixels
+from .mapped import ImageData, ImageSet, cache_features, cache_key, cache_table, images_of, load_images, usable_images
+from .options import UNCONDITIONAL, ConditionColumns, DataOptions
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
-from .sources import as_data_error, hash_of, load_source
+from .sources import as_data_error, cache_folder, hash_of, load_source
 
-READ_ROWS = 100  # rows that are asked for at a time
-LOCAL_SHARDS = 256  # that a memory-mapped data set is read in
-MANY_SHARDS = 16  # times as many shards as parts: sharing them out leaves parts of about the same length
-BLOCK_BYTES = 2**28  # of a block of rows as they are stored, whatever --shuffle_buffer is
-FIRST_ROWS = 10_000  # rows whose captions a tokenizer is made from
-JUDGED_ROWS = 1000  # rows after which the share of bad ones is looked at
-SHARD_BITS = 32  # a row's number holds that of its shard above these bits
+READ_ROWS = 100  # rows requested at a time
+LOCAL_SHARDS = 256  # shards that a memory-mapped data set is read in
+MANY_SHARDS = 16  # with this many shards per part, parts of whole shards have about the same length
+BLOCK_BYTES = 2**28  # largest size of a block of rows as stored, whatever --shuffle_buffer is
+FIRST_ROWS = 10_000  # rows from whose captions a tokenizer is built
+JUDGED_ROWS = 1000  # rows after which the fraction of bad ones is checked
+SHARD_BITS = 32  # a row's number holds its shard above these bits
 
 
 @dataclass(frozen=True, eq=False)
-class StreamData:
-    """A stream of images, and what it is known to be beforehand."""
+class StreamData(ImageSet):
+    """A stream of images, and what is known of it before it is read."""
 
-    stream: IterableDataset  # the image column, not decoded, and the one that the condition needs
-    image_column: str
-    kind: str  # of that column, as `columns.image_kind` says
-    resolution: int
-    channels: int
-    name: str  # of the built-in or Hub data set, or the last part of a local path
-    fingerprint: str  # of where the data come from and what they are made into, 32 hex digits
-    columns: list[str]  # that can serve as conditions
-    label_column: str | None
+    stream: IterableDataset  # the image column, not decoded, and the one that the condition reads
+    columns: list[str]  # that can be conditions
     class_names: list[str] | None  # of the label column's values 0, 1, ...
-    text_column: str | None
-    needed: str | None  # the column that every image must have a value of
+    fingerprint: str  # of the source and of what its rows become, 32 hex digits
     max_bad_fraction: float
 
     num_images = None  # unknown
     skipped = ()  # before anything was read
 
     def values(self, name: str) -> Iterator[Any]:
-        """The needed column's values in the first rows. Raises DataError for another column, or where reading fails."""
+        """The needed column's values in the first rows. Raises DataError for another column, or if reading fails."""
         check_column(name, self.stream.features)
         column = self.stream.select_columns([name])
         with as_data_error(f"the stream {self.name!r}"):
@@ -78,223 +60,179 @@ class StreamData:
                 yield from (value.as_py() for value in table.column(name))
 
     def first(self, count: int) -> torch.Tensor:
-        """The first usable images in the stream's own order, uint8 [n, C, H, W]: `count`, or as many as there are.
-
-        Raises DataError where too many rows before them are bad, or all.
-        """
-        images, skipped, seen = [], [], 0
-        for row, table, index in self._in_order():
-            seen += 1
-            pixels, found = self.read(table, index, row)
-            skipped += [] if found is None else [found]
-            if pixels is not None:
-                images.append(pixels.reshape(-1))
-                if len(images) == count:
-                    break
-        self._check(skipped, len(skipped), seen)
+        """The first `count` usable images (or all), uint8 [n, C, H, W]. Raises DataError if too many rows there are bad."""
+        images, skipped = [], []
+        for pixels, why_bad, _ in self._in_order():
+            skipped += [why_bad] if pixels is None else []
+            images += [] if pixels is None else [pixels.reshape(-1)]
+            if len(images) == count:
+                break
+        self.check_bad_rows(skipped, len(skipped), len(images) + len(skipped))
         return images_of(np.stack(images), self.resolution, self.channels)
 
     def examples(self, count: int, seed: int) -> torch.Tensor:
-        """The same few images at each call, uint8 [n, C, H, W]: the first ones, whatever the seed."""
+        """The same few images on each call, uint8 [n, C, H, W]: the first ones, whatever the seed."""
         return self.first(count)
 
     def stored(self, count: int, cache_dir: str | None) -> ImageData:
-        """The first `count` usable images (or as many as there are) as data in a memory-mapped file of the cache.
-
-        Raises DataError where too many rows before them are bad, or all.
-        """
-        folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ddpm_pipeline"
-        path = folder / f"{hash_of('stream', PREPROCESSING_VERSION, self.fingerprint, count)}.arrow"
-        kept = {name: feature for name, feature in self.stream.features.items() if name != self.image_column}
-        features = cache_features(kept, self.resolution**2 * self.channels)
+        """The first `count` usable images (or all) in a memory-mapped cache. Raises DataError if too many rows are bad."""
+        path = cache_folder(cache_dir) / f"{cache_key('stream', self.fingerprint, count)}.arrow"
+        kept = {name: feature for name, feature in self.stream.features.items() if name != self.roles.image}
+        features = cache_features(kept, self.values_per_image)
         if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            with ArrowWriter(features=features, path=str(temporary)) as writer:
+            with atomic_file(path) as temporary, ArrowWriter(features=features, path=str(temporary)) as writer:
                 self._write(writer, list(kept), count)
                 writer.finalize()
-            os.replace(temporary, path)
         images = Dataset.from_file(str(path), info=datasets.DatasetInfo(features=features))
-        return image_data(
-            images, self.name, self.name, self.resolution, self.channels, self.label_column, self.text_column, self.needed,
-            self.max_bad_fraction,
-        )  # fmt: skip
+        return usable_images(images, self, repr(self.name), self.max_bad_fraction)
 
     def _write(self, writer: ArrowWriter, kept: list[str], count: int) -> None:
-        """Rows of the cache, one by one, until `count` of them are usable."""
-        nothing, left = np.zeros(self.resolution**2 * self.channels, np.uint8), count
-        for row, table, index in self._in_order():
-            pixels, found = self.read(table, index, row)
-            reason, file = (found["reason"], found.get("file")) if found else (None, None)
-            flat = (nothing if pixels is None else pixels.reshape(-1))[None]
-            reasons = pa.array([reason], pa.string()), pa.array([file], pa.string())
-            writer.write_table(cache_table(flat, *reasons, table.slice(index, 1).select(kept)))
+        """Write rows of the cache, one by one, until `count` of them are usable."""
+        nothing, left = np.zeros(self.values_per_image, np.uint8), count
+        for pixels, why_bad, row in self._in_order():
+            flat, why = (nothing, why_bad) if pixels is None else (pixels.reshape(-1), {})
+            writer.write_table(cache_table(flat[None], [why.get("reason")], [why.get("file")], row.select(kept)))
             left -= pixels is not None
             if left == 0:
                 return
 
-    def _in_order(self) -> Iterator[tuple[int, pa.Table, int]]:
-        """(number of the row, a table, the row's place in it) of every row in the stream's own order."""
-        row = 0
+    def _in_order(self) -> Iterator[tuple[np.ndarray | None, SkippedRow | None, pa.Table]]:
+        """Every row in the stream's own order, as `read` gives it, and as a table."""
+        number = 0
         with as_data_error(f"the stream {self.name!r}"):
             for table in _tables(self.stream):
                 for index in range(len(table)):
-                    yield row, table, index
-                    row += 1
+                    yield *self.read(table, index, number), table.slice(index, 1)
+                    number += 1
 
     def read(
         self, table: pa.Table, index: int, row: int, shard: int | None = None
     ) -> tuple[np.ndarray | None, SkippedRow | None]:
         """A row's image, uint8 [H, W, C], and None; or None and why it cannot be used."""
-        value = table.column(self.image_column)[index].as_py()
+        roles = self.roles
+        if roles.needed is not None:
+            condition = table.column(roles.needed)[index].as_py()
+            missing = missing_value(condition, roles.needed, roles.num_classes(self.class_names))
+            if missing is not None:
+                return None, skipped_row(row, missing, shard=shard)
+        value = table.column(roles.image)[index].as_py()
         try:
-            if self.needed is not None:
-                classes = len(self.class_names or ()) if self.needed == self.label_column else None
-                missing = missing_value(table.column(self.needed)[index].as_py(), self.needed, classes)
-                if missing is not None:
-                    return None, skipped_row(row, missing, shard=shard)
-            return image_pixels(_fetched(value), self.kind, self.resolution, self.channels), None
+            return image_pixels(_fetched(value), roles.kind, self.resolution, self.channels), None
         except BadImage as error:
             return None, skipped_row(row, str(error), image_file(value), shard)
 
-    def _check(self, skipped: list[SkippedRow], bad: int, seen: int) -> None:
+    def check_bad_rows(self, skipped: list[SkippedRow], bad: int, seen: int) -> None:
+        """Raises DataError if no rows were seen, or if too many of them are bad, or all."""
         if seen == 0:
-            raise DataError(f"the stream {self.name!r} has no rows; choose another split or data set.")
+            raise DataError(f"The stream {self.name!r} has no rows. Choose another split or data set.")
         check_bad_fraction(repr(self.name), skipped, bad, seen, self.max_bad_fraction)
 
 
-def open_stream(
-    dataset: str,
-    *,
-    resolution: int,
-    dataset_config: str | None = None,
-    split: str = "train",
-    image_column: str | None = None,
-    channels: int | None = None,
-    cache_dir: str | None = None,
-    condition: str = "none",
-    label_column: str | None = None,
-    text_column: str | None = None,
-    max_bad_fraction: float = 0.01,
-) -> StreamData:
-    """The images that `dataset` names, as `mapped.load_images` takes it, to be read as they are needed.
+def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -> StreamData:
+    """The images that the options name, as in `load_images`, to be read as they are needed.
 
-    `channels` left out are 1 where the column's type says grey, else 3. Labels must be a ClassLabel. Raises DataError for data
-    that cannot be used as asked, ValueError for an impossible resolution or channel count.
+    Channels default to 1 if the column's type says that images are grey, else to 3. Labels must be a ClassLabel. Raises
+    ConfigError without a resolution, DataError for data that cannot be used as asked.
     """
-    check_resolution(resolution)
-    if channels is not None:
-        check_channels(channels)
-    source = load_source(dataset, dataset_config, split, cache_dir, streaming=True)
+    options.require_resolution()
+    source = load_source(options, streaming=True)
     stream = source.dataset
     if isinstance(stream, Dataset):
-        if len(stream) == 0:
-            raise DataError(f"the data set {dataset!r} has no rows in its split {split!r}; choose another split.")
         stream = stream.to_iterable_dataset(num_shards=min(len(stream), LOCAL_SHARDS))
     features = stream.features
     if features is None:
-        raise DataError(f"what columns {dataset!r} has is not known before it is read; leave out --streaming.")
-    column = find_image_column(features, image_column)
-    label_column = find_label_column(features, label_column, column)
-    if text_column is not None:
-        check_text_column(features, text_column, column)
-    needed = condition_column(condition, label_column, text_column)
-    channels = channels or _declared_channels(features[column])
-    identity = (source.identity, column, resolution, channels, needed)
+        raise DataError(f"The columns of {options.dataset!r} are unknown before it is read. Drop --streaming.")
+    roles = find_roles(features, options.image_column, columns)
+    class_names = _class_names(features, roles.label, roles.needed)
+    channels = options.channels or _declared_channels(features[roles.image])
     return StreamData(
-        stream=stream.decode(False).select_columns([column, *([] if needed is None else [needed])]),
-        image_column=column,
-        kind=image_kind(features[column]),
-        resolution=resolution,
-        channels=channels,
         name=source.name,
-        fingerprint=hash_of(*identity),
-        columns=kept_columns(features, column),
-        label_column=label_column,
-        class_names=_class_names(features, label_column, needed),
-        text_column=text_column,
-        needed=needed,
-        max_bad_fraction=max_bad_fraction,
+        resolution=options.resolution,
+        channels=channels,
+        roles=roles,
+        stream=stream.decode(False).select_columns([roles.image, *([] if roles.needed is None else [roles.needed])]),
+        columns=kept_columns(features, roles.image),
+        class_names=class_names,
+        fingerprint=hash_of(source.identity, roles.image, options.resolution, channels, roles.needed),
+        max_bad_fraction=options.max_bad_fraction,
     )
 
 
+def open_data(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -> ImageData | StreamData:
+    """The images that the options name: a stream with `options.streaming`, else preprocessed in the cache."""
+    return (open_stream if options.streaming else load_images)(options, columns)
+
+
 def _declared_channels(feature: Any) -> int:
-    """1 if the type of the column says that images are grey; most types say nothing."""
-    grey = isinstance(feature, datasets.Array2D) or getattr(feature, "mode", None) in ("1", "L", "I;16", "I", "F")
-    return 1 if grey else 3
+    """1 if the column's type says that images are grey; most types say nothing."""
+    return 1 if isinstance(feature, datasets.Array2D) or getattr(feature, "mode", None) in GREY_MODES else 3
 
 
 def _class_names(features: Features, label_column: str | None, needed: str | None) -> list[str] | None:
-    """The names of a ClassLabel's values. How many whole numbers there are is not known before all are read."""
-    if label_column is None:
-        return None
-    if isinstance(features[label_column], ClassLabel):
-        return list(features[label_column].names)
-    if label_column == needed:
+    """The names of a ClassLabel's values. How many whole numbers occur is unknown before all are read."""
+    feature = features.get(label_column)
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    if feature is not None and label_column == needed:
         raise DataError(
-            f"--label_column {label_column!r} has the type {features[label_column]}, which does not tell how many classes "
-            "there are; make it a ClassLabel (Dataset.cast_column), or leave out --streaming."
+            f"--label_column {label_column!r} has the type {feature}, which does not say how many classes "
+            "there are. Make it a ClassLabel (Dataset.cast_column), or drop --streaming."
         )
     return None
 
 
 def _tables(stream: IterableDataset) -> Iterator[pa.Table]:
-    """The stream's rows in tables of READ_ROWS. By `iter`, which in a DataLoader's worker too gives all of them."""
+    """The stream's rows in tables of READ_ROWS. By `iter`, which gives all rows even in a DataLoader's worker."""
     return stream.with_format("arrow").iter(batch_size=READ_ROWS)
 
 
 def _fetched(value: Any) -> Any:
-    """The value, with the bytes of a file that does not lie here. Raises `BadImage`."""
+    """The value, with the bytes of a remote file. Raises `BadImage`."""
     path = image_file(value)
     if path is None or "://" not in path or value.get("bytes") is not None:
         return value
     try:
         with fsspec.open(path, "rb") as file:
             return {"bytes": file.read(), "path": path}
-    except Exception as error:  # of the HTTP client, which differs between versions of the library
-        raise BadImage(f"it cannot be fetched: {type(error).__name__}: {error}") from error
+    except Exception as error:  # the HTTP client's exceptions differ between versions of the library
+        raise BadImage(f"it cannot be fetched: {describe_exception(error)}") from error
 
 
 # Parts
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A stream as cut into parts: part p reads the shards in places p, p + parts, ... of an epoch's order, or, where there
-    are not enough shards, every shard and of it every `parts`-th row.
-    """
+class Partition:
+    """A stream divided into parts."""
 
     stream: IterableDataset
     parts: int
-    by_shard: bool
+    by_shard: bool  # part p reads the shards in places p, p + parts, ... of an epoch's order; else every parts-th row
 
 
-def cut(data: StreamData, parts: int) -> Cut:
-    """Parts without overlap, which cover the stream. Files of parquet are taken by row groups where they are few.
-
-    Raises DataError where a file cannot be read.
-    """
+def divide(data: StreamData, parts: int) -> Partition:
+    """Disjoint parts that cover the stream; few parquet files are divided into row groups. Raises DataError."""
     stream = data.stream
     if parts > 1 and stream.num_shards % parts == 0:
-        return Cut(stream, parts, by_shard=True)
+        return Partition(stream, parts, by_shard=True)
     if stream.num_shards < MANY_SHARDS * parts:
         with as_data_error(f"the stream {data.name!r}"):
             stream = stream.reshard()
-    return Cut(stream, parts, by_shard=parts == 1 or stream.num_shards >= MANY_SHARDS * parts)
+    return Partition(stream, parts, by_shard=parts == 1 or stream.num_shards >= MANY_SHARDS * parts)
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a part has been read to."""
+    """How far a part has been read."""
 
     epoch: int = 0
-    place: int = 0  # of a shard in the epoch's order, and
-    row: int = 0  # a row in it, with which a block begins
-    passed: int = 0  # rows of the epoch that were come by before that one
+    place: int = 0  # of the shard, in the epoch's order, and
+    row: int = 0  # of the row in it with which the current block begins
+    passed: int = 0  # rows of the epoch before that row
     block: int = 0  # number of the block in the epoch
     offset: int = 0  # rows of the block, in its shuffled order, that are done
     seen: int = 0  # rows done since the run began
-    bad: int = 0  # of them left out
+    bad: int = 0  # how many of them were skipped
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)
@@ -335,19 +273,21 @@ class _Piece:
 
 
 def rows_of_part(
-    data: StreamData, cut: Cut, part: int, seed: int, shuffle_buffer: int, position: Position
+    data: StreamData, partition: Partition, part: int, seed: int, shuffle_buffer: int, position: Position
 ) -> Iterator[StreamedImage]:
-    """The usable rows of a part from a position on, for ever: epoch after epoch, each in an order of its own.
+    """The usable rows of a part from a position on, for ever: epoch after epoch, each in its own order.
 
-    Shards are shuffled, and rows in blocks of `shuffle_buffer` (fewer, if they have BLOCK_BYTES). Raises DataError where
-    reading fails, where a whole round of epochs has no usable row, and where JUDGED_ROWS in a row are bad and the part's
-    share of bad rows is above the limit.
+    Shards are shuffled, and rows within blocks of `shuffle_buffer` rows (or of BLOCK_BYTES, if that is fewer). Raises DataError
+    if reading fails, if `parts` epochs in a row have no usable row, and if JUDGED_ROWS rows in a row are bad and the part's
+    fraction of bad rows exceeds the limit.
     """
     skipped: list[SkippedRow] = []
-    barren, seen_before = 0, position.seen  # epochs in a row without a usable row
+    needed = data.roles.needed
+    barren = -1 if position.seen else 0  # epochs in a row without a usable row; the rest of a resumed one may be empty
+    seen_before = position.seen
     while True:
         barren += 1
-        for block in _blocks(_pieces(data, cut, part, seed, position), shuffle_buffer):
+        for block in _blocks(_pieces(data, partition, part, seed, position), shuffle_buffer):
             position = replace(
                 position, place=block[0].place, row=int(block[0].rows[0]), passed=int(block[0].passed[0])
             )
@@ -364,26 +304,27 @@ def rows_of_part(
                 if pixels is None:
                     skipped.append(found)
                     if len(skipped) >= JUDGED_ROWS:
-                        data._check(skipped, position.bad, position.seen)
+                        data.check_bad_rows(skipped, position.bad, position.seen)
                     continue
-                value = None if data.needed is None else piece.table.column(data.needed)[index].as_py()
+                value = None if needed is None else piece.table.column(needed)[index].as_py()
                 yield StreamedImage(pixels, value, (piece.shard << SHARD_BITS) + row, position, skipped)
                 skipped, barren, seen_before = [], 0, position.seen
             position = replace(position, block=position.block + 1, offset=0)
-        if barren >= cut.parts:
-            data._check(skipped, len(skipped), position.seen - seen_before)
+        if barren >= partition.parts:
+            data.check_bad_rows(skipped, len(skipped), position.seen - seen_before)
         position = Position(epoch=position.epoch + 1, seen=position.seen, bad=position.bad)
 
 
-def _pieces(data: StreamData, cut: Cut, part: int, seed: int, start: Position) -> Iterator[_Piece]:
+def _pieces(data: StreamData, partition: Partition, part: int, seed: int, start: Position) -> Iterator[_Piece]:
     """The part's rows of an epoch, from the beginning of the block that the position is in."""
-    order = shard_order(seed, cut.stream.num_shards, start.epoch)
+    stream, parts, by_shard = partition.stream, partition.parts, partition.by_shard
+    order = shard_order(seed, stream.num_shards, start.epoch)
     passed = start.passed
     with as_data_error(f"the stream {data.name!r}"):
-        for place in range(part, len(order), cut.parts) if cut.by_shard else range(len(order)):
+        for place in range(part, len(order), parts) if by_shard else range(len(order)):
             if place < start.place:
                 continue
-            shard = cut.stream.shard(len(order), int(order[place]))
+            shard = stream.shard(len(order), int(order[place]))
             first = start.row if place == start.place else 0
             row = 0
             for table in _tables(shard):
@@ -393,15 +334,15 @@ def _pieces(data: StreamData, cut: Cut, part: int, seed: int, start: Position) -
                 before = passed + np.arange(len(rows))
                 passed += len(rows)
                 mine = np.arange(len(rows))
-                if not cut.by_shard:  # by turns, which each epoch begins with another part
-                    mine = np.flatnonzero((before + start.epoch) % cut.parts == part)
+                if not by_shard:  # in turn, and each epoch starts with another part
+                    mine = np.flatnonzero((before + start.epoch) % parts == part)
                 if len(mine):
-                    taken = table.slice(skip) if cut.by_shard else table.take(skip + mine)
+                    taken = table.slice(skip) if by_shard else table.take(skip + mine)
                     yield _Piece(taken, place, int(order[place]), rows[mine], before[mine])
 
 
 def _blocks(pieces: Iterator[_Piece], shuffle_buffer: int) -> Iterator[list[_Piece]]:
-    """The rows in blocks that are shuffled: of `shuffle_buffer` rows each, or fewer that have BLOCK_BYTES."""
+    """The rows in blocks to shuffle: of `shuffle_buffer` rows each, or fewer that have BLOCK_BYTES."""
     block: list[_Piece] = []
     rows = size = 0
     for piece in pieces:
