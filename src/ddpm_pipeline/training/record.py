@@ -15,8 +15,8 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub import ModelCard
 
+from ..data.bundled import BUNDLED
 from ..data.mapped import ImageData
-from ..data.sources import BUILT_IN
 from ..data.streamed import StreamData
 from ..hub import build_card
 from .conditions import Condition
@@ -95,4 +95,4 @@ def public(value: str) -> str:
 
 def is_hub_dataset(dataset: str) -> bool:
     """Whether a data set's name is one of the Hub's, as far as `data.sources` does not take it for local."""
-    return dataset != BUILT_IN and public(dataset) == dataset
+    return dataset not in BUNDLED and public(dataset) == dataset
