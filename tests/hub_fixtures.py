@@ -1,6 +1,6 @@
 """Fixtures for tests that go through a Hub, and processes that load from it as strangers do.
 
-Import `hub` or `client` into a test module to use them.
+tests/hub/conftest.py hands `hub` and `client` to the tests of that room; others import them.
 """
 
 import json
@@ -32,19 +32,35 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 """
 
-# Runs every function that the script defined by the name of check_..., and reports what each one did.
+# Runs every function that the script defined by the name of check_..., and reports what each one did. Those called
+# check_first_... run before the others, each in a fork of the process, which has imported all it needs and done nothing yet;
+# the caches are emptied afterwards.
 RUN_CHECKS = f"""
-import faulthandler, json, traceback
-outcome = {{}}
-for _name, _check in list(globals().items()):
-    if _name.startswith("check_"):
-        faulthandler.dump_traceback_later({LIMIT_OF_A_CHECK}, exit=True)  # where it hangs
-        try:
-            _check()
-            outcome[_name] = "passed"
-        except BaseException:
-            outcome[_name] = traceback.format_exc()
-print({MARK!r} + json.dumps(outcome))
+import faulthandler, json, os, shutil, traceback
+
+def _outcome_of(check):
+    faulthandler.dump_traceback_later({LIMIT_OF_A_CHECK}, exit=True)  # where it hangs
+    try:
+        check()
+        return "passed"
+    except BaseException:
+        return traceback.format_exc()
+
+def _outcome_in_a_fork(check):
+    reading, writing = os.pipe()
+    if not os.fork():
+        os.write(writing, _outcome_of(check).encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as file:
+        outcome = file.read()
+    os.wait()
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+    return outcome or "the process ended"
+
+_checks = {{_name: _value for _name, _value in globals().items() if _name.startswith("check_")}}
+_first = {{_name: _outcome_in_a_fork(_checks.pop(_name)) for _name in list(_checks) if _name.startswith("check_first_")}}
+print({MARK!r} + json.dumps(_first | {{_name: _outcome_of(_check) for _name, _check in _checks.items()}}))
 """
 
 
@@ -68,7 +84,7 @@ def client(hub: hub_server.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def environment(hub: hub_server.Hub, home: Path, token: str | None = None, **more: str) -> dict[str, str]:
     """For a process whose Hub is `hub` and whose caches lie in `home`."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    paths = [str(ROOT / name) for name in ("src", "training", "tests")]
+    paths = [str(ROOT / name) for name in ("src", "tests")]
     return inherited | {
         "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1",

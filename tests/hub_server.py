@@ -71,16 +71,16 @@ class Hub:
                 fault.times -= 1
             return fault
 
-    def head(self, repo_id: str, kind: str = "models") -> dict:
-        """The newest commit of main: `files` (path -> entry), `title`, `parent`."""
+    def head(self, repo_id: str, kind: str = "models", branch: str = "main") -> dict:
+        """The newest commit of a branch: `files` (path -> entry), `title`, `parent`."""
         repo = self.repos[kind, repo_id]
-        return repo["commits"][repo["branches"]["main"]]
+        return repo["commits"][repo["branches"][branch]]
 
     def read(self, repo_id: str, path: str, kind: str = "models") -> bytes:
         return self.blob(self.head(repo_id, kind)["files"][path]["sha256"]).read_bytes()
 
-    def files(self, repo_id: str, kind: str = "models") -> set[str]:
-        return set(self.head(repo_id, kind)["files"])
+    def files(self, repo_id: str, kind: str = "models", branch: str = "main") -> set[str]:
+        return set(self.head(repo_id, kind, branch)["files"])
 
     def titles(self, repo_id: str) -> list[str]:
         """Titles of main's commits, newest first."""
@@ -372,10 +372,14 @@ class Handler(BaseHTTPRequestHandler):
             elif key == "deletedFolder":
                 folder = value["path"].rstrip("/") + "/"
                 files = {path: entry for path, entry in files.items() if not path.startswith(folder)}
-        sha = self.hub.commit(repo, revision if revision in repo["branches"] else "main", parent, files, title)
-        prefix = self.base if kind == "models" else f"{self.base}/{kind}"
-        answer = {"success": True, "commitUrl": f"{prefix}/{repo_id}/commit/{sha}", "commitOid": sha, "hookOutput": ""}
-        self.send(200, answer)
+        branch = revision if revision in repo["branches"] else "main"
+        prefix = f"{self.base if kind == 'models' else f'{self.base}/{kind}'}/{repo_id}"
+        answer = {"success": True, "hookOutput": ""}
+        if self.query.get("create_pr") == ["1"]:
+            number = 1 + sum(name.startswith("refs/pr/") for name in repo["branches"])
+            branch, answer["pullRequestUrl"] = f"refs/pr/{number}", f"{prefix}/discussions/{number}"
+        sha = self.hub.commit(repo, branch, parent, files, title)
+        self.send(200, answer | {"commitUrl": f"{prefix}/commit/{sha}", "commitOid": sha})
 
     # ---- reading --------------------------------------------------------------------------------------
 

@@ -4,13 +4,16 @@ import logging
 import sys
 
 from ..support.errors import reported_errors
-from .run import generate, parse
+from .options import parse_options
 
 
 def main() -> None:
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
     with reported_errors():
-        generate(parse(sys.argv[1:]))
+        options = parse_options(sys.argv[1:])
+        from . import generate  # after parsing, so that --help and mistakes take no seconds
+
+        logging.getLogger("diffusers").setLevel(logging.ERROR)
+        generate(options)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,37 @@
-"""Model cards that say only what is known: made from `model_card.md`, refreshed between marks, with figures as metadata.
+"""Model cards that say only what is known: built from `model_card.md`, refreshed between marks, with figures as metadata.
 
-Imports huggingface_hub alone; pipelines come in as arguments. Called by hub.py and the training scripts.
+Imports huggingface_hub alone; pipelines come in as arguments. Called by `upload`, by evaluation and by training.
 """
 
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..support.atomic import write_text
 from .files import INDEX, read_object
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
-OUR_SOURCE = "ddpm-pipeline"  # marks evaluation results of ours in a card's metadata
-OUR_SOURCE_URL = "https://pypi.org/project/ddpm-pipeline/"
-GENERATED = re.compile(
-    r"^This is the model card of a .* This model card has been automatically generated\.$", re.MULTILINE
+CARD, TEMPLATE = "README.md", Path(__file__).parent / "model_card.md"
+OURS = "ddpm-pipeline"  # marks our evaluation results in a card's metadata, as the metric's configuration
+GENERATED = re.compile(r"(?m)^This is the model card of a .* This model card has been automatically generated\.$")
+SECTION = re.compile(
+    r"(?s)(?P<open><!-- ddpm-pipeline: (?P<name>[\w-]+) -->)(?P<text>.*?)(?P<close><!-- /ddpm-pipeline: (?P=name) -->)"
 )
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measured figure and what it depends on."""
+    """A measured figure and what it depends on."""
 
-    metric: str  # as it is called: "bits/dim", "FID", "KID"
+    metric: str  # its usual name: "bits/dim", "FID", "KID"
     value: float
     num_images: int
     dataset: str
@@ -49,43 +49,49 @@ class Measurement:
             metric_type=re.sub(r"\W+", "-", self.metric.lower()),
             metric_name=self.metric,
             metric_value=self.value,
+            metric_config=OURS,
             metric_args={"num_images": self.num_images, **self.settings},
-            source_name=OUR_SOURCE,
-            source_url=OUR_SOURCE_URL,
         )
 
 
 @dataclass(frozen=True)
+class TrainingFacts:
+    """What a card says about the training. Whatever is left out is not mentioned."""
+
+    dataset: str | None = None  # the name of the training data
+    num_images: int | None = None  # None for a stream
+    hub_dataset: str | None = None  # the data set's name on the Hub, if it is there
+    facts: Mapping[str, Any] = field(default_factory=dict)  # rows of the table: learning rate, seed, time, ...
+    command: str | None = None  # the command line that trains this model, shown below the facts
+
+
+@dataclass(frozen=True)
 class _Kind:
-    """What a card says of one kind of model."""
+    """What the card of one kind of model says."""
 
     our_class: str
     pipeline_tag: str
-    what: str
-    example: str  # arguments of a call
-    plain_note: str = ""
-    plain_draws: bool = True  # whether the stock class can be called
+    conditional: str = ""
+    example: str = ""  # arguments of a call
+    why_plain_cannot_sample: str = ""
 
 
-KINDS = {
-    "unconditional": _Kind("AlphaDDPMPipeline", "unconditional-image-generation", "", ""),
-    "class": _Kind(
-        "AlphaDDPMPipeline", "unconditional-image-generation", "class-conditional ",
-        "class_labels=[0], guidance_scale=2.0",
-        plain_note=" it loads, but cannot be told a class, so it cannot draw", plain_draws=False,
-    ),
-    "text": _Kind(
-        "AlphaDDPMTextToImagePipeline", "text-to-image", "text-conditional ",
-        '"what it should show", guidance_scale=2.0',
-    ),
-}  # fmt: skip
+UNCONDITIONAL = _Kind("AlphaDDPMPipeline", "unconditional-image-generation")
+CLASS = _Kind(
+    "AlphaDDPMPipeline", "unconditional-image-generation", " class-conditional", "class_labels=[0], guidance_scale=2.0",
+    " the model loads, but it cannot be told a class, so it cannot sample images",
+)  # fmt: skip
+TEXT = _Kind(
+    "AlphaDDPMTextToImagePipeline", "text-to-image", " text-conditional",
+    '"what it should show", guidance_scale=2.0',
+)  # fmt: skip
 
 
-def kind_of(index: Mapping[str, Any], unet: Mapping[str, Any]) -> str:
-    """Which of `KINDS` a model is, by its index and its UNet's config."""
+def kind_of(index: Mapping[str, Any], unet: Mapping[str, Any]) -> _Kind:
+    """Which kind a model is of, by its index and its UNet's config."""
     if "text_encoder" in index:
-        return "text"
-    return "class" if unet.get("num_class_embeds") or unet.get("class_embed_type") else "unconditional"
+        return TEXT
+    return CLASS if unet.get("num_class_embeds") or unet.get("class_embed_type") else UNCONDITIONAL
 
 
 def build_card(
@@ -93,12 +99,8 @@ def build_card(
     *,
     name: str,
     repo_id: str | None = None,
-    dataset: str | None = None,
-    num_images: int | None = None,
-    hub_dataset: str | None = None,
     license: str | None = None,
-    training: Mapping[str, Any] | None = None,
-    command: str | None = None,
+    training: TrainingFacts | None = None,
     evaluation: Sequence[Measurement] | None = None,
     pictures: Mapping[str, str] | None = None,
     example: str = "",
@@ -107,95 +109,90 @@ def build_card(
 
     Args:
         model: a pipeline, or the folder of one.
-        name: its title.
-        repo_id: where it is loaded from, in the examples; `push` puts in the repository that it pushes to.
-        dataset: what it was trained on, `num_images` of them, or a stream; `hub_dataset` if that is the name of one of the Hub.
-        license: the model's, as the Hub spells it ("apache-2.0").
-        training: facts as a table, and the `command` that trained it.
-        evaluation: what was measured; [] says that nothing was, None leaves a card that is refreshed as it is.
-        pictures: captions by the names of files in the folder.
-        example: arguments of a call of the pipeline, as code: the prompt or label.
+        name: the card's title.
+        repo_id: the repository that the examples load; `push` puts in the one it pushes to.
+        license: the model's licence, as the Hub spells it ("apache-2.0").
+        training: what the model was trained on, and how.
+        evaluation: what was measured; [] says that nothing was, None leaves that section of a refreshed card as it is.
+        pictures: captions by the names of picture files in the folder.
+        example: arguments of the examples' call, as code: a prompt or a label.
 
-    Raises ValueError for a folder that is no pipeline, and for a card that holds a token or the path of the home folder.
+    Raises:
+        ValueError: if the folder is not a pipeline, or the card contains a token or the path of the home folder.
     """
     index, unet, schedule = _configs(model)
-    kind_name = kind_of(index, unet)
-    kind = KINDS[kind_name]
-    tags = ["ddpm", OUR_SOURCE, "pytorch", *(["class-conditional"] if kind_name == "class" else [])]
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag=kind.pipeline_tag,
-        tags=tags,
-        license=license,
-        datasets=[hub_dataset] if hub_dataset else None,
-        **_evaluation_metadata(name, kind.pipeline_tag, evaluation),
-    )
-    channels = unet.get("in_channels", 3)
-    colours = {1: "grey", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels}-channel")
-    size = unet.get("sample_size")
-    width, height = size if isinstance(size, list | tuple) else (size, size)
-    resolution = f"{colours} {width}x{height}"
-    amount = f"{num_images:,} images" if num_images else "a stream"
-    source = f", trained from scratch on {amount} of `{dataset}`" if dataset else ""
-    total = schedule.get("num_train_timesteps", 1000)
-    facts = dict(training or {})
-    if training is not None and license:
-        facts["licence"] = license
-    table = ["| | |", "|---|---|", *(f"| {fact} | {value} |" for fact, value in facts.items())]
+    kind, training = kind_of(index, unet), training or TrainingFacts()
+    example, total = example or kind.example, schedule.get("num_train_timesteps", 1000)
     card = ModelCard.from_template(
-        data,
-        template_path=str(CARD_TEMPLATE),
+        ModelCardData(
+            library_name="diffusers",
+            pipeline_tag=kind.pipeline_tag,
+            tags=["ddpm", OURS, "pytorch", *(["class-conditional"] if kind is CLASS else [])],
+            license=license,
+            datasets=[training.hub_dataset] if training.hub_dataset else None,
+            model_name=name if evaluation else None,
+            eval_results=[one.as_eval_result(kind.pipeline_tag) for one in evaluation or ()] or None,
+        ),
+        template_path=str(TEMPLATE),
         name=name,
         repo_id=repo_id or name,
-        summary=(
-            f"A {kind.what}denoising diffusion probabilistic model (Ho et al. 2020) of {resolution} images{source}. "
-            f"The diffusion process: {_diffusion(schedule)}."
-        ),
+        summary=_summary(kind, _images(unet), schedule, training),
         pictures=dict(pictures or {}),
-        plain_note=kind.plain_note,
+        plain_note=kind.why_plain_cannot_sample,
         # DDPMPipeline takes 1000 steps by default, however many there are
-        plain_call=_example_call(example or kind.example, total) if kind.plain_draws else "",
+        plain_call="" if kind.why_plain_cannot_sample else _example_call(example, total),
         our_class=kind.our_class,
-        our_call=_example_call(example or kind.example, min(100, total)),
-        training_table="\n".join(table) if training else "",
-        command=command or "",
+        our_call=_example_call(example, min(100, total)),
+        training_table=_training_table(training.facts, license),
+        command=training.command or "",
         evaluation=_evaluation_text(evaluation),
-        resolution=resolution,
+        resolution=_images(unet),
     )
     check_private(str(card))
     return card
 
 
-def _configs(model: "DiffusionPipeline | Path") -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
+def _configs(model: "DiffusionPipeline | Path") -> list[Mapping[str, Any]]:
     """The index, and the configs of UNet and scheduler."""
     if not isinstance(model, Path):
-        return json.loads(model.to_json_string()), model.unet.config, model.scheduler.config
-    paths = (model / INDEX, model / "unet" / "config.json", model / "scheduler" / "scheduler_config.json")
-    index, unet, schedule = map(read_object, paths)
-    return index, unet, schedule
+        return [json.loads(model.to_json_string()), model.unet.config, model.scheduler.config]
+    return [read_object(model / name) for name in (INDEX, "unet/config.json", "scheduler/scheduler_config.json")]
 
 
 def _example_call(arguments: str, steps: int) -> str:
-    arguments = ", ".join(filter(None, (arguments, f"num_inference_steps={steps}")))
-    return f"image = pipe({arguments}).images[0]"
+    return f"image = pipe({arguments}{', ' if arguments else ''}num_inference_steps={steps}).images[0]"
 
 
-def _diffusion(schedule: Mapping[str, Any]) -> str:
-    """The schedule in words, as far as a scheduler's config tells it."""
-    trained = schedule.get("trained_betas") is not None
-    parts = [
+def _images(unet: Mapping[str, Any]) -> str:
+    """The colours and the size of the images, such as "RGB 32x32"."""
+    channels, size = unet.get("in_channels", 3), unet.get("sample_size")
+    colours = {1: "grey", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels}-channel")
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return f"{colours} {width}x{height}"
+
+
+def _summary(kind: _Kind, images: str, schedule: Mapping[str, Any], training: TrainingFacts) -> str:
+    """The model in two sentences, as far as its configs and facts tell."""
+    amount = f"{training.num_images:,} images" if training.num_images else "a stream"
+    source = f", trained from scratch on {amount} of `{training.dataset}`" if training.dataset else ""
+    own_betas = schedule.get("trained_betas") is not None
+    diffusion = [
         f"{schedule['num_train_timesteps']} steps" if "num_train_timesteps" in schedule else None,
-        "betas of its own" if trained else f"{schedule.get('beta_schedule', 'linear')} schedule",
+        "betas of its own" if own_betas else f"{schedule.get('beta_schedule', 'linear')} schedule",
         f"{schedule.get('prediction_type', 'epsilon')} prediction",
         f"{schedule['variance_type']} variance" if schedule.get("variance_type") else None,
     ]
-    return ", ".join(part for part in parts if part)
+    return (
+        f"A{kind.conditional} denoising diffusion probabilistic model (Ho et al. 2020) of {images} images{source}. "
+        f"The diffusion process: {', '.join(filter(None, diffusion))}."
+    )
 
 
-def _evaluation_metadata(name: str, task: str, evaluation: Sequence[Measurement] | None) -> dict[str, Any]:
-    if not evaluation:
-        return {}
-    return {"model_name": name, "eval_results": [measurement.as_eval_result(task) for measurement in evaluation]}
+def _training_table(facts: Mapping[str, Any], license: str | None) -> str:
+    if not facts:
+        return ""
+    rows = {**facts, **({"licence": license} if license else {})}
+    return "\n".join(["| | |", "|---|---|", *(f"| {fact} | {value} |" for fact, value in rows.items())])
 
 
 def _evaluation_text(evaluation: Sequence[Measurement] | None) -> str:
@@ -214,45 +211,32 @@ def _evaluation_text(evaluation: Sequence[Measurement] | None) -> str:
 
 
 def check_private(text: str) -> None:
-    """Raise ValueError where a card gives away what is nobody's business."""
+    """Raises ValueError if a card gives away a secret or where its author works."""
     if TOKEN.search(text):
-        raise ValueError("the model card holds what looks like a token of the Hub (hf_...); remove it.")
+        raise ValueError("the model card contains what looks like a Hub token (hf_...); remove it.")
     if (home := str(Path.home())) != "/" and re.search(rf"{re.escape(home)}(?![\w-])", text):
-        raise ValueError(f"the model card holds a local path, {home}; remove it.")
-
-
-def _section(name: str) -> re.Pattern:
-    name = re.escape(name)
-    return re.compile(
-        rf"(?P<open><!-- ddpm-pipeline: {name} -->)(?P<text>.*?)(?P<close><!-- /ddpm-pipeline: {name} -->)", re.DOTALL
-    )
-
-
-def _sections(text: str) -> Iterator[tuple[str, str]]:
-    for name in re.findall(r"<!-- ddpm-pipeline: ([\w-]+) -->", text):
-        if found := _section(name).search(text):
-            yield name, found["text"]
+        raise ValueError(f"the model card contains a local path, {home}; remove it.")
 
 
 def refresh_card(existing: str, new: ModelCard, only: Sequence[str] | None = None) -> str:
     """The README `existing` with our sections as in `new`; everything else in it stays, character by character.
 
-    Sections that `new` has nothing to say about stay too, and so does a README without our marks, unless it is diffusers'
-    blank form. Evaluation results in the metadata are ours to replace where we put them there. `only` names the
-    sections to refresh.
+    Sections that are empty in `new` stay too, and so does a README without our marks, unless it is diffusers' blank
+    template. In the metadata, our own evaluation results are replaced. `only` names the sections to refresh.
     """
-    if not any(_sections(existing)):
-        return str(new) if _is_blank_form(existing) else existing
-    evaluated = False
-    for name, text in _sections(str(new)):
-        if text.strip() and (only is None or name in only):
-            evaluated |= name == "evaluation"
-            existing = _section(name).sub(lambda found, text=text: found["open"] + text + found["close"], existing)
-    return _with_results(existing, new) if evaluated else existing
+    if not SECTION.search(existing):
+        return str(new) if not existing or _is_blank(existing) else existing
+    texts = {
+        found["name"]: found["text"]
+        for found in SECTION.finditer(str(new))
+        if found["text"].strip() and (only is None or found["name"] in only)
+    }
+    text = SECTION.sub(lambda old: old["open"] + texts.get(old["name"], old["text"]) + old["close"], existing)
+    return _with_results(text, new) if "evaluation" in texts else text
 
 
-def _is_blank_form(text: str) -> bool:
-    """Whether a README is empty, or diffusers' template with nothing filled in."""
+def _is_blank(text: str) -> bool:
+    """Whether a README has no text, or is diffusers' template with nothing filled in."""
     card = ModelCard(text, ignore_metadata_errors=True)
     sentence = GENERATED.search(card.text)
     if sentence is None:
@@ -264,9 +248,11 @@ def _is_blank_form(text: str) -> bool:
 def _with_results(existing: str, new: ModelCard) -> str:
     """`existing` with our evaluation results in its metadata replaced by those of `new`."""
     card = ModelCard(existing, ignore_metadata_errors=True)
-    theirs = [result for result in card.data.eval_results or [] if result.source_name != OUR_SOURCE]
+    before = card.data.eval_results or []
+    # cards of earlier versions carry our mark as the source's name
+    theirs = [result for result in before if OURS not in (result.metric_config, result.source_name)]
     results = theirs + (new.data.eval_results or [])
-    if results == (card.data.eval_results or []):
+    if results == before:
         return existing
     card.data.eval_results = results or None
     if results:
@@ -275,45 +261,42 @@ def _with_results(existing: str, new: ModelCard) -> str:
 
 
 def record_evaluation(folder: str | Path, evaluation: Sequence[Measurement]) -> None:
-    """Put what was measured into the card of a pipeline folder, in its text and its metadata."""
+    """Write what was measured into the card of a pipeline folder: its text and its metadata."""
     folder = Path(folder)
-    readme = folder / "README.md"
-    existing = read_text(readme) if readme.is_file() else ""
+    existing = read_card(folder)
     card = card_of_folder(folder, folder.resolve().name, existing, evaluation)
-    write_text(readme, refresh_card(existing, card, ["evaluation"]))
+    write_text(folder / CARD, refresh_card(existing, card, ["evaluation"]))
 
 
 def card_of_folder(
     folder: Path, repo_id: str, existing: str = "", evaluation: Sequence[Measurement] | None = None
 ) -> ModelCard:
-    """What can be said of a folder by its configs alone, with the example of the card that there is."""
-    pictures = {"samples.png": "samples", "process.png": "from noise to images"}
-    kind = KINDS[kind_of(*_configs(folder)[:2])]
+    """What a folder's configs alone tell, with the example of the card that exists already."""
+    kind = kind_of(*_configs(folder)[:2])
     return build_card(
         folder,
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
         evaluation=evaluation,
-        pictures={file: caption for file, caption in pictures.items() if (folder / file).is_file()},
+        pictures=pictures_in(folder),
         example=_example_in(existing, kind),
     )
 
 
+def pictures_in(folder: Path) -> dict[str, str]:
+    """Captions of those pictures of a training run that are in a folder, by file name."""
+    pictures = {"samples.png": "samples", "process.png": "from noise to images"}
+    return {file: caption for file, caption in pictures.items() if (folder / file).is_file()}
+
+
 def _example_in(readme: str, kind: _Kind) -> str:
-    """The arguments that the card's example calls our class with; "" where there are none for this kind of model."""
-    use = _section("use").search(readme)
-    calls = re.findall(r"pipe\((.*), num_inference_steps=\d+\)", use["text"]) if use else []
-    fits = calls and kind.our_class in use["text"] and ("class_labels" in calls[-1]) == ("class_labels" in kind.example)
+    """The arguments of our class's call in the card's example; "" if the card has none for this kind of model."""
+    use = "".join(found["text"] for found in SECTION.finditer(readme) if found["name"] == "use")
+    calls = re.findall(r"pipe\((.*), num_inference_steps=\d+\)", use)
+    fits = calls and kind.our_class in use and ("class_labels" in calls[-1]) == ("class_labels" in kind.example)
     return calls[-1] if fits else ""
 
 
-def read_text(path: Path) -> str:
-    """A card, line ends as they are."""
-    return path.read_bytes().decode("utf-8")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a card, all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(text.encode("utf-8"))
-    os.replace(temporary, path)
+def read_card(folder: Path) -> str:
+    """The card in a folder, with its line ends as they are; "" if there is none."""
+    return (folder / CARD).read_bytes().decode("utf-8") if (folder / CARD).is_file() else ""

@@ -1,6 +1,6 @@
-"""The files of a pipeline: which of a folder go to the Hub, and which of a repository a push makes stale.
+"""The files of a pipeline: which ones of a folder go to the Hub, and which ones of a repository a push makes stale.
 
-Imports nothing but the standard library. Called by hub.py and hub_card.py.
+Imports the standard library alone. Called by `upload` and `card`.
 """
 
 import json
@@ -29,13 +29,13 @@ WEIGHTS = re.compile(
 def files_to_push(folder: Path, include: Sequence[str] = ()) -> dict[str, Path]:
     """The files of a pipeline folder by their paths in the repository; no checkpoints, logs or hidden files.
 
-    `include` are patterns of further files, relative to the folder. Raises ValueError where the folder is no pipeline,
-    holds pickled weights, or links to files outside of it.
+    `include` are patterns of further files, relative to the folder. Raises ValueError if the folder is not a pipeline,
+    contains pickled weights, or links to files outside of it.
     """
     chosen = [folder / INDEX]
     for name in sorted(components_of(read_object(folder / INDEX))):
         if not (folder / name).is_dir():
-            raise ValueError(f"{folder} has no folder {name!r}, which its {INDEX} names; export the pipeline anew.")
+            raise ValueError(f"{folder} has no folder {name!r}, which its {INDEX} names; export the pipeline again.")
         chosen += [path for path in sorted((folder / name).rglob("*")) if path.is_file()]
     if (folder / "pipeline.py").is_file():
         code = (folder / "pipeline.py").read_text("utf-8")
@@ -46,25 +46,27 @@ def files_to_push(folder: Path, include: Sequence[str] = ()) -> dict[str, Path]:
     root = folder.resolve()
     for name, path in files.items():
         if path.suffix in PICKLE_SUFFIXES:
-            raise ValueError(f"{path} is a pickle, which can run any code when it is opened; save as safetensors.")
+            raise ValueError(f"{path} is a pickle, which can run any code when it is opened; save it as safetensors.")
         if not path.resolve().is_relative_to(root):
-            raise ValueError(f"{path} is a link to a file outside of {folder}; copy it there if it is to be pushed.")
+            raise ValueError(
+                f"{path} is a link to a file outside of {folder}; to push the file, copy it into the folder."
+            )
         if any(part.startswith(".") for part in Path(name).parts):
             raise ValueError(f"{path} is hidden, so probably not meant to be pushed; remove or rename it.")
     return files
 
 
 def components_of(index: Mapping[str, Any]) -> set[str]:
-    """The components that a `model_index.json` names, which are the folders that they lie in."""
+    """The components that a `model_index.json` names; each has a folder of its name."""
     return {name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None}
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object in a pipeline's folder. Raises ValueError where there is none."""
+    """A JSON object in a pipeline's folder. Raises ValueError if the file is missing or holds anything else."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise ValueError(f"{path.parent} is no pipeline folder: {path.name}: {error.strerror}.") from error
+        raise ValueError(f"{path.parent} is not a pipeline folder: {path.name}: {error.strerror}.") from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -75,44 +77,36 @@ def read_object(path: Path) -> dict[str, Any]:
 def stale_files(
     present: Mapping[str, str | None], pushed: Mapping[str, str], old: Set[str], new: Set[str]
 ) -> list[str]:
-    """The files of a repository that would be loaded, or lie about, beside what is pushed, though they are of another model.
+    """The files of a repository that belong to an earlier model and would be loaded, or mislead, beside what is pushed.
 
-    Of components that are named no longer that is all that saving wrote; of the others, what saving wrote and did not
-    write now. Weights of another variant stay as long as those without a variant are pushed unchanged, or not at all. Files
-    with names that no pipeline writes always stay, and so do all outside of the components' folders.
+    In the folder of a component that the index no longer names, that is everything that saving wrote; in the others, what
+    saving wrote then and did not write now. Weights of another variant stay as long as the weights without a variant are
+    pushed unchanged, or not at all. Files with names that no pipeline writes always stay, and so does everything outside of
+    the components' folders.
 
     Args:
-        present: SHA-256 of the files of the repository by their paths; None where it is not known.
+        present: SHA-256 of the repository's files by their paths; None if it is unknown.
         pushed: SHA-256 of what is pushed.
-        old, new: the components that the repository's index names, and those of the one that is pushed.
+        old, new: the components in the repository's index, and those in the index that is pushed.
     """
-    variants = {name: _variants(pushed, name) for name in new}
-    changed = {name for name in new if any(present.get(path) != pushed[path] for path in variants[name].get("", []))}
+    places = {path: _component_and_variant(path) for path in (*present, *pushed)}
+    written = {places[path] for path in pushed}
+    changed = {places[path][0] for path in pushed if places[path][1] == "" and present.get(path) != pushed[path]}
     stale = []
     for path in sorted(present.keys() - pushed.keys()):
-        component, _, name = path.rpartition("/")
-        variant = _variant_of(name)
-        if component not in old | new or (variant is None and name not in CONFIGS):
+        component, variant = places[path]
+        if component not in old | new or (variant is None and Path(path).name not in CONFIGS):
             continue
-        of_other_variant = component in new and variant is not None and variant not in variants[component]
+        of_other_variant = component in new and variant is not None and (component, variant) not in written
         if not of_other_variant or component in changed:
             stale.append(path)
     return stale
 
 
-def _variants(paths: Mapping[str, Any], component: str) -> dict[str, list[str]]:
-    """The weights in the folder of a component by their variant; "" is none."""
-    variants: dict[str, list[str]] = {}
-    for path in paths:
-        folder, _, name = path.rpartition("/")
-        if folder == component and (variant := _variant_of(name)) is not None:
-            variants.setdefault(variant, []).append(path)
-    return variants
-
-
-def _variant_of(name: str) -> str | None:
-    """ "fp16" of model.fp16-00001-of-00002.safetensors or model.safetensors.index.fp16.json, "" of model.safetensors; None
-    where it is not the name of weights or of their index.
+def _component_and_variant(path: str) -> tuple[str, str | None]:
+    """The folder of a file and the variant in its name: "fp16" for model.fp16-00001-of-00002.safetensors, "" for
+    model.safetensors and its index, None for what are not weights.
     """
+    component, _, name = path.rpartition("/")
     weights = WEIGHTS.fullmatch(SHARD.sub("", name))
-    return weights and (weights["variant"] or weights["variant_of_index"] or "")
+    return component, weights and (weights["variant"] or weights["variant_of_index"] or "")

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 import hub_server
 from helpers import run_limited
-from hub_fixtures import ROOT, environment, hub, run_checks  # noqa: F401
+from hub_fixtures import ROOT, environment, run_checks
 from hub_models import early_repository
 from text_models import make_unet
 

@@ -15,7 +15,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 import hub_server
-from hub_fixtures import environment, hub, run_checks  # noqa: F401
+from hub_fixtures import environment, run_checks
 
 FILES, ROWS = 3, 40  # rows a file
 BIG = bytes(range(256)) * 2**15  # 8 MiB: more than sockets buffer

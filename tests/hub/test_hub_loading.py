@@ -1,6 +1,7 @@
 """What is in a repository loads from the Hub: with diffusers alone, with trust, with the package, offline, and back again.
 
-Each group of checks runs in a process of its own with an empty cache; a check in it is a test here.
+Each group of checks runs in a process of its own with an empty cache, as that of a stranger or of somebody who installed the
+package; a check in it is a test here.
 """
 
 import inspect
@@ -14,10 +15,11 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from huggingface_hub import HfApi
 
+import ddpm_pipeline
 import hub_server
 from ddpm_pipeline import AlphaDDPMPipeline
 from ddpm_pipeline.hub import build_card, export, push
-from hub_fixtures import environment, hub, run_checks  # noqa: F401
+from hub_fixtures import environment, run_checks
 from hub_models import (
     CALLS,
     KEPT,
@@ -143,6 +145,13 @@ STRANGER = (
     + """
 TRUST = {"trust_remote_code": True}
 
+def check_first_of_all_the_trusted_call():
+    for name in ("text", "class"):
+        same(DiffusionPipeline.from_pretrained(f"org/{name}", custom_pipeline=f"org/{name}", **TRUST), name)
+    same(DiffusionPipeline.from_pretrained("org/ddpm", custom_pipeline="org/ddpm", **TRUST))
+    same(DiffusionPipeline.from_pretrained("org/ddpm", custom_pipeline="org/ddpm", **TRUST))
+    same(DiffusionPipeline.from_pretrained("org/ddpm"), within=1e-3)
+
 def check_plain_call_samples():
     pipe = DiffusionPipeline.from_pretrained("org/ddpm")
     assert type(pipe) is DDPMPipeline and type(pipe.scheduler) is DDPMScheduler
@@ -229,18 +238,6 @@ def check_trusted_pipeline_pushes():
     DiffusionPipeline.from_pretrained("org/text", custom_pipeline="org/text", **TRUST).push_to_hub("org/forked-text")
     same(DiffusionPipeline.from_pretrained("org/forked-text", custom_pipeline="org/forked-text", **TRUST), "text")
     same(DiffusionPipeline.from_pretrained("org/forked-text"), "text", within=1e-3)
-"""
-)
-
-FRESH = (
-    COMMON
-    + """
-def check_trusted_call_first_of_all():
-    for name in ("text", "class"):
-        same(DiffusionPipeline.from_pretrained(f"org/{name}", custom_pipeline=f"org/{name}", trust_remote_code=True), name)
-    same(DiffusionPipeline.from_pretrained("org/ddpm", custom_pipeline="org/ddpm", trust_remote_code=True))
-    same(DiffusionPipeline.from_pretrained("org/ddpm", custom_pipeline="org/ddpm", trust_remote_code=True))
-    same(DiffusionPipeline.from_pretrained("org/ddpm"), within=1e-3)
 """
 )
 
@@ -349,13 +346,12 @@ def check_from_pipe():
     same(AlphaDDPMPipeline.from_pipe(DiffusionPipeline.from_pretrained("org/class")), "class")
 
 def check_dtype():
-    for name in ("ddpm", "text", "class"):
-        for dtype in (torch.bfloat16, torch.float64):
-            pipe = OURS[name].from_pretrained(f"org/{name}", torch_dtype=dtype)
-            assert {part.dtype for part in pipe.components.values() if hasattr(part, "dtype")} == {dtype}
-            drawn = images(pipe, name)
-            moved = images(OURS[name].from_pretrained(f"org/{name}").to(dtype), name)
-            assert np.isfinite(drawn).all() and np.abs(drawn - moved).max() <= 1e-6, (name, dtype)
+    for name, dtype in {"ddpm": torch.bfloat16, "text": torch.bfloat16, "class": torch.float64}.items():
+        pipe = OURS[name].from_pretrained(f"org/{name}", torch_dtype=dtype)
+        assert {part.dtype for part in pipe.components.values() if hasattr(part, "dtype")} == {dtype}
+        drawn = images(pipe, name)
+        moved = images(OURS[name].from_pretrained(f"org/{name}").to(dtype), name)
+        assert np.isfinite(drawn).all() and np.abs(drawn - moved).max() <= 1e-6, (name, dtype)
 
 def check_variant():
     for name, components in {"ddpm": ["unet"], "class": ["unet"], "text": ["unet", "text_encoder"]}.items():
@@ -438,29 +434,22 @@ def check_stock_pipeline_pushed_then_ours():
     AlphaDDPMPipeline.from_pretrained("org/by-stock").push_to_hub("org/by-stock")
     IFPipeline.from_pretrained("org/text").push_to_hub("org/text-by-stock")
     same(AlphaDDPMTextToImagePipeline.from_pretrained("org/text-by-stock"), "text")
-"""
-)
 
-OFFLINE = (
-    COMMON
-    + """
-from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, AlphaDDPMTextToImagePipeline
-
-def check_our_call_offline():
+def check_offline_after_all():
+    import huggingface_hub
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    huggingface_hub.constants.ENDPOINT = "http://127.0.0.1:9"  # where nobody answers
     same(AlphaDDPMPipeline.from_pretrained("org/ddpm"))
     same(AlphaDDPMPipeline.from_pretrained("org/class"), "class")
     same(AlphaDDPMTextToImagePipeline.from_pretrained("org/text"), "text")
-
-def check_plain_call_offline():
     same(DiffusionPipeline.from_pretrained("org/ddpm"), within=1e-3)
     same(DiffusionPipeline.from_pretrained("org/text"), "text", within=1e-3)
-
-def check_scheduler_offline():
     assert len(AlphaDDPMScheduler.from_pretrained("org/ddpm", subfolder="scheduler")) == STEPS
+    raises(OSError, lambda: AlphaDDPMPipeline.from_pretrained("org/never-seen"), "")
 """
 )
 
-GROUPS = {"stranger": STRANGER, "fresh": FRESH, "installed": INSTALLED, "offline": OFFLINE}
+GROUPS = {"stranger": STRANGER, "installed": INSTALLED}
 CHECKS = [
     (group, line.removeprefix("def ").split("(")[0])
     for group, script in GROUPS.items()
@@ -478,17 +467,12 @@ class Groups:
 
     def __getitem__(self, group: str) -> dict:
         if group not in self.outcomes:
-            warm = group == "offline"
-            if warm:
-                self["installed"]
-            home = self.folder / ("installed" if warm else group) / "home"
             env = environment(
-                self.hub, home, hub_server.WRITE_TOKEN, EXPECTED=str(self.published / "expected.npz"),
+                self.hub, self.folder / group / "home", hub_server.WRITE_TOKEN,
+                EXPECTED=str(self.published / "expected.npz"),
                 MALFORMED=json.dumps({name: word for name, (*_, word) in MALFORMED.items()}),
-                **({"HF_HUB_OFFLINE": "1"} if warm else {}),
             )  # fmt: skip
-            with_package = group in ("installed", "offline")
-            self.outcomes[group] = run_checks(GROUPS[group], env, self.folder / group, with_package)
+            self.outcomes[group] = run_checks(GROUPS[group], env, self.folder / group, group == "installed")
         return self.outcomes[group]
 
 
@@ -509,7 +493,7 @@ def test_loads(groups: Groups, group: str, check: str) -> None:
 def test_shipped_code_is_the_package_s_own_byte_for_byte(
     hub: hub_server.Hub, published: Path, repo_id: str, pipeline: str
 ) -> None:
-    package = Path(hub_server.__file__).parent.parent / "src" / "ddpm_pipeline"
+    package = Path(ddpm_pipeline.__file__).parent
     sources = {
         "pipeline.py": pipeline,
         "sampling_alpha_ddpm.py": "sampling_alpha_ddpm.py",

@@ -1,8 +1,9 @@
 """Folders and repositories that were made to do harm, or are just broken, end in a clear error: quickly, within memory."""
 
+import contextlib
 import json
 import resource
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ from diffusers import UNet2DModel
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
 from ddpm_pipeline.stock_format import check_folder
-from helpers import run_limited
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,18 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 
 def with_values(content: bytes, **values: object) -> bytes:
     return json.dumps(json.loads(content) | values).encode()
+
+
+@contextlib.contextmanager
+def little_memory(more: int = 300 * 2**20) -> Iterator[None]:
+    """Within, this process can take no more than so many bytes in addition to those it has."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 SCHEDULER, UNET, INDEX = "scheduler/scheduler_config.json", "unet/config.json", "model_index.json"
@@ -92,17 +104,18 @@ def test_bad_folder_is_refused(tmp_path: Path, sound: dict[str, bytes], file: st
     changed = values if isinstance(values, bytes) else with_values(sound[file], **values)
     folder = write(tmp_path / "a" / "model", {**sound, file: changed})
     before = sorted(tmp_path.rglob("*"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises((ValueError, OSError, RuntimeError), match=message):
+    with little_memory(), pytest.raises((ValueError, OSError, RuntimeError), match=message):
         AlphaDDPMPipeline.from_pretrained(folder)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 300_000, "KiB of memory were taken"
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_sound_folder_is_not_refused(tmp_path: Path, sound: dict[str, bytes]) -> None:
     folder = write(tmp_path, sound)
     check_folder(folder)
-    pipe = AlphaDDPMPipeline.from_pretrained(folder)
+    with little_memory():
+        pipe = AlphaDDPMPipeline.from_pretrained(folder)
+        with pytest.raises(RuntimeError, match="memory"):
+            torch.empty(2**29)
     assert pipe(1, num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
 
 
@@ -136,17 +149,3 @@ def test_code_in_a_folder_is_not_run_without_trust(tmp_path: Path, sound: dict[s
     with pytest.raises(OSError, match="only safetensors weights"):
         AlphaDDPMPipeline.from_pretrained(folder)
     assert not trace.exists()
-
-
-def test_blow_up_is_impossible_in_little_memory(tmp_path: Path, sound: dict[str, bytes]) -> None:
-    """The worst of the sizes in a process that may have 6 GB of addresses and 60 s: an error by name, not an end by force."""
-    folder = write(tmp_path / "model", {**sound, SCHEDULER: with_values(sound[SCHEDULER], num_train_timesteps=10**12)})
-    script = (
-        "import resource; resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))\n"
-        "from ddpm_pipeline import AlphaDDPMPipeline\n"
-        f"AlphaDDPMPipeline.from_pretrained({str(folder)!r})\n"
-    )
-    source = str(Path(__file__).parent.parent / "src")
-    env = {"PYTHONPATH": source, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = run_limited([sys.executable, "-c", script], timeout=60, env=env)
-    assert done.returncode == 1 and "num_train_timesteps=1000000000000" in done.stderr

@@ -1,11 +1,11 @@
 """Pushing: one commit with what belongs into it, cards that keep what was edited, and a Hub that fails in every way."""
 
-import itertools
 import json
-import subprocess
+import os
 import sys
 import time
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import ClassVar
 
 import pytest
@@ -17,14 +17,20 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 import ddpm_pipeline
 import hub_server
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
-from ddpm_pipeline.hub import Measurement, build_card, export, push, record_evaluation, refresh_card
-from ddpm_pipeline.hub import upload as package_hub
-from ddpm_pipeline.support.errors import ConfigError, PushError
-from ddpm_pipeline.training import pusher
-from ddpm_pipeline.training.options import TrainingConfig
-from ddpm_pipeline.training.pusher import Pusher, public, recipe_command
+from ddpm_pipeline.hub import (
+    Measurement,
+    PushError,
+    PushOptions,
+    TrainingFacts,
+    build_card,
+    export,
+    push,
+    record_evaluation,
+    refresh_card,
+)
+from ddpm_pipeline.hub.__main__ import main
 from helpers import run_limited
-from hub_fixtures import client, environment, hub  # noqa: F401
+from hub_fixtures import environment
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +49,11 @@ FIGURES = [
     ),
     Measurement("FID", 1.5, 1797, "digits", settings={"steps": 100, "scheduler": "AlphaDDPMScheduler"}),
 ]
-TRAINING = {"updates": 7, "seed": 0, "hardware": "1 x cpu"}
+TRAINING = TrainingFacts("digits", 1797, "org/digits", {"updates": 7, "seed": 0}, "accelerate launch x")
 
 
 def card_of(pipe: AlphaDDPMPipeline, **options) -> ModelCard:
-    given = {
-        "name": "ddpm",
-        "dataset": "digits",
-        "num_images": 1797,
-        "training": TRAINING,
-        "command": "accelerate launch x",
-    }
-    return build_card(pipe, **given | options)
+    return build_card(pipe, **{"name": "ddpm", "training": TRAINING, **options})
 
 
 @pytest.fixture
@@ -76,6 +75,7 @@ def folder(pipe: AlphaDDPMPipeline, tmp_path: Path) -> Path:
     return folder
 
 
+QUICK = PushOptions(first_wait=0.01)
 MODEL_FILES = {
     "README.md", "model_index.json", "pipeline.py", "sampling_alpha_ddpm.py", "scheduling_alpha_ddpm.py",
     "stock_format.py", "samples.png",
@@ -87,7 +87,7 @@ MODEL_FILES = {
 
 
 def test_push_is_one_commit_of_model_card_and_pictures(hub, client: HfApi, folder: Path) -> None:
-    address = push(folder, "org/plain", api=client, commit_message="Here it is")
+    address = push(folder, "org/plain", PushOptions(commit_message="Here it is"), api=client)
     assert hub.files("org/plain") == MODEL_FILES
     assert hub.titles("org/plain") == ["Here it is", "initial commit"]
     assert address.startswith(f"{hub.url}/org/plain/commit/")
@@ -95,9 +95,20 @@ def test_push_is_one_commit_of_model_card_and_pictures(hub, client: HfApi, folde
 
 
 def test_further_files_are_pushed_where_asked_for(hub, client: HfApi, folder: Path) -> None:
-    push(folder, "org/logs", api=client, private=True, include=["metrics.jsonl"])
+    push(folder, "org/logs", PushOptions(private=True, include=["metrics.jsonl"]), api=client)
     assert hub.files("org/logs") == {*MODEL_FILES, "metrics.jsonl"}
     assert hub.repos["models", "org/logs"]["private"]
+
+
+def test_push_to_a_branch_and_as_a_pull_request_leave_main_as_it_is(hub, client: HfApi, folder: Path) -> None:
+    client.create_repo("org/reviewed")
+    client.create_branch("org/reviewed", branch="next")
+    push(folder, "org/reviewed", PushOptions(revision="next", commit_message="On a branch"), api=client)
+    push(folder, "org/reviewed", PushOptions(create_pr=True, commit_message="For review"), api=client)
+    assert hub.files("org/reviewed") == {".gitattributes"}
+    for branch, title in {"next": "On a branch", "refs/pr/1": "For review"}.items():
+        assert hub.files("org/reviewed", branch=branch) == MODEL_FILES
+        assert hub.head("org/reviewed", branch=branch)["title"] == title
 
 
 def test_second_push_without_a_change_makes_no_commit(hub, client: HfApi, folder: Path) -> None:
@@ -176,7 +187,7 @@ def test_push_refuses_what_must_not_leave(client: HfApi, folder: Path, tmp_path:
     with pytest.raises(ValueError, match="hidden"):
         push(folder, "org/refused", api=client)
     (folder / "unet" / ".env").unlink()
-    with pytest.raises(ValueError, match="no pipeline folder"):
+    with pytest.raises(ValueError, match="not a pipeline folder"):
         push(tmp_path, "org/refused", api=client)
     (folder / "README.md").write_text((folder / "README.md").read_text() + "\nhf_" + "a" * 34)
     with pytest.raises(ValueError, match="token"):
@@ -201,13 +212,39 @@ def test_format_follows_what_the_pipeline_class_says(pipe, tmp_path: Path) -> No
     assert isinstance(again, OtherPipeline) and type(again.scheduler) is AlphaDDPMScheduler
 
 
+# ---- what is on the disk --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", range(7))
+def test_folder_is_no_pipeline_before_its_export_is_complete(pipe, tmp_path: Path, monkeypatch, steps: int) -> None:
+    """Interrupted after any number of its files, before the last one, which is the index."""
+    folder, replace, placed = tmp_path / "run", os.replace, []
+
+    def interrupted(source: Path, target: Path) -> None:
+        if Path(target).parent == folder:
+            if len(placed) == steps:
+                raise KeyboardInterrupt
+            placed.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(KeyboardInterrupt):
+        export(pipe, folder, card_of(pipe))
+    assert {path.name for path in folder.iterdir()} == {"mine.txt", *placed} and len(placed) == steps
+    assert "model_index.json" not in placed
+    monkeypatch.undo()
+    export(pipe, folder, card_of(pipe))
+    AlphaDDPMPipeline.from_pretrained(folder)
+    assert len(list(folder.iterdir())) == 9 and (folder / "mine.txt").read_text() == "mine"
+
+
 # ---- the card -------------------------------------------------------------------------------------
 
 
 def test_card_says_what_is_known_and_passes_the_hub_s_validation(hub, client: HfApi, pipe, monkeypatch) -> None:
-    card = card_of(
-        pipe, evaluation=FIGURES, license="apache-2.0", hub_dataset="org/digits", pictures={"samples.png": "grid"}
-    )
+    card = card_of(pipe, evaluation=FIGURES, license="apache-2.0", pictures={"samples.png": "grid"})
     text = str(card)
     for known in ("1,797 images of `digits`", "![grid](samples.png)", "| updates | 7 |", "accelerate launch x", "apache-2.0",
                   "8x8", "squaredcos_cap_v2", "| bits/dim | 2.346 ± 0.01 | 1,797 |", "steps 1000", "fixed_small"):  # fmt: skip
@@ -220,6 +257,7 @@ def test_card_says_what_is_known_and_passes_the_hub_s_validation(hub, client: Hf
     results = again.data.eval_results
     assert [(one.metric_name, one.metric_value) for one in results] == [("bits/dim", 2.345678), ("FID", 1.5)]
     assert results[0].metric_args == {"num_images": 1797, "steps": 1000, "form": "exact KLs"}
+    assert not results[0].source_url and "pypi.org" not in text.split("---")[1]
     assert model_index_to_eval_results(again.data.to_dict()["model-index"])[0] == "ddpm"
 
 
@@ -241,7 +279,7 @@ def test_card_of_a_class_or_text_model_says_which_call_draws(folder: Path) -> No
     changed("model_index.json", text_encoder=["transformers", "CLIPTextModel"])
     text = str(build_card(folder, name="t", repo_id="org/t"))
     assert "AlphaDDPMTextToImagePipeline" in text and "pipeline_tag: text-to-image" in text
-    with pytest.raises(ValueError, match="no pipeline folder"):
+    with pytest.raises(ValueError, match="not a pipeline folder"):
         build_card(folder / "unet", name="u")
 
 
@@ -265,9 +303,9 @@ def test_example_of_a_card_outlives_pushes(hub, client: HfApi, folder: Path) -> 
 
 def test_card_with_a_token_or_a_local_path_is_refused(pipe) -> None:
     with pytest.raises(ValueError, match="token"):
-        card_of(pipe, command="train --token hf_" + "x" * 30)
+        card_of(pipe, training=TrainingFacts(facts={"seed": 0}, command="train --token hf_" + "x" * 30))
     with pytest.raises(ValueError, match="local path"):
-        card_of(pipe, training={"data": str(Path.home() / "pictures")})
+        card_of(pipe, training=TrainingFacts(facts={"data": str(Path.home() / "pictures")}))
 
 
 EDITED = """---
@@ -303,7 +341,9 @@ def test_edited_card_keeps_every_character_outside_our_sections(pipe) -> None:
 
 def test_evaluation_replaces_ours_and_keeps_theirs(pipe) -> None:
     theirs = EvalResult("t", "d", "D", "fid", 3.0, source_name="somebody", source_url="https://example.org")
-    data = ModelCardData(model_name="m", eval_results=[theirs, Measurement("KID", 9.0, 10, "old").as_eval_result()])
+    older = EvalResult("t", "e", "E", "fid", 8.0, source_name="ddpm-pipeline", source_url="https://example.org")
+    ours = Measurement("KID", 9.0, 10, "old").as_eval_result()
+    data = ModelCardData(model_name="m", eval_results=[theirs, older, ours])
     existing = EDITED.replace("license: mit  # chosen by hand\ntags:\n- mine", data.to_yaml())
     refreshed = refresh_card(existing, card_of(pipe, evaluation=FIGURES))
     results = ModelCard(refreshed).data.eval_results
@@ -384,7 +424,7 @@ def test_push_gets_through_in_the_end(hub, client: HfApi, folder: Path, impatien
     repo_id = f"org/{fault.replace(' ', '-')}"
     if method == "PUT":  # contents that no test before has uploaded
         (folder / "samples.png").write_bytes(b"\x89PNG\0" + fault.encode() * 10_000)
-    push(folder, repo_id, api=client, attempts=5, first_wait=0.01)
+    push(folder, repo_id, QUICK, api=client)
     assert all(fault.times == 0 for fault in hub.faults), "the fault did not happen"
     assert hub.files(repo_id) == MODEL_FILES
     for name in ("unet/diffusion_pytorch_model.safetensors", "samples.png", "model_index.json"):
@@ -394,7 +434,7 @@ def test_push_gets_through_in_the_end(hub, client: HfApi, folder: Path, impatien
 def test_push_that_never_gets_through_names_the_command(hub, client: HfApi, folder: Path) -> None:
     fault = hub.fail("POST", COMMIT, status=500, times=100)
     with pytest.raises(PushError, match=r"HTTP 500: Internal Server Error") as error:
-        push(folder, "org/never", api=client, private=True, attempts=3, first_wait=0.01)
+        push(folder, "org/never", PushOptions(private=True, attempts=3, first_wait=0.01), api=client)
     assert 100 - fault.times == 3
     assert f"python -m ddpm_pipeline.hub push {folder} org/never --private" in str(error.value)
     assert "README.md" not in hub.files("org/never"), "a commit is whole or not there"
@@ -414,121 +454,40 @@ def test_edit_made_while_pushing_is_kept(hub, client: HfApi, folder: Path) -> No
         return create_commit(*args, **kwargs)
 
     client.create_commit = late_commit
-    push(folder, "org/race", api=client, first_wait=0.01)
+    push(folder, "org/race", QUICK, api=client)
     assert "# Edited meanwhile" in hub.read("org/race", "README.md").decode()
     assert hub.read("org/race", "samples.png") == b"\x89PNG\0 newer"
     assert ("POST", "/api/models/org/race/commit/main") in hub.requests
 
 
-# ---- during training ------------------------------------------------------------------------------
+# ---- the command ----------------------------------------------------------------------------------
 
 
-def config_for(repo_id: str | None, **options) -> TrainingConfig:
-    return TrainingConfig(push_to_hub=True, hub_model_id=repo_id, **options)
+def test_command_line_pushes_a_folder(hub, client: HfApi, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    def run(*flags: str, token: str = hub_server.WRITE_TOKEN) -> CompletedProcess:
+        command = [sys.executable, "-m", "ddpm_pipeline.hub", "push", str(folder), "org/by-command", *flags]
+        return run_limited(command, timeout=60, env=environment(hub, tmp_path / "home", token))
 
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    real_push = package_hub.push
-    monkeypatch.setattr(pusher, "push", lambda *args, **kwargs: real_push(*args, first_wait=0.01, **kwargs))
-
-
-def test_repository_and_rights_are_there_before_training(hub, client: HfApi, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    pusher = Pusher(config_for("org/new", hub_private=True), tmp_path / "run", client)
-    assert pusher.repo_id == "org/new" and hub.repos["models", "org/new"]["private"]
-    assert Pusher(config_for(None), tmp_path / "ddpm-cats", client).repo_id == "tester/ddpm-cats"
-    for token, repo_id, words in (
-        (None, "org/x", "run `hf auth login`, or set HF_TOKEN"),
-        ("hf_unknown", "org/x", "does not accept the token"),
-        (hub_server.READ_TOKEN, "org/new", "no right to write"),
-        (hub_server.READ_TOKEN, "org/x", "no right to write"),
-        (hub_server.OTHER_TOKEN, "org/x", "no right to write"),
-        (hub_server.WRITE_TOKEN, "org/../x", "no name of a repository"),
-        (hub_server.WRITE_TOKEN, "a/b/c", "no name of a repository"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            Pusher(config_for(repo_id), tmp_path / "run", HfApi(endpoint=hub.url, token=token))
-    with pytest.raises(ConfigError, match="cannot be reached"):
-        Pusher(config_for("org/x"), tmp_path / "run", HfApi(endpoint="http://127.0.0.1:9", token="hf_write"))
-    with pytest.raises(ConfigError, match="push_every 5 has no effect without --push_to_hub"):
-        TrainingConfig(push_every=5)
-
-
-def test_pushes_go_one_at_a_time_and_never_block(hub, client: HfApi, pipe, tmp_path: Path, quick) -> None:
-    folder = tmp_path / "run"
-    (folder / "samples").mkdir(parents=True)
-    (folder / "samples" / "step-00000001.png").write_bytes(b"\x89PNG\0 preview")
-    pusher = Pusher(config_for("org/going"), folder, client)
-    hub.fail("POST", COMMIT, stall=1.5)
-
-    def save(snapshot: Path) -> None:
-        export(pipe, snapshot, card_of(pipe, training={"updates": next(updates)}))
-
-    updates = itertools.count(1)
-    assert pusher.push_soon(1, save)
-    began = time.monotonic()
-    assert not pusher.push_soon(2, save) and not pusher.push_soon(3, save)
-    assert time.monotonic() - began < 0.2 and pusher.busy
-    pusher._under_way.result()
-    assert hub.titles("org/going")[0] == "Training in progress, step 1"
-    assert hub.files("org/going") == MODEL_FILES and hub.read("org/going", "samples.png") == b"\x89PNG\0 preview"
-    assert pusher.push_soon(4, save)
-    save(folder)
-    pusher.finish()
-    assert hub.titles("org/going")[:2] == ["Training done", "Training in progress, step 4"]
-    assert not (folder / ".push").exists()
-
-
-def test_failing_pushes_are_reported_once_and_the_last_one_catches_up(
-    hub,
-    client: HfApi,
-    pipe,
-    tmp_path: Path,
-    quick,
-    caplog,
-) -> None:
-    folder = tmp_path / "run"
-    pusher = Pusher(config_for("org/failing"), folder, client)
-    hub.fail("POST", COMMIT, status=500, times=9)
-    save = lambda snapshot: export(pipe, snapshot, card_of(pipe))  # noqa: E731
-    for step in (1, 2, 3):
-        assert pusher.push_soon(step, save)
-        pusher._under_way.exception()
-    export(pipe, folder, card_of(pipe))
-    pusher.finish()
-    reports = [record for record in caplog.records if "failed" in record.getMessage()]
-    assert len(reports) == 1 and "HTTP 500" in reports[0].getMessage() and "Training goes on" in reports[0].getMessage()
-    assert hub.titles("org/failing") == ["Training done", "initial commit"]
-
-
-def test_command_in_the_card_names_the_recipe_and_no_place() -> None:
-    config = TrainingConfig(
-        dataset="/home/somebody/cats", output_dir="/scratch/x", learning_rate=2e-4, random_flip=True, push_to_hub=True,
-        hub_model_id="org/x", resolution=64,
-    )  # fmt: skip
-    command = "accelerate launch --num_processes 2 training/train.py --dataset cats --resolution 64 --random_flip True"
-    assert recipe_command(config, 2) == f"{command} --learning_rate 0.0002"
-    assert recipe_command(TrainingConfig()) == "accelerate launch training/train.py --dataset digits"
-    assert [public(value) for value in ("data/*.parquet", "~/x/faces", "org/name", "cosine")] == [
-        "*.parquet", "faces", "org/name", "cosine",
-    ]  # fmt: skip
-
-
-def test_command_line_pushes_a_folder(hub, folder: Path, tmp_path: Path) -> None:
-    def run(*words: str, token: str | None = hub_server.WRITE_TOKEN) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "ddpm_pipeline.hub", *words]
-        env = environment(hub, tmp_path / "home", token)
-        return run_limited(command, timeout=60, env=env)
-
-    done = run(
-        "push", str(folder), "org/by-command", "--private", "--include", "metrics.jsonl", "--message", "From here"
-    )
+    done = run("--private", "--include", "metrics.jsonl", "--message", "From here")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(hub.url) and hub.titles("org/by-command")[0] == "From here"
     assert hub.files("org/by-command") == {*MODEL_FILES, "metrics.jsonl"}
-    refused = run("push", str(folder), "org/by-command", "--attempts", "1", token=hub_server.READ_TOKEN)
-    assert refused.returncode == 1 and refused.stderr.startswith("error: ") and "HTTP 403" in refused.stderr
+    assert hub.repos["models", "org/by-command"]["private"]
+    refused = run("--attempts", "1", token=hub_server.READ_TOKEN)
+    assert refused.returncode == 3 and refused.stderr.startswith("error: pushing to org/by-command failed (HTTP 403")
     assert "Traceback" not in refused.stderr
+
+    # the other flags in this process
+    monkeypatch.setattr("ddpm_pipeline.hub.upload.HfApi", lambda: client)
+    client.create_branch("org/by-command", branch="next")
+    push_here = ["push", str(folder), "org/by-command"]
+    (folder / "samples.png").write_bytes(b"\x89PNG\0 newer")
+    assert main([*push_here, "--revision", "next", "--message", "Next"]) == 0
+    assert main([*push_here, "--create_pr", "--message", "Review"]) == 0
+    titles = [hub.head("org/by-command", branch=branch)["title"] for branch in ("main", "next", "refs/pr/1")]
+    assert titles == ["From here", "Next", "Review"]
+    (folder / "unet" / "weights.bin").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"error: .* is a pickle"):
+        main(push_here)
+    with pytest.raises(SystemExit, match="2"):
+        main([*push_here, "--attempts", "0"])

@@ -1,0 +1,56 @@
+"""What the commands that sample images are told. Imports the support of options alone, no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..support.option_sets import OptionSet
+from ..support.options import OptionGroup, at_least, one_of, option
+
+SCHEDULERS = {  # diffusers' classes by the names of the samplers; "ddpm" is ours
+    "ddpm": "AlphaDDPMScheduler",
+    "stock-ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpm-solver++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+@dataclass(frozen=True)
+class SamplingOptions(OptionGroup):
+    """The model, and how it is sampled."""
+
+    title: ClassVar[str] = "model and sampling"
+
+    model: str = option(help="Folder or Hub repository of an unconditional DDPM pipeline.")
+    scheduler: str = option(
+        "keep", f"Sampler: keep (the model's own), {', '.join(SCHEDULERS)}.", one_of(("keep", *SCHEDULERS))
+    )
+    num_inference_steps: int | None = option(None, "Reverse steps per image. By default the full chain.", at_least(1))
+    batch_size: int = option(64, "Images per network call of a process.", at_least(1))
+    seed: int = option(0, "Seed of everything random. Image i depends on the seed and i alone.", at_least(0))
+    num_cpu_threads: int | None = option(None, "CPU threads per process.", at_least(1))
+
+
+@dataclass(frozen=True)
+class OutputOptions(OptionGroup):
+    """How many images are sampled, and where they go."""
+
+    title: ClassVar[str] = "output"
+
+    output_dir: str = option(help="Folder for the images: a new folder, or one with the same settings to continue.")
+    num_images: int = option(1024, "Number of images. They are numbered from 0.", at_least(1))
+    format: str = option("png", "png (one file per image) or parquet (one file in all).", one_of(("png", "parquet")))
+
+
+@dataclass(frozen=True, init=False)
+class GenerationOptions(OptionSet):
+    """All options of `generate`: `GenerationOptions(model="ddpm-digits", output_dir="images", num_images=50_000)`."""
+
+    sampling: SamplingOptions
+    output: OutputOptions
+
+
+def parse_options(argv: Sequence[str]) -> GenerationOptions:
+    """The options that a command line asks for. Raises ConfigError if it cannot be understood."""
+    return GenerationOptions.parse(argv, "Sample many images: any number of them, each a function of the seed.")

@@ -1,0 +1,131 @@
+"""Pushes during training: one at a time, never in the way, reported once if they fail; and the command in the card."""
+
+import itertools
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi
+
+import hub_server
+from ddpm_pipeline import AlphaDDPMPipeline
+from ddpm_pipeline.hub import TrainingFacts, build_card, export, push
+from ddpm_pipeline.support.errors import ConfigError
+from ddpm_pipeline.training import pusher
+from ddpm_pipeline.training.options import TrainingOptions
+from ddpm_pipeline.training.pusher import Pusher, public, recipe_command
+from helpers import tiny_unet
+from hub_models import scheduler
+
+COMMIT = r"/commit/main"
+MODEL_FILES = {
+    "README.md", "model_index.json", "pipeline.py", "sampling_alpha_ddpm.py", "scheduling_alpha_ddpm.py",
+    "stock_format.py", "samples.png",
+    "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", ".gitattributes",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipe() -> AlphaDDPMPipeline:
+    return AlphaDDPMPipeline(tiny_unet(), scheduler())
+
+
+def card_of(pipe: AlphaDDPMPipeline, **facts):
+    return build_card(pipe, name="ddpm", training=TrainingFacts("digits", 1797, facts=facts))
+
+
+def config_for(repo_id: str | None, **options) -> TrainingOptions:
+    return TrainingOptions(push_to_hub=True, hub_model_id=repo_id, **options)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    def quick_push(folder, repo_id, options, **more):
+        return push(folder, repo_id, replace(options, first_wait=0.01), **more)
+
+    monkeypatch.setattr(pusher, "push", quick_push)
+
+
+def test_repository_and_rights_are_there_before_training(hub, client: HfApi, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    pusher = Pusher(config_for("org/new", hub_private=True), tmp_path / "run", client)
+    assert pusher.repo_id == "org/new" and hub.repos["models", "org/new"]["private"]
+    assert Pusher(config_for(None), tmp_path / "ddpm-cats", client).repo_id == "tester/ddpm-cats"
+    for token, repo_id, words in (
+        (None, "org/x", "run `hf auth login`, or set HF_TOKEN"),
+        ("hf_unknown", "org/x", "does not accept the token"),
+        (hub_server.READ_TOKEN, "org/new", "no right to write"),
+        (hub_server.READ_TOKEN, "org/x", "no right to write"),
+        (hub_server.OTHER_TOKEN, "org/x", "no right to write"),
+        (hub_server.WRITE_TOKEN, "org/../x", "no name of a repository"),
+        (hub_server.WRITE_TOKEN, "a/b/c", "no name of a repository"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Pusher(config_for(repo_id), tmp_path / "run", HfApi(endpoint=hub.url, token=token))
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        Pusher(config_for("org/x"), tmp_path / "run", HfApi(endpoint="http://127.0.0.1:9", token="hf_write"))
+    with pytest.raises(ConfigError, match="push_every 5 has no effect without --push_to_hub"):
+        TrainingOptions(push_every=5)
+
+
+def test_pushes_go_one_at_a_time_and_never_block(hub, client: HfApi, pipe, tmp_path: Path, quick) -> None:
+    folder = tmp_path / "run"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "samples" / "step-00000001.png").write_bytes(b"\x89PNG\0 preview")
+    pusher = Pusher(config_for("org/going"), folder, client)
+    hub.fail("POST", COMMIT, stall=1.5)
+
+    def save(snapshot: Path) -> None:
+        export(pipe, snapshot, card_of(pipe, updates=next(updates)))
+
+    updates = itertools.count(1)
+    assert pusher.push_soon(1, save)
+    began = time.monotonic()
+    assert not pusher.push_soon(2, save) and not pusher.push_soon(3, save)
+    assert time.monotonic() - began < 0.2 and pusher.busy
+    pusher._under_way.result()
+    assert hub.titles("org/going")[0] == "Training in progress, step 1"
+    assert hub.files("org/going") == MODEL_FILES and hub.read("org/going", "samples.png") == b"\x89PNG\0 preview"
+    assert pusher.push_soon(4, save)
+    save(folder)
+    pusher.finish()
+    assert hub.titles("org/going")[:2] == ["Training done", "Training in progress, step 4"]
+    assert not (folder / ".push").exists()
+
+
+def test_failing_pushes_are_reported_once_and_the_last_one_catches_up(
+    hub,
+    client: HfApi,
+    pipe,
+    tmp_path: Path,
+    quick,
+    caplog,
+) -> None:
+    folder = tmp_path / "run"
+    pusher = Pusher(config_for("org/failing"), folder, client)
+    hub.fail("POST", COMMIT, status=500, times=9)
+    save = lambda snapshot: export(pipe, snapshot, card_of(pipe))  # noqa: E731
+    for step in (1, 2, 3):
+        assert pusher.push_soon(step, save)
+        pusher._under_way.exception()
+    export(pipe, folder, card_of(pipe))
+    pusher.finish()
+    reports = [record for record in caplog.records if "failed" in record.getMessage()]
+    assert len(reports) == 1 and "HTTP 500" in reports[0].getMessage() and "Training goes on" in reports[0].getMessage()
+    assert hub.titles("org/failing") == ["Training done", "initial commit"]
+
+
+def test_command_in_the_card_names_the_recipe_and_no_place() -> None:
+    config = TrainingOptions(
+        dataset="/home/somebody/cats", output_dir="/scratch/x", learning_rate=2e-4, random_flip=True, push_to_hub=True,
+        hub_model_id="org/x", resolution=64,
+    )  # fmt: skip
+    command = "accelerate launch --num_processes 2 training/train.py --dataset cats --resolution 64 --random_flip True"
+    assert recipe_command(config, 2) == f"{command} --learning_rate 0.0002"
+    assert recipe_command(TrainingOptions()) == "accelerate launch training/train.py --dataset digits"
+    assert [public(value) for value in ("data/*.parquet", "~/x/faces", "org/name", "cosine")] == [
+        "*.parquet", "faces", "org/name", "cosine",
+    ]  # fmt: skip
