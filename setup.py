@@ -12,7 +12,6 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "src/ddpm_pipeline/__ini
 TRAIN = [
     "accelerate>=1.5",
     "datasets>=4.7",
-    "transformers>=5.0",
     "scikit-learn>=1.3",
     "pyyaml>=6.0",
     "tqdm>=4.66",
@@ -50,6 +49,7 @@ setup(
     package_data={"ddpm_pipeline": ["py.typed", "hub/model_card.md", "recipes/*.yaml"]},
     install_requires=[
         "diffusers>=0.42",
+        "transformers>=5.0",
         "torch>=2.5",
         "huggingface-hub>=1.32",
         "jinja2>=3.1",
