@@ -40,6 +40,17 @@ def functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
     return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
+def imported(tree: ast.Module) -> set[str]:
+    """The top-level names of all absolute imports."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
 def test_rooms_import_downwards_only():
     """The contracts stand in pyproject.toml."""
     done = run_command("lint-imports", "--no-cache")
@@ -48,13 +59,13 @@ def test_rooms_import_downwards_only():
 
 def test_root_files_import_only_what_a_model_repository_can_rely_on():
     for path in PACKAGE.glob("*.py"):
-        for node in ast.walk(SOURCES[path]):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and not node.level:
-                names = [node.module]
-            for name in names:
-                top = name.split(".")[0]
-                assert top in TRAVELLING | set(sys.stdlib_module_names), f"{path.name} imports {name}"
+        assert imported(SOURCES[path]) <= TRAVELLING | set(sys.stdlib_module_names), path
+
+
+def test_benchmarks_and_scripts_import_the_package_and_not_each_other():
+    files = [path for path in PYTHON_FILES if path.parent.name in ("benchmarks", "training") and path not in SOURCES]
+    for path in files:
+        assert not imported(PYTHON_FILES[path]) & {other.stem for other in files}, path
 
 
 def test_nothing_is_imported_behind_the_contracts():
