@@ -1,5 +1,6 @@
-"""Shared by several test modules: tiny models, and commands in subprocesses."""
+"""Shared by several test modules: tiny models, commands in subprocesses, and what code imports."""
 
+import ast
 import os
 import shlex
 import signal
@@ -32,6 +33,17 @@ def tiny_unet(seed: int = 0, **config) -> UNet2DModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return UNet2DModel(**{**TINY_UNET, **config}).eval()
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """The top-level names of all absolute imports in a module's code, also those inside of functions."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
 
 
 def run_limited(command: Sequence[str], timeout: float, **options) -> subprocess.CompletedProcess:

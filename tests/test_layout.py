@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from helpers import ROOT, run_command
+from helpers import ROOT, imported, run_command
 
 PACKAGE = ROOT / "src" / "ddpm_pipeline"
 
@@ -38,17 +38,6 @@ IMPORTERS = {"stock_format.py", "support/extras.py", "evaluation/features.py"}
 
 def functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
     return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
-
-
-def imported(tree: ast.Module) -> set[str]:
-    """The top-level names of all absolute imports."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names.add(node.module.partition(".")[0])
-    return names
 
 
 def test_rooms_import_downwards_only():

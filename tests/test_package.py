@@ -11,10 +11,14 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import ddpm_pipeline
-from helpers import ROOT, run_command, run_python
+from helpers import ROOT, imported, run_command, run_python
 
 PACKAGE = Path(ddpm_pipeline.__file__).parent
-COMMANDS = {"training": "train", "evaluation": "eval", "generation": "eval"}  # their rooms, with the extra of each
+COMMANDS = {  # by room: the function that the command calls, and the extra that it needs
+    "training": ("train", "train"),
+    "evaluation": ("evaluate", "eval"),
+    "generation": ("generate", "eval"),
+}
 BASE_ROOMS = {"hub", "likelihood"}  # which need no extra, as the root files
 HEAVY = {"torch", "diffusers", "numpy", "transformers", "huggingface_hub", "accelerate", "datasets"}
 
@@ -73,10 +77,9 @@ def environment_with(tmp_path_factory):
                 link, target = folder / top, Path(distribution.locate_file(top))
                 if target.exists() and not link.is_symlink():
                     link.symlink_to(target)
-        metadata = importlib.metadata.distribution("ddpm-pipeline").read_text("METADATA")
         about = folder / f"ddpm_pipeline-{ddpm_pipeline.__version__}.dist-info"
         about.mkdir()
-        (about / "METADATA").write_text(metadata)
+        (about / "METADATA").write_text(f"Name: ddpm-pipeline\nVersion: {ddpm_pipeline.__version__}\n")
         return folder
 
     return make
@@ -89,40 +92,29 @@ def run_in(folder: Path, code: str):
 
 
 def test_imports_are_declared():
-    """Also those inside of functions, which no command may come to."""
+    """Also those inside of functions, which importing a command does not reach."""
     distributions = importlib.metadata.packages_distributions()
     assert set(requirements("train")) <= set(requirements("eval"))
     for path in PACKAGE.rglob("*.py"):
         room = path.relative_to(PACKAGE).parts[0]
         allowed = set(requirements("" if room in BASE_ROOMS or path.parent == PACKAGE else "train"))
         allowed |= {"torch-fidelity"}  # of the extra "inception"; its absence is caught and named
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and not node.level:
-                names = [node.module]
-            for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names:
-                found = {canonicalize_name(name) for name in distributions.get(top, [top])}
-                assert found & allowed, (
-                    f"{path}:{node.lineno} imports {top}, which neither the package nor its extra requires"
-                )
+        for top in imported(ast.parse(path.read_text("utf-8"))) - sys.stdlib_module_names:
+            found = {canonicalize_name(name) for name in distributions.get(top, [top])}
+            assert found & allowed, f"{path} imports {top}, which neither the package nor its extra requires"
 
 
-def test_the_commands_start_with_the_extra_of_training_alone(environment_with):
-    modules = (f"ddpm_pipeline.{room}.__main__" for room in COMMANDS)
-    done = run_in(environment_with("train"), f"import {', '.join(modules)}")
+def test_the_commands_need_the_extra_of_training_alone(environment_with):
+    lines = [f"from ddpm_pipeline.{room} import {name}, __main__" for room, (name, _) in COMMANDS.items()]
+    done = run_in(environment_with("train"), "\n".join(lines))
     assert done.returncode == 0, done.stderr
 
 
 def test_without_extras_all_else_works_and_each_command_names_its_extra(environment_with):
     lines = ["from ddpm_pipeline import *", "import ddpm_pipeline.hub.__main__, ddpm_pipeline.likelihood"]
-    for command in COMMANDS:
-        lines += [
-            "try:",
-            f"    import ddpm_pipeline.{command}.__main__",
-            "except ImportError as error:",
-            "    print(error)",
-        ]
+    for room, (name, _) in COMMANDS.items():
+        lines += ["try:", f"    from ddpm_pipeline.{room} import {name}", "except ImportError as error: print(error)"]
     done = run_in(environment_with(""), "\n".join(lines))
     assert done.returncode == 0, done.stderr
-    for printed, extra in zip(done.stdout.splitlines(), COMMANDS.values(), strict=True):
+    for printed, (_, extra) in zip(done.stdout.splitlines(), COMMANDS.values(), strict=True):
         assert f"ddpm-pipeline[{extra}]" in printed
