@@ -5,16 +5,29 @@ import json
 import re
 import shlex
 from importlib import import_module
+from typing import get_type_hints
 
 import pytest
 
 import ddpm_pipeline
-from ddpm_pipeline.support.options import options_table
-from ddpm_pipeline.training.options import FIELDS, GROUPS, recipe_path
+from ddpm_pipeline.evaluation.options import EvaluationOptions
+from ddpm_pipeline.generation.options import GenerationOptions
+from ddpm_pipeline.support.options import OptionGroup, option_fields, options_table
+from ddpm_pipeline.training.options import TrainingOptions
 from helpers import ROOT
 
 PAGES = {page.name: page.read_text("utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-PLACES = (ROOT, ROOT / "src" / "ddpm_pipeline")  # of the files that a page names
+PACKAGE = ROOT / "src" / "ddpm_pipeline"
+COMMANDS = {  # by script: its options, and where their tables are
+    "training/train.py": (TrainingOptions, "training.md", "All options"),
+    "training/evaluate.py": (EvaluationOptions, "evaluation.md", "Options of evaluate.py"),
+    "training/generate.py": (GenerationOptions, "evaluation.md", "Options of generate.py"),
+}
+
+
+def groups_of(options: type) -> list[type[OptionGroup]]:
+    hints = get_type_hints(options).values()
+    return [hint for hint in hints if isinstance(hint, type) and issubclass(hint, OptionGroup)]
 
 
 def folder_of(name: str):
@@ -42,7 +55,7 @@ def test_named_files_exist(name):
     for path in re.findall(r"`((?:\w+/)+[\w*]*(?:\.(?:py|md|json|yaml|png))?)`", PAGES[name]):
         if path.split("/")[0] in ("unet", "scheduler", "samples", "checkpoints"):  # in a run's folder
             continue
-        assert any(next(place.glob(path.rstrip("/")), None) for place in PLACES), f"{name} names {path}"
+        assert any(next(place.glob(path.rstrip("/")), None) for place in (ROOT, PACKAGE)), f"{name} names {path}"
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -54,16 +67,18 @@ def test_python_examples_parse_and_their_imports_exist(name):
                     assert hasattr(import_module(node.module), alias.name), f"{name}: {node.module}.{alias.name}"
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_training_commands_use_options_and_recipes_that_exist(name):
-    for block in blocks(PAGES[name], "sh", "bash"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True) if "training/train.py" in line and "srun" not in line else []
-            given = words[words.index("training/train.py") + 1 :] if words else []
+@pytest.mark.parametrize("script", COMMANDS)
+def test_commands_use_options_and_recipes_that_exist(script):
+    known = option_fields(groups_of(COMMANDS[script][0]))
+    for name, page in PAGES.items():
+        for line in "".join(blocks(page, "sh", "bash")).splitlines():
+            words = shlex.split(line, comments=True) if script in line and "'$" not in line else []
+            given = words[words.index(script) + 1 :] if words else []
             for index, word in enumerate(given):
-                assert not word.startswith("--") or word == "--config" or word[2:] in FIELDS, f"{name}: {line}"
                 if word == "--config":
-                    recipe_path(given[index + 1])
+                    assert (PACKAGE / "recipes" / f"{given[index + 1]}.yaml").is_file(), f"{name}: {line}"
+                elif word.startswith("--"):
+                    assert word[2:] in known, f"{name}: {line}"
 
 
 def test_code_names_of_the_equations_exist():
@@ -72,10 +87,11 @@ def test_code_names_of_the_equations_exist():
             assert hasattr(ddpm_pipeline.AlphaDDPMScheduler, name), name
 
 
-def test_option_tables_are_those_of_the_code():
-    assert PAGES["training.md"].endswith(
-        "\n## All options\n\n" + options_table(list(GROUPS.values())).rstrip("\n") + "\n"
-    )
+@pytest.mark.parametrize("script", COMMANDS)
+def test_option_tables_are_those_of_the_code(script):
+    options, name, heading = COMMANDS[script]
+    section = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", PAGES[name], re.DOTALL | re.MULTILINE)
+    assert section[1].strip() == options_table(groups_of(options)).strip()
 
 
 def test_class_accuracies_are_those_that_were_measured():

@@ -31,9 +31,8 @@ WIDE = {
 }
 # What the root files, which travel inside model repositories, may import besides each other and the standard library.
 TRAVELLING = {"diffusers", "torch", "numpy", "PIL", "transformers"}
-# Imports by name, besides those by which rooms import their own public names on first use: pushing with a model card where the
-# package is installed, and MODULE:FUNCTION of the user.
-IMPORTERS = {"stock_format.py", "support/extras.py", "evaluation/features.py"}
+# Imports by name: public names on first use (as in each __init__.py), and MODULE:FUNCTION of the user.
+IMPORTERS = {"support/extras.py", "evaluation/features.py"}
 
 
 def functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:

@@ -17,7 +17,7 @@ PACKAGE = Path(ddpm_pipeline.__file__).parent
 COMMANDS = {  # by room: the function that the command calls, and the extra that it needs
     "training": ("train", "train"),
     "evaluation": ("evaluate", "eval"),
-    "generation": ("generate", "eval"),
+    "generation": ("generate", "train"),
 }
 BASE_ROOMS = {"hub", "likelihood"}  # which need no extra, as the root files
 HEAVY = {"torch", "diffusers", "numpy", "transformers", "huggingface_hub", "accelerate", "datasets"}
