@@ -60,13 +60,13 @@ class Pusher:
             status = error.response.status_code
             if status == 401:
                 raise ConfigError(
-                    f"--push_to_hub: the Hub does not accept the token ({describe_exception(error)}). Log in again with `hf auth login`, "
-                    "or set HF_TOKEN to a valid one."
+                    f"--push_to_hub: the Hub does not accept the token ({describe_exception(error)}). Log in again with "
+                    "`hf auth login`, or set HF_TOKEN to a valid one."
                 ) from error
             if status in (403, 404):
                 raise ConfigError(
-                    f"--hub_model_id {repo_id}: the token may not write there ({describe_exception(error)}). Use a token with the role "
-                    "'write', or a repository of your own."
+                    f"--hub_model_id {repo_id}: the token may not write there ({describe_exception(error)}). Use a token with "
+                    "the role 'write', or a repository of your own."
                 ) from error
             raise ConfigError(self._unreachable(error)) from error
         except Exception as error:  # of the HTTP client, which differs between versions of the library
