@@ -1,4 +1,4 @@
-"""Packaging of ddpm-pipeline; pyproject.toml names the build backend and holds the settings of ruff and pytest."""
+"""Packaging of ddpm-pipeline; pyproject.toml names the build backend and holds the settings of the tools."""
 
 import re
 from pathlib import Path
@@ -8,27 +8,30 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "src/ddpm_pipeline/__init__.py").read_text("utf-8")).group(1)
 
+# The lower bounds were installed together, with torch 2.13 on Python 3.11, and ran the tests; older torch was not tried.
 TRAIN = [
-    "accelerate>=1.0",
+    "accelerate>=1.5",
     "datasets>=4.7",
-    "transformers>=5.0",
     "scikit-learn>=1.3",
     "pyyaml>=6.0",
     "tqdm>=4.66",
     "psutil>=5.9",
     "torchmetrics>=1.6",
 ]
-EVAL = [*TRAIN, "scipy>=1.11", "matplotlib>=3.8"]
+EVAL = [*TRAIN, "matplotlib>=3.8"]  # which benchmarks/few_steps.py plots with
 INCEPTION = ["torchmetrics[image]>=1.6"]  # torchvision and torch-fidelity, for published FIDs
+TENSORBOARD = ["tensorboard>=2.16"]
 TEST = [
     *EVAL,
+    *TENSORBOARD,
     "pytest>=8.0",
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
     "mpmath>=1.3",
-    "tensorboard>=2.16",
+    "scipy>=1.11",
     "torchsde>=0.2.6",
     "ruff>=0.6",
+    "import-linter>=2.17",
 ]
 
 setup(
@@ -37,14 +40,16 @@ setup(
     description="DDPM for diffusers: exact forward and posterior maths, pipelines, training and likelihoods",
     long_description=(HERE / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
+    author="The ddpm-pipeline authors",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"ddpm_pipeline": ["py.typed", "hub/model_card.md", "recipes/*.yaml"]},
     install_requires=[
         "diffusers>=0.42",
+        "transformers>=5.0",
         "torch>=2.5",
         "huggingface-hub>=1.32",
         "jinja2>=3.1",
@@ -56,13 +61,14 @@ setup(
         "train": TRAIN,
         "eval": EVAL,
         "inception": INCEPTION,
-        "tensorboard": ["tensorboard>=2.16"],
+        "tensorboard": TENSORBOARD,
         "test": TEST,
     },
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

@@ -1,5 +1,12 @@
-"""Settings of every test: one thread a process, since tiny tensors gain nothing from more and workers share the cores."""
+"""Settings of every test."""
 
 import os
+import signal
+import threading
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the commands that tests start
+# Tiny tensors gain nothing from more threads, and workers share the cores. Set before torch is imported, and for subprocesses.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell without job control starts `pytest &` with SIGINT ignored, which commands that tests interrupt would inherit.
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,5 +1,6 @@
-"""What several test modules share: tiny models and commands in subprocesses."""
+"""Shared by several test modules: tiny models, commands in subprocesses, and what code imports."""
 
+import ast
 import os
 import shlex
 import signal
@@ -34,19 +35,30 @@ def tiny_unet(seed: int = 0, **config) -> UNet2DModel:
         return UNet2DModel(**{**TINY_UNET, **config}).eval()
 
 
+def imported(tree: ast.Module) -> set[str]:
+    """The top-level names of all absolute imports in a module's code, also those inside of functions."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
 def run_limited(command: Sequence[str], timeout: float, **options) -> subprocess.CompletedProcess:
-    """Run a command without input and capture what it prints; an end by force fails the test and says where it hung."""
+    """Run a command without input and capture what it prints. Exceeding the timeout fails the test and says where it hung."""
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True, **options,
     )  # fmt: skip
     try:
         printed, errors = process.communicate(timeout=timeout)
-    except KeyboardInterrupt:  # which does not reach a session of its own
+    except KeyboardInterrupt:  # does not reach a process in a session of its own
         os.killpg(process.pid, signal.SIGKILL)
         raise
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGABRT)  # makes Python print where each thread is, see run_command
+        os.killpg(process.pid, signal.SIGABRT)  # Python prints where each thread is, see run_command
         try:
             printed, errors = process.communicate(timeout=10)
         except subprocess.TimeoutExpired:
@@ -57,13 +69,17 @@ def run_limited(command: Sequence[str], timeout: float, **options) -> subprocess
 
 
 def run_command(*command: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
-    """Run a command from the project's root, with one thread and no network, and capture what it prints."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **env}
-    return run_limited(command, timeout, cwd=ROOT, env=environment)
+    """Run a command from the project's root, with one thread and no network, and capture what it prints.
+
+    Scripts of this Python's environment, such as `accelerate`, are found whether or not the environment is activated.
+    """
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    settings = {"PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    return run_limited(command, timeout, cwd=ROOT, env={**os.environ, **settings, **env})
 
 
 def run_python(code: str, **env: str) -> str:
-    """Run code in a fresh interpreter; what it printed. An error in it fails the test with its traceback."""
+    """Run code in a fresh interpreter and return what it printed. An error in it fails the test with its traceback."""
     done = run_command(sys.executable, "-c", code, **env)
     assert done.returncode == 0, done.stderr
     return done.stdout

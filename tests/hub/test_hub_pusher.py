@@ -13,15 +13,15 @@ from ddpm_pipeline import AlphaDDPMPipeline
 from ddpm_pipeline.hub import TrainingFacts, build_card, export, push
 from ddpm_pipeline.support.errors import ConfigError
 from ddpm_pipeline.training import pusher
-from ddpm_pipeline.training.options import TrainingOptions
-from ddpm_pipeline.training.pusher import Pusher, public, recipe_command
+from ddpm_pipeline.training.options import HubOptions, TrainingOptions
+from ddpm_pipeline.training.pusher import Pusher
+from ddpm_pipeline.training.record import public, recipe_command
 from helpers import tiny_unet
 from hub_models import scheduler
 
 COMMIT = r"/commit/main"
 MODEL_FILES = {
-    "README.md", "model_index.json", "pipeline.py", "sampling_alpha_ddpm.py", "scheduling_alpha_ddpm.py",
-    "stock_format.py", "samples.png",
+    "README.md", "model_index.json", *AlphaDDPMPipeline.shipped_files(), "samples.png",
     "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", ".gitattributes",
 }  # fmt: skip
 
@@ -35,8 +35,8 @@ def card_of(pipe: AlphaDDPMPipeline, **facts):
     return build_card(pipe, name="ddpm", training=TrainingFacts("digits", 1797, facts=facts))
 
 
-def config_for(repo_id: str | None, **options) -> TrainingOptions:
-    return TrainingOptions(push_to_hub=True, hub_model_id=repo_id, **options)
+def hub_options(repo_id: str | None, **options) -> HubOptions:
+    return HubOptions(push_to_hub=True, hub_model_id=repo_id, **options)
 
 
 @pytest.fixture
@@ -51,22 +51,22 @@ def test_repository_and_rights_are_there_before_training(hub, client: HfApi, tmp
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    pusher = Pusher(config_for("org/new", hub_private=True), tmp_path / "run", client)
+    pusher = Pusher(hub_options("org/new", hub_private=True), tmp_path / "run", client)
     assert pusher.repo_id == "org/new" and hub.repos["models", "org/new"]["private"]
-    assert Pusher(config_for(None), tmp_path / "ddpm-cats", client).repo_id == "tester/ddpm-cats"
+    assert Pusher(hub_options(None), tmp_path / "ddpm-cats", client).repo_id == "tester/ddpm-cats"
     for token, repo_id, words in (
         (None, "org/x", "run `hf auth login`, or set HF_TOKEN"),
         ("hf_unknown", "org/x", "does not accept the token"),
-        (hub_server.READ_TOKEN, "org/new", "no right to write"),
-        (hub_server.READ_TOKEN, "org/x", "no right to write"),
-        (hub_server.OTHER_TOKEN, "org/x", "no right to write"),
-        (hub_server.WRITE_TOKEN, "org/../x", "no name of a repository"),
-        (hub_server.WRITE_TOKEN, "a/b/c", "no name of a repository"),
+        (hub_server.READ_TOKEN, "org/new", "may not write there"),
+        (hub_server.READ_TOKEN, "org/x", "may not write there"),
+        (hub_server.OTHER_TOKEN, "org/x", "may not write there"),
+        (hub_server.WRITE_TOKEN, "org/../x", "not a valid repository name"),
+        (hub_server.WRITE_TOKEN, "a/b/c", "not a valid repository name"),
     ):
         with pytest.raises(ConfigError, match=words):
-            Pusher(config_for(repo_id), tmp_path / "run", HfApi(endpoint=hub.url, token=token))
+            Pusher(hub_options(repo_id), tmp_path / "run", HfApi(endpoint=hub.url, token=token))
     with pytest.raises(ConfigError, match="cannot be reached"):
-        Pusher(config_for("org/x"), tmp_path / "run", HfApi(endpoint="http://127.0.0.1:9", token="hf_write"))
+        Pusher(hub_options("org/x"), tmp_path / "run", HfApi(endpoint="http://127.0.0.1:9", token="hf_write"))
     with pytest.raises(ConfigError, match="push_every 5 has no effect without --push_to_hub"):
         TrainingOptions(push_every=5)
 
@@ -75,7 +75,7 @@ def test_pushes_go_one_at_a_time_and_never_block(hub, client: HfApi, pipe, tmp_p
     folder = tmp_path / "run"
     (folder / "samples").mkdir(parents=True)
     (folder / "samples" / "step-00000001.png").write_bytes(b"\x89PNG\0 preview")
-    pusher = Pusher(config_for("org/going"), folder, client)
+    pusher = Pusher(hub_options("org/going"), folder, client)
     hub.fail("POST", COMMIT, stall=1.5)
 
     def save(snapshot: Path) -> None:
@@ -105,7 +105,7 @@ def test_failing_pushes_are_reported_once_and_the_last_one_catches_up(
     caplog,
 ) -> None:
     folder = tmp_path / "run"
-    pusher = Pusher(config_for("org/failing"), folder, client)
+    pusher = Pusher(hub_options("org/failing"), folder, client)
     hub.fail("POST", COMMIT, status=500, times=9)
     save = lambda snapshot: export(pipe, snapshot, card_of(pipe))  # noqa: E731
     for step in (1, 2, 3):
@@ -114,7 +114,9 @@ def test_failing_pushes_are_reported_once_and_the_last_one_catches_up(
     export(pipe, folder, card_of(pipe))
     pusher.finish()
     reports = [record for record in caplog.records if "failed" in record.getMessage()]
-    assert len(reports) == 1 and "HTTP 500" in reports[0].getMessage() and "Training goes on" in reports[0].getMessage()
+    assert (
+        len(reports) == 1 and "HTTP 500" in reports[0].getMessage() and "Training continues" in reports[0].getMessage()
+    )
     assert hub.titles("org/failing") == ["Training done", "initial commit"]
 
 

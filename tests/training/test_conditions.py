@@ -1,6 +1,5 @@
 """Conditions in training: what is drawn is a function of (seed, step, position), and runs with them end, resume and load."""
 
-import json
 import shutil
 
 import datasets
@@ -13,34 +12,29 @@ from PIL import Image
 from transformers import BertConfig, BertModel
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline
-from ddpm_pipeline.data.mapped import load_images
+from ddpm_pipeline.data import ConditionColumns, DataOptions, load_images
 from ddpm_pipeline.pipeline_alpha_ddpm_text import prepare_prompt, tokenize
 from ddpm_pipeline.support.draws import image_indices
 from ddpm_pipeline.support.errors import ConfigError
-from ddpm_pipeline.training.conditions import (
-    CAPTIONS,
-    Captions,
-    ClassConditions,
-    Templates,
-    TextConditions,
-    build_conditions,
-    make_small_encoder,
-    make_tokenizer,
-)
-from ddpm_pipeline.training.loop import train
-from ddpm_pipeline.training.options import CONFIGS, TrainingConfig, parse_config
+from ddpm_pipeline.training import TrainingOptions, train
+from ddpm_pipeline.training.captions import Captions, Templates
+from ddpm_pipeline.training.conditions import ClassCondition, TextCondition, build_condition
+from ddpm_pipeline.training.options import RECIPES, ConditionOptions
+from ddpm_pipeline.training.text_encoders import make_small_encoder, make_tokenizer
+from training_helpers import digits as load_digits
+from training_helpers import metrics, whole_batch
 
 DIGIT_CAPTIONS = "digits_captions.yaml"
 STRANGE = ["", "七个手写数字", "seven 🎉👩‍👩‍👧", "word " * 2_000, "\x00", None]
 
 
-def config(**options) -> TrainingConfig:
-    return TrainingConfig(**{"condition": "text", "batch_size": 32, **options})
+def text(**options) -> ConditionOptions:
+    return ConditionOptions("text", **options)
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    return load_images("digits", cache_dir=str(tmp_path_factory.mktemp("cache")))
+    return load_digits(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -60,35 +54,35 @@ def captioned(tmp_path_factory):
 
 
 def test_labels_are_those_of_the_images_and_a_tenth_is_left_out(digits):
-    conditions = ClassConditions(config(condition="class", batch_size=1000), digits)
-    indices = np.arange(1000)
-    known = digits.column(conditions.column, indices)
-    labels = conditions.draw(known, 7, slice(None))
+    condition = ClassCondition(ConditionOptions("class"), digits)
+    known = digits.column(condition.column, np.arange(1000))
+    labels = condition.draw(known, whole_batch(7, 1000))
     kept = labels != 10
     assert torch.equal(labels[kept], known[kept])
     assert 0.07 < 1 - kept.float().mean() < 0.13
-    assert not torch.equal(kept, conditions.draw(known, 8, slice(None)) != 10)
+    assert not torch.equal(kept, condition.draw(known, whole_batch(8, 1000)) != 10)
 
 
 @pytest.mark.parametrize("kind", ["class", "text"])
 def test_conditions_are_the_same_however_the_batch_is_split(kind, digits):
-    conditions = build_conditions(config(condition=kind, word_dropout=0.3), digits)
+    condition = build_condition(ConditionOptions(kind, word_dropout=0.3), digits)
     indices = image_indices(0, len(digits), 3, 32)
-    values = digits.column(conditions.column, indices).tolist()
-    whole = list(conditions.draw(values, 3, slice(None)))
-    parts = [conditions.draw(values[start : start + 8], 3, slice(start, start + 8)) for start in range(0, 32, 8)]
+    values = digits.column(condition.column, indices).tolist()
+    whole = list(condition.draw(values, whole_batch(3, 32)))
+    slices = [slice(start, start + 8) for start in range(0, 32, 8)]
+    parts = [condition.draw(values[each], whole_batch(3, 32, each)) for each in slices]
     assert whole == [value for part in parts for value in part]
-    assert whole != list(conditions.draw(values, 4, slice(None)))
+    assert whole != list(condition.draw(values, whole_batch(4, 32)))
 
 
 # ---- captions ---------------------------------------------------------------------------------------
 
 
 def test_captions_name_their_class_and_never_use_a_held_out_wording(digits):
-    captions = Captions(config(caption_templates=DIGIT_CAPTIONS, word_dropout=0.3, batch_size=1797), digits)
-    names = yaml.safe_load((CAPTIONS / DIGIT_CAPTIONS).read_text())["names"]
+    captions = Captions(text(caption_templates=DIGIT_CAPTIONS, word_dropout=0.3), digits)
+    names = yaml.safe_load((RECIPES / DIGIT_CAPTIONS).read_text())["names"]
     labels = digits.column("label", range(1797)).tolist()
-    drawn = [captions.draw(labels, step, slice(None)) for step in range(12)]
+    drawn = [captions.draw(labels, whole_batch(step, 1797), [False] * 1797) for step in range(12)]
     for batch in drawn:
         for label, caption in zip(labels, batch, strict=True):
             words = caption.replace(",", " ").replace(":", " ").split()
@@ -108,15 +102,17 @@ def test_word_dropout_keeps_the_name_and_nothing_else_for_certain():
 
 
 def test_a_text_column_gives_one_of_an_image_s_captions_and_survives_any_of_them(captioned, tmp_path):
-    data = load_images(captioned, cache_dir=str(tmp_path), text_column="text")
-    conditions = TextConditions(config(condition_dropout=0.0, batch_size=12, word_dropout=0.1), data)
-    drawn = {step: conditions.draw(data.column(conditions.column, range(12)), step, slice(None)) for step in range(8)}
+    data = load_images(DataOptions(captioned, cache_dir=str(tmp_path)), ConditionColumns(text_column="text"))
+    conditions = TextCondition(text(condition_dropout=0.0, word_dropout=0.1), data)
+    values = data.column(conditions.column, range(12))
+    drawn = {step: conditions.draw(values, whole_batch(step, 12)) for step in range(8)}
     assert drawn[0][0] == "" and drawn[0][5] == ""  # an empty caption and a missing one
     assert len({batch[7] for batch in drawn.values()}) > 2
     arguments = conditions.inputs(drawn[0], torch.device("cpu"))
     states = conditions.text_encoder(arguments["input_ids"], attention_mask=arguments["attention_mask"])[0]
     assert torch.isfinite(states).all() and states.shape[1] == 77
-    assert conditions.preview(6)[0][0] == "prompt" and len(conditions.preview(6)[0][1]) == 6
+    request, columns = conditions.preview(6)
+    assert request.argument == "prompt" and len(request.values) == 6 and columns == 1
 
 
 @pytest.mark.parametrize(
@@ -124,30 +120,30 @@ def test_a_text_column_gives_one_of_an_image_s_captions_and_survives_any_of_them
     [
         ("templates: [a digit]", "has no {name}"),
         ("names: {}", "must hold `templates`"),
-        ("templates: ['{name}']\nnames: {ten: [x]}", "'ten' is no class"),
+        ("templates: ['{name}']\nnames: {ten: [x]}", "'ten' is not a class"),
         ("templates: ['{name}']\nnames: {'1': []}", "empty list of names"),
-        ("templates: ['A {name}']\nheld_out: ['a {name}']", "is held out and is a wording"),
+        ("templates: ['A {name}']\nheld_out: ['a {name}']", "is held out and also made"),
         ("templates: [", "cannot be read"),
     ],
 )
 def test_a_bad_file_of_wordings_is_refused(content, message, digits, tmp_path):
     (tmp_path / "captions.yaml").write_text(content)
     with pytest.raises(ConfigError, match=message):
-        Captions(config(caption_templates=str(tmp_path / "captions.yaml")), digits)
+        Captions(text(caption_templates=str(tmp_path / "captions.yaml")), digits)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"condition": "words"}, "one of none, class, text"),
-        ({"condition": "class", "text_column": "text"}, "with --condition text only"),
+        ({"condition": "class", "text_column": "text"}, "needs --condition text"),
         ({"condition_dropout": 1.0}, "below 1"),
         ({"word_dropout": -0.1}, "at least 0"),
     ],
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
-        config(**options)
+        ConditionOptions(**{"condition": "text", **options})
 
 
 # ---- encoders ---------------------------------------------------------------------------------------
@@ -168,7 +164,7 @@ def test_a_loaded_encoder_is_frozen_and_encodes_each_caption_once(digits, tmp_pa
     tokenizer.save_pretrained(tmp_path / "bert")
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     BertModel(BertConfig(vocab_size=len(tokenizer), **size)).save_pretrained(tmp_path / "bert")
-    conditions = TextConditions(config(text_encoder=str(tmp_path / "bert")), digits)
+    conditions = TextCondition(text(text_encoder=str(tmp_path / "bert")), digits)
     assert conditions.network(torch.nn.Identity()).__class__ is torch.nn.Identity  # the UNet alone is trained
     assert conditions.unet_config() == {"cross_attention_dim": 16}
     calls = []
@@ -178,23 +174,19 @@ def test_a_loaded_encoder_is_frozen_and_encodes_each_caption_once(digits, tmp_pa
     assert calls == [2, 1] and first.shape == (3, 77, 16) and not first.requires_grad
     assert torch.equal(first[0], first[2]) and torch.equal(first[1], again[0])
     with pytest.raises(ConfigError, match="cannot be used as a text encoder"):
-        TextConditions(config(text_encoder=str(tmp_path / "nothing")), digits)
+        TextCondition(text(text_encoder=str(tmp_path / "nothing")), digits)
 
 
 # ---- whole runs -------------------------------------------------------------------------------------
 
 RUN = {
-    "batch_size": "8", "max_train_steps": "4", "num_train_timesteps": "30", "checkpoint_every": "2", "preview_every": "2",
-    "preview_images": "20", "preview_inference_steps": "2", "num_samples": "20", "num_cpu_threads": "1",
-    "mixed_precision": "no",
+    "batch_size": 8, "max_train_steps": 4, "num_train_timesteps": 30, "checkpoint_every": 2, "preview_every": 2,
+    "preview_images": 20, "preview_inference_steps": 2, "num_samples": 20, "num_cpu_threads": 1, "mixed_precision": "no",
 }  # fmt: skip
 
 
 def run(recipe: str, folder, **options):
-    flags = {**RUN, "output_dir": str(folder), **{name: str(value) for name, value in options.items()}}
-    return train(
-        parse_config(["--config", str(CONFIGS / recipe), *(f"--{name}={value}" for name, value in flags.items())])
-    )
+    return train(TrainingOptions(config=recipe, **{**RUN, "output_dir": str(folder), **options}))
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -205,23 +197,21 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # 30 timesteps do not reach noise
-@pytest.mark.parametrize("recipe", ["digits_class.yaml", "digits_text.yaml"])
+@pytest.mark.parametrize("recipe", ["digits_class", "digits_text"])
 def test_a_recipe_runs_resumes_bit_for_bit_and_leaves_a_model_that_draws(recipe, tmp_path):
-    text = "text" in recipe
     whole = run(recipe, tmp_path / "whole")
     shutil.copytree(whole, tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000004")
     resumed = run(recipe, tmp_path / "parts", resume="latest")
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
-    metrics = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert np.isfinite(metrics[-1]["loss"])
+    assert np.isfinite(metrics(whole)[-1]["loss"])
     preview = Image.open(whole / "samples" / "step-00000002.png")
     assert preview.height > 4 * preview.width  # ten rows of two
     card = (whole / "README.md").read_text()
     stock = DiffusionPipeline.from_pretrained(whole)
     stock.set_progress_bar_config(disable=True)
-    if text:
+    if "text" in recipe:
         assert "a handwritten nine" in card and "text-to-image" in card
         assert stock("a handwritten seven", num_inference_steps=2).images[0].size == (8, 8)
     else:
@@ -236,15 +226,10 @@ def test_a_recipe_runs_resumes_bit_for_bit_and_leaves_a_model_that_draws(recipe,
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_text_model_is_a_start_for_another_with_its_own_encoder(tmp_path):
-    first = run(
-        "digits_text.yaml", tmp_path / "first", max_train_steps=1, checkpoint_every=0, preview_every=0, num_samples=1
-    )
-    recipe = tmp_path / "tuned.yaml"
-    options = yaml.safe_load((CONFIGS / "digits_text.yaml").read_text())
-    recipe.write_text(yaml.safe_dump({**options, "text_encoder": None, "init_from": str(first)}))
-    second = run(
-        str(recipe), tmp_path / "second", lr_warmup_steps=1, checkpoint_every=0, preview_every=0, num_samples=1
-    )
+    quick = {"checkpoint_every": 0, "preview_every": 0, "num_samples": 1}
+    first = run("digits_text", tmp_path / "first", max_train_steps=1, **quick)
+    tuned = {"text_encoder": None, "init_from": str(first), "lr_warmup_steps": 1}
+    second = run("digits_text", tmp_path / "second", **quick, **tuned)
     before, after = weights(first), weights(second)
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("1."))  # frozen
     assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("0."))

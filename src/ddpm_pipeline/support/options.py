@@ -1,7 +1,7 @@
-"""Options of the commands. Every fact of an option stands with its field: default, help, allowed values, how a run treats it.
+"""Options of the commands. Every fact of an option stands with its field: default, help, allowed values, its role in a run.
 
-A group of options is a frozen dataclass; flags, YAML keys, `--help`, checks, the resume rule, the recipe in a model card and the
-tables of the docs all follow from its fields. Imports transformers' argument parser and yaml, no torch.
+A group of options is a frozen dataclass; flags, YAML keys, `--help`, checks, the resume rule, the recipe in a model card and
+the tables of the docs all follow from its fields. Imports transformers' argument parser and yaml, no torch.
 """
 
 import difflib
@@ -55,7 +55,7 @@ def option(
         default: its value if not given; without one the option is required.
         help: for `--help` and the docs; a sentence.
         allowed: its values, besides a default of None.
-        on_resume: what a change means when a run resumes: another run ("refuse"), something to log ("tell"), or nothing ("allow").
+        on_resume: what a changed value means to a resumed run: another run ("refuse"), a log line ("tell"), nothing ("allow").
         in_recipe: whether the trained model depends on it, so that the command in the model card repeats it.
     """
     facts = {"help": help, "allowed": allowed, "on_resume": on_resume, "in_recipe": in_recipe}

@@ -22,7 +22,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from ..data.mapped import ImageData, images_of
 from ..data.options import TrainingDataOptions
 from ..data.skipped import SHOWN, SkippedRow, check_bad_fraction
-from ..data.streamed import JUDGED_ROWS, Cut, Position, StreamData, cut, rows_of_part
+from ..data.streamed import JUDGED_ROWS, Partition, Position, StreamData, divide, rows_of_part
 from ..support.draws import BatchSlice, RandomStream, image_indices, uniform
 from ..support.errors import ConfigError, DataError
 from .conditions import Condition
@@ -103,7 +103,7 @@ class StreamBatches(IterableDataset):
     data: StreamData
     plan: BatchPlan
     condition: Condition
-    parts: Cut
+    partition: Partition
     positions: Sequence[Position]  # one per part of this process
     micro_batches: range
     shuffle_buffer: int
@@ -117,7 +117,7 @@ class StreamBatches(IterableDataset):
         try:
             rows = rows_of_part(
                 self.data,
-                self.parts,
+                self.partition,
                 self.plan.rank * workers + part,
                 self.plan.seed,
                 self.shuffle_buffer,
@@ -176,7 +176,7 @@ class StreamLoader(BatchLoader):
             "next_pass": batches.micro_batches.start,
             "world_size": batches.plan.world_size,
             "rank": batches.plan.rank,
-            "shards": batches.parts.stream.num_shards,
+            "shards": batches.partition.stream.num_shards,
         }
         self._positions = list(batches.positions)
         self._skipped: list[SkippedRow] = []
@@ -231,17 +231,17 @@ def batch_loader(
     if isinstance(data, ImageData):
         return BatchLoader(DataLoader(MicroBatches(data, plan, condition), sampler=micro_batches, **loading))
     workers = max(1, options.dataloader_num_workers)
-    parts = cut(data, plan.world_size * workers)
+    partition = divide(data, plan.world_size * workers)
     positions = [Position()] * workers
     if state is not None:
-        _check_state(state, micro_batches.start, plan, workers, parts)
+        _check_state(state, micro_batches.start, plan, workers, partition)
         positions = [Position.from_json(values) for values in state["parts"]]
     elif micro_batches.start:
         raise ConfigError(
             f"the checkpoint after micro-batch {micro_batches.start} has no position in the stream; start a new run."
         )
     batches = StreamBatches(
-        data, plan, condition or Condition(), parts, positions, micro_batches, options.shuffle_buffer
+        data, plan, condition or Condition(), partition, positions, micro_batches, options.shuffle_buffer
     )
     return StreamLoader(DataLoader(batches, **loading), batches)
 
@@ -253,12 +253,12 @@ def _begin_worker(parent: int, worker: int) -> None:
         os._exit(1)
 
 
-def _check_state(state: dict[str, Any], first: int, plan: BatchPlan, workers: int, parts: Cut) -> None:
+def _check_state(state: dict[str, Any], first: int, plan: BatchPlan, workers: int, partition: Partition) -> None:
     """Raises ConfigError if a stream cannot resume there: its parts depend on the numbers of processes and workers."""
     compared = {
         "processes": (state["world_size"], plan.world_size),
         "--dataloader_num_workers": (len(state["parts"]), workers),
-        "shards of the data set": (state["shards"], parts.stream.num_shards),
+        "shards of the data set": (state["shards"], partition.stream.num_shards),
         "rank": (state["rank"], plan.rank),
         "micro-batches": (state["next_pass"], first),
     }

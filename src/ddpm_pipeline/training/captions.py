@@ -104,8 +104,8 @@ class Captions:
         if data.text_column is None:
             if data.label_column is None:
                 raise ConfigError(
-                    f"--condition text: {data.name} has no captions; name one of its columns {data.columns} with --text_column, "
-                    "or one with class labels with --label_column."
+                    f"--condition text: {data.name} has no captions; name one of its columns {data.columns} with "
+                    "--text_column, or one with class labels with --label_column."
                 )
             self.templates = read_templates(options.caption_templates, data.class_names)
         elif options.caption_templates is not None:

@@ -1,8 +1,8 @@
 """Checkpoints of a run: found, written in the background, and read back.
 
-A checkpoint is a folder `checkpoints/step-00001000`. It is written beside under a hidden name, and renamed once every file is on
-the disk and listed with its size and hash in `manifest.json`: under its own name it is whole. Imports accelerate, safetensors and
-torch.
+A checkpoint is a folder `checkpoints/step-00001000`. It is written beside under a hidden name, and renamed once every file is
+on the disk and listed with its size and hash in `manifest.json`: under its own name it is whole. Imports accelerate,
+safetensors and torch.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from ..support.atomic import remove_folder, remove_leftovers, replace_folder, sync_folder, temporary_beside
 from ..support.errors import CheckpointError, ConfigError
-from .options import FIELDS, TrainingOptions
+from .options import TrainingOptions
 from .output_folder import OPTIONS_FILE
 from .state import TrainingState
 
@@ -83,7 +83,7 @@ def _compare_options(checkpoint: Path, options: TrainingOptions) -> None:
         if name in stored and stored[name] != value
     }
     by_rule = {
-        rule: [text for name, text in changed.items() if FIELDS[name].metadata["on_resume"] == rule]
+        rule: [text for name, text in changed.items() if options.declared()[name].metadata["on_resume"] == rule]
         for rule in ("refuse", "tell")
     }
     if by_rule["refuse"]:

@@ -1,7 +1,7 @@
 """What images are conditioned on: nothing, a class or a caption. The training loop treats all of them alike.
 
-A condition is drawn with each image from the value of its `column` (`draw`, on the CPU, in the data loader), becomes arguments of
-the network (`inputs`, on the device), and ends in a pipeline (`pipeline`). For a share of the images it is dropped, for
+A condition is drawn with each image from the value of its `column` (`draw`, on the CPU, in the data loader), becomes arguments
+of the network (`inputs`, on the device), and ends in a pipeline (`pipeline`). For a share of the images it is dropped, for
 classifier-free guidance. Imports diffusers, torch and transformers.
 """
 

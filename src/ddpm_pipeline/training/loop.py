@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from ..data import open_data
 from ..data.mapped import ImageData, to_model_range
@@ -231,3 +232,4 @@ def close(run: Run) -> None:
     run.state.model = None
     run.accelerator.free_memory()
     run.accelerator.end_training()
+    AcceleratorState._reset_state()  # so that the next run of this process may choose another precision

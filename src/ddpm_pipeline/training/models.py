@@ -15,53 +15,26 @@ from ..support.errors import ConfigError
 from .conditions import Condition
 from .options import DiffusionOptions, ModelOptions
 
+
+def _blocks(*channels: int, attention: int | None = None, **config: Any) -> dict[str, Any]:
+    """The config of a UNet2DModel with these channels by level, and attention at one of the levels."""
+    kinds = ["Attn" if level == attention else "" for level in range(len(channels))]
+    return {
+        "block_out_channels": channels,
+        "down_block_types": tuple(f"{kind}DownBlock2D" for kind in kinds),
+        "up_block_types": tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+        **config,
+    }
+
+
 # Largest resolution that each preset is meant for, and its UNet2DModel. From 32 on these are the networks of Ho et al. 2020
 # (appendix B), the 64-pixel one between its neighbours.
 PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
-    "tiny": (
-        16,
-        {
-            "block_out_channels": (32, 64),
-            "down_block_types": ("DownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "UpBlock2D"),
-            "layers_per_block": 1,
-            "norm_num_groups": 8,
-            "add_attention": False,
-        },
-    ),
-    "32": (
-        32,
-        {
-            "block_out_channels": (128, 256, 256, 256),
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-            "dropout": 0.1,
-        },
-    ),
-    "64": (
-        64,
-        {
-            "block_out_channels": (128, 256, 256, 256),
-            "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        },
-    ),
-    "128": (
-        128,
-        {
-            "block_out_channels": (128, 128, 256, 256, 512),
-            "down_block_types": ("DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
-        },
-    ),
-    "256": (
-        256,
-        {
-            "block_out_channels": (128, 128, 256, 256, 512, 512),
-            "down_block_types": ("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
-        },
-    ),
+    "tiny": (16, _blocks(32, 64, layers_per_block=1, norm_num_groups=8, add_attention=False)),
+    "32": (32, _blocks(128, 256, 256, 256, attention=1, dropout=0.1)),
+    "64": (64, _blocks(128, 256, 256, 256, attention=2)),
+    "128": (128, _blocks(128, 128, 256, 256, 512, attention=3)),
+    "256": (256, _blocks(128, 128, 256, 256, 512, 512, attention=4)),
 }
 
 UNet = UNet2DModel | UNet2DConditionModel

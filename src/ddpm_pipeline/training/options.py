@@ -4,14 +4,14 @@ Flags override the file or recipe that `--config` names. Imports no torch, so th
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-
 from ..data.options import ConditionColumns, TrainingDataOptions
 from ..support.errors import ConfigError
+from ..support.option_sets import OptionSet
 from ..support.options import (
     BELOW_ONE,
     FINITE,
@@ -22,9 +22,6 @@ from ..support.options import (
     at_least,
     one_of,
     option,
-    option_fields,
-    parse_flags,
-    unknown_option,
     value_of,
 )
 
@@ -39,6 +36,12 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 HYBRID_BOUND_WEIGHT = 0.001  # λ of L_simple + λ L_vlb (Nichol & Dhariwal 2021, §3.1), L_vlb in bits per dimension
 
 
+# an option that neither the trained model nor a resumed run depends on
+_free = partial(option, on_resume="tell", in_recipe=False)
+
+# fmt: off
+
+
 @dataclass(frozen=True)
 class ConditionOptions(OptionGroup):
     title: ClassVar[str] = "condition"
@@ -47,33 +50,17 @@ class ConditionOptions(OptionGroup):
     label_column: str | None = option(None, "Column with class labels. By default the only ClassLabel column.")
     text_column: str | None = option(None, "Column with captions: strings, or lists of strings.")
     caption_templates: str | None = option(
-        None, "YAML file of caption templates for class labels, in place of --text_column (docs/conditions.md)."
-    )
+        None, "YAML file of caption templates for class labels, in place of --text_column (docs/conditions.md).")
     condition_dropout: float = option(
-        0.1, "Share of images trained without their condition, for classifier-free guidance.", BELOW_ONE
-    )
+        0.1, "Share of images trained without their condition, for classifier-free guidance.", BELOW_ONE)
     word_dropout: float = option(
-        0.0, "Share of a caption's words dropped at each use. Class names are never dropped.", BELOW_ONE
-    )
+        0.0, "Share of a caption's words dropped at each use. Class names are never dropped.", BELOW_ONE)
     text_encoder: str | None = option(
-        None,
-        "'small' (the default: built from the captions and trained with the UNet), or the Hub name or folder of a "
-        "transformers text model.",
-    )
+        None, "'small' (the default: built from the captions and trained with the UNet), or the Hub name or folder of a "
+        "transformers text model.")
     train_text_encoder: bool = option(False, "Train a loaded text encoder as well instead of freezing it.")
-    preview_prompts: str | None = option(
-        None,
-        "Prompts for previews, separated by '|'. By default captions of the data.",
-        on_resume="tell",
-        in_recipe=False,
-    )
-    preview_guidance: float = option(
-        2.0,
-        "Guidance scale for previews and samples.png of a conditional model.",
-        FINITE,
-        on_resume="tell",
-        in_recipe=False,
-    )
+    preview_prompts: str | None = _free(None, "Prompts for previews, separated by '|'. By default captions of the data.")
+    preview_guidance: float = _free(2.0, "Guidance scale for previews and samples.png of a conditional model.", FINITE)
 
     def check(self) -> None:
         text_only = ("text_column", "caption_templates", "text_encoder", "train_text_encoder", "preview_prompts")
@@ -92,8 +79,7 @@ class ModelOptions(OptionGroup):
     model: str = option("auto", "UNet: a preset (tiny, 32, 64, 128, 256), 'auto' (by resolution), or a config file.")
     dropout: float | None = option(None, "Dropout in the UNet. By default the preset's own.", BELOW_ONE)
     init_from: str | None = option(
-        None, "Hub repository or folder of a DDPM pipeline to fine-tune (weights and schedule).", on_resume="tell"
-    )
+        None, "Hub repository or folder of a DDPM pipeline to fine-tune (weights and schedule).", on_resume="tell")
 
 
 @dataclass(frozen=True)
@@ -104,34 +90,22 @@ class DiffusionOptions(OptionGroup):
 
     num_train_timesteps: int | None = option(None, "T, the number of diffusion steps (default 1000).")
     beta_schedule: str | None = option(None, "linear (default), scaled_linear, squaredcos_cap_v2, sigmoid or laplace.")
-    beta_start: float | None = option(
-        None, "First beta of the linear, scaled_linear and sigmoid schedules (default 0.0001)."
-    )
-    beta_end: float | None = option(
-        None, "Last beta of the linear, scaled_linear and sigmoid schedules (default 0.02)."
-    )
+    beta_start: float | None = option(None, "First beta of the linear, scaled_linear and sigmoid schedules (default 0.0001).")
+    beta_end: float | None = option(None, "Last beta of the linear, scaled_linear and sigmoid schedules (default 0.02).")
     prediction_type: str | None = option(None, "What the UNet predicts: epsilon (default), sample or v_prediction.")
     variance_type: str | None = option(
-        None, "Variance of the reverse process: fixed_small (default), fixed_large, or learned_range (by the UNet)."
-    )
+        None, "Variance of the reverse process: fixed_small (default), fixed_large, or learned_range (by the UNet).")
     rescale_betas_zero_snr: bool | None = option(None, "Rescale the schedule to zero terminal SNR (not with epsilon).")
     objective: str | None = option(
-        None,
-        "Loss: simple (squared error), bound (the variational bound), or hybrid (squared error, and the bound for the "
-        "variance alone). By default hybrid with learned_range, else simple.",
-        one_of(OBJECTIVES),
-    )
+        None, "Loss: simple (squared error), bound (the variational bound), or hybrid (squared error, and the bound for the "
+        "variance alone). By default hybrid with learned_range, else simple.", one_of(OBJECTIVES))
     bound_weight: float = option(
-        HYBRID_BOUND_WEIGHT, "Weight of the bound in the hybrid loss, in bits per dimension.", POSITIVE
-    )
+        HYBRID_BOUND_WEIGHT, "Weight of the bound in the hybrid loss, in bits per dimension.", POSITIVE)
     timestep_sampling: str = option(
-        "uniform",
-        "How timesteps are sampled: uniform, stratified over the batch, or importance (for the bound).",
-        one_of(TIMESTEP_SAMPLINGS),
-    )
+        "uniform", "How timesteps are sampled: uniform, stratified over the batch, or importance (for the bound).",
+        one_of(TIMESTEP_SAMPLINGS))
     snr_gamma: float | None = option(
-        None, "Gamma of Min-SNR weighting of the squared error, usually 5. By default there is no weighting.", POSITIVE
-    )
+        None, "Gamma of Min-SNR weighting of the squared error, usually 5. By default there is no weighting.", POSITIVE)
 
     def check(self) -> None:
         if self.variance_type is not None and self.variance_type not in TRAINABLE_VARIANCES:
@@ -154,22 +128,16 @@ class DiffusionOptions(OptionGroup):
 class OptimisationOptions(OptionGroup):
     title: ClassVar[str] = "optimisation"
 
-    batch_size: int = option(
-        128, "Images per optimizer update, summed over processes and accumulation steps.", at_least(1)
-    )
+    batch_size: int = option(128, "Images per optimizer update, summed over processes and accumulation steps.", at_least(1))
     gradient_accumulation_steps: int = option(
-        1, "Micro-batches per update and process, for batches that do not fit in memory.", at_least(1)
-    )
+        1, "Micro-batches per update and process, for batches that do not fit in memory.", at_least(1))
     max_train_steps: int | None = option(
-        None, "Optimizer updates. Overrides --num_train_epochs.", at_least(1), on_resume="tell"
-    )
+        None, "Optimizer updates. Overrides --num_train_epochs.", at_least(1), on_resume="tell")
     num_train_epochs: int = option(
-        100, "Passes over the data, if --max_train_steps is not given.", at_least(1), on_resume="tell"
-    )
+        100, "Passes over the data, if --max_train_steps is not given.", at_least(1), on_resume="tell")
     learning_rate: float = option(1e-4, "Peak learning rate of AdamW.", POSITIVE)
     lr_scheduler: str = option(
-        "cosine", f"Learning-rate schedule over updates: {', '.join(LR_SCHEDULERS)}.", one_of(LR_SCHEDULERS)
-    )
+        "cosine", f"Learning-rate schedule over updates: {', '.join(LR_SCHEDULERS)}.", one_of(LR_SCHEDULERS))
     lr_warmup_steps: int = option(500, "Updates over which the learning rate rises to its peak.", at_least(0))
     adam_beta1: float = option(0.9, "AdamW's decay of the gradient mean.", BELOW_ONE)
     adam_beta2: float = option(0.999, "AdamW's decay of the squared-gradient mean.", BELOW_ONE)
@@ -177,11 +145,9 @@ class OptimisationOptions(OptionGroup):
     weight_decay: float = option(0.0, "AdamW's weight decay.", NOT_NEGATIVE)
     max_grad_norm: float = option(1.0, "Gradient norm above which gradients are scaled down to it.", POSITIVE)
     ema_decay: float = option(
-        0.9999, "Highest decay of the EMA of the weights, which is what is saved; 0 turns it off.", BELOW_ONE
-    )
+        0.9999, "Highest decay of the EMA of the weights, which is what is saved; 0 turns it off.", BELOW_ONE)
     ema_power: float = option(
-        0.75, "The EMA decay rises as 1 - (1 + step)^-power; use 2/3 for long runs, 3/4 for short ones.", POSITIVE
-    )
+        0.75, "The EMA decay rises as 1 - (1 + step)^-power; use 2/3 for long runs, 3/4 for short ones.", POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -189,20 +155,13 @@ class HardwareOptions(OptionGroup):
     title: ClassVar[str] = "hardware"
 
     mixed_precision: str | None = option(
-        None, "no, bf16 or fp16. By default what `accelerate launch` was told.", one_of(("no", "bf16", "fp16"))
-    )
+        None, "no, bf16 or fp16. By default what `accelerate launch` was told.", one_of(("no", "bf16", "fp16")))
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.", on_resume="tell")
     compile: bool = option(False, "Compile the UNet with torch.compile.")
     channels_last: bool = option(
-        False, "Keep the UNet's weights and images in channels-last memory format.", on_resume="tell"
-    )
-    num_cpu_threads: int | None = option(
-        None,
-        "CPU threads per process. By default the cores are divided among the processes.",
-        at_least(1),
-        on_resume="tell",
-        in_recipe=False,
-    )
+        False, "Keep the UNet's weights and images in channels-last memory format.", on_resume="tell")
+    num_cpu_threads: int | None = _free(
+        None, "CPU threads per process. By default the cores are divided among the processes.", at_least(1))
 
 
 @dataclass(frozen=True)
@@ -211,70 +170,42 @@ class RunOptions(OptionGroup):
 
     seed: int = option(0, "Seed of everything random.", at_least(0))
     output_dir: str | None = option(
-        None,
-        "Folder for the model. By default ddpm-NAME for a data set called NAME.",
-        on_resume="allow",
-        in_recipe=False,
-    )
+        None, "Folder for the model. By default ddpm-NAME for a data set called NAME.", on_resume="allow", in_recipe=False)
     overwrite: bool = option(
-        False,
-        "Remove an earlier run's files from the output folder and start anew.",
-        on_resume="allow",
-        in_recipe=False,
-    )
+        False, "Remove an earlier run's files from the output folder and start anew.", on_resume="allow", in_recipe=False)
     resume: str | None = option(
-        None,
-        "Resume from 'latest' or from a checkpoint folder. If there is no checkpoint yet, 'latest' starts a new run.",
-        on_resume="allow",
-        in_recipe=False,
-    )
-    max_train_time: float | None = option(
-        None,
-        "Minutes after which the run writes a checkpoint and stops, as it does on a signal (docs/training.md).",
-        Allowed("a number of minutes above 0", POSITIVE.holds),
-        on_resume="tell",
-        in_recipe=False,
-    )
-    checkpoint_every: int = option(
-        1000, "Updates between checkpoints; 0 writes none.", at_least(0), on_resume="tell", in_recipe=False
-    )
-    checkpoints_total_limit: int = option(
-        2, "Number of checkpoints to keep.", at_least(1), on_resume="tell", in_recipe=False
-    )
+        None, "Resume from 'latest' or from a checkpoint folder. If there is no checkpoint yet, 'latest' starts a new run.",
+        on_resume="allow", in_recipe=False)
+    max_train_time: float | None = _free(
+        None, "Minutes after which the run writes a checkpoint and stops, as it does on a signal (docs/training.md).",
+        Allowed("a number of minutes above 0", POSITIVE.holds))
+    checkpoint_every: int = _free(1000, "Updates between checkpoints; 0 writes none.", at_least(0))
+    checkpoints_total_limit: int = _free(2, "Number of checkpoints to keep.", at_least(1))
 
     def check(self) -> None:
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other: continue the run, or start anew.")
 
 
-def _watch(default: Any, help: str, allowed: Allowed | None = None) -> Any:
-    """An option of what is looked at on the way, which neither the model nor a resumed run depends on."""
-    return option(default, help, allowed, on_resume="tell", in_recipe=False)
-
-
 @dataclass(frozen=True)
 class WatchingOptions(OptionGroup):
     title: ClassVar[str] = "watching"
 
-    preview_every: int = _watch(1000, "Updates between preview pictures; 0 makes none.", at_least(0))
-    preview_images: int = _watch(64, "Images per preview.", at_least(1))
-    preview_inference_steps: int = _watch(100, "Reverse steps for previews.", at_least(1))
-    eval_every: int = _watch(
-        0, "Updates between evaluations of the EMA weights; 0 makes none (docs/evaluation.md).", at_least(0)
-    )
-    eval_images: int = _watch(64, "Number of dataset images used in each evaluation.", at_least(1))
-    eval_calls: int = _watch(50, "Network calls per image in each evaluation.", at_least(3))
-    eval_samples: int = _watch(
-        0,
-        "Images sampled in each evaluation for FID, KID, precision and recall; 0 samples none.",
-        Allowed("0 or at least 5", lambda value: value == 0 or value >= 5),
-    )
-    eval_features: str = _watch(
-        "auto", "Feature extractor for these: digits, inception, MODULE:FUNCTION, or auto (digits for the digits)."
-    )
-    num_samples: int = _watch(64, "Images in the final samples.png, sampled over the full chain.", at_least(1))
-    log_every: int = _watch(50, "Updates between log lines.", at_least(1))
-    report_to: str = _watch("none", "Tracker: none, tensorboard or wandb.", one_of(("none", "tensorboard", "wandb")))
+    preview_every: int = _free(1000, "Updates between preview pictures; 0 makes none.", at_least(0))
+    preview_images: int = _free(64, "Images per preview.", at_least(1))
+    preview_inference_steps: int = _free(100, "Reverse steps for previews.", at_least(1))
+    eval_every: int = _free(
+        0, "Updates between evaluations of the EMA weights; 0 makes none (docs/evaluation.md).", at_least(0))
+    eval_images: int = _free(64, "Number of dataset images used in each evaluation.", at_least(1))
+    eval_calls: int = _free(50, "Network calls per image in each evaluation.", at_least(3))
+    eval_samples: int = _free(
+        0, "Images sampled in each evaluation for FID, KID, precision and recall; 0 samples none.",
+        Allowed("0 or at least 5", lambda value: value == 0 or value >= 5))
+    eval_features: str = _free(
+        "auto", "Feature extractor for these: digits, inception, MODULE:FUNCTION, or auto (digits for the digits).")
+    num_samples: int = _free(64, "Images in the final samples.png, sampled over the full chain.", at_least(1))
+    log_every: int = _free(50, "Updates between log lines.", at_least(1))
+    report_to: str = _free("none", "Tracker: none, tensorboard or wandb.", one_of(("none", "tensorboard", "wandb")))
 
     def check(self) -> None:
         if self.eval_samples and not self.eval_every:
@@ -285,14 +216,13 @@ class WatchingOptions(OptionGroup):
 class HubOptions(OptionGroup):
     title: ClassVar[str] = "hub"
 
-    push_to_hub: bool = _watch(False, "Push the model, its card and samples to the Hub.")
-    hub_model_id: str | None = _watch(
-        None, "Repository to push to, owner/name. By default the output folder's name in your own account."
-    )
-    hub_private: bool = _watch(False, "Make the repository private if the push creates it.")
-    hub_license: str | None = _watch(None, "Licence of the model, as the Hub spells it (apache-2.0).")
-    push_every: int = _watch(0, "Updates between background pushes; 0 pushes only at the end.", at_least(0))
-    push_logs: bool = _watch(False, "Push metrics.jsonl as well.")
+    push_to_hub: bool = _free(False, "Push the model, its card and samples to the Hub.")
+    hub_model_id: str | None = _free(
+        None, "Repository to push to, owner/name. By default the output folder's name in your own account.")
+    hub_private: bool = _free(False, "Make the repository private if the push creates it.")
+    hub_license: str | None = _free(None, "Licence of the model, as the Hub spells it (apache-2.0).")
+    push_every: int = _free(0, "Updates between background pushes; 0 pushes only at the end.", at_least(0))
+    push_logs: bool = _free(False, "Push metrics.jsonl as well.")
 
     def check(self) -> None:
         for name in ("push_every", "hub_model_id"):
@@ -300,29 +230,15 @@ class HubOptions(OptionGroup):
                 raise ConfigError(f"--{name} {getattr(self, name)} has no effect without --push_to_hub; add it.")
 
 
-GROUPS: dict[str, type[OptionGroup]] = {
-    "data": TrainingDataOptions,
-    "condition": ConditionOptions,
-    "model": ModelOptions,
-    "diffusion": DiffusionOptions,
-    "optimisation": OptimisationOptions,
-    "hardware": HardwareOptions,
-    "run": RunOptions,
-    "watching": WatchingOptions,
-    "hub": HubOptions,
-}
-FIELDS = option_fields(GROUPS.values())  # of all options, by name
+# fmt: on
 
 
 @dataclass(frozen=True, init=False)
-class TrainingOptions:
+class TrainingOptions(OptionSet):
     """All options of a run. A run is determined by these, the data and the number of processes.
 
-        TrainingOptions(dataset="photos", resolution=64, max_train_steps=20_000)        # by the names of the flags
-        TrainingOptions(data=TrainingDataOptions("photos", resolution=64))              # or by groups
-        TrainingOptions(config="digits_text", max_train_steps=500)                      # from a recipe or a YAML file
-
-    Raises ConfigError for an unknown option, a value that is not allowed, and options that exclude each other.
+    TrainingOptions(dataset="photos", resolution=64, max_train_steps=20_000)
+    TrainingOptions(config="digits_text", max_train_steps=500)  # a recipe of the package, or a YAML file
     """
 
     data: TrainingDataOptions
@@ -335,43 +251,20 @@ class TrainingOptions:
     watching: WatchingOptions
     hub: HubOptions
 
-    def __init__(self, *, config: str | Path | None = None, **options: Any):
-        if config is not None:
-            stored = parse_flags(list(GROUPS.values()), [], "", recipe_path(config))
-            options = stored | options
-        groups = {name: options.pop(name) for name in GROUPS if isinstance(options.get(name), OptionGroup)}
-        if unknown := [name for name in options if name not in FIELDS]:
-            raise ConfigError(unknown_option(f"--{unknown[0]}", FIELDS))
-        for name, group in GROUPS.items():
-            mine = {entry.name: options[entry.name] for entry in fields(group) if entry.name in options}
-            object.__setattr__(self, name, replace(groups[name], **mine) if name in groups else group(**mine))
-        self._check()
-
-    def _check(self) -> None:
-        """Raises ConfigError where options of different groups exclude each other."""
+    def check(self) -> None:
         if self.data.streaming and self.optimisation.max_train_steps is None:
-            raise ConfigError(
-                "--streaming needs --max_train_steps: the length of an epoch is unknown before it is read."
-            )
+            raise ConfigError("--streaming needs --max_train_steps: an epoch's length is unknown before it is read.")
         if self.data.streaming and self.watching.eval_samples:
             raise ConfigError(
-                f"--eval_samples {self.watching.eval_samples} does not work with --streaming, since it compares with all of the "
-                "data; drop one."
+                f"--eval_samples {self.watching.eval_samples} does not work with --streaming, since it compares with all of "
+                "the data; drop one."
             )
         if self.watching.eval_every and self.condition.condition != "none":
             raise ConfigError("--eval_every evaluates unconditional models only; drop it, or use --condition none.")
 
-    def flat(self) -> dict[str, Any]:
-        """Every option with its value, by the name of its flag."""
-        return {name: value for group in GROUPS for name, value in asdict(getattr(self, group)).items()}
-
-    def with_values(self, **options: Any) -> "TrainingOptions":
-        """The same options with other values for some, by the names of the flags."""
-        return TrainingOptions(**(self.flat() | options))
-
-    def to_yaml(self) -> str:
-        """Every option with its value, as a file that `--config` takes."""
-        return yaml.safe_dump(self.flat(), sort_keys=False, allow_unicode=True)
+    @classmethod
+    def config_file(cls, config: str | Path) -> Path:
+        return recipe_path(config)
 
 
 def recipe_path(config: str | Path) -> Path:
@@ -396,5 +289,4 @@ def parse_options(argv: Sequence[str]) -> TrainingOptions:
         config = DEFAULT_RECIPE
     description = "Train a diffusion model. Without --dataset and --config the digits recipe runs."
     help = "Recipe (digits, digits_class, digits_likelihood, digits_text) or YAML file of options; flags override it."
-    path = None if config is None else recipe_path(config)
-    return TrainingOptions(**parse_flags(list(GROUPS.values()), argv, description, path, config=help))
+    return TrainingOptions.parse(argv, description, config, config=help)

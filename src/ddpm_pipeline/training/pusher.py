@@ -13,8 +13,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import HFValidationError, LocalTokenNotFoundError, validate_repo_id
 
-from ..hub import push, summary
+from ..hub import PushOptions, push
+from ..hub.upload import ATTEMPTS
 from ..support.errors import ConfigError, PushError
+from ..support.exceptions import describe_exception
 from .options import HubOptions
 
 logger = logging.getLogger(__name__)
@@ -58,13 +60,13 @@ class Pusher:
             status = error.response.status_code
             if status == 401:
                 raise ConfigError(
-                    f"--push_to_hub: the Hub does not accept the token ({summary(error)}). Log in again with `hf auth login`, "
-                    "or set HF_TOKEN to a valid one."
+                    f"--push_to_hub: the Hub does not accept the token ({describe_exception(error)}). Log in again with "
+                    "`hf auth login`, or set HF_TOKEN to a valid one."
                 ) from error
             if status in (403, 404):
                 raise ConfigError(
-                    f"--hub_model_id {repo_id}: the token may not write there ({summary(error)}). Use a token with the role "
-                    "'write', or a repository of your own."
+                    f"--hub_model_id {repo_id}: the token may not write there ({describe_exception(error)}). Use a token with "
+                    "the role 'write', or a repository of your own."
                 ) from error
             raise ConfigError(self._unreachable(error)) from error
         except Exception as error:  # of the HTTP client, which differs between versions of the library
@@ -73,7 +75,7 @@ class Pusher:
 
     @staticmethod
     def _unreachable(error: Exception) -> str:
-        return f"--push_to_hub: the Hub cannot be reached now ({summary(error)}); try again, or train without it."
+        return f"--push_to_hub: the Hub cannot be reached now ({describe_exception(error)}); try again, or train without it."
 
     @property
     def busy(self) -> bool:
@@ -95,7 +97,7 @@ class Pusher:
             shutil.copyfile(previews[-1], snapshot / "samples.png")
         write_snapshot(snapshot)
         message = f"Training in progress, step {step}"
-        self._under_way = self.api.run_as_future(self._push, snapshot, message, attempts=3)
+        self._under_way = self.api.run_as_future(self._push, snapshot, message, 3)
         return True
 
     def finish(self) -> str:
@@ -107,16 +109,9 @@ class Pusher:
         shutil.rmtree(self.folder / SNAPSHOT, ignore_errors=True)
         return self._push(self.folder, "Training done")
 
-    def _push(self, folder: Path, message: str, **options: int) -> str:
-        return push(
-            folder,
-            self.repo_id,
-            private=self.private,
-            commit_message=message,
-            include=self.include,
-            api=self.api,
-            **options,
-        )
+    def _push(self, folder: Path, message: str, attempts: int = ATTEMPTS) -> str:
+        options = PushOptions(self.private, commit_message=message, include=self.include, attempts=attempts)
+        return push(folder, self.repo_id, options, api=self.api)
 
     def _report(self) -> None:
         error = self._under_way.exception() if self._under_way is not None and self._under_way.done() else None
@@ -124,5 +119,7 @@ class Pusher:
             self._reported = True
             cause = error.__cause__ if isinstance(error, PushError) else error
             logger.warning(
-                "pushing to %s failed (%s). Training continues; later pushes try again, and further failures are not reported.", self.repo_id, summary(cause or error),
-            )  # fmt: skip
+                "pushing to %s failed (%s). Training continues and later pushes try again; their failures are not reported.",
+                self.repo_id,
+                describe_exception(cause or error),
+            )

@@ -1,4 +1,4 @@
-"""What is recorded of a run in the model card: facts, and the command that trains the same model. No path, no name of a machine.
+"""What the model card records of a run: facts, and the command that trains the same model; no path, no name of a machine.
 
 Imports diffusers, torch and the hub room; called by the training loop.
 """
@@ -6,7 +6,6 @@ Imports diffusers, torch and the hub room; called by the training loop.
 import os
 import re
 import shlex
-from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,12 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub import ModelCard
 
+from ..data.bundled import BUNDLED
 from ..data.mapped import ImageData
-from ..data.sources import BUILT_IN
 from ..data.streamed import StreamData
-from ..hub import build_card
+from ..hub import TrainingFacts, build_card, pictures_in
 from .conditions import Condition
-from .options import FIELDS, TrainingOptions
-
-PICTURES = {"samples.png": "samples", "process.png": "from noise to images"}
+from .options import TrainingOptions
 
 
 def training_facts(
@@ -56,20 +53,22 @@ def model_card(
     num_processes: int,
 ) -> ModelCard:
     """The card of this run, with the pictures that lie in the folder that it is for."""
-    name = Path(options.run.output_dir).resolve().name
+    dataset, hub = options.data.dataset, options.hub
     return build_card(
         pipe,
-        name=(options.hub.hub_model_id or name).split("/")[-1],
-        repo_id=options.hub.hub_model_id,
-        dataset=public(data.name),
-        num_images=data.num_images,
-        hub_dataset=options.data.dataset if is_hub_dataset(options.data.dataset) else None,
-        license=options.hub.hub_license,
-        training=condition.facts() | facts,
-        command=recipe_command(options, num_processes),
+        name=(hub.hub_model_id or Path(options.run.output_dir).resolve().name).split("/")[-1],
+        repo_id=hub.hub_model_id,
+        license=hub.hub_license,
+        training=TrainingFacts(
+            dataset=public(data.name),
+            num_images=data.num_images,
+            hub_dataset=dataset if is_hub_dataset(dataset) else None,
+            facts=condition.facts() | facts,
+            command=recipe_command(options, num_processes),
+        ),
         evaluation=[],
         example=condition.example(),
-        pictures={file: caption for file, caption in PICTURES.items() if (target / file).is_file()},
+        pictures=pictures_in(target),
     )
 
 
@@ -78,10 +77,9 @@ def recipe_command(options: TrainingOptions, num_processes: int = 1) -> str:
     words = ["accelerate", "launch", *(["--num_processes", str(num_processes)] if num_processes > 1 else [])]
     words.append("training/train.py")
     for name, value in options.flat().items():
-        field = FIELDS[name]
-        default = None if field.default is MISSING else field.default
+        field = options.declared()[name]
         # the data set is always named: with no --dataset the default recipe runs
-        if not field.metadata["in_recipe"] or value is None or (value == default and name != "dataset"):
+        if not field.metadata["in_recipe"] or value is None or (value == field.default and name != "dataset"):
             continue
         words += [f"--{name}", public(str(value))]
     return shlex.join(words)
@@ -95,4 +93,4 @@ def public(value: str) -> str:
 
 def is_hub_dataset(dataset: str) -> bool:
     """Whether a data set's name is one of the Hub's, as far as `data.sources` does not take it for local."""
-    return dataset != BUILT_IN and public(dataset) == dataset
+    return dataset not in BUNDLED and public(dataset) == dataset

@@ -1,4 +1,4 @@
-"""What is trained and changes while it is: one object, which a checkpoint holds as a whole. Imports accelerate, diffusers, torch."""
+"""What is trained, and changes meanwhile: one object, which a checkpoint holds. Imports accelerate, diffusers and torch."""
 
 import contextlib
 from collections.abc import Iterator

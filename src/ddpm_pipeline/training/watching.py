@@ -1,4 +1,4 @@
-"""What is looked at while a run continues, in its main process: previews, evaluations of the EMA weights, and the final samples.
+"""What the main process looks at during a run: previews, evaluations of the EMA weights, and the final samples.
 
 Imports torch and the rooms for generation and evaluation; called by the training loop.
 """
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.mapped import ImageData, to_model_range
+from ..data.mapped import ImageData
 from ..data.streamed import StreamData
 from ..evaluation.features import feature_extractor, real_features
+from ..evaluation.figures import likelihood_of
 from ..evaluation.quality import ImageQuality
 from ..generation.drawing import sample_in_batches, sample_process, sample_uint8
-from ..likelihood import bits_per_dim
 from ..support.draws import RandomStream, seeds
 from ..support.errors import ConfigError
 from ..support.pictures import grid, save_picture
@@ -91,16 +91,9 @@ class Evaluation:
         """Estimated from a few timesteps of each image."""
         images = self.data.examples(self.options.eval_images, self.seed)
         count = len(images)
-        noise_seeds = seeds(self.seed, RandomStream.NOISE, 0, count).tolist()
-        total = bits_per_dim(
-            unet,
-            scheduler,
-            to_model_range(images),
-            num_evaluated=self.options.eval_calls,
-            batch_size=self.batch_size,
-            generator=[torch.Generator().manual_seed(noise_seed) for noise_seed in noise_seeds],
-            progress=False,
-        ).total
+        noise_seeds = seeds(self.seed, RandomStream.NOISE, 0, count)
+        calls = {"num_evaluated": self.options.eval_calls, "batch_size": self.batch_size}
+        total = likelihood_of(unet, scheduler, images, noise_seeds, **calls, progress=False).total
         error = {"eval_bits_per_dim_error": float(total.std() / count**0.5)} if count > 1 else {}
         return {"eval_bits_per_dim": float(total.mean()), **error}
 

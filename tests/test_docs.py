@@ -1,0 +1,106 @@
+"""What the docs name exists, what they show can be run, and their tables are those of the code and of the measurements."""
+
+import ast
+import json
+import re
+import shlex
+from importlib import import_module
+from typing import get_type_hints
+
+import pytest
+
+import ddpm_pipeline
+from ddpm_pipeline.evaluation.options import EvaluationOptions
+from ddpm_pipeline.generation.options import GenerationOptions
+from ddpm_pipeline.support.options import OptionGroup, option_fields, options_table
+from ddpm_pipeline.training.options import TrainingOptions
+from helpers import ROOT
+
+PAGES = {page.name: page.read_text("utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PACKAGE = ROOT / "src" / "ddpm_pipeline"
+COMMANDS = {  # by script: its options, and where their tables are
+    "training/train.py": (TrainingOptions, "training.md", "All options"),
+    "training/evaluate.py": (EvaluationOptions, "evaluation.md", "Options of evaluate.py"),
+    "training/generate.py": (GenerationOptions, "evaluation.md", "Options of generate.py"),
+}
+
+
+def groups_of(options: type) -> list[type[OptionGroup]]:
+    hints = get_type_hints(options).values()
+    return [hint for hint in hints if isinstance(hint, type) and issubclass(hint, OptionGroup)]
+
+
+def folder_of(name: str):
+    return ROOT if name == "README.md" else ROOT / "docs"
+
+
+def blocks(page: str, *languages: str) -> list[str]:
+    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", PAGES[name]):
+        if target.startswith("http"):
+            continue
+        file = folder_of(name) / (target or name)
+        assert file.exists(), f"{name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text("utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_named_files_exist(name):
+    for path in re.findall(r"`((?:\w+/)+[\w*]*(?:\.(?:py|md|json|yaml|png))?)`", PAGES[name]):
+        if path.split("/")[0] in ("unet", "scheduler", "samples", "checkpoints"):  # in a run's folder
+            continue
+        assert any(next(place.glob(path.rstrip("/")), None) for place in (ROOT, PACKAGE)), f"{name} names {path}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_python_examples_parse_and_their_imports_exist(name):
+    for block in blocks(PAGES[name], "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("ddpm_pipeline"):
+                for alias in node.names:
+                    assert hasattr(import_module(node.module), alias.name), f"{name}: {node.module}.{alias.name}"
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_commands_use_options_and_recipes_that_exist(script):
+    known = option_fields(groups_of(COMMANDS[script][0]))
+    for name, page in PAGES.items():
+        for line in "".join(blocks(page, "sh", "bash")).splitlines():
+            words = shlex.split(line, comments=True) if script in line and "'$" not in line else []
+            given = words[words.index(script) + 1 :] if words else []
+            for index, word in enumerate(given):
+                if word == "--config":
+                    assert (PACKAGE / "recipes" / f"{given[index + 1]}.yaml").is_file(), f"{name}: {line}"
+                elif word.startswith("--"):
+                    assert word[2:] in known, f"{name}: {line}"
+
+
+def test_code_names_of_the_equations_exist():
+    for name in re.findall(r"`([a-z_]+)`(?=[ ,|]|$)", PAGES["equations.md"]):
+        if name.startswith(("q_", "p_", "forward_")) or name.endswith(("_noise", "_target", "_sample")):
+            assert hasattr(ddpm_pipeline.AlphaDDPMScheduler, name), name
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_option_tables_are_those_of_the_code(script):
+    options, name, heading = COMMANDS[script]
+    section = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", PAGES[name], re.DOTALL | re.MULTILINE)
+    assert section[1].strip() == options_table(groups_of(options)).strip()
+
+
+def test_class_accuracies_are_those_that_were_measured():
+    for recipe in ("class", "text"):
+        report = json.loads((ROOT / f"benchmarks/results/digits_{recipe}_accuracy.json").read_text("utf-8"))
+        for row in report["results"]:
+            times = "" if row["times_in_training"] is None else f"{row['times_in_training']:,}"
+            line = (
+                f"| {row['asked_by']} | {row['guidance_scale']:g} | {row['num_images']:,} | "
+                f"{100 * row['class_accuracy']:.1f} % | {row['diversity']:.2f} | {times} |"
+            )
+            assert line.replace("  ", " ") in PAGES["conditions.md"]

@@ -1,0 +1,277 @@
+"""Micro-batches: the same global batch however it is divided, from preprocessed data and from streams."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from data_helpers import load, numbered, numbers, stream_of, write_numbered
+from ddpm_pipeline import AlphaDDPMScheduler
+from ddpm_pipeline.data.options import TrainingDataOptions
+from ddpm_pipeline.support.errors import ConfigError, DataError
+from ddpm_pipeline.training import TrainingOptions, batches
+from ddpm_pipeline.training.batches import BatchPlan, MicroBatches, batch_loader
+from ddpm_pipeline.training.conditions import Condition, build_condition
+from ddpm_pipeline.training.loop import losses_of
+from ddpm_pipeline.training.options import ConditionOptions
+from training_helpers import digits
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.mark.parametrize("world_size, accumulation", [(2, 1), (4, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize("sampling", ["uniform", "stratified"])
+def test_a_batch_is_the_same_however_it_is_divided(world_size, accumulation, sampling, tmp_path):
+    data = digits(tmp_path)
+    common = {"random_flip": True, "timestep_sampling": sampling}
+    whole = MicroBatches(data, BatchPlan(0, 16, **common))[5]
+    parts = [
+        MicroBatches(data, BatchPlan(0, 16, accumulation, rank, world_size, **common))[5 * accumulation + index]
+        for index in range(accumulation)
+        for rank in range(world_size)
+    ]
+    for name, tensor in whole.items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), tensor)
+
+
+def test_half_of_the_images_are_mirrored(tmp_path):
+    data = digits(tmp_path)
+    plain, flipped = (MicroBatches(data, BatchPlan(0, 400, random_flip=flip))[2]["pixels"] for flip in (False, True))
+    mirrored = [torch.equal(a, b.flip(-1)) and not torch.equal(a, b) for a, b in zip(flipped, plain, strict=True)]
+    assert 160 < sum(mirrored) < 240
+    assert all(torch.equal(a, b) or flip for a, b, flip in zip(flipped, plain, mirrored, strict=True))
+
+
+def test_the_loss_is_the_definition(tmp_path):
+    """Against x_t and the squared error written out by hand from the scheduler's public tables."""
+    batch, scheduler = MicroBatches(digits(tmp_path), BatchPlan(0, 4))[0], AlphaDDPMScheduler()
+    timesteps = (batch["quantiles"] * len(scheduler)).long()
+    seen = {}
+
+    class Network(torch.nn.Module):
+        def forward(self, noisy, timesteps):
+            seen.update(noisy=noisy, timesteps=timesteps)
+            return type("Output", (), {"sample": torch.zeros_like(noisy)})
+
+    loss = losses_of(Network(), batch, timesteps, scheduler, Condition(), TrainingOptions(objective="simple")).mean()
+    x_0 = batch["pixels"].double() / 127.5 - 1
+    alpha = scheduler.alphas_cumprod[timesteps].double().view(-1, 1, 1, 1)
+    noise = (seen["noisy"].double() - alpha.sqrt() * x_0) / (1 - alpha).sqrt()
+    assert loss.item() == pytest.approx(noise.square().mean().item(), rel=1e-4)
+    assert abs(noise.mean()) < 0.3 and noise.std() == pytest.approx(1, abs=0.15)
+
+
+# ---- streams ----------------------------------------------------------------------------------------
+
+
+def loader(data, rank=0, world_size=1, micro_batches=range(1000), state=None, condition=None, workers=0, **plan):
+    """Of batches of 8 images, shuffled in blocks of 7."""
+    options = TrainingDataOptions(shuffle_buffer=7, dataloader_num_workers=workers)
+    divided = BatchPlan(0, 8, rank=rank, world_size=world_size, **plan)
+    return batch_loader(data, divided, condition, micro_batches, options, state=state)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "workers"),
+    [([24, 24, 24, 24], 2), ([25, 31, 40], 2), ([96], 0), ([3] * 32, 2)],
+)
+def test_two_processes_see_every_row_once_an_epoch(tmp_path, sizes, workers):
+    """Files that divide evenly among the readers, files that do not, one, and many."""
+    data = stream_of(write_numbered(tmp_path / "x", sizes))
+    epochs: list[list[int]] = [[], []]
+    for rank in range(2):
+        for k, batch in enumerate(loader(data, rank, 2, range(24), workers=workers)):
+            assert batch["pixels"].shape == (4, 1, 8, 8)
+            epochs[k // 12] += numbers(batch["pixels"])
+    assert [sorted(epoch) for epoch in epochs] == [list(range(96))] * 2
+    assert epochs[0] != epochs[1]
+    ahead = [abs(here - there) for here, there in zip(epochs[0], epochs[0][1:], strict=False)]
+    assert np.mean(ahead) > 2  # shuffled, if only a little by a buffer of 7 rows
+
+
+@pytest.mark.parametrize(
+    ("sizes", "workers", "resumed_at"), [([25, 31, 40], 0, (1, 11, 26)), ([24] * 4, 2, (7,)), ([5], 0, (2,))]
+)
+def test_a_stream_resumes_at_any_batch(tmp_path, sizes, workers, resumed_at):
+    """With bad rows among them, in files of parquet and over the ends of blocks and epochs."""
+    data = stream_of(write_numbered(tmp_path / "x", sizes, bad={2, 30, 31}), max_bad_fraction=0.5)
+
+    def taken(first, state):
+        batches = loader(data, 1, 2, range(first, 40), state, workers=workers, random_flip=True)
+        for batch in batches:
+            values = {name: value.tolist() for name, value in batch.items()}
+            yield values, json.loads(json.dumps(batches.state_dict())), batches.take_skipped()
+
+    whole = list(taken(0, None))
+    assert len(whole) == 40 and any(skipped for _, _, skipped in whole)
+    for first in resumed_at:
+        assert list(taken(first, whole[first - 1][1])) == whole[first:]
+
+
+def test_a_stream_of_a_folder_with_classes_resumes_too(tmp_path):
+    for number in range(23):
+        path = tmp_path / "x" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(numbered(number))
+    data = stream_of(tmp_path / "x", cache_dir=str(tmp_path / "cache"), condition="class")
+    condition = build_condition(ConditionOptions("class"), data)
+    batches = loader(data, micro_batches=range(20), condition=condition)
+    taken = [(batch["indices"].tolist(), batch["condition"].tolist(), batches.state_dict()) for batch in batches]
+    again = loader(data, micro_batches=range(9, 20), state=taken[8][2], condition=condition)
+    assert [(b["indices"].tolist(), b["condition"].tolist(), again.state_dict()) for b in again] == taken[9:]
+
+
+def test_what_is_drawn_does_not_depend_on_the_kind_of_data(tmp_path):
+    folder = write_numbered(tmp_path / "x", [64])
+    mapped = load(folder, cache_dir=str(tmp_path / "cache"))
+    options = {"accumulation_steps": 2, "random_flip": True}
+    batches, plain = loader(stream_of(folder), 1, 2, **options), loader(stream_of(folder), 1, 2, accumulation_steps=2)
+    plan = BatchPlan(0, 8, rank=1, world_size=2, **options)
+    for k in range(6):
+        streamed, expected, unflipped = next(batches), MicroBatches(mapped, plan)[k], next(plain)
+        for name in ("quantiles", "noise_seeds"):
+            assert torch.equal(streamed[name], expected[name])
+        assert streamed["pixels"].dtype == expected["pixels"].dtype and streamed["pixels"].is_contiguous()
+        assert streamed["indices"].shape == (2,) and streamed["indices"].dtype == torch.int64
+        for pixels, before, flip in zip(
+            streamed["pixels"], unflipped["pixels"], plan.flips(plan.slice_of(k)), strict=True
+        ):
+            assert torch.equal(pixels, before.flip(-1) if flip else before)
+
+
+def test_bad_rows_are_skipped_and_named_once_in_an_epoch(tmp_path):
+    bad = {3, 50, 95}
+    data = stream_of(write_numbered(tmp_path / "x", [48, 48], bad=bad), max_bad_fraction=0.05)
+    found, seen = [], []
+    batches = loader(data, micro_batches=range(24), workers=2)
+    for batch in batches:
+        seen += numbers(batch["pixels"])
+        found += batches.take_skipped()
+    assert not set(seen) & bad and set(seen) == set(range(96)) - bad
+    assert {one["file"] for one in found} == {f"{number}.png" for number in bad}
+    assert {(one["shard"], one["row"]) for one in found} == {(0, 3), (1, 2), (1, 47)}
+    state = batches.state_dict()
+    assert sum(part["bad"] for part in state["parts"]) == len(found)
+    assert sum(part["seen"] for part in state["parts"]) == len(seen) + len(found)
+
+
+def test_too_many_bad_rows_end_the_run_after_a_thousand_or_at_the_end(tmp_path, monkeypatch):
+    data = stream_of(write_numbered(tmp_path / "x", [100], bad=range(0, 100, 10)))
+    with pytest.raises(DataError, match=r"max_bad_fraction 0.01") as error:
+        for taken, _ in enumerate(loader(data, workers=2)):
+            assert taken < 20  # an epoch has 90 usable rows
+    assert ".png)" in str(error.value) and "Traceback" not in str(error.value)
+    monkeypatch.setattr(batches, "JUDGED_ROWS", 30)
+    with pytest.raises(DataError, match=r"of \d\d rows"):
+        for taken, _ in enumerate(loader(data, workers=2)):
+            assert taken < 5
+
+
+def test_a_stream_of_nothing_usable_ends_the_run(tmp_path):
+    for name, rows, message in [("bad", 30, "no row is left"), ("empty", 0, "has no rows")]:
+        data = stream_of(write_numbered(tmp_path / name, [rows], bad=range(rows)), max_bad_fraction=0.9)
+        with pytest.raises(DataError, match=message):
+            next(loader(data, workers=2))
+
+
+def test_rows_without_what_the_condition_needs_are_skipped(tmp_path):
+    texts = lambda row: None if row == 7 else "" if row == 8 else f"number {row}"  # noqa: E731
+    folder = write_numbered(tmp_path / "x", [40, 40], text=texts, kind=lambda row: row % 3)
+    data = stream_of(folder, condition="text", text_column="text", max_bad_fraction=0.1)
+    condition = build_condition(ConditionOptions("text", text_column="text", condition_dropout=0.0), data)
+    assert len(condition.tokenizer) > 256 and condition.captions.examples(3) == ["number 0", "number 1", "number 2"]
+    batches = loader(data, condition=condition, micro_batches=range(10))
+    for batch in batches:
+        assert batch["condition"] == ["" if n == 8 else f"number {n}" for n in numbers(batch["pixels"])]
+    assert [(one["row"], "caption" in one["reason"]) for one in batches.take_skipped()] == [(7, True)]
+    with pytest.raises(ConfigError, match="label_column"):
+        build_condition(ConditionOptions("class"), stream_of(folder, condition="class"))
+
+
+def test_a_file_that_breaks_on_the_way_ends_the_run_with_its_error(tmp_path):
+    data = stream_of(write_numbered(tmp_path / "x", [200, 200], group=20))
+    path = tmp_path / "x" / "001.parquet"
+    content = bytearray(path.read_bytes())
+    content[3000:9000] = bytes(6000)
+    path.write_bytes(bytes(content))
+    with pytest.raises(DataError, match="stream 'x'"):
+        list(loader(data, micro_batches=range(1000), workers=2))
+
+
+def test_a_stream_resumes_only_as_it_was_divided(tmp_path):
+    data = stream_of(write_numbered(tmp_path / "x", [24, 24]))
+    batches = loader(data, 0, 2, workers=2)
+    next(batches)
+    state = batches.state_dict()
+    batches.close()
+    for changed, message in [
+        ({"workers": 4}, "--dataloader_num_workers was 2 and is 4"),
+        ({"world_size": 1}, "processes was 2 and is 1"),
+        ({"rank": 1}, "rank was 0 and is 1"),
+        ({"micro_batches": range(5, 9)}, "micro-batches was 1 and is 5"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            loader(data, state=state, **{"world_size": 2, "workers": 2, "micro_batches": range(1, 9)} | changed)
+    with pytest.raises(ConfigError, match="position"):
+        loader(data, micro_batches=range(3, 9))
+
+
+# ---- processes --------------------------------------------------------------------------------------
+
+WORKERS = """
+import os, signal, sys, time
+import datasets
+from ddpm_pipeline.data import DataOptions, load_images, open_stream
+from ddpm_pipeline.data.options import TrainingDataOptions
+from ddpm_pipeline.training.batches import BatchPlan, batch_loader
+datasets.disable_progress_bars()
+for kind, end in [line.split() for line in sys.argv[2:]]:
+    reader, writer = os.pipe()
+    if os.fork():
+        print(kind, end, *os.read(reader, 99).decode().split(), flush=True)
+        continue
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where tests run in the background
+    options = DataOptions(sys.argv[1], resolution=8, cache_dir=sys.argv[1] + "-cache")
+    data = open_stream(options) if kind == "stream" else load_images(options)
+    batches = batch_loader(data, BatchPlan(0, 4), None, range(10**9), TrainingDataOptions(dataloader_num_workers=2))
+    next(batches)
+    children = open(f"/proc/self/task/{os.getpid()}/children").read()
+    os.write(writer, f"{os.getpid()} {children}".encode())
+    deadline = time.monotonic() + (1 if end == "end" else 60)
+    while time.monotonic() < deadline:
+        next(batches)
+        time.sleep(0.05)
+    sys.exit(0)
+for _ in sys.argv[2:]:
+    os.wait()
+"""
+
+
+def test_workers_end_with_their_process(tmp_path):
+    """At its end, when it is interrupted, and when it is killed."""
+    cases = ["stream end", "stream SIGINT", "stream SIGKILL", "map SIGKILL"]
+    command = [sys.executable, "-c", WORKERS, write_numbered(tmp_path / "x", [40, 40]), *cases]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    workers = []
+    for case in cases:
+        kind, end, main, *children = process.stdout.readline().split()
+        assert f"{kind} {end}" == case and len(children) >= 2, process.stderr.read()
+        workers += [psutil.Process(int(child)) for child in children]
+        if end != "end":
+            os.kill(int(main), getattr(signal, end))
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive, alive

@@ -1,0 +1,82 @@
+"""The UNet and the schedule that a run starts from."""
+
+import json
+
+import pytest
+import torch
+
+from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline.support.errors import ConfigError
+from ddpm_pipeline.training.models import PRESETS, build_model
+from ddpm_pipeline.training.options import TrainingOptions
+from helpers import TINY_UNET
+
+
+def model(resolution: int, channels: int, **options):
+    given = TrainingOptions(**options)
+    return build_model(given.model, given.diffusion, resolution, channels)
+
+
+@pytest.mark.parametrize("resolution, channels", [(8, 1), (16, 3), (32, 3), (64, 4)])
+def test_presets_fit_their_resolutions(resolution, channels):
+    with torch.device("meta"):
+        unet, scheduler = model(resolution, channels)
+        size = (1, channels, resolution, resolution)
+        assert unet(torch.zeros(size), torch.zeros(1, dtype=torch.long)).sample.shape == size
+    assert scheduler.config.prediction_type == "epsilon"
+
+
+def test_larger_presets_have_valid_block_types():
+    for name in ("128", "256"):
+        blocks = PRESETS[name][1]
+        assert len(blocks["block_out_channels"]) == len(blocks["down_block_types"]) == len(blocks["up_block_types"])
+
+
+def test_schedule_options_reach_the_scheduler():
+    schedule = {"num_train_timesteps": 50, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    scheduler = model(8, 1, **schedule)[1]
+    assert len(scheduler) == 50 and scheduler.config.prediction_type == "v_prediction"
+
+
+def test_model_from_a_config_file(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**TINY_UNET, "_class_name": "UNet2DModel"}))
+    unet, _ = model(8, 1, model=str(tmp_path), dropout=0.25)
+    assert unet.config.block_out_channels == [8, 16] and unet.config.dropout == 0.25
+
+
+def test_init_from_takes_weights_and_schedule(tmp_path):
+    unet, _ = model(8, 1, model="tiny")
+    stored = AlphaDDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=200)
+    AlphaDDPMPipeline(unet=unet, scheduler=stored).save_pretrained(tmp_path)
+    again, scheduler = model(8, 1, init_from=str(tmp_path))
+    assert scheduler.config.beta_schedule == "squaredcos_cap_v2" and len(scheduler) == 200
+    for old, new in zip(unet.parameters(), again.parameters(), strict=True):
+        assert torch.equal(old, new)
+    override = {"init_from": str(tmp_path), "beta_schedule": "linear", "num_train_timesteps": 1000}
+    assert model(8, 1, **override)[1].config.beta_schedule == "linear"
+
+
+@pytest.mark.parametrize(
+    "config, resolution, channels, named",
+    [
+        ({"model": "tiny"}, 9, 1, "--resolution 8 or 10"),
+        ({"model": "nowhere.json"}, 8, 1, "nowhere.json"),
+        ({"init_from": "/nowhere/at/all"}, 8, 1, "--init_from /nowhere/at/all"),
+        ({"beta_schedule": "quadratic"}, 8, 1, "squaredcos_cap_v2"),
+        ({"prediction_type": "noise"}, 8, 1, "epsilon"),
+        ({"rescale_betas_zero_snr": True}, 8, 1, "v_prediction"),
+        ({}, 512, 3, "no preset"),
+    ],
+)
+def test_models_that_do_not_fit_are_named(config, resolution, channels, named):
+    with pytest.raises(ConfigError, match=named):
+        model(resolution, channels, **config)
+
+
+def test_init_from_with_other_channels_or_size_is_named(tmp_path):
+    unet, scheduler = model(8, 1, model="tiny")
+    AlphaDDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="--channels 1"):
+        model(8, 3, init_from=str(tmp_path))
+    with pytest.raises(ConfigError, match="--resolution 8"):
+        model(16, 1, init_from=str(tmp_path))
