@@ -5,7 +5,7 @@
 Checkpoints: the seconds that training waits for one, and those that making it safe takes in the background, as a share of the
 time of as many updates as lie between two by default. Measurements: the time of the timers and of the log, as a share of an
 update. (Updates with and without them in turn differ by less than updates do among themselves.)
-Imports training/.
+A real run is measured, whose updates, log lines and checkpoints are timed from outside.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ddpm_pipeline.support.provenance import provenance
-from ddpm_pipeline.training.loop import Run
-from ddpm_pipeline.training.options import TrainingConfig, parse_config
+from ddpm_pipeline.training import TrainingOptions, loop, train
 from ddpm_pipeline.training.stop import in_any_process
 from ddpm_pipeline.training.telemetry import StepTimer
 
-INTERVAL = TrainingConfig.checkpoint_every  # updates between checkpoints by default
+INTERVAL = TrainingOptions().run.checkpoint_every  # updates between checkpoints by default
 
 
 def seconds(function: Any, *arguments: Any) -> float:
@@ -37,70 +36,77 @@ def seconds(function: Any, *arguments: Any) -> float:
     return time.perf_counter() - began
 
 
-def measure_updates(run: Run, updates: int) -> dict[str, float]:
-    """Median seconds of an update, and of what measures it: the timers of an update and a line of the log."""
-    taken, timed, lines = [], [], []
-    run.model.train()
-    for done in range(updates):
-        taken.append(seconds(run.update, done))
-        timed.append(seconds(measure_nothing, run.config.gradient_accumulation_steps))
-        if (done + 1) % max(1, updates // 8) == 0:
-            lines.append(seconds(run.report, done + 1))
-    update, timers, line = (statistics.median(values) for values in (taken, timed, lines))
-    cost = (timers + line / run.config.log_every) / update
-    return {"update_seconds": update, "timer_seconds": timers, "log_line_seconds": line, "measurements_cost": cost}
+class TimedRun:
+    """A run with a stopwatch at its updates, log lines and checkpoints; the median seconds of each."""
+
+    def __init__(self, options: TrainingOptions):
+        self.taken: dict[str, list[float]] = defaultdict(list)
+        originals = {name: getattr(loop, name) for name in ("update", "report", "save_checkpoint")}
+        self.facts: dict[str, Any] = {}
+
+        def timed(name: str) -> Any:
+            def call(run: Any, *arguments: Any) -> Any:
+                began = time.perf_counter()
+                result = originals[name](run, *arguments)
+                self.taken[name].append(time.perf_counter() - began)
+                if name == "save_checkpoint":
+                    self.taken["background"].append(seconds(run.checkpoints.wait))
+                elif name == "update" and not self.facts:
+                    self.facts = {"parameters": run.state.num_parameters, "resolution": run.data.resolution}
+                    self.taken["check"] = [seconds(finite_check, run) for _ in range(200)]
+                return result
+
+            return call
+
+        for name in originals:
+            setattr(loop, name, timed(name))
+        try:
+            folder = train(options)
+        finally:
+            for name, function in originals.items():
+                setattr(loop, name, function)
+        last = sorted((folder / "checkpoints").glob("step-*"))[-1]
+        self.checkpoint_bytes = sum(path.stat().st_size for path in last.iterdir())
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.taken[name])
 
 
-def measure_nothing(passes: int) -> None:
+def finite_check(run: Any) -> None:
+    """What an update does beside computing the norm, which it does anyway."""
+    losses, norm = torch.rand(run.options.optimisation.batch_size), torch.rand(())
+    torch.stack([losses.isfinite().all(), norm.isfinite()]).tolist()
+    in_any_process(run.accelerator, False, False)
+
+
+def timers_of_an_update() -> None:
     """The timers of an update, around nothing."""
     timer = StepTimer(torch.device("cpu"))
-    for _ in range(passes):
-        for part in ("data", "forward", "backward"):
-            with timer(part):
-                pass
-    with timer("optimizer"):
-        pass
+    for part in ("data", "forward", "backward", "optimizer"):
+        with timer(part):
+            pass
 
 
-def measure_checks(run: Run, repeats: int = 200) -> dict[str, float]:
-    """Seconds of the check for finite numbers in an update, beside the norm that is computed anyway."""
-    losses, norm = torch.rand(run.config.batch_size), torch.rand(())
-
-    def check() -> None:
-        torch.stack([losses.isfinite().all(), norm.isfinite()]).tolist()
-        in_any_process(run.accelerator, False, False)
-
-    return {"finite_check_seconds": statistics.median(seconds(check) for _ in range(repeats))}
-
-
-def measure_checkpoints(run: Run, repeats: int) -> dict[str, float]:
-    waited, background = [], []
-    for number in range(repeats):
-        waited.append(seconds(run.save_checkpoint, number + 1))
-        background.append(seconds(run.checkpoints.wait))
-    folder = run.folder / "checkpoints"
-    size = sum(path.stat().st_size for path in next(folder.glob("step-*")).iterdir())
+def measure(options: TrainingOptions) -> dict[str, Any]:
+    run = TimedRun(options)
+    update, line = run.median("update"), run.median("report")
+    timers = statistics.median(seconds(timers_of_an_update) for _ in range(1000))
+    waited, background = run.median("save_checkpoint"), run.median("background")
     return {
-        "checkpoint_mb": size / 1e6,
-        "checkpoint_waited_seconds": statistics.median(waited),
-        "checkpoint_background_seconds": statistics.median(background),
+        **run.facts,
+        "batch_size": options.optimisation.batch_size,
+        "update_seconds": update,
+        "timer_seconds": timers,
+        "log_line_seconds": line,
+        "measurements_cost": (timers + line / TrainingOptions().watching.log_every) / update,
+        "finite_check_seconds": run.median("check"),
+        "checkpoint_mb": run.checkpoint_bytes / 1e6,
+        "checkpoint_waited_seconds": waited,
+        "checkpoint_background_seconds": background,
+        "finite_check_cost": run.median("check") / update,
+        "checkpoint_cost": waited / (INTERVAL * update),
+        "checkpoint_cost_if_the_background_were_not_free": (waited + background) / (INTERVAL * update),
     }
-
-
-def measure(config: TrainingConfig, updates: int, repeats: int) -> dict[str, Any]:
-    run = Run(config)
-    result: dict[str, Any] = {
-        "parameters": run.parameters, "resolution": run.config.resolution, "batch_size": config.batch_size,
-        **measure_updates(run, updates), **measure_checks(run),
-        **measure_checkpoints(run, repeats),
-    }  # fmt: skip
-    run.loader.close()
-    update = result["update_seconds"]
-    result["finite_check_cost"] = result["finite_check_seconds"] / update
-    result["checkpoint_cost"] = result["checkpoint_waited_seconds"] / (INTERVAL * update)
-    busy = result["checkpoint_waited_seconds"] + result["checkpoint_background_seconds"]
-    result["checkpoint_cost_if_the_background_were_not_free"] = busy / (INTERVAL * update)
-    return result
 
 
 def main() -> None:
@@ -110,18 +116,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        recipe = parse_config([])
-        digits = replace(
-            recipe, output_dir=f"{scratch}/digits", cache_dir=f"{scratch}/cache", max_train_steps=arguments.updates
-        )
-        large = replace(
-            digits, output_dir=f"{scratch}/large", model="32", resolution=32, batch_size=1, max_train_steps=16,
-            mixed_precision=None,
+        updates, repeats = arguments.updates, arguments.repeats
+        digits = TrainingOptions(
+            config="digits", output_dir=f"{scratch}/digits", cache_dir=f"{scratch}/cache", max_train_steps=updates,
+            checkpoint_every=updates // repeats, preview_every=0, num_samples=1, log_every=max(1, updates // 8),
         )  # fmt: skip
-        measured = {
-            "digits recipe": measure(digits, arguments.updates, arguments.repeats),
-            "the preset for 32 pixels, batches of 1": measure(large, 16, arguments.repeats),
-        }
+        large = digits.with_values(
+            output_dir=f"{scratch}/large", model="32", resolution=32, batch_size=1, max_train_steps=16,
+            checkpoint_every=max(1, 16 // repeats), log_every=2, mixed_precision="no", num_train_timesteps=10,
+        )  # fmt: skip
+        measured = {"digits recipe": measure(digits), "the preset for 32 pixels, batches of 1": measure(large)}
     report = {
         "command": f"python benchmarks/training_overhead.py {' '.join(sys.argv[1:])}",
         **provenance(torch.device("cpu")),
