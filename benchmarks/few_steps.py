@@ -2,11 +2,10 @@
 
     python benchmarks/few_steps.py ddpm-digits --output benchmarks/results/few_steps
 
-Draws from the same weights with this package's scheduler (β̃, 1 - α, the analytic variance, the analytic variance on optimal
+Samples from the same weights with this package's scheduler (β̃, 1 - α, the analytic variance, the analytic variance on optimal
 timesteps) and with diffusers' own DDPM, DDIM, DPM-Solver++ and UniPC. The statistics behind the analytic variance and
 the timesteps are measured on other images of the digits than the bound. Every row is written as soon as it is known,
-and a second run goes on from there. A sampler that fails at a number of steps has its error in the row, and no figure.
-Imports the package, training/ and digits_judge.py.
+and a second run continues from there. A sampler that fails at a number of steps has its error in the row, and no figure.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 
 from ddpm_pipeline import AlphaDDPMScheduler
 from ddpm_pipeline.evaluation.digits import fit_digits_classifier, load_digits_images
-from ddpm_pipeline.evaluation.quality import frechet_distance
+from ddpm_pipeline.evaluation.quality import frechet_distance, frechet_distance_of_halves
 from ddpm_pipeline.generation.drawing import sample_uint8
 from ddpm_pipeline.generation.pipelines import load_pipeline
 from ddpm_pipeline.likelihood import (
@@ -34,7 +33,6 @@ from ddpm_pipeline.likelihood import (
 )
 from ddpm_pipeline.support.draws import image_indices
 from ddpm_pipeline.support.provenance import provenance
-from digits_judge import frechet_distance_of_halves
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -79,7 +77,7 @@ def bound_of(pipe: Any, scheduler: Any, images: torch.Tensor, steps: int, batch_
 
 
 def distance_of(pipe: Any, scheduler: Any, num_images: int, steps: int, seed: int, batch_size: int) -> dict[str, float]:
-    """Fréchet distance of drawn images to all real digits, in the digits classifier's features."""
+    """Fréchet distance of sampled images to all real digits, in the digits classifier's features."""
     pipe.scheduler = scheduler
     began = time.monotonic()
     drawn = [
@@ -105,13 +103,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     if report.get("settings", settings) != settings:
         sys.exit(f"error: {path} holds results of {report['settings']}; remove it or name another --output.")
+    digits, _ = load_digits_images()
     report |= {
         "command": "python benchmarks/few_steps.py " + " ".join([Path(arguments.folder).name, *sys.argv[2:]]),
         "settings": settings,
         **provenance(pipe.device),
-        "frechet_distance_of_real_halves": frechet_distance_of_halves(),
+        "frechet_distance_of_real_halves": frechet_distance_of_halves(fit_digits_classifier().features(digits)),
     }
-    digits, _ = load_digits_images()
     levels = ((digits + 1) * 127.5).round() / 127.5 - 1  # 8-bit, as in training
     first, second = settings["num_statistics_images"], settings["num_bound_images"]
     order = image_indices(arguments.seed, len(levels), 0, first + second)

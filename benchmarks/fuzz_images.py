@@ -168,7 +168,7 @@ def through_load_images(count: int, seed: int, good: list[bool]) -> dict:
     """All files as a data set: exactly those that became pixels are left."""
     import datasets
 
-    from ddpm_pipeline.data.mapped import load_images
+    from ddpm_pipeline.data import DataOptions, load_images
 
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
@@ -176,9 +176,10 @@ def through_load_images(count: int, seed: int, good: list[bool]) -> dict:
         column = pa.array(structs, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
         pq.write_table(pa.table({"image": column}), f"{folder}/x.parquet", row_group_size=500)
         before = peak_kib()
-        data = load_images(
+        options = DataOptions(
             f"{folder}/x.parquet", resolution=RESOLUTION, channels=CHANNELS, max_bad_fraction=0.99, cache_dir=folder
         )
+        data = load_images(options)
         grown = peak_kib() - before
         assert data.rows_of(range(len(data))).tolist() == np.flatnonzero(good).tolist()
         assert [one["row"] for one in data.skipped] == np.flatnonzero(~np.array(good)).tolist()

@@ -4,8 +4,8 @@
 
 For each kind of run there is one that nothing disturbs. Others are killed again and again, half of the time at a moment drawn
 over the whole run, half of the time while a checkpoint is being written, and resumed with `--resume latest` until they end.
-Weights, averaged weights, optimiser, pictures and logged losses must then be the same to the last bit. Runs are forked
-from this process, which has imported everything, so that they take seconds. Imports training/.
+Weights, EMA weights, optimiser, pictures and logged losses must then be the same to the last bit. Runs are forked
+from this process, which has imported everything, so that they take seconds.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from typing import Any
 import torch
 
 from ddpm_pipeline.support.provenance import provenance
-from ddpm_pipeline.training.loop import train
-from ddpm_pipeline.training.options import TrainingConfig
+from ddpm_pipeline.training import TrainingOptions, train
 
 UNET = {
     "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [8, 16], "layers_per_block": 1,
@@ -98,7 +97,7 @@ class Processes:
         self.wait(LONGEST_RUN)
 
 
-def start(config: TrainingConfig, processes: int, log: Path) -> Processes:
+def start(config: TrainingOptions, processes: int, log: Path) -> Processes:
     """A run in so many processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -162,14 +161,14 @@ def result(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def make_config(kind: str, folder: Path, scratch: Path) -> TrainingConfig:
+def make_config(kind: str, folder: Path, scratch: Path) -> TrainingOptions:
     options = COMMON | KINDS[kind]
     unet = UNET | (TEXT | {"cross_attention_dim": 64} if options.get("condition") == "text" else PLAIN)
     if options.get("variance_type") == "learned_range":
         unet = unet | {"out_channels": 2}
     path = scratch / f"{hashlib.blake2b(json.dumps(unet).encode(), digest_size=4).hexdigest()}.json"
     path.write_text(json.dumps(unet))
-    return TrainingConfig(
+    return TrainingOptions(
         **{**options, "model": str(path), "output_dir": str(folder), "cache_dir": str(scratch / "cache")}
     )
 

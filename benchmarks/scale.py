@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py --output benchmarks/results/scale
 
-Measures one device, the one that it runs on, and calculates the rest from that; docs/scale.md says how. Imports training/.
+Measures one device, the one that it runs on, and calculates the rest from that; docs/scale.md says how.
 """
 
 from __future__ import annotations

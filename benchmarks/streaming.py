@@ -56,19 +56,17 @@ def go_through(folder: str, rows: int, workers: int, batch_size: int) -> None:
     """One epoch, in this process; prints what was found as JSON."""
     import torch
 
-    from ddpm_pipeline.data.streamed import open_stream
-    from ddpm_pipeline.training.batches import batch_loader
-    from ddpm_pipeline.training.options import TrainingConfig
+    from ddpm_pipeline.data import open_stream
+    from ddpm_pipeline.data.options import TrainingDataOptions
+    from ddpm_pipeline.training.batches import BatchPlan, batch_loader
 
     torch.set_num_threads(1)
-    data = open_stream(folder, resolution=8)
-    config = TrainingConfig(
-        streaming=True, resolution=8, max_train_steps=rows, batch_size=batch_size, dataloader_num_workers=workers,
-        random_flip=True,
-    )  # fmt: skip
+    options = TrainingDataOptions(folder, resolution=8, streaming=True, dataloader_num_workers=workers)
+    data = open_stream(options)
     peak = Peak()
     before = peak.look()
-    batches = batch_loader(data, config, "cpu", 0, 1, None, 0, rows // batch_size)
+    plan = BatchPlan(seed=0, batch_size=batch_size, random_flip=True)
+    batches = batch_loader(data, plan, None, range(rows // batch_size), options)
     began = time.monotonic()
     seen = sum(len(batch["pixels"]) for batch in batches)
     seconds = time.monotonic() - began
