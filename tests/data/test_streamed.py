@@ -205,6 +205,14 @@ def test_every_kind_of_source_can_be_streamed(tmp_path):
     assert colour.channels == 3 and torch.equal(colour.first(12)[:, 2:], stream_of(tmp_path / "parquet").first(12))
 
 
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("I;16", 1), ("RGB", 3), ("LA", 3), (None, 3)])
+def test_channels_follow_the_declared_mode(tmp_path, mode, channels):
+    features = Features({"x": datasets.Image(mode=mode)})
+    Dataset.from_dict({"x": [{"bytes": numbered(0), "path": None}]}, features).save_to_disk(str(tmp_path / "saved"))
+    assert stream_of(tmp_path / "saved", channels=None).channels == channels
+    assert stream_of(tmp_path / "saved", channels=4).first(1).shape == (1, 4, 8, 8)
+
+
 def test_fingerprints_differ_where_the_stream_does(tmp_path):
     folder = write_numbered(tmp_path / "x", [6], text=str)
     base = stream_of(folder).fingerprint
