@@ -20,7 +20,7 @@ from ddpm_pipeline.likelihood import (
     predicted_bits_per_dim,
     with_analytic_variance,
 )
-from ddpm_pipeline.likelihood.bound import _PairCosts
+from ddpm_pipeline.likelihood.optimum import _PairCosts
 from ddpm_pipeline.scheduling_alpha_ddpm import Moments
 
 MEAN, VARIANCE = 0.3, 0.25  # of Gaussian data
