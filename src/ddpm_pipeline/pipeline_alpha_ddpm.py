@@ -37,7 +37,6 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _stock_class = "DDPMPipeline"
     _scheduler_class = AlphaDDPMScheduler
-    _shipped_modules = ("sampling_alpha_ddpm", "scheduling_alpha_ddpm", "stock_format")
 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler):
         super().__init__()

@@ -60,7 +60,6 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
     model_cpu_offload_seq = "text_encoder->unet"
     _stock_class = "IFPipeline"
     _scheduler_class = AlphaDDPMScheduler
-    _shipped_modules = ("sampling_alpha_ddpm", "scheduling_alpha_ddpm", "stock_format")
     _stock_components = {  # noqa: RUF012
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
