@@ -12,9 +12,10 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Condition, Generators, Guidance, Images
+from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Condition, Guidance, Images
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
+from .tables_alpha_ddpm import Generators
 
 # diffusers runs the pipeline.py of every local folder in one and the same module, and wants to find a single class there
 globals().pop("AlphaDDPMTextToImagePipeline", None)

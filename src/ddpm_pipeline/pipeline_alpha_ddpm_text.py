@@ -15,9 +15,10 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Condition, Generators, Guidance, Images
+from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Condition, Guidance, Images
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
+from .tables_alpha_ddpm import Generators
 
 # diffusers runs the pipeline.py of every local folder in one and the same module, and wants to find a single class there
 globals().pop("AlphaDDPMPipeline", None)

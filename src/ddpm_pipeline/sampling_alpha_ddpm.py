@@ -19,14 +19,13 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from .scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES, AlphaDDPMScheduler
+from .scheduling_alpha_ddpm import AlphaDDPMScheduler
+from .tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, OWN_KEY, Generators
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-OWN_KEY = "_alpha_ddpm"  # of the UNet's config: stock classes keep underscore keys through load and save without a word
 DEFAULT_STRENGTH = 0.5  # of an image that has no mask
 
-Generators = torch.Generator | list[torch.Generator] | None
 Images = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image]
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from mpmath import mpf
 
-from ddpm_pipeline.scheduling_alpha_ddpm import PREDICTION_TYPES, AlphaDDPMScheduler
+from ddpm_pipeline import AlphaDDPMScheduler
+from ddpm_pipeline.tables_alpha_ddpm import PREDICTION_TYPES
 
 mpmath.mp.dps = 50
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ddpm_pipeline.scheduling_alpha_ddpm import (
+from ddpm_pipeline import AlphaDDPMScheduler
+from ddpm_pipeline.tables_alpha_ddpm import (
     BETA_SCHEDULES,
     PREDICTION_TYPES,
     TIMESTEP_SPACINGS,
-    AlphaDDPMScheduler,
 )
 
 SHAPE = (2, 3, 4, 4)
