@@ -1,9 +1,9 @@
-"""Images from words: the report's §3 as a diffusers pipeline, in pixel space.
+"""Images from text: the report's §3 as a diffusers pipeline, in pixel space.
 
-Draws the same images as diffusers' `IFPipeline`, under whose name it is saved: prompts in lower case and padded to 77
+Samples the same images as diffusers' `IFPipeline`, under whose name it is saved: prompts in lower case and padded to 77
 tokens, the unconditional half first in the batch, the variance half unguided, the UNet attending to all 77 states.
-This file is also shipped inside model repositories, as `pipeline.py`. It imports nothing but diffusers, torch, transformers
-and its siblings, the scheduler and what all pipelines share.
+Travels inside model repositories as `pipeline.py`. Imports diffusers, torch, transformers and every sibling that travels with
+it: diffusers' loader copies only what this file itself imports.
 """
 
 import warnings
@@ -15,25 +15,26 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Condition, Guidance, Images
+from .editing_alpha_ddpm import Edit, Images, check_generators
+from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
 from .tables_alpha_ddpm import Generators
 
-# diffusers runs the pipeline.py of every local folder in one and the same module, and wants to find a single class there
+# diffusers runs the pipeline.py of every local folder in one and the same module, where it wants to find a single class
 globals().pop("AlphaDDPMPipeline", None)
 
-MAX_TOKENS = 77  # as IFPipeline pads, whatever the tokenizer
-SHOWN = 200  # characters of a cut prompt that the warning shows at most
+MAX_TOKENS = 77  # IFPipeline pads to 77, whatever the tokenizer
+SHOWN = 200  # most characters of a cut prompt that the warning shows
 
 
 def prepare_prompt(prompt: str) -> str:
-    """What the tokenizer sees, in training as in drawing."""
+    """The prompt as the tokenizer gets it, both in training and in sampling."""
     return prompt.lower().strip()
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask`, int64 [B, 77] each, cut and padded."""
+    """`input_ids` and `attention_mask`, each int64 [B, 77], cut and padded."""
     tokens = tokenizer(
         [prepare_prompt(prompt) for prompt in prompts],
         padding="max_length",
@@ -46,14 +47,14 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str
 
 
 class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
-    """Text-to-image generation by a pixel-space DDPM.
+    """Text-to-image generation with a pixel-space DDPM.
 
     What it saves loads and runs with diffusers alone, as `IFPipeline`, if the scheduler's variance is learned.
 
     Args:
-        unet: predicts from images [B, C, H, W], a timestep and text states [B, 77, D]; 2C output channels for a learned
-            variance.
-        text_encoder: any transformers text model that gives a last hidden state and takes 77 tokens.
+        unet: the noise predictor, from images [B, C, H, W], a timestep and text states [B, 77, D] to [B, C, H, W], or 2C for
+            a learned variance.
+        text_encoder: any transformers text model that returns a last hidden state and takes 77 tokens.
         tokenizer: the encoder's.
         scheduler: any diffusers scheduler that works with DDPM models.
     """
@@ -104,71 +105,62 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
         num_resamples: int = 1,
         output_trajectory: bool = False,
     ) -> AlphaDDPMOutput | tuple:
-        """Draw `num_images_per_prompt` images for each prompt, those of one prompt side by side.
+        """Sample `num_images_per_prompt` images per prompt; those of one prompt are neighbours.
 
         Args:
-            prompt: what to draw; what does not fit into 77 tokens is cut, with a warning. The empty prompt is no condition.
-            num_inference_steps: length of the chain; by default every timestep the model was trained on.
-            guidance_scale: 1 is none; above it, images are pushed towards the prompt and away from the negative one. Costs
-                a second forward pass, in the same batch.
-            negative_prompt: what to guide away from, one for all or one a prompt; by default the empty prompt.
+            prompt: what to show; tokens beyond the 77th are cut, with a warning. The empty prompt means no condition.
+            num_inference_steps: length of the chain; the default is every timestep the model was trained on.
+            guidance_scale: 1 is none; above 1, images are pushed towards the prompt and away from the negative one. Doubles
+                the network's batch.
+            negative_prompt: what to guide away from, one for all or one per prompt; the default is the empty prompt.
             num_images_per_prompt: at least 1.
-            generator: one for all images, or a list with one an image; an image drawn with its own generator does not
-                depend on the batch it is drawn in.
-            prompt_embeds, negative_prompt_embeds: text states [B, 77, D] in place of prompts, as `encode` gives them.
+            generator: one for all images, or a list of one per image; an image with its own generator does not depend on the
+                batch it is sampled in.
+            prompt_embeds, negative_prompt_embeds: text states [B, 77, D] in place of prompts, as `encode` returns them.
             output_type: "pil" images, "np" [B, H, W, C] in [0, 1], or "pt" [B, C, H, W] in [0, 1].
-            return_dict: an `AlphaDDPMOutput` rather than a tuple.
-            callback_on_step_end: called as `callback(pipe, index, timestep, tensors)` after each step; what it returns
-                under "image" takes the image's place.
-            callback_on_step_end_tensor_inputs: what `tensors` holds: "image" (x_s, [B, C, H, W], about [-1, 1]) and
+            return_dict: return an `AlphaDDPMOutput` rather than a tuple.
+            callback_on_step_end: called as `callback(pipe, index, timestep, tensors)` after each step; an "image" in the dict
+                that it returns replaces the current one.
+            callback_on_step_end_tensor_inputs: names in `tensors`: "image" (x_s, [B, C, H, W], in about [-1, 1]) and
                 "pred_original_sample" (the x_0 predicted at this step).
-            guidance_rescale: from 0 to 1, how far to undo the contrast that guidance adds (Lin et al. 2023).
-            guidance_interval: start and end of guidance as shares of the chain, noise being 0 (Kynkäänniemi et al. 2024).
-            image: begin with this picture, noised, instead of pure noise: PIL, array [B, H, W, C] or tensor [B, C, H, W] in
-                [0, 1] (or 0..255 as whole numbers); one, or one an image.
-            strength: which share of the chain to run on `image`: 0 gives it back, 1 leaves nothing of it. By default 0.5,
-                and 1 with a mask.
-            mask_image: white (1) where `image` is to be painted anew, black (0) where its pixels are kept.
-            num_resamples: with a mask, passes for each step, to make old and new fit better (Lugmayr et al. 2022); 1 is
-                none, and time grows with it.
-            output_trajectory: give all x_t too: `trajectory` [S + 1, B, C, H, W] on the CPU.
+            guidance_rescale: from 0 to 1, how much of the contrast that guidance adds is undone (Lin et al. 2023).
+            guidance_interval: start and end of guidance as fractions of the chain, from noise (0) to image (1) (Kynkäänniemi
+                et al. 2024).
+            image: start from this picture, noised, instead of pure noise: PIL, array [B, H, W, C] or tensor [B, C, H, W] in
+                [0, 1] (integers: 0..255); a single one, or one per image.
+            strength: fraction of the chain to run on `image`: 0 returns it unchanged, 1 leaves nothing of it. The default is
+                0.5, or 1 with a mask.
+            mask_image: white (1) where `image` is painted anew, black (0) where its pixels are kept.
+            num_resamples: with a mask, passes per step, which make old and new fit better (Lugmayr et al. 2022); 1 is none,
+                and time grows in proportion.
+            output_trajectory: also return all x_t: `trajectory` [S + 1, B, C, H, W] on the CPU.
 
         Raises:
-            ValueError: for a value that cannot be used, before anything is drawn.
+            ValueError: for a value that cannot be used, before any image is sampled.
         """
         count = num_images_per_prompt
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"num_images_per_prompt={count!r} must be an integer of at least 1.")
         prompts = self._prompts(prompt, prompt_embeds)
         batch_size = count * (len(prompt_embeds) if prompts is None else len(prompts))
-        self._check_call(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
+        check_generators(generator, batch_size)
+        edit = Edit(image, strength, mask_image, num_resamples)
+        callback_inputs = tuple(callback_on_step_end_tensor_inputs)
+        output = Output(output_type, return_dict, output_trajectory, callback_on_step_end, callback_inputs)
         guidance = Guidance(guidance_scale, guidance_rescale, tuple(guidance_interval))
         states = self.encode(prompts) if prompts is not None else self._checked_states(prompt_embeds, "prompt_embeds")
-        null_states = None
+        null_kwargs = None
         if guidance.in_use:
             self._warn_if_never_unconditional()
             null_states = self._negative_states(len(states), negative_prompt, negative_prompt_embeds)
-            null_states = {"encoder_hidden_states": null_states.repeat_interleave(count, dim=0)}
-        return self._draw(
-            batch_size,
-            Condition({"encoder_hidden_states": states.repeat_interleave(count, dim=0)}, null_states),
-            generator=generator,
-            num_inference_steps=num_inference_steps,
-            output_type=output_type,
-            return_dict=return_dict,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            guidance=guidance,
-            image=image,
-            strength=strength,
-            mask_image=mask_image,
-            num_resamples=num_resamples,
-            output_trajectory=output_trajectory,
-        )
+            null_kwargs = {"encoder_hidden_states": null_states.repeat_interleave(count, dim=0)}
+        kwargs = {"encoder_hidden_states": states.repeat_interleave(count, dim=0)}
+        conditioning = Conditioning(kwargs, null_kwargs, guidance)
+        return self._sample(batch_size, conditioning, edit, output, generator, num_inference_steps)
 
     @torch.no_grad()
     def encode(self, prompts: str | list[str]) -> torch.Tensor:
-        """Text states [B, 77, D] of prompts, in the UNet's precision."""
+        """Text states [B, 77, D] of the prompts, in the UNet's precision."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         for prompt in prompts:
             self._warn_if_cut(prompt)
@@ -221,22 +213,21 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
 
 def _check_components(unet: Any, text_encoder: Any) -> None:
     if unet is None or text_encoder is None:
-        return  # parts of a pipeline, as `from_pretrained(..., unet=None)` loads them
+        return  # `from_pretrained(..., unet=None)` loads part of a pipeline
     width = unet.config.get("cross_attention_dim")
     if width is None:
         raise ValueError(
-            f"the UNet is a {type(unet).__name__} without cross-attention, which cannot see text states; use a "
+            f"the UNet is a {type(unet).__name__} without cross-attention, which cannot read text states; use a "
             "UNet2DConditionModel, or AlphaDDPMPipeline for a model without text."
         )
     encoder = text_encoder.config
     states = getattr(encoder, "hidden_size", None) or getattr(encoder, "d_model", None)
     if unet.config.get("encoder_hid_dim") is None and states != width:
         raise ValueError(
-            f"the text encoder gives states of {states} values and the UNet's cross_attention_dim is {width}; they must be "
-            "equal."
+            f"the text encoder's states have {states} values and the UNet's cross_attention_dim is {width}; they must be equal."
         )
     positions = getattr(encoder, "max_position_embeddings", None)
     if positions is not None and positions < MAX_TOKENS:
         raise ValueError(
-            f"the text encoder takes {positions} tokens; prompts are padded to {MAX_TOKENS}, so it must take as many."
+            f"the text encoder takes {positions} tokens; it must take {MAX_TOKENS}, to which prompts are padded."
         )

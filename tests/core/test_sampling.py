@@ -178,7 +178,7 @@ def test_a_model_trained_without_dropout_warns_when_guided():
     [
         ({"class_labels": "clas 1"}, "near it: .*'class 1'"),
         ({"class_labels": 3}, "ids are 0 to 2"),
-        ({"class_labels": True}, "no class of this model"),
+        ({"class_labels": True}, "not a class of this model"),
         ({"class_labels": []}, "at least one label"),
         ({"class_labels": [0, 1, 2], "batch_size": 2}, "3 class_labels for batch_size=2"),
         ({"class_labels": [0, 1], "generator": [torch.Generator()]}, "1 generators for 2 images"),

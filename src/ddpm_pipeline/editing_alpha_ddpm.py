@@ -1,0 +1,273 @@
+"""Where a reverse chain starts, and images on their way in: noise, a noised image, a mask, mixtures, forward trajectories.
+
+The reverse loop is in `sampling_alpha_ddpm.py`, whose mixin builds on this one. Travels inside model repositories. Imports
+diffusers, numpy, PIL, torch and its siblings; defines no pipeline class, because the Hub's loader wants one per repository.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from .scheduling_alpha_ddpm import AlphaDDPMScheduler
+from .tables_alpha_ddpm import Generators
+
+PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
+DEFAULT_STRENGTH = 0.5  # for an image without a mask
+
+Images = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """The image that a call starts from, as the arguments of the same names say. Raises ValueError if they do not fit."""
+
+    image: Images | None = None
+    strength: float | None = None
+    mask_image: Images | None = None
+    num_resamples: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("strength", "mask_image"):
+            if self.image is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} needs an image; pass image= as well.")
+        if self.strength is not None and not 0 <= self.strength <= 1:
+            raise ValueError(
+                f"strength={self.strength!r} must be from 0 (the image as it is) to 1 (only noise is left)."
+            )
+        count = self.num_resamples
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"num_resamples={count!r} must be an integer of at least 1 (no resampling).")
+        if count > 1 and self.mask_image is None:
+            raise ValueError(f"num_resamples={count} works with a mask_image only; leave it at 1.")
+
+    def first_step(self, num_steps: int) -> int:
+        """Index of the first step to run: the last `strength` of the chain's steps."""
+        if self.image is None:
+            return 0
+        strength = self.strength
+        if strength is None:
+            strength = DEFAULT_STRENGTH if self.mask_image is None else 1.0
+        return num_steps - math.floor(num_steps * strength + 1e-9)  # 0.29 * 100 is 28.999...
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Pixels that a chain keeps: clean images [B, C, H, W], and where they are kept, bool [B, 1, H, W]."""
+
+    original: torch.Tensor
+    where: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a chain starts: `x` [B, C, H, W] before the step of index `first`, the pixels it keeps, and passes per step."""
+
+    x: torch.Tensor
+    first: int
+    kept: Kept | None = None
+    passes: int = 1
+
+
+class AlphaDDPMEditing:
+    """Mixed into a `DiffusionPipeline` with a `unet` and a `scheduler`."""
+
+    # ---- where the chain starts -----------------------------------------------------------------------
+
+    def _start(self, edit: Edit, batch_size: int, generator: Generators) -> Start:
+        """Noise, or the given image noised to the first timestep of the part of the scheduler's chain that is run."""
+        timesteps = self.scheduler.timesteps
+        first = edit.first_step(len(timesteps))
+        if hasattr(self.scheduler, "set_begin_index"):  # before add_noise, which reads it
+            self.scheduler.set_begin_index(first)
+        if edit.num_resamples > 1 and not hasattr(self.scheduler, "forward_step"):
+            raise ValueError(
+                f"num_resamples={edit.num_resamples} needs a scheduler with forward_step, such as AlphaDDPMScheduler; "
+                f"{type(self.scheduler).__name__} has none."
+            )
+        original = None if edit.image is None else self._images_in(edit.image, batch_size)
+        kept = None if edit.mask_image is None else self._kept_pixels(original, edit.mask_image, batch_size)
+        if first == len(timesteps):
+            return Start(original, first)
+        if original is None or (kept is not None and first == 0):
+            x = self._noise(self._shape(batch_size), generator) * self.scheduler.init_noise_sigma
+        else:
+            x = self._noised(original, timesteps[first], generator)
+        return Start(self._keep(x, kept, timesteps[first], generator), first, kept, edit.num_resamples)
+
+    def _keep(self, x: torch.Tensor, kept: Kept | None, t: torch.Tensor | None, generator: Generators) -> torch.Tensor:
+        """x_t with kept pixels drawn from q(x_t | x_0); x_0 itself if t is None, clean data (Lugmayr et al. 2022, eq. 8)."""
+        if kept is None:
+            return x
+        return torch.where(kept.where, kept.original if t is None else self._noised(kept.original, t, generator), x)
+
+    def _noise(self, shape: Sequence[int], generator: Generators) -> torch.Tensor:
+        """z ~ N(0, I) in float32: only the network computes in half precision, never the chain."""
+        return randn_tensor(tuple(shape), generator=generator, device=self._execution_device, dtype=self._chain_dtype)
+
+    def _noised(self, original: torch.Tensor, t: torch.Tensor, generator: Generators) -> torch.Tensor:
+        """x_t from x_0 [B, C, H, W]."""
+        return self.scheduler.add_noise(original, self._noise(original.shape, generator), t.repeat(len(original)))
+
+    def _shape(self, batch_size: int) -> tuple[int, int, int, int]:
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return batch_size, self.unet.config.in_channels, height, width
+
+    @property
+    def _chain_dtype(self) -> torch.dtype:
+        return torch.float64 if self.unet.dtype == torch.float64 else torch.float32
+
+    def _images_in(self, images: Images, batch_size: int | None = None) -> torch.Tensor:
+        """[B, C, H, W] in [-1, 1] on the device; a single image is repeated for the whole batch."""
+        _, channels, height, width = self._shape(1)
+        x = _pixels(images, "image", channels)
+        if x.shape[1:] != (channels, height, width):
+            raise ValueError(
+                f"image has shape {tuple(x.shape[1:])}; this model draws {(channels, height, width)} as (channels, height, "
+                "width): resize or crop it first."
+            )
+        x = (x * 2 - 1).to(self._execution_device, self._chain_dtype)
+        return x if batch_size is None else _expanded(x, batch_size, "images")
+
+    def _kept_pixels(self, original: torch.Tensor, mask: Images, batch_size: int) -> Kept:
+        """Black (0) is kept and white (1) is painted."""
+        painted = _pixels(mask, "mask_image", 1)
+        if painted.shape[1:] != (1, *original.shape[2:]):
+            raise ValueError(
+                f"mask_image has shape {tuple(painted.shape[1:])}; this image needs {(1, *original.shape[2:])}."
+            )
+        return Kept(original, _expanded(painted < 0.5, batch_size, "masks").to(original.device))
+
+    # ---- mixtures and trajectories --------------------------------------------------------------------
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        a: Images,
+        b: Images,
+        at: int,
+        weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+        generator: torch.Generator | None = None,
+        num_inference_steps: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """Mix two images in latent noise and denoise the mixtures (Ho et al. 2020, figure 8).
+
+        Both are noised to timestep `at` with the same noise, mixed as (1 - weight) a + weight b, and denoised by the reverse
+        process, whose noise is shared by all weights too. The higher `at`, the freer the result; 0 changes hardly anything.
+
+        Args:
+            a, b: one image each.
+            at: timestep 0..T-1; in a shorter chain, its first timestep at or below `at`.
+            weights: weights of `b`, each in [0, 1]; one image comes back per weight.
+            generator: a single one; the noise is drawn from it once.
+            num_inference_steps: length of the whole chain, which is run from `at` on.
+            options: further arguments of the call, such as the condition.
+
+        Returns what the call returns. Raises ValueError for arguments outside these ranges.
+        """
+        ends = [self._images_in(image) for image in (a, b)]
+        if any(len(end) != 1 for end in ends):
+            raise ValueError(f"interpolate takes one image a and one image b, not {len(ends[0])} and {len(ends[1])}.")
+        if not weights or not all(0 <= weight <= 1 for weight in weights):
+            raise ValueError(f"weights={weights!r} must be numbers from 0 (image a) to 1 (image b), at least one.")
+        total = self.scheduler.config.num_train_timesteps
+        if isinstance(at, bool) or not isinstance(at, int) or not 0 <= at < total:
+            raise ValueError(f"at={at!r} must be a timestep from 0 to {total - 1}.")
+        self.scheduler.set_timesteps(num_inference_steps or total)
+        timesteps = self.scheduler.timesteps
+        remaining = int((timesteps <= at).sum())
+        if not remaining:
+            raise ValueError(f"at={at} is below the last timestep of this chain, {timesteps[-1]}; use more steps.")
+        share = torch.tensor(list(weights), device=ends[0].device, dtype=ends[0].dtype).view(-1, 1, 1, 1)
+        # with shared noise, mixing x_t and noising the mixture are the same
+        mixtures = ((1 - share) * ends[0] + share * ends[1]) / 2 + 0.5
+        seed = torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu").item()
+        return self(
+            **self._batch_option(len(mixtures), options),
+            image=mixtures.clamp(0, 1),
+            strength=remaining / len(timesteps),
+            generator=[torch.Generator(self._execution_device).manual_seed(seed) for _ in mixtures],
+            num_inference_steps=num_inference_steps,
+            **options,
+        )
+
+    @torch.no_grad()
+    def forward_trajectory(self, image: Images, timesteps: Sequence[int], generator: Generators = None) -> torch.Tensor:
+        """x_t of the forward process at ascending `timesteps`, each from the one before (report eq. 4.3, figure 3.4).
+
+        Timestep -1 is the image itself. Returns [len(timesteps), B, C, H, W], in about [-1, 1] where little noise was added.
+        Raises ValueError if the timesteps are not ascending.
+        """
+        x = self._images_in(image)
+        chain = [int(t) for t in timesteps]
+        if not chain or sorted(set(chain)) != chain or chain[0] < -1:
+            raise ValueError(f"timesteps={list(timesteps)} must be ascending integers from -1 (the image) on.")
+        check_generators(generator, len(x))
+        scheduler = AlphaDDPMScheduler.from_config(self.scheduler.config)  # leaves the pipeline's own chain as it is
+        trajectory = [x] if chain[0] == -1 else []
+        noisy = [t for t in chain if t >= 0]
+        if noisy:
+            scheduler.set_timesteps(timesteps=noisy[::-1])
+        for t in noisy:
+            x = scheduler.forward_step(x, t, self._noise(x.shape, generator))
+            trajectory.append(x)
+        return torch.stack(trajectory)
+
+
+def check_generators(generator: Any, count: int) -> None:
+    if isinstance(generator, list) and len(generator) != count:
+        raise ValueError(f"{len(generator)} generators for {count} images; give one, or a list of one per image.")
+
+
+def _expanded(batch: torch.Tensor, batch_size: int, what: str) -> torch.Tensor:
+    if len(batch) not in (1, batch_size):
+        raise ValueError(f"{len(batch)} {what} for a batch of {batch_size}; give 1 or {batch_size}.")
+    return batch.expand(batch_size, *batch.shape[1:])
+
+
+def _pixels(images: Images, what: str, channels: int) -> torch.Tensor:
+    """[N, C, H, W] in [0, 1] from PIL images, arrays [N, H, W, C] or [H, W(, C)], or tensors [N, C, H, W] or [C, H, W].
+
+    Integers are read as 0..255, booleans as 0 and 1, floats as [0, 1]: the pipelines take what they give out.
+    """
+    if isinstance(images, Image.Image):
+        images = [images]
+    if isinstance(images, (list, tuple)):
+        images = _array_of(images, what, channels)
+    if isinstance(images, np.ndarray):
+        images = images[..., None] if images.ndim == 2 else images
+        images = images[None] if images.ndim == 3 else images
+        if images.ndim != 4:
+            raise ValueError(f"{what} has shape {images.shape}; an array is [N, H, W, C], [H, W, C] or [H, W].")
+        images = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)  # [N, H, W, C] -> [N, C, H, W]
+    if not isinstance(images, torch.Tensor):
+        raise ValueError(f"{what} is a {type(images).__name__}; give PIL images, an array or a tensor.")
+    while images.ndim in (2, 3):
+        images = images[None]
+    if images.ndim != 4:
+        raise ValueError(f"{what} has shape {tuple(images.shape)}; a tensor is [N, C, H, W], [C, H, W] or [H, W].")
+    if not images.is_floating_point():
+        return images.float() / (1 if images.dtype == torch.bool else 255)
+    if not (images.min() >= 0 and images.max() <= 1):  # also refuses NaN
+        raise ValueError(
+            f"{what} holds values from {images.min():.3g} to {images.max():.3g}; floats must be in [0, 1], as output_type='pt' "
+            "and 'np' return them."
+        )
+    return images
+
+
+def _array_of(pictures: Sequence[Image.Image], what: str, channels: int) -> np.ndarray:
+    """PIL images of one size as uint8 [N, H, W, C]."""
+    if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
+        raise ValueError(f"{what} as a list must hold PIL images; give arrays or tensors as one batch.")
+    if len(sizes := {picture.size for picture in pictures}) > 1:
+        raise ValueError(f"{what}: the images have different sizes, {sorted(sizes)}.")
+    array = np.stack([np.asarray(picture.convert(PIL_MODES[channels])) for picture in pictures])
+    return array[..., None] if channels == 1 else array
