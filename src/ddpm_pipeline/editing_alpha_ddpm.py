@@ -1,83 +1,70 @@
-"""Where a reverse chain starts, and images on their way in: noise, a noised image, a mask, mixtures, forward trajectories.
+"""Where a reverse chain starts: noise, a noised image, a mask; and mixtures of images and forward trajectories.
 
-The reverse loop is in `sampling_alpha_ddpm.py`, whose mixin builds on this one. Travels inside model repositories. Imports
-diffusers, numpy, PIL, torch and its siblings; defines no pipeline class, because the Hub's loader wants one per repository.
+The reverse loop is in `sampling_alpha_ddpm.py`. Travels inside model repositories. Imports diffusers, numpy, PIL, torch and
+its siblings; defines no pipeline class, because the Hub's loader wants one per repository.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from torch import Tensor
 
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
-from .tables_alpha_ddpm import Generators
+from .tables_alpha_ddpm import Generators, check_count
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 DEFAULT_STRENGTH = 0.5  # for an image without a mask
 
-Images = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image]
+Images = Image.Image | np.ndarray | Tensor | Sequence[Image.Image]
 
 
 @dataclass(frozen=True)
 class Edit:
-    """The image that a call starts from, as the arguments of the same names say. Raises ValueError if they do not fit."""
+    """The arguments of a call that start it from an image. Raises ValueError if they do not fit one another."""
 
-    image: Images | None = None
-    strength: float | None = None
-    mask_image: Images | None = None
-    num_resamples: int = 1
+    image: Images | None = None  # PIL, array [B, H, W, C] or tensor [B, C, H, W] in [0, 1]; one, or one per image
+    strength: float | None = None  # fraction of the chain to run; by default 0.5, or 1 with a mask
+    mask_image: Images | None = None  # white (1) is painted anew, black (0) is kept
+    num_resamples: int = 1  # passes per step, with a mask
 
     def __post_init__(self) -> None:
         for name in ("strength", "mask_image"):
             if self.image is None and getattr(self, name) is not None:
                 raise ValueError(f"{name} needs an image; pass image= as well.")
         if self.strength is not None and not 0 <= self.strength <= 1:
-            raise ValueError(
-                f"strength={self.strength!r} must be from 0 (the image as it is) to 1 (only noise is left)."
-            )
-        count = self.num_resamples
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"num_resamples={count!r} must be an integer of at least 1 (no resampling).")
-        if count > 1 and self.mask_image is None:
-            raise ValueError(f"num_resamples={count} works with a mask_image only; leave it at 1.")
+            raise ValueError(f"strength={self.strength!r} must be from 0 (the image unchanged) to 1 (only noise left).")
+        check_count("num_resamples", self.num_resamples)
+        if self.num_resamples > 1 and self.mask_image is None:
+            raise ValueError(f"num_resamples={self.num_resamples} works with a mask_image only; leave it at 1.")
 
     def first_step(self, num_steps: int) -> int:
         """Index of the first step to run: the last `strength` of the chain's steps."""
         if self.image is None:
             return 0
-        strength = self.strength
-        if strength is None:
-            strength = DEFAULT_STRENGTH if self.mask_image is None else 1.0
+        default = DEFAULT_STRENGTH if self.mask_image is None else 1.0
+        strength = default if self.strength is None else self.strength
         return num_steps - math.floor(num_steps * strength + 1e-9)  # 0.29 * 100 is 28.999...
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Pixels that a chain keeps: clean images [B, C, H, W], and where they are kept, bool [B, 1, H, W]."""
-
-    original: torch.Tensor
-    where: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Start:
-    """Where a chain starts: `x` [B, C, H, W] before the step of index `first`, the pixels it keeps, and passes per step."""
+    """Where a chain starts, and what it keeps of the image it starts from."""
 
-    x: torch.Tensor
+    x: Tensor  # [B, C, H, W] before the step of index `first`
     first: int
-    kept: Kept | None = None
-    passes: int = 1
+    passes: int = 1  # per step
+    original: Tensor | None = None  # x_0, [B, C, H, W]
+    kept: Tensor | None = None  # where its pixels are kept, bool [B, 1, H, W]
 
 
 class AlphaDDPMEditing:
     """Mixed into a `DiffusionPipeline` with a `unet` and a `scheduler`."""
-
-    # ---- where the chain starts -----------------------------------------------------------------------
 
     def _start(self, edit: Edit, batch_size: int, generator: Generators) -> Start:
         """Noise, or the given image noised to the first timestep of the part of the scheduler's chain that is run."""
@@ -86,31 +73,30 @@ class AlphaDDPMEditing:
         if hasattr(self.scheduler, "set_begin_index"):  # before add_noise, which reads it
             self.scheduler.set_begin_index(first)
         if edit.num_resamples > 1 and not hasattr(self.scheduler, "forward_step"):
-            raise ValueError(
-                f"num_resamples={edit.num_resamples} needs a scheduler with forward_step, such as AlphaDDPMScheduler; "
-                f"{type(self.scheduler).__name__} has none."
-            )
+            kind = type(self.scheduler).__name__
+            raise ValueError(f"num_resamples above 1 needs AlphaDDPMScheduler's forward_step, which {kind} lacks.")
         original = None if edit.image is None else self._images_in(edit.image, batch_size)
-        kept = None if edit.mask_image is None else self._kept_pixels(original, edit.mask_image, batch_size)
+        kept = None if edit.mask_image is None else self._kept_pixels(edit.mask_image, batch_size)
         if first == len(timesteps):
             return Start(original, first)
         if original is None or (kept is not None and first == 0):
             x = self._noise(self._shape(batch_size), generator) * self.scheduler.init_noise_sigma
         else:
             x = self._noised(original, timesteps[first], generator)
-        return Start(self._keep(x, kept, timesteps[first], generator), first, kept, edit.num_resamples)
+        start = Start(x, first, edit.num_resamples, original, kept)
+        return replace(start, x=self._keep(x, start, timesteps[first], generator))
 
-    def _keep(self, x: torch.Tensor, kept: Kept | None, t: torch.Tensor | None, generator: Generators) -> torch.Tensor:
+    def _keep(self, x: Tensor, start: Start, t: Tensor | None, generator: Generators) -> Tensor:
         """x_t with kept pixels drawn from q(x_t | x_0); x_0 itself if t is None, clean data (Lugmayr et al. 2022, eq. 8)."""
-        if kept is None:
+        if start.kept is None:
             return x
-        return torch.where(kept.where, kept.original if t is None else self._noised(kept.original, t, generator), x)
+        return torch.where(start.kept, start.original if t is None else self._noised(start.original, t, generator), x)
 
-    def _noise(self, shape: Sequence[int], generator: Generators) -> torch.Tensor:
+    def _noise(self, shape: Sequence[int], generator: Generators) -> Tensor:
         """z ~ N(0, I) in float32: only the network computes in half precision, never the chain."""
         return randn_tensor(tuple(shape), generator=generator, device=self._execution_device, dtype=self._chain_dtype)
 
-    def _noised(self, original: torch.Tensor, t: torch.Tensor, generator: Generators) -> torch.Tensor:
+    def _noised(self, original: Tensor, t: Tensor, generator: Generators) -> Tensor:
         """x_t from x_0 [B, C, H, W]."""
         return self.scheduler.add_noise(original, self._noise(original.shape, generator), t.repeat(len(original)))
 
@@ -123,28 +109,22 @@ class AlphaDDPMEditing:
     def _chain_dtype(self) -> torch.dtype:
         return torch.float64 if self.unet.dtype == torch.float64 else torch.float32
 
-    def _images_in(self, images: Images, batch_size: int | None = None) -> torch.Tensor:
+    def _images_in(self, images: Images, batch_size: int | None = None) -> Tensor:
         """[B, C, H, W] in [-1, 1] on the device; a single image is repeated for the whole batch."""
         _, channels, height, width = self._shape(1)
         x = _pixels(images, "image", channels)
         if x.shape[1:] != (channels, height, width):
-            raise ValueError(
-                f"image has shape {tuple(x.shape[1:])}; this model draws {(channels, height, width)} as (channels, height, "
-                "width): resize or crop it first."
-            )
+            needed = f"this model needs {(channels, height, width)} as (channels, height, width)"
+            raise ValueError(f"image has shape {tuple(x.shape[1:])}; {needed}: resize or crop it first.")
         x = (x * 2 - 1).to(self._execution_device, self._chain_dtype)
         return x if batch_size is None else _expanded(x, batch_size, "images")
 
-    def _kept_pixels(self, original: torch.Tensor, mask: Images, batch_size: int) -> Kept:
-        """Black (0) is kept and white (1) is painted."""
-        painted = _pixels(mask, "mask_image", 1)
-        if painted.shape[1:] != (1, *original.shape[2:]):
-            raise ValueError(
-                f"mask_image has shape {tuple(painted.shape[1:])}; this image needs {(1, *original.shape[2:])}."
-            )
-        return Kept(original, _expanded(painted < 0.5, batch_size, "masks").to(original.device))
-
-    # ---- mixtures and trajectories --------------------------------------------------------------------
+    def _kept_pixels(self, mask: Images, batch_size: int) -> Tensor:
+        """Where pixels are kept, bool [B, 1, H, W]: black (0) is kept and white (1) is painted."""
+        painted, needed = _pixels(mask, "mask_image", 1), (1, *self._shape(1)[2:])
+        if painted.shape[1:] != needed:
+            raise ValueError(f"mask_image has shape {tuple(painted.shape[1:])}, not {needed}.")
+        return _expanded(painted < 0.5, batch_size, "masks").to(self._execution_device)
 
     @torch.no_grad()
     def interpolate(
@@ -159,22 +139,22 @@ class AlphaDDPMEditing:
     ) -> Any:
         """Mix two images in latent noise and denoise the mixtures (Ho et al. 2020, figure 8).
 
-        Both are noised to timestep `at` with the same noise, mixed as (1 - weight) a + weight b, and denoised by the reverse
-        process, whose noise is shared by all weights too. The higher `at`, the freer the result; 0 changes hardly anything.
+        Both are noised to timestep `at`, mixed as (1 - weight) a + weight b, and denoised by the reverse process; all weights
+        share one noise. The higher `at`, the freer the result; 0 changes hardly anything.
 
         Args:
             a, b: one image each.
             at: timestep 0..T-1; in a shorter chain, its first timestep at or below `at`.
-            weights: weights of `b`, each in [0, 1]; one image comes back per weight.
-            generator: a single one; the noise is drawn from it once.
+            weights: weights of `b`, each in [0, 1]; one image comes back per weight, as the call returns it.
+            generator: a single one, for the shared noise.
             num_inference_steps: length of the whole chain, which is run from `at` on.
             options: further arguments of the call, such as the condition.
 
-        Returns what the call returns. Raises ValueError for arguments outside these ranges.
+        Raises ValueError for arguments outside these ranges.
         """
-        ends = [self._images_in(image) for image in (a, b)]
-        if any(len(end) != 1 for end in ends):
-            raise ValueError(f"interpolate takes one image a and one image b, not {len(ends[0])} and {len(ends[1])}.")
+        a, b = self._images_in(a), self._images_in(b)
+        if len(a) != 1 or len(b) != 1:
+            raise ValueError(f"interpolate takes one image a and one image b, not {len(a)} and {len(b)}.")
         if not weights or not all(0 <= weight <= 1 for weight in weights):
             raise ValueError(f"weights={weights!r} must be numbers from 0 (image a) to 1 (image b), at least one.")
         total = self.scheduler.config.num_train_timesteps
@@ -185,9 +165,10 @@ class AlphaDDPMEditing:
         remaining = int((timesteps <= at).sum())
         if not remaining:
             raise ValueError(f"at={at} is below the last timestep of this chain, {timesteps[-1]}; use more steps.")
-        share = torch.tensor(list(weights), device=ends[0].device, dtype=ends[0].dtype).view(-1, 1, 1, 1)
-        # with shared noise, mixing x_t and noising the mixture are the same
-        mixtures = ((1 - share) * ends[0] + share * ends[1]) / 2 + 0.5
+        weight = torch.tensor(list(weights), device=a.device, dtype=a.dtype).view(-1, 1, 1, 1)
+        mixtures = (
+            (1 - weight) * a + weight * b
+        ) / 2 + 0.5  # with shared noise, noising them and mixing x_t are the same
         seed = torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu").item()
         return self(
             **self._batch_option(len(mixtures), options),
@@ -199,7 +180,7 @@ class AlphaDDPMEditing:
         )
 
     @torch.no_grad()
-    def forward_trajectory(self, image: Images, timesteps: Sequence[int], generator: Generators = None) -> torch.Tensor:
+    def forward_trajectory(self, image: Images, timesteps: Sequence[int], generator: Generators = None) -> Tensor:
         """x_t of the forward process at ascending `timesteps`, each from the one before (report eq. 4.3, figure 3.4).
 
         Timestep -1 is the image itself. Returns [len(timesteps), B, C, H, W], in about [-1, 1] where little noise was added.
@@ -226,13 +207,13 @@ def check_generators(generator: Any, count: int) -> None:
         raise ValueError(f"{len(generator)} generators for {count} images; give one, or a list of one per image.")
 
 
-def _expanded(batch: torch.Tensor, batch_size: int, what: str) -> torch.Tensor:
+def _expanded(batch: Tensor, batch_size: int, what: str) -> Tensor:
     if len(batch) not in (1, batch_size):
         raise ValueError(f"{len(batch)} {what} for a batch of {batch_size}; give 1 or {batch_size}.")
     return batch.expand(batch_size, *batch.shape[1:])
 
 
-def _pixels(images: Images, what: str, channels: int) -> torch.Tensor:
+def _pixels(images: Images, what: str, channels: int) -> Tensor:
     """[N, C, H, W] in [0, 1] from PIL images, arrays [N, H, W, C] or [H, W(, C)], or tensors [N, C, H, W] or [C, H, W].
 
     Integers are read as 0..255, booleans as 0 and 1, floats as [0, 1]: the pipelines take what they give out.
@@ -241,25 +222,20 @@ def _pixels(images: Images, what: str, channels: int) -> torch.Tensor:
         images = [images]
     if isinstance(images, (list, tuple)):
         images = _array_of(images, what, channels)
-    if isinstance(images, np.ndarray):
-        images = images[..., None] if images.ndim == 2 else images
-        images = images[None] if images.ndim == 3 else images
-        if images.ndim != 4:
-            raise ValueError(f"{what} has shape {images.shape}; an array is [N, H, W, C], [H, W, C] or [H, W].")
-        images = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)  # [N, H, W, C] -> [N, C, H, W]
-    if not isinstance(images, torch.Tensor):
+    if not isinstance(images, np.ndarray | Tensor):
         raise ValueError(f"{what} is a {type(images).__name__}; give PIL images, an array or a tensor.")
-    while images.ndim in (2, 3):
-        images = images[None]
-    if images.ndim != 4:
-        raise ValueError(f"{what} has shape {tuple(images.shape)}; a tensor is [N, C, H, W], [C, H, W] or [H, W].")
+    if not 2 <= images.ndim <= 4:
+        shapes = "a tensor is [N, C, H, W], [C, H, W] or [H, W], an array [N, H, W, C], [H, W, C] or [H, W]"
+        raise ValueError(f"{what} has shape {tuple(images.shape)}; {shapes}.")
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(np.ascontiguousarray(images))
+        images = images.movedim(-1, -3) if images.ndim > 2 else images  # [..., H, W, C] -> [..., C, H, W]
+    images = images[(None,) * (4 - images.ndim)]
     if not images.is_floating_point():
         return images.float() / (1 if images.dtype == torch.bool else 255)
     if not (images.min() >= 0 and images.max() <= 1):  # also refuses NaN
-        raise ValueError(
-            f"{what} holds values from {images.min():.3g} to {images.max():.3g}; floats must be in [0, 1], as output_type='pt' "
-            "and 'np' return them."
-        )
+        values = f"values from {images.min():.3g} to {images.max():.3g}"
+        raise ValueError(f"{what} holds {values}; floats must be in [0, 1], as output_type='pt' and 'np' return them.")
     return images
 
 

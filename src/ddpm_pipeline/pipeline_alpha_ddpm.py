@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
 
 from .editing_alpha_ddpm import Edit, Images, check_generators
 from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
-from .tables_alpha_ddpm import Generators
+from .tables_alpha_ddpm import Generators, check_count
 
 # diffusers runs the pipeline.py of every local folder in one and the same module, where it wants to find a single class
 globals().pop("AlphaDDPMTextToImagePipeline", None)
 
-ClassLabels = int | str | Sequence[int | str | None] | torch.Tensor
+ClassLabels = int | str | Sequence[int | str | None] | Tensor
 
 
 class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
@@ -52,7 +53,7 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
         num_inference_steps: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("image",),
         class_labels: ClassLabels | None = None,
         guidance_scale: float = 1.0,
@@ -81,15 +82,13 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
             guidance_scale: 1 is none; above 1, images are pushed towards their class and away from "no class". Doubles the
                 network's batch.
             guidance_rescale: from 0 to 1, how much of the contrast that guidance adds is undone (Lin et al. 2023).
-            guidance_interval: start and end of guidance as fractions of the chain, from noise (0) to image (1) (Kynkäänniemi
-                et al. 2024).
+            guidance_interval: start and end of guidance as fractions of the chain, noise being 0 (Kynkäänniemi et al. 2024).
             image: start from this picture, noised, instead of pure noise: PIL, array [B, H, W, C] or tensor [B, C, H, W] in
                 [0, 1] (integers: 0..255); a single one, or one per image.
-            strength: fraction of the chain to run on `image`: 0 returns it unchanged, 1 leaves nothing of it. The default is
+            strength: fraction of the chain to run on `image`, from 0 (unchanged) to 1 (nothing of it is left); the default is
                 0.5, or 1 with a mask.
             mask_image: white (1) where `image` is painted anew, black (0) where its pixels are kept.
-            num_resamples: with a mask, passes per step, which make old and new fit better (Lugmayr et al. 2022); 1 is none,
-                and time grows in proportion.
+            num_resamples: with a mask, passes per step, for a better fit of old and new (Lugmayr et al. 2022); 1 is none.
             output_trajectory: also return all x_t: `trajectory` [S + 1, B, C, H, W] on the CPU.
 
         Raises:
@@ -98,8 +97,7 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
         labels = None if class_labels is None else self._label_ids(class_labels)
         if batch_size is None:
             batch_size = 1 if labels is None else len(labels)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1.")
+        check_count("batch_size", batch_size)
         check_generators(generator, batch_size)
         edit = Edit(image, strength, mask_image, num_resamples)
         callback_inputs = tuple(callback_on_step_end_tensor_inputs)
@@ -125,7 +123,7 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
     def _label_ids(self, class_labels: ClassLabels) -> list[int]:
         if not self._num_embeddings:
             raise ValueError("class_labels were given to a model without classes; leave them out.")
-        if isinstance(class_labels, torch.Tensor):
+        if isinstance(class_labels, Tensor):
             class_labels = class_labels.tolist()
         labels = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
         if not labels:
@@ -169,10 +167,8 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
         if not guidance.in_use:
             return Conditioning({"class_labels": ids})
         if self._null_label is None:
-            raise ValueError(
-                f"guidance_scale={guidance.scale} needs a model with an embedding for 'no class', but this one embeds only "
-                "its classes; use guidance_scale=1."
-            )
+            missing = "an embedding for 'no class', which this model lacks"
+            raise ValueError(f"guidance_scale={guidance.scale} needs {missing}; use guidance_scale=1.")
         self._warn_if_never_unconditional()
         return Conditioning({"class_labels": ids}, {"class_labels": torch.full_like(ids, self._null_label)}, guidance)
 

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .editing_alpha_ddpm import Edit, Images, check_generators
 from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
-from .tables_alpha_ddpm import Generators
+from .tables_alpha_ddpm import Generators, check_count
 
 # diffusers runs the pipeline.py of every local folder in one and the same module, where it wants to find a single class
 globals().pop("AlphaDDPMPipeline", None)
@@ -33,16 +34,11 @@ def prepare_prompt(prompt: str) -> str:
     return prompt.lower().strip()
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str, torch.Tensor]:
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask`, each int64 [B, 77], cut and padded."""
-    tokens = tokenizer(
-        [prepare_prompt(prompt) for prompt in prompts],
-        padding="max_length",
-        max_length=MAX_TOKENS,
-        truncation=True,
-        return_attention_mask=True,
-        return_tensors="pt",
-    )
+    prompts = [prepare_prompt(prompt) for prompt in prompts]
+    fixed_length = {"padding": "max_length", "max_length": MAX_TOKENS, "truncation": True}
+    tokens = tokenizer(prompts, **fixed_length, return_attention_mask=True, return_tensors="pt")
     return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
 
 
@@ -78,9 +74,8 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
     ):
         super().__init__()
         _check_components(unet, text_encoder)
-        self.register_modules(
-            unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=self._own_scheduler(scheduler)
-        )
+        scheduler = self._own_scheduler(scheduler)
+        self.register_modules(unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
 
     @torch.no_grad()
     def __call__(
@@ -91,11 +86,11 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: Generators = None,
-        prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("image",),
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -109,38 +104,20 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
 
         Args:
             prompt: what to show; tokens beyond the 77th are cut, with a warning. The empty prompt means no condition.
-            num_inference_steps: length of the chain; the default is every timestep the model was trained on.
             guidance_scale: 1 is none; above 1, images are pushed towards the prompt and away from the negative one. Doubles
                 the network's batch.
             negative_prompt: what to guide away from, one for all or one per prompt; the default is the empty prompt.
             num_images_per_prompt: at least 1.
-            generator: one for all images, or a list of one per image; an image with its own generator does not depend on the
-                batch it is sampled in.
             prompt_embeds, negative_prompt_embeds: text states [B, 77, D] in place of prompts, as `encode` returns them.
-            output_type: "pil" images, "np" [B, H, W, C] in [0, 1], or "pt" [B, C, H, W] in [0, 1].
-            return_dict: return an `AlphaDDPMOutput` rather than a tuple.
-            callback_on_step_end: called as `callback(pipe, index, timestep, tensors)` after each step; an "image" in the dict
-                that it returns replaces the current one.
-            callback_on_step_end_tensor_inputs: names in `tensors`: "image" (x_s, [B, C, H, W], in about [-1, 1]) and
-                "pred_original_sample" (the x_0 predicted at this step).
-            guidance_rescale: from 0 to 1, how much of the contrast that guidance adds is undone (Lin et al. 2023).
-            guidance_interval: start and end of guidance as fractions of the chain, from noise (0) to image (1) (Kynkäänniemi
-                et al. 2024).
-            image: start from this picture, noised, instead of pure noise: PIL, array [B, H, W, C] or tensor [B, C, H, W] in
-                [0, 1] (integers: 0..255); a single one, or one per image.
-            strength: fraction of the chain to run on `image`: 0 returns it unchanged, 1 leaves nothing of it. The default is
-                0.5, or 1 with a mask.
-            mask_image: white (1) where `image` is painted anew, black (0) where its pixels are kept.
-            num_resamples: with a mask, passes per step, which make old and new fit better (Lugmayr et al. 2022); 1 is none,
-                and time grows in proportion.
-            output_trajectory: also return all x_t: `trajectory` [S + 1, B, C, H, W] on the CPU.
+
+        The other arguments are those of `AlphaDDPMPipeline`: see `Guidance` for how far to guide, `Edit` for what the chain
+        starts from and keeps, and `Output` for what comes back.
 
         Raises:
             ValueError: for a value that cannot be used, before any image is sampled.
         """
         count = num_images_per_prompt
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"num_images_per_prompt={count!r} must be an integer of at least 1.")
+        check_count("num_images_per_prompt", count)
         prompts = self._prompts(prompt, prompt_embeds)
         batch_size = count * (len(prompt_embeds) if prompts is None else len(prompts))
         check_generators(generator, batch_size)
@@ -159,7 +136,7 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
         return self._sample(batch_size, conditioning, edit, output, generator, num_inference_steps)
 
     @torch.no_grad()
-    def encode(self, prompts: str | list[str]) -> torch.Tensor:
+    def encode(self, prompts: str | list[str]) -> Tensor:
         """Text states [B, 77, D] of the prompts, in the UNet's precision."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         for prompt in prompts:
@@ -174,7 +151,7 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
             cut = cut if len(cut) <= SHOWN else f"{cut[:SHOWN]}... ({len(cut)} characters)"
             warnings.warn(f"the prompt has more than {MAX_TOKENS} tokens; this was cut from it: {cut!r}", stacklevel=5)
 
-    def _prompts(self, prompt: Any, prompt_embeds: torch.Tensor | None) -> list[str] | None:
+    def _prompts(self, prompt: Any, prompt_embeds: Tensor | None) -> list[str] | None:
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either a prompt or prompt_embeds.")
         if prompt is None:
@@ -185,8 +162,8 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
         return list(prompts)
 
     def _negative_states(
-        self, count: int, negative_prompt: str | list[str] | None, negative_prompt_embeds: torch.Tensor | None
-    ) -> torch.Tensor:
+        self, count: int, negative_prompt: str | list[str] | None, negative_prompt_embeds: Tensor | None
+    ) -> Tensor:
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("give either negative_prompt or negative_prompt_embeds.")
         if negative_prompt_embeds is not None:
@@ -197,12 +174,10 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
             raise ValueError(f"{len(states)} negative prompts for {count} prompts; give 1 or {count}.")
         return states.expand(count, *states.shape[1:])
 
-    def _checked_states(self, states: torch.Tensor, name: str) -> torch.Tensor:
+    def _checked_states(self, states: Tensor, name: str) -> Tensor:
         width = self.unet.config.cross_attention_dim
         if states.ndim != 3 or states.shape[2] != width:
-            raise ValueError(
-                f"{name} has shape {tuple(states.shape)}; this model's text states are [B, tokens, {width}]."
-            )
+            raise ValueError(f"{name} has shape {tuple(states.shape)}; this model takes [B, tokens, {width}].")
         return states.to(self._execution_device, self.unet.dtype)
 
     def _batch_option(self, count: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -216,18 +191,14 @@ def _check_components(unet: Any, text_encoder: Any) -> None:
         return  # `from_pretrained(..., unet=None)` loads part of a pipeline
     width = unet.config.get("cross_attention_dim")
     if width is None:
-        raise ValueError(
-            f"the UNet is a {type(unet).__name__} without cross-attention, which cannot read text states; use a "
-            "UNet2DConditionModel, or AlphaDDPMPipeline for a model without text."
-        )
+        use = "use a UNet2DConditionModel, or AlphaDDPMPipeline for a model without text"
+        raise ValueError(f"{type(unet).__name__} without cross-attention cannot read text states; {use}.")
     encoder = text_encoder.config
     states = getattr(encoder, "hidden_size", None) or getattr(encoder, "d_model", None)
     if unet.config.get("encoder_hid_dim") is None and states != width:
         raise ValueError(
-            f"the text encoder's states have {states} values and the UNet's cross_attention_dim is {width}; they must be equal."
+            f"the text encoder's states have {states} values, but the UNet's cross_attention_dim is {width}."
         )
     positions = getattr(encoder, "max_position_embeddings", None)
     if positions is not None and positions < MAX_TOKENS:
-        raise ValueError(
-            f"the text encoder takes {positions} tokens; it must take {MAX_TOKENS}, to which prompts are padded."
-        )
+        raise ValueError(f"the text encoder takes {positions} tokens; prompts are padded to {MAX_TOKENS}.")

@@ -1,20 +1,20 @@
 """The reverse loop that all pipelines share, with classifier-free guidance.
 
-A pipeline turns its condition into arguments of the UNet; everything else is here and in `editing_alpha_ddpm.py`, once.
-Travels inside model repositories. Imports diffusers, torch and its siblings; defines no pipeline class, because the Hub's
-loader wants one per repository.
+A pipeline turns its condition into arguments of the UNet; everything else is here and in `editing_alpha_ddpm.py`.
+Travels inside model repositories. Imports diffusers, torch and its siblings; defines no pipeline class.
 """
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from torch import Tensor
 
 from .editing_alpha_ddpm import AlphaDDPMEditing, Edit
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
@@ -28,19 +28,16 @@ CALLBACK_INPUTS = ("image", "pred_original_sample")
 class AlphaDDPMOutput(ImagePipelineOutput):
     """`images` as asked for and, with `output_trajectory=True`, x_T first and x_0 last: [S + 1, B, C, H, W], on the CPU."""
 
-    trajectory: torch.Tensor | None = None
+    trajectory: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance (Ho & Salimans 2022): its scale, its rescaling, and the part of the chain it applies to.
+    """Classifier-free guidance (Ho & Salimans 2022). Raises ValueError for values outside their ranges."""
 
-    Raises ValueError for values outside their ranges.
-    """
-
-    scale: float = 1.0
-    rescale: float = 0.0
-    interval: tuple[float, float] = (0.0, 1.0)
+    scale: float = 1.0  # 1 is none
+    rescale: float = 0.0  # 0 to 1: how much of the contrast that guidance adds is undone
+    interval: tuple[float, float] = (0.0, 1.0)  # start and end as fractions of the chain, from noise to image
 
     def __post_init__(self) -> None:
         if not (isinstance(self.scale, (int, float)) and math.isfinite(self.scale)):
@@ -48,10 +45,8 @@ class Guidance:
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance_rescale={self.rescale!r} must be from 0 (none) to 1.")
         if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
-            raise ValueError(
-                f"guidance_interval={self.interval!r} must be a start and an end with 0 <= start <= end <= 1, as fractions of "
-                "the chain from noise (0) to image (1)."
-            )
+            allowed = "0 <= start <= end <= 1, fractions of the chain from noise (0) to image (1)"
+            raise ValueError(f"guidance_interval={self.interval!r} must be a start and an end with {allowed}.")
 
     @property
     def in_use(self) -> bool:
@@ -66,8 +61,8 @@ class Guidance:
 class Conditioning:
     """What the UNet is told: keyword arguments, tensors [B, ...], those of the unconditional half, and the guidance."""
 
-    kwargs: dict[str, torch.Tensor]
-    null_kwargs: dict[str, torch.Tensor] | None = None  # None if nothing is guided
+    kwargs: dict[str, Tensor]
+    null_kwargs: dict[str, Tensor] | None = None  # None if nothing is guided
     guidance: Guidance = Guidance()
 
 
@@ -77,22 +72,18 @@ class Output:
 
     type: str = "pil"
     as_dict: bool = True
-    trajectory: bool = False
-    callback: Callable[[Any, int, torch.Tensor, dict], dict] | None = None
+    trajectory: bool = False  # also return all x_t
+    callback: Callable[[Any, int, Tensor, dict], dict] | None = None  # called as (pipe, index, timestep, tensors)
     callback_inputs: Sequence[str] = ("image",)
 
     def __post_init__(self) -> None:
         if self.type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={self.type!r} is not one of {', '.join(OUTPUT_TYPES)}.")
         if unknown := sorted(set(self.callback_inputs) - set(CALLBACK_INPUTS)):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs={unknown} are not among {', '.join(CALLBACK_INPUTS)}."
-            )
+            raise ValueError(f"callback_on_step_end_tensor_inputs={unknown} are not in {', '.join(CALLBACK_INPUTS)}.")
 
 
-def guide(
-    unconditional: torch.Tensor, conditional: torch.Tensor, channels: int, scale: float, rescale: float = 0.0
-) -> torch.Tensor:
+def guide(unconditional: Tensor, conditional: Tensor, channels: int, scale: float, rescale: float = 0.0) -> Tensor:
     """u + scale (c - u) (Ho & Salimans 2022, eq. 6) for network outputs [B, C or 2C, H, W] and images of C channels.
 
     Noise, x_0 and v are affine in one another at a given x_t, so this is the same guidance for each of them. The variance
@@ -146,7 +137,7 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
         following = [*timesteps[1:], None]  # None is clean data
         start = self._start(edit, batch_size, generator)
         x, watch = start.x, _Watch(self, output, start.x)
-        step_options = self._step_options(generator)
+        step_options = {"generator": generator} if "generator" in signature(self.scheduler.step).parameters else {}
 
         for index, t in enumerate(self.progress_bar(timesteps[start.first :]), start=start.first):
             for repeat in range(1 if following[index] is None else start.passes):
@@ -154,15 +145,15 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
                     x = self.scheduler.forward_step(x, t, self._noise(x.shape, generator))
                 model_output = self._predict(x, t, conditioning, index / len(timesteps))
                 step = self.scheduler.step(model_output, t, x, **step_options)
-                x = self._keep(step.prev_sample, start.kept, following[index], generator)
+                x = self._keep(step.prev_sample, start, following[index], generator)
             x = watch(index, t, x, step)
 
         images = self._images_out(x, output.type)
         self.maybe_free_model_hooks()
-        result = AlphaDDPMOutput(images=images, trajectory=watch.trajectory)
+        result = AlphaDDPMOutput(images=images, trajectory=None if watch.frames is None else torch.stack(watch.frames))
         return result if output.as_dict else result.to_tuple()
 
-    def _predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, share: float) -> torch.Tensor:
+    def _predict(self, x: Tensor, t: Tensor, conditioning: Conditioning, share: float) -> Tensor:
         """The network's guided output in the precision of the chain, with the channels that the scheduler can use."""
         guidance, null_kwargs = conditioning.guidance, conditioning.null_kwargs
         model_input = self.scheduler.scale_model_input(x, t).to(self.unet.dtype)
@@ -185,12 +176,7 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
         is_ddpm = isinstance(self.scheduler, DDPMScheduler) or hasattr(self.scheduler, "p_mean_variance")
         return is_ddpm and self.scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
 
-    def _step_options(self, generator: Generators) -> dict[str, Any]:
-        """Some of diffusers' schedulers draw no noise and take no generator."""
-        accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        return {"generator": generator} if accepts_generator else {}
-
-    def _images_out(self, x: torch.Tensor, output_type: str) -> Any:
+    def _images_out(self, x: Tensor, output_type: str) -> Any:
         x = (x / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return x
@@ -213,11 +199,11 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
 class _Watch:
     """Shows each step to the callback, which may replace the image, and records the trajectory."""
 
-    def __init__(self, pipe: AlphaDDPMSampling, output: Output, x: torch.Tensor):
+    def __init__(self, pipe: AlphaDDPMSampling, output: Output, x: Tensor):
         self.pipe, self.output = pipe, output
         self.frames = [x.cpu()] if output.trajectory else None
 
-    def __call__(self, index: int, t: torch.Tensor, x: torch.Tensor, step: Any) -> torch.Tensor:
+    def __call__(self, index: int, t: Tensor, x: Tensor, step: Any) -> Tensor:
         if self.output.callback is not None:
             tensors = {"image": x, "pred_original_sample": getattr(step, "pred_original_sample", None)}
             chosen = {name: tensors[name] for name in self.output.callback_inputs}
@@ -225,7 +211,3 @@ class _Watch:
         if self.frames is not None:
             self.frames.append(x.cpu())
         return x
-
-    @property
-    def trajectory(self) -> torch.Tensor | None:
-        return None if self.frames is None else torch.stack(self.frames)

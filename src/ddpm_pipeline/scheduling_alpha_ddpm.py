@@ -26,26 +26,10 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from torch import Tensor
 
-from .tables_alpha_ddpm import (
-    LEARNED_VARIANCE_TYPES,
-    OWN_KEY,
-    Coefficients,
-    Generators,
-    add_scaled_,
-    as_table,
-    cast,
-    chain_table,
-    check_integer,
-    check_settings,
-    check_terminal_signal,
-    compute,
-    log_alphas_of,
-    marginal_table,
-    mix,
-    standard_normal,
-    without_torch,
-)
+from . import tables_alpha_ddpm as tables  # the pipelines import it as well, so that it travels
+from .tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, OWN_KEY, Coefficients, Generators, Timesteps, compute, mix
 
 OWN_SETTINGS = ("noise_second_moments", "inference_timesteps")
 
@@ -57,16 +41,16 @@ class Moments:
     `mean` is [B, C, H, W]; `variance` and `log_variance` (natural logarithm) broadcast against it.
     """
 
-    mean: torch.Tensor
-    variance: torch.Tensor
-    log_variance: torch.Tensor
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
 
 
 @dataclass(frozen=True)
 class ReverseMoments(Moments):
     """Moments of p_θ(x_s | x_t) and the x_0 they were computed from, clipped as configured."""
 
-    pred_original_sample: torch.Tensor
+    pred_original_sample: Tensor
 
 
 class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
@@ -74,21 +58,18 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     Configuration keys, their meaning and their defaults are those of diffusers' `DDPMScheduler`, so configs of either class
     load in the other; docs/scheduler.md lists what stock gets wrong and this class gets right. Images are [B, C, H, W];
-    `timesteps` is an int, a 0-d tensor or a [B] tensor. After `set_timesteps` the chain in use is that sub-sequence, and
-    every method that involves the preceding timestep follows it; before, it is the full chain T-1..0.
-
-    Tables are float64 inside. Images come back in their own dtype; float16 and bfloat16 are computed in float32. Moments
-    come back in the dtype of the computation, float32 or float64.
+    `timesteps` is an int, a 0-d tensor or a [B] tensor. After `set_timesteps` the chain in use is that sub-sequence, which
+    every method follows that involves the preceding timestep; before, it is the full chain T-1..0. Images come back in
+    their own dtype, computed in float32 if it is a half precision; moments in the dtype of the computation.
 
     Args:
         num_train_timesteps: T, the length of the chain, 1 to 100,000.
         beta_start, beta_end: ends of the linear, scaled_linear and sigmoid schedules, in (0, 1).
         beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid" or "laplace".
         trained_betas: β_1..β_T instead of a schedule; see `from_alphas`.
-        variance_type: variance of p_θ(x_s | x_t): "fixed_small" β̃, "fixed_large" 1 - α_{t|s} (their "_log" forms are
-            the same quantities), "learned" (the second half of the network's output is the log-variance), "learned_range"
-            (it interpolates between the logarithms of the two, Nichol & Dhariwal 2021 eq. 15), or "analytic" (Bao et al.
-            2022).
+        variance_type: variance of p_θ(x_s | x_t): "fixed_small" β̃, "fixed_large" 1 - α_{t|s} (their "_log" forms are the
+            same), "learned" (the second half of the network's output is the log-variance), "learned_range" (it interpolates
+            between the logarithms of the two, Nichol & Dhariwal 2021 eq. 15), or "analytic" (Bao et al. 2022).
         clip_sample: clip the predicted x_0 to [-clip_sample_range, clip_sample_range].
         prediction_type: what the network predicts: "epsilon" (the noise), "sample" (x_0) or "v_prediction".
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x_0 (Saharia et al. 2022)
@@ -132,13 +113,13 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         # JSON has no numpy numbers. Values left to a default count as explicit: under `_use_default_values` diffusers would
         # replace them by another class's own defaults, and Heun's betas are not DDPM's.
         self.register_to_config(**numpy_numbers, _use_default_values=[])
-        check_settings(self.config)
+        tables.check_settings(self.config)
         if trained_betas is not None:
-            betas = as_table("trained_betas", trained_betas, num_train_timesteps)
+            betas = tables.as_table("trained_betas", trained_betas, num_train_timesteps)
             self.register_to_config(trained_betas=betas.tolist())
-        self._log_alphas = log_alphas_of(self.config)
+        self._log_alphas = tables.log_alphas_of(self.config)
         self._log_alphas_cumprod = self._log_alphas.cumsum(dtype=np.longdouble).astype(np.float64)
-        check_terminal_signal(self.config, float(self._log_alphas_cumprod[-1]))
+        tables.check_terminal_signal(self.config, float(self._log_alphas_cumprod[-1]))
         self._noise_second_moments = self._checked_noise_second_moments(noise_second_moments)
         self._inference_timesteps = self._checked_inference_timesteps(inference_timesteps)
         if own := {name: value for name in OWN_SETTINGS if (value := getattr(self, name))}:
@@ -149,18 +130,18 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         self.alphas = torch.from_numpy(np.exp(self._log_alphas)).float()
         self.alphas_cumprod = torch.from_numpy(np.exp(self._log_alphas_cumprod)).float()
 
-        self._marginal = marginal_table(self._log_alphas_cumprod)
+        self._marginal = tables.marginal_table(self._log_alphas_cumprod)
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self._use_chain(np.arange(num_train_timesteps)[::-1])
 
     @classmethod
-    def from_alphas(cls, alphas: Sequence[float] | np.ndarray | torch.Tensor, **config: Any) -> "AlphaDDPMScheduler":
+    def from_alphas(cls, alphas: Sequence[float] | np.ndarray | Tensor, **config: Any) -> "AlphaDDPMScheduler":
         """The scheduler of the constants α_1..α_T fixed beforehand (report §4.1), [T], each in (0, 1).
 
         They are stored as `trained_betas`, which every diffusers scheduler reads. Raises ValueError for values outside.
         """
-        table = as_table("alphas", alphas, np.size(without_torch(alphas)))
+        table = tables.as_table("alphas", alphas, np.size(tables.without_torch(alphas)))
         return cls(num_train_timesteps=table.size, trained_betas=(1 - table).tolist(), **config)
 
     # ---- configuration: our settings travel under one key that stock classes keep ---------------------
@@ -174,12 +155,10 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         own = own | {key: config_dict[key] for key in OWN_SETTINGS if key in config_dict}
         own |= {key: kwargs.pop(key) for key in OWN_SETTINGS if key in kwargs}
         if unknown := sorted(set(own) - set(OWN_SETTINGS)):
-            raise ValueError(
-                f"the scheduler config has unknown settings {unknown}; upgrade ddpm-pipeline to read them."
-            )
+            raise ValueError(f"the scheduler config has unknown settings {unknown}; upgrade ddpm-pipeline.")
         shared = {key: value for key, value in config_dict.items() if key not in (OWN_KEY, *OWN_SETTINGS)}
-        init_dict, unused, hidden = super().extract_init_dict(shared, **kwargs)
-        return init_dict | own, unused, hidden
+        init_dict, *others = super().extract_init_dict(shared, **kwargs)
+        return init_dict | own, *others
 
     def to_json_string(self) -> str:
         """The config as JSON under the stock class name, so that a saved scheduler loads with diffusers alone."""
@@ -205,12 +184,10 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
     def _checked_noise_second_moments(self, values: Any) -> np.ndarray | None:
         if values is None:
             if self.config.variance_type == "analytic":
-                raise ValueError(
-                    "variance_type='analytic' needs noise_second_moments, one value per timestep; measure them with "
-                    "ddpm_pipeline.likelihood.estimate_analytic_variance."
-                )
+                how = "measure them with ddpm_pipeline.likelihood.estimate_analytic_variance"
+                raise ValueError(f"variance_type='analytic' needs noise_second_moments, one per timestep; {how}.")
             return None
-        table = as_table("noise_second_moments", values, len(self))
+        table = tables.as_table("noise_second_moments", values, len(self))
         if (table < 0).any():
             raise ValueError(f"noise_second_moments holds {table.min()!r}; mean squares are never negative.")
         return table
@@ -223,7 +200,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
             chain = self._checked_chain(timesteps, f"inference_timesteps[{key!r}]")
             if str(key) != str(len(chain)):
                 raise ValueError(
-                    f"inference_timesteps[{key!r}] has {len(chain)} timesteps; the key must be that number."
+                    f"inference_timesteps[{key!r}] has {len(chain)} timesteps; its key must be {len(chain)}."
                 )
             checked[str(key)] = chain.tolist()
         return checked
@@ -249,7 +226,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         if timesteps is not None:
             chain = self._checked_chain(timesteps, "timesteps")
         else:
-            check_integer("num_inference_steps", num_inference_steps, 1, len(self))
+            tables.check_integer("num_inference_steps", num_inference_steps, 1, len(self))
             stored = self._inference_timesteps.get(str(num_inference_steps))
             chain = np.array(stored) if stored else self._spaced_chain(int(num_inference_steps))
         self.custom_timesteps = timesteps is not None
@@ -257,13 +234,8 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         self._use_chain(chain, device)
 
     def _use_chain(self, descending: np.ndarray, device: str | torch.device | None = None) -> None:
-        self._chain = chain_table(
-            descending[::-1],
-            self._log_alphas,
-            self._log_alphas_cumprod,
-            self.config.variance_type,
-            self._noise_second_moments,
-        )
+        logs = self._log_alphas, self._log_alphas_cumprod
+        self._chain = tables.chain_table(descending[::-1], *logs, self.variance_type, self._noise_second_moments)
         self.timesteps = torch.from_numpy(descending.astype(np.int64)).to(device)
 
     def _spaced_chain(self, num_inference_steps: int) -> np.ndarray:
@@ -280,68 +252,62 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         )
 
     def _checked_chain(self, timesteps: Any, source: str) -> np.ndarray:
-        timesteps = without_torch(timesteps)
+        timesteps = tables.without_torch(timesteps)
         chain, last = np.asarray(timesteps), len(self) - 1
         if chain.ndim != 1 or chain.size == 0 or chain.dtype.kind not in "iu":
             raise ValueError(f"{source} must be a non-empty list of integers, not {reprlib.repr(timesteps)}.")
         if (np.diff(chain.astype(np.int64)) >= 0).any() or chain[0] > last or chain[-1] < 0:
-            raise ValueError(
-                f"{source} must be strictly descending timesteps from at most {last} to at least 0, not "
-                f"{reprlib.repr(chain.tolist())}."
-            )
+            found = reprlib.repr(chain.tolist())
+            raise ValueError(f"{source} must be strictly descending timesteps from at most {last} to 0, not {found}.")
         return chain.astype(np.int64)
 
-    def previous_timestep(self, timestep: int | torch.Tensor) -> int:
+    def previous_timestep(self, timestep: Timesteps) -> int:
         """s, the timestep before `timestep` in the chain in use; -1 if that is clean data."""
-        timestep = timestep.cpu() if isinstance(timestep, torch.Tensor) else timestep
+        timestep = timestep.cpu() if isinstance(timestep, Tensor) else timestep
         return int(self._chain.at(timestep, self.betas).previous)
 
-    def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: Timesteps | None = None) -> Tensor:
         """x_t unchanged: the network's input needs no scaling here."""
         return sample
 
     # ---- forward process q (report §4) ----------------------------------------------------------------
 
-    def forward_step(self, sample: torch.Tensor, timestep: int | torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def forward_step(self, sample: Tensor, timestep: Timesteps, noise: Tensor) -> Tensor:
         """x_t from x_s and z_t ~ N(0, I): √α_{t|s} x_s + √(1-α_{t|s}) z_t, report eq. 4.3. All [B, C, H, W]."""
         x_s = compute(sample)
         chain = self._chain.at(timestep, x_s)
         return mix(chain.forward_scale, x_s, chain.forward_std, noise).to(sample.dtype)
 
-    def forward_mean_variance(self, sample: torch.Tensor, timesteps: int | torch.Tensor) -> Moments:
+    def forward_mean_variance(self, sample: Tensor, timesteps: Timesteps) -> Moments:
         """Moments of q(x_t | x_s), report eq. 4.12. `sample` is x_s, [B, C, H, W]."""
         x_s = compute(sample)
         chain = self._chain.at(timesteps, x_s)
         return _moments(chain.forward_scale * x_s, chain.forward_variance, chain.forward_log_variance)
 
-    def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor
-    ) -> torch.Tensor:
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Timesteps) -> Tensor:
         """x_t directly from x_0: √ᾱ_t x_0 + √(1-ᾱ_t) z̃, report eq. 4.10. [B, C, H, W], in the dtype of x_0."""
         x_0 = compute(original_samples)
         q = self._marginal.at(timesteps, x_0)
         return mix(q.sqrt_alpha_cumprod, x_0, q.sqrt_one_minus_alpha_cumprod, noise).to(original_samples.dtype)
 
-    def q_mean_variance(self, original_samples: torch.Tensor, timesteps: int | torch.Tensor) -> Moments:
+    def q_mean_variance(self, original_samples: Tensor, timesteps: Timesteps) -> Moments:
         """Moments of q(x_t | x_0) = N(√ᾱ_t x_0, (1-ᾱ_t) I), report eq. 4.11. `original_samples` is [B, C, H, W]."""
         x_0 = compute(original_samples)
         q = self._marginal.at(timesteps, x_0)
         return _moments(q.sqrt_alpha_cumprod * x_0, q.one_minus_alpha_cumprod, q.log_one_minus_alpha_cumprod)
 
-    def log_snr(self, timesteps: int | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
+    def log_snr(self, timesteps: Timesteps, like: Tensor) -> float | Tensor:
         """log(ᾱ_t/(1-ᾱ_t)), to broadcast against the images `like`; -inf at zero terminal SNR."""
         return self._marginal.at(timesteps, compute(like)).log_snr
 
-    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor) -> torch.Tensor:
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Timesteps) -> Tensor:
         """v = √ᾱ_t z̃ - √(1-ᾱ_t) x_0 (Salimans & Ho 2022). `sample` is x_0, as in diffusers. [B, C, H, W]."""
         x_0 = compute(sample)
         q = self._marginal.at(timesteps, x_0)
         velocity = mix(q.sqrt_alpha_cumprod, noise.to(x_0.dtype), -q.sqrt_one_minus_alpha_cumprod, x_0)
         return velocity.to(sample.dtype)
 
-    def training_target(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor
-    ) -> torch.Tensor:
+    def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: Timesteps) -> Tensor:
         """What the network regresses on (report §6): the noise, x_0 or v, by `prediction_type`. [B, C, H, W]."""
         if self.config.prediction_type == "epsilon":
             return noise
@@ -351,21 +317,17 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     # ---- posterior and reverse process (report §5) ----------------------------------------------------
 
-    def q_posterior(
-        self, original_samples: torch.Tensor, sample: torch.Tensor, timesteps: int | torch.Tensor
-    ) -> Moments:
+    def q_posterior(self, original_samples: Tensor, sample: Tensor, timesteps: Timesteps) -> Moments:
         """Moments of q(x_s | x_t, x_0), report eq. 5.7 corrected. x_0 and x_t are [B, C, H, W].
 
         If s is clean data, the posterior is the point x_0: variance 0 and log-variance -inf.
         """
         x_t = compute(sample)
         chain = self._chain.at(timesteps, x_t)
-        mean = self._posterior_mean(cast(original_samples, x_t.dtype), x_t, chain)
+        mean = self._posterior_mean(original_samples.to(x_t.dtype), x_t, chain)
         return _moments(mean, chain.posterior_variance, chain.posterior_log_variance)
 
-    def predict_original_sample(
-        self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
-    ) -> torch.Tensor:
+    def predict_original_sample(self, model_output: Tensor, timesteps: Timesteps, sample: Tensor) -> Tensor:
         """x_0 from the network's output and x_t, unclipped (report, above eq. 5.8). [B, C, H, W].
 
         `model_output` is the noise, x_0 or v, by `prediction_type`; a variance half is ignored.
@@ -374,9 +336,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         output = compute(self._split(model_output, sample)[0]).to(x_t.dtype)
         return self._predict_x0(output, timesteps, x_t).to(sample.dtype)
 
-    def p_mean_variance(
-        self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
-    ) -> ReverseMoments:
+    def p_mean_variance(self, model_output: Tensor, timesteps: Timesteps, sample: Tensor) -> ReverseMoments:
         """Moments of p_θ(x_s | x_t), report eq. 5.8, with x_0 clipped as configured.
 
         `model_output` [B, C or 2C, H, W], `sample` x_t [B, C, H, W]. β̃ is 0 for the step into clean data; its neighbour's
@@ -392,43 +352,43 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def step(
         self,
-        model_output: torch.Tensor,
-        timestep: int | torch.Tensor,
-        sample: torch.Tensor,
+        model_output: Tensor,
+        timestep: Timesteps,
+        sample: Tensor,
         generator: Generators = None,
         return_dict: bool = True,
-    ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """x_s ~ p_θ(x_s | x_t); its mean if s is clean data (end of report §5).
 
         `model_output` [B, C or 2C, H, W], `sample` x_t [B, C, H, W]; `generator` is one, or a list of one per image.
         """
         x_s, x_0, log_std, chain = self._reverse(model_output, timestep, sample)
         gate = chain.noise_gate  # 0 for the step into clean data, otherwise 1: a float, or [B, 1, 1, 1]
-        per_image = isinstance(gate, torch.Tensor)
+        per_image = isinstance(gate, Tensor)
         if per_image or gate:
-            noise = standard_normal(sample.shape, model_output, generator)
+            noise = tables.standard_normal(sample.shape, model_output, generator)
             std = chain.model_std if log_std is None else log_std.exp_()
-            x_s = add_scaled_(x_s, std * gate if per_image else std, noise)
-        x_s, x_0 = cast(x_s, sample.dtype), cast(x_0, sample.dtype)
+            x_s = tables.add_scaled_(x_s, std * gate if per_image else std, noise)
+        x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
         return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
 
     def _reverse(
-        self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Coefficients]:
+        self, model_output: Tensor, timesteps: Timesteps, sample: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Coefficients]:
         """The reverse formula: mean of p_θ(x_s | x_t), its x_0, log σ if that is learned, and the chain's coefficients."""
         prediction, raw_variance = self._split(model_output, sample)
         x_t = compute(sample)
         chain = self._chain.at(timesteps, x_t)
-        x_0 = self._clip(self._predict_x0(cast(prediction, x_t.dtype), timesteps, x_t))
-        log_std = None if raw_variance is None else self._learned_log_std(cast(raw_variance, x_t.dtype), chain)
+        x_0 = self._clip(self._predict_x0(prediction.to(x_t.dtype), timesteps, x_t))
+        log_std = None if raw_variance is None else self._learned_log_std(raw_variance.to(x_t.dtype), chain)
         return self._posterior_mean(x_0, x_t, chain), x_0, log_std, chain
 
     @staticmethod
-    def _posterior_mean(x_0: torch.Tensor, x_t: torch.Tensor, chain: Coefficients) -> torch.Tensor:
+    def _posterior_mean(x_0: Tensor, x_t: Tensor, chain: Coefficients) -> Tensor:
         """μ̃ = [√ᾱ_s (1-α_{t|s}) x_0 + √α_{t|s} (1-ᾱ_s) x_t] / (1-ᾱ_t)."""
         return mix(chain.posterior_x0, x_0, chain.posterior_xt, x_t)
 
-    def _predict_x0(self, output: torch.Tensor, timesteps: int | torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
+    def _predict_x0(self, output: Tensor, timesteps: Timesteps, x_t: Tensor) -> Tensor:
         """x_0 = (x_t - √(1-ᾱ_t) z̃)/√ᾱ_t from the noise, √ᾱ_t x_t - √(1-ᾱ_t) v from v."""
         if self.config.prediction_type == "sample":
             return output
@@ -437,7 +397,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
             return mix(q.inverse_sqrt_alpha_cumprod, x_t, -q.noise_to_signal, output)
         return mix(q.sqrt_alpha_cumprod, x_t, -q.sqrt_one_minus_alpha_cumprod, output)
 
-    def _clip(self, x_0: torch.Tensor) -> torch.Tensor:
+    def _clip(self, x_0: Tensor) -> Tensor:
         if self.config.thresholding:
             return self._dynamic_threshold(x_0)
         if not self.config.clip_sample:
@@ -448,14 +408,14 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         )  # in which case x_0 is the network's output, not ours to change
         return x_0.clamp_(-limit, limit) if in_place else x_0.clamp(-limit, limit)
 
-    def _dynamic_threshold(self, x_0: torch.Tensor) -> torch.Tensor:
+    def _dynamic_threshold(self, x_0: Tensor) -> Tensor:
         """Clip each image to a quantile of its |x_0| and scale back to [-1, 1] (Saharia et al. 2022, §2.3)."""
         flat = x_0.flatten(1)
         limit = torch.quantile(flat.abs(), self.config.dynamic_thresholding_ratio, dim=1, keepdim=True)
         limit = limit.clamp(min=1, max=self.config.sample_max_value)
         return (flat.clamp(-limit, limit) / limit).view_as(x_0)
 
-    def _split(self, model_output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
         """The prediction and, for learned variances, the variance half: [B, 2C, H, W] -> 2 x [B, C, H, W]."""
         learned = self.config.variance_type in LEARNED_VARIANCE_TYPES
         if not learned:
@@ -471,16 +431,16 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
             f" (a UNet with out_channels = {'2 * ' if learned else ''}in_channels) and otherwise the same shape."
         )
 
-    def _learned_log_std(self, raw_variance: torch.Tensor, chain: Coefficients) -> torch.Tensor:
+    def _learned_log_std(self, raw_variance: Tensor, chain: Coefficients) -> Tensor:
         """log σ, half the log-variance, from the network's variance half (Nichol & Dhariwal 2021, eq. 15)."""
         if self.config.variance_type == "learned":
             return raw_variance * 0.5
         middle = torch.zeros_like(raw_variance).add_(chain.log_std_middle)
-        return add_scaled_(middle, chain.log_std_half_range, raw_variance)
+        return tables.add_scaled_(middle, chain.log_std_half_range, raw_variance)
 
 
-def _moments(mean: torch.Tensor, variance: float | torch.Tensor, log_variance: float | torch.Tensor) -> Moments:
-    if not isinstance(variance, torch.Tensor):
+def _moments(mean: Tensor, variance: float | Tensor, log_variance: float | Tensor) -> Moments:
+    if not isinstance(variance, Tensor):
         shape = (1,) * mean.ndim
         variance, log_variance = mean.new_full(shape, variance), mean.new_full(shape, log_variance)
     return Moments(mean, variance, log_variance)

@@ -47,19 +47,15 @@ class StockFormatMixin:
     _scheduler_class: ClassVar[type]
     _stock_components: ClassVar[dict[str, Any]] = {}
 
-    # ---- saving ---------------------------------------------------------------------------------------
-
     @classmethod
     def shipped_files(cls) -> dict[str, Path]:
-        """The code that goes into a repository, by the name it has there: the pipeline's file and the siblings it imports.
+        """The code that goes into a repository, by its name there: the pipeline's file and the siblings that it imports.
 
-        Those imports are the only list of what travels, because diffusers' loader goes by them.
+        Those imports are the only list of what travels, because diffusers' loader follows them.
         """
         package = __name__.rpartition(".")[0]
-        owner = next(
-            base for base in cls.__mro__ if base.__module__.rpartition(".")[0] == package
-        )  # not a user's subclass
-        source = Path(inspect.getfile(owner))
+        ours = (base for base in cls.__mro__ if base.__module__.rpartition(".")[0] == package)  # not a user's subclass
+        source = Path(inspect.getfile(next(ours)))
         names = sorted(f"{name}.py" for name in get_relative_imports(source))
         return {"pipeline.py": source} | {name: source.with_name(name) for name in names}
 
@@ -131,8 +127,6 @@ class StockFormatMixin:
             return super().push_to_hub(repo_id, variant=variant, subfolder=subfolder, **options)
         return push_pipeline(self, repo_id, variant=variant, **options)
 
-    # ---- loading --------------------------------------------------------------------------------------
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """diffusers' `from_pretrained`, from safetensors only.
@@ -161,14 +155,9 @@ class StockFormatMixin:
         return super().load_config(pretrained_model_name_or_path, **kwargs)
 
 
-# ---- what is written does not depend on where it was made -----------------------------------------
-
-
 def _tidy_configs(folder: Path) -> None:
-    """Drop where components were loaded from, which may be a local path, and the precision a text encoder was saved in.
-
-    transformers would load in that precision, which is that of the variant saved last; diffusers loads in float32 unless told
-    otherwise.
+    """Drop where components were loaded from, which may be a local path, and the precision of the variant saved last, in
+    which transformers would load; diffusers loads in float32 unless told otherwise.
     """
     for path in [*folder.glob("*/config.json"), *folder.glob("*/tokenizer_config.json")]:
         config = json.loads(path.read_text("utf-8"))
@@ -176,9 +165,6 @@ def _tidy_configs(folder: Path) -> None:
         tidy |= dict.fromkeys(tidy.keys() & {"dtype", "torch_dtype"}, "float32")
         if tidy != config:
             path.write_text(json.dumps(tidy, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
-
-
-# ---- what is read is checked before anything is built from it -------------------------------------
 
 
 def check_folder(folder: str | os.PathLike, scheduler_class: type | None = None) -> None:
@@ -201,9 +187,7 @@ def check_folder(folder: str | os.PathLike, scheduler_class: type | None = None)
         place = folder / name if (folder / name).is_dir() else folder
         config_file = place / ("scheduler_config.json" if name == "scheduler" else "config.json")
         if config_file.is_file():
-            _check_config(config_file, value)
-            if scheduler_class is not None and value == ["diffusers", "DDPMScheduler"]:
-                _check_scheduler(config_file, scheduler_class)
+            _check_config(config_file, value, scheduler_class)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -237,27 +221,27 @@ def _check_component(index_path: Path, folder: Path, name: str, value: Any) -> N
         raise ValueError(f"{index_path}: {name} comes from {value[0]!r}; known libraries are {', '.join(LIBRARIES)}.")
 
 
-def _check_config(path: Path, component: list[str]) -> None:
+def _check_config(path: Path, component: list[str], scheduler_class: type | None) -> None:
     config = read_json(path)
     for name, value in _leaves(config):
-        limits = [limit for part, limit in LIMITS.items() if part in name]
-        _check_limit(path, name, value, min(limits, default=MAX_INTEGER))
+        limit = min((limit for part, limit in LIMITS.items() if part in name), default=MAX_INTEGER)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not (math.isfinite(value) and abs(value) <= limit):
+            raise ValueError(f"{path}: {name}={value!r} exceeds the largest supported value, {limit}.")
     model = getattr(diffusers, component[1], None) if component[0] == "diffusers" else None
     if model is not None:
         for name, parameter in inspect.signature(model.__init__).parameters.items():
             if name in config and not _fits(config[name], parameter.annotation):
-                raise ValueError(
-                    f"{path}: {name}={config[name]!r} has the wrong type; {component[1]} takes {_words(parameter)}."
-                )
-
-
-def _check_scheduler(path: Path, scheduler_class: type) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they come when the scheduler is built for use
-            scheduler_class.from_config(read_json(path))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+                wanted = parameter.annotation
+                wanted = wanted.__name__ if type(wanted) is type else wanted  # int, but list[int] in full
+                raise ValueError(f"{path}: {name}={config[name]!r} has the wrong type; {component[1]} takes {wanted}.")
+    if scheduler_class is not None and component == ["diffusers", "DDPMScheduler"]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they come when the scheduler is built for use
+                scheduler_class.from_config(config)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -273,30 +257,15 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _check_limit(path: Path, name: str, value: Any, limit: int) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and not (math.isfinite(value) and abs(value) <= limit):
-        raise ValueError(f"{path}: {name}={value!r} exceeds the largest supported value, {limit}.")
-
-
 def _fits(value: Any, annotation: Any) -> bool:
     """Whether a JSON value fits an annotation, such as `int | tuple[int, ...] | None`; True if unsure."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return any(_fits(value, choice) for choice in typing.get_args(annotation))
-    if annotation in (None, type(None)):
-        return value is None
-    if annotation is bool:
-        return isinstance(value, bool)
+    if annotation in (None, types.NoneType, bool, str):
+        return isinstance(value, annotation or types.NoneType)
     if annotation in (int, float):
         return isinstance(value, int if annotation is int else int | float) and not isinstance(value, bool)
-    if annotation is str:
-        return isinstance(value, str)
     if annotation in (list, tuple) or typing.get_origin(annotation) in (list, tuple):
         items = [argument for argument in typing.get_args(annotation) if argument is not Ellipsis]
         return isinstance(value, list) and all(any(_fits(entry, item) for item in items or [Any]) for entry in value)
     return True
-
-
-def _words(parameter: inspect.Parameter) -> str:
-    annotation = parameter.annotation
-    return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)

@@ -1,7 +1,6 @@
-"""The numbers the scheduler computes with: α schedules, checks of its configuration, and tables read by timestep.
+"""The numbers the scheduler computes with: α schedules, checks of its configuration, tables read by timestep, and what
+makes `step` fast. Everything follows from log α_t in float64, so that 1 - ᾱ_t keeps its digits near one.
 
-Everything follows from log α_t in float64, so that 1 - ᾱ_t keeps its digits near one. What `step` needs to be fast is in
-this file too, so that the scheduler reads like the report; symbols and names are explained there.
 Travels inside model repositories. Imports diffusers, numpy and torch.
 """
 
@@ -15,16 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
-FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "analytic")
 LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
-VARIANCE_TYPES = FIXED_VARIANCE_TYPES + LEARNED_VARIANCE_TYPES
+VARIANCE_TYPES = (
+    "fixed_small",
+    "fixed_small_log",
+    "fixed_large",
+    "fixed_large_log",
+    "analytic",
+    *LEARNED_VARIANCE_TYPES,
+)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
-OWN_KEY = (
-    "_alpha_ddpm"  # holds our settings in a config; stock classes silently keep underscore keys when they load and save
-)
+OWN_KEY = "_alpha_ddpm"  # of our settings in a config: stock classes silently keep what begins with an underscore
 
 MAX_TRAIN_TIMESTEPS = 100_000
 MIN_BETA = 1e-300  # below it β̃ underflows to 0
@@ -33,24 +37,19 @@ MAX_PIXEL = 1e30  # largest bound on x_0 that float32 can hold and divide by
 # √ᾱ_T below which float32 overflows in x_0 computed from noise, or in the upper bound of the analytic variance
 MIN_TERMINAL_SIGNAL = {("prediction_type", "epsilon"): 1e-30, ("variance_type", "analytic"): 1e-15}
 FAR_FROM_NOISE = 0.05  # ᾱ_T above which sampling from pure noise does not match the forward process
-
-Generators = torch.Generator | list[torch.Generator] | None  # one for all images, or one per image
-
-# ---- checks of the configuration ------------------------------------------------------------------
-
 CHOICES = {
     "beta_schedule": (BETA_SCHEDULES, " For other values use AlphaDDPMScheduler.from_alphas."),
     "variance_type": (VARIANCE_TYPES, " A UNet with out_channels = 2 * in_channels uses 'learned_range'."),
     "prediction_type": (PREDICTION_TYPES, ""),
     "timestep_spacing": (TIMESTEP_SPACINGS, ""),
 }
-RANGES = {  # above the first and at most the second
-    "beta_start": (0, 1),
-    "beta_end": (0, 1),
-    "clip_sample_range": (0, MAX_PIXEL),
-    "sample_max_value": (1 / MAX_PIXEL, MAX_PIXEL),
-    "dynamic_thresholding_ratio": (0, 1),
-}
+RANGES = dict.fromkeys(("beta_start", "beta_end", "dynamic_thresholding_ratio"), (0, 1))  # above 0 and at most 1
+RANGES |= {"clip_sample_range": (0, MAX_PIXEL), "sample_max_value": (1 / MAX_PIXEL, MAX_PIXEL)}
+
+Generators = torch.Generator | list[torch.Generator] | None  # one for all images, or one per image
+Timesteps = int | Tensor  # one for all images, or [B]
+
+# ---- checks of the configuration ------------------------------------------------------------------
 
 
 def check_settings(config: Mapping[str, Any]) -> None:
@@ -61,19 +60,25 @@ def check_settings(config: Mapping[str, Any]) -> None:
         if config[name] not in allowed:
             raise ValueError(f"{name}={config[name]!r} is not one of {', '.join(allowed)}.{fix}")
     for name, (low, high) in RANGES.items():
-        value, real = config[name], (int, float)
-        if isinstance(value, bool) or not isinstance(value, real) or not low < value <= high:  # NaN fails comparisons
+        value, number = config[name], isinstance(config[name], int | float) and not isinstance(config[name], bool)
+        if not (number and low < value <= high):  # also refuses NaN
             raise ValueError(f"{name}={value!r} must be a number above {low} and at most {high}.")
 
 
 def check_integer(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not (integer and low <= value <= high):
         raise ValueError(f"{name}={value!r} must be an integer from {low} to {high}.")
+
+
+def check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
 
 
 def without_torch(values: Any) -> Any:
     """A tensor on any device as nested lists of numbers; anything else unchanged."""
-    return values.tolist() if isinstance(values, torch.Tensor) else values
+    return values.tolist() if isinstance(values, Tensor) else values
 
 
 def as_table(name: str, values: Any, length: int) -> np.ndarray:
@@ -83,9 +88,7 @@ def as_table(name: str, values: Any, length: int) -> np.ndarray:
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} must be a list of {length} numbers, not {type(values).__name__}.") from error
     if table.shape != (length,):
-        raise ValueError(
-            f"{name} has shape {table.shape}; it needs one value per timestep: num_train_timesteps={length}."
-        )
+        raise ValueError(f"{name} has shape {table.shape}; give one value per timestep: num_train_timesteps={length}.")
     if not np.isfinite(table).all():
         raise ValueError(f"{name} holds a NaN or an infinity at timestep {int(np.argmin(np.isfinite(table)))}.")
     return table
@@ -96,9 +99,8 @@ def _check_betas(betas: np.ndarray, source: str) -> None:
     inside[-1] |= betas[-1] == 1  # a chain may end without signal, but cannot lose all of it midway
     if not inside.all():
         t = int(np.argmin(inside))
-        raise ValueError(
-            f"{source} gives beta={betas[t]} at timestep {t}; every beta = 1 - alpha must be at least {MIN_BETA} and below 1."
-        )
+        allowed = f"every beta = 1 - alpha must be at least {MIN_BETA} and below 1"
+        raise ValueError(f"{source} gives beta={betas[t]} at timestep {t}; {allowed}.")
 
 
 def check_terminal_signal(config: Mapping[str, Any], log_alpha_cumprod: float) -> None:
@@ -107,9 +109,8 @@ def check_terminal_signal(config: Mapping[str, Any], log_alpha_cumprod: float) -
     for (name, value), least in MIN_TERMINAL_SIGNAL.items():
         if config[name] == value and signal < least:
             raise ValueError(
-                f"{name}={value!r} needs sqrt(alphas_cumprod[-1]) of at least {least}, but it is {signal:.1e}: predicted noise "
-                "does not determine x_0 there. Use prediction_type='sample' or 'v_prediction' with a fixed or learned "
-                "variance, or a schedule that ends with more signal."
+                f"{name}={value!r} needs sqrt(alphas_cumprod[-1]) of at least {least}, but it is {signal:.1e}. Use "
+                "prediction_type='sample' or 'v_prediction' with a fixed or learned variance, or a less noisy schedule."
             )
     if signal**2 > FAR_FROM_NOISE:
         warnings.warn(
@@ -257,11 +258,8 @@ def chain_table(
         model_variance = posterior_variance + np.exp(2 * log_beta - log_alpha - np.log(variance)) * unexplained
         log_model = np.where(model_variance > 0, np.log(np.where(model_variance > 0, model_variance, 1)), log_lower)
     if log_model is not None:  # not learned
-        columns |= {
-            "model_log_variance": log_model,
-            "model_variance": np.exp(log_model),
-            "model_std": np.exp(0.5 * log_model),
-        }
+        columns |= {"model_log_variance": log_model, "model_variance": np.exp(log_model)}
+        columns["model_std"] = np.exp(0.5 * log_model)
     return Table(chain, len(log_alphas), columns)
 
 
@@ -273,42 +271,34 @@ class Table:
         self.total = total
         self.columns = columns
         self._rows: dict[int, SimpleNamespace] = {}
-        self._on_device: dict[tuple, torch.Tensor] = {}
+        self._on_device: dict[tuple, Tensor] = {}
 
-    def at(self, timesteps: int | torch.Tensor, like: torch.Tensor) -> "Coefficients":
+    def at(self, timesteps: Timesteps, like: Tensor) -> "Coefficients":
         """The columns as attributes: scalars for a host timestep, otherwise tensors [B, 1, 1, 1] to go with images `like`.
 
-        `like` is float32 or float64. Raises ValueError for timesteps on the host that are not in the table; those on a
-        device are not checked, because that would synchronise.
+        Raises ValueError for timesteps on the host that are not in the table; checking those on a device would synchronise.
         """
         timesteps = host_timestep(timesteps)
-        if isinstance(timesteps, torch.Tensor):
-            return self._gather(timesteps, like)
-        row = self._rows.get(timesteps)
-        if row is None:
+        if isinstance(timesteps, Tensor):
+            if timesteps.ndim > 1 or (timesteps.ndim == 1 and len(timesteps) not in (1, len(like))):
+                shape = tuple(timesteps.shape)
+                raise ValueError(f"timesteps has shape {shape}; give one, or one for each of {len(like)} images.")
+            if timesteps.device.type == "cpu":
+                self._check(timesteps.tolist())
+            return Gathered(self, timesteps.to(like.device, torch.long), like)
+        if timesteps not in self._rows:
             self._check([timesteps])
             position = self.positions[timesteps]
-            row = SimpleNamespace(**{name: float(column[position]) for name, column in self.columns.items()})
-            self._rows[timesteps] = row
-        return row
+            row = {name: float(column[position]) for name, column in self.columns.items()}
+            self._rows[timesteps] = SimpleNamespace(**row)
+        return self._rows[timesteps]
 
     def _check(self, timesteps: list[int]) -> None:
         if unknown := [t for t in timesteps if t not in self.positions]:
-            raise ValueError(
-                f"timestep {', '.join(map(str, unknown))} is not in the chain in use, which has {len(self.positions)} of the "
-                f"timesteps 0 to {self.total - 1}; choose them with set_timesteps."
-            )
+            chain = f"which has {len(self.positions)} of the timesteps 0 to {self.total - 1}; see set_timesteps"
+            raise ValueError(f"timestep {', '.join(map(str, unknown))} is not in the chain in use, {chain}.")
 
-    def _gather(self, timesteps: torch.Tensor, like: torch.Tensor) -> "Gathered":
-        if timesteps.ndim > 1 or (timesteps.ndim == 1 and len(timesteps) not in (1, len(like))):
-            raise ValueError(
-                f"timesteps has shape {tuple(timesteps.shape)}; give one for all images or one for each of {len(like)}."
-            )
-        if timesteps.device.type == "cpu":
-            self._check(timesteps.tolist())
-        return Gathered(self, timesteps.to(like.device, torch.long), like)
-
-    def on_device(self, name: str, like: torch.Tensor) -> torch.Tensor:
+    def on_device(self, name: str, like: Tensor) -> Tensor:
         """A column as [T] in the dtype and on the device of `like`, NaN where it has no value; copied there once."""
         key = (name, like.device, like.dtype)
         if key not in self._on_device:
@@ -321,10 +311,10 @@ class Table:
 class Gathered:
     """A table's columns at one timestep per image, gathered when they are read."""
 
-    def __init__(self, table: Table, timesteps: torch.Tensor, like: torch.Tensor):
+    def __init__(self, table: Table, timesteps: Tensor, like: Tensor):
         self._table, self._timesteps, self._like = table, timesteps, like
 
-    def __getattr__(self, name: str) -> torch.Tensor:
+    def __getattr__(self, name: str) -> Tensor:
         shape = (-1,) + (1,) * (self._like.ndim - 1)
         # not by brackets, which would read a 0-dim index back to the host
         return self._table.on_device(name, self._like).index_select(0, self._timesteps.view(-1)).view(shape)
@@ -336,16 +326,16 @@ Coefficients = SimpleNamespace | Gathered
 # ---- fast arithmetic on images --------------------------------------------------------------------
 
 
-def host_timestep(timesteps: int | torch.Tensor) -> int | torch.Tensor:
+def host_timestep(timesteps: Timesteps) -> Timesteps:
     """A single timestep as an int if reading it needs no device synchronisation; otherwise the tensor. Integers only."""
-    if not isinstance(timesteps, torch.Tensor):
+    if not isinstance(timesteps, Tensor):
         return operator.index(timesteps)
     if timesteps.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise ValueError(f"timesteps has dtype {timesteps.dtype}; they must be integers, such as torch.int64.")
     return timesteps.item() if timesteps.ndim == 0 and timesteps.device.type == "cpu" else timesteps
 
 
-def compute(images: torch.Tensor) -> torch.Tensor:
+def compute(images: Tensor) -> Tensor:
     """Images in the dtype of the computation: float32 for half precision, otherwise their own."""
     if images.dtype in (torch.float32, torch.float64):
         return images
@@ -354,22 +344,18 @@ def compute(images: torch.Tensor) -> torch.Tensor:
     return images.float()
 
 
-def cast(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return images if images.dtype == dtype else images.to(dtype)
-
-
-def mix(a: float | torch.Tensor, x: torch.Tensor, b: float | torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def mix(a: float | Tensor, x: Tensor, b: float | Tensor, y: Tensor) -> Tensor:
     """a·x + b·y in two passes over memory, in the dtype of x."""
     return add_scaled_(torch.mul(x, a), b, y)
 
 
-def add_scaled_(x: torch.Tensor, b: float | torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def add_scaled_(x: Tensor, b: float | Tensor, y: Tensor) -> Tensor:
     """x + b·y in place."""
-    y = cast(y, x.dtype)
+    y = y.to(x.dtype)
     return x.add_(y, alpha=b) if isinstance(b, float) else x.addcmul_(y, b)
 
 
-def standard_normal(shape: torch.Size, like: torch.Tensor, generator: Generators) -> torch.Tensor:
+def standard_normal(shape: torch.Size, like: Tensor, generator: Generators) -> Tensor:
     """Standard normal noise in the dtype and on the device of `like`, by the same draws as diffusers' own schedulers."""
     options = {"generator": generator, "device": like.device, "dtype": like.dtype}
     if generator is None or (isinstance(generator, torch.Generator) and generator.device == like.device):

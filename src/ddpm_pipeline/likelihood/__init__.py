@@ -18,18 +18,7 @@ from .optimum import (
 )
 
 __all__ = [
-    "RESIDUAL_EDGES",
-    "BitsPerDim",
-    "NoiseStatistics",
-    "bits_per_dim",
-    "bound_terms",
-    "discretized_gaussian_log_likelihood",
-    "estimate_analytic_variance",
-    "gaussian_kl",
-    "gaussian_log_density",
-    "log_decoder",
-    "nats_to_bits_per_dim",
-    "optimal_timesteps",
-    "predicted_bits_per_dim",
-    "with_analytic_variance",
-]
+    "RESIDUAL_EDGES", "BitsPerDim", "NoiseStatistics", "bits_per_dim", "bound_terms", "discretized_gaussian_log_likelihood",
+    "estimate_analytic_variance", "gaussian_kl", "gaussian_log_density", "log_decoder", "nats_to_bits_per_dim",
+    "optimal_timesteps", "predicted_bits_per_dim", "with_analytic_variance",
+]  # fmt: skip

@@ -13,25 +13,26 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES, AlphaDDPMScheduler, Moments, ReverseMoments
 from .densities import gaussian_kl, gaussian_log_density, log_decoder, nats_to_bits_per_dim
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-NoiseSource = Callable[[int, torch.Size], torch.Tensor]
+NoiseSource = Callable[[int, torch.Size], Tensor]
 Stratum = tuple[int, int, int]  # start and stop among the chain's positions, and the number of timesteps to draw
 
 
 def bound_terms(
     scheduler: AlphaDDPMScheduler,
-    mean: torch.Tensor,
-    log_variance: torch.Tensor,
-    original_samples: torch.Tensor,
-    sample: torch.Tensor,
-    timesteps: int | torch.Tensor,
+    mean: Tensor,
+    log_variance: Tensor,
+    original_samples: Tensor,
+    sample: Tensor,
+    timesteps: int | Tensor,
     num_bins: int | None = 256,
-) -> torch.Tensor:
+) -> Tensor:
     """The bound's term for each image's timestep in the three-term form, [B] in bits per dimension.
 
     KL(q(x_s|x_t,x_0) ‖ p_θ(x_s|x_t)), or -log p_θ(x_0|x_t) if s is clean data. `mean` and `log_variance` are those of
@@ -49,35 +50,28 @@ def bound_terms(
 
 @dataclass(frozen=True)
 class BitsPerDim:
-    """Upper bounds on -log2 p_θ(x_0) / d of B images: every field in bits per dimension, float64 on the CPU.
+    """Upper bounds on -log2 p_θ(x_0) / d of B images: every field in bits per dimension, float64 on the CPU."""
 
-    `terms` are those of the `timesteps` that were evaluated, ascending; `diffusion` is their sum without the decoder, or an
-    estimate of it, whose uncertainty is `standard_error` (0 if all were evaluated). `two_term` estimates the same total in
-    the report's form, (6.10); None unless it was asked for.
-    """
-
-    prior: torch.Tensor  # [B]
-    diffusion: torch.Tensor  # [B]
-    standard_error: torch.Tensor  # [B]
-    timesteps: torch.Tensor  # [B, n] int64
-    terms: torch.Tensor  # [B, n]
-    two_term: torch.Tensor | None = None  # [B]
+    prior: Tensor  # [B]
+    diffusion: Tensor  # [B], the sum of the terms without the decoder, or an estimate of it
+    standard_error: Tensor  # [B], uncertainty of that estimate; 0 if all timesteps were evaluated
+    timesteps: Tensor  # [B, n] int64, those that were evaluated, ascending
+    terms: Tensor  # [B, n], theirs
+    two_term: Tensor | None = None  # [B], an estimate of the same total in the report's form, (6.10), if asked for
 
     @property
-    def decoder(self) -> torch.Tensor:
-        """-log2 p_θ(x_0|x_1) / d, [B]."""
+    def decoder(self) -> Tensor:  # [B]
         return self.terms[:, 0]
 
     @property
-    def total(self) -> torch.Tensor:
-        """The bound, [B]."""
+    def total(self) -> Tensor:  # [B], the bound
         return self.prior + self.diffusion + self.decoder
 
 
 def bits_per_dim(
     unet: Callable,
     scheduler: Any,
-    images: torch.Tensor,
+    images: Tensor,
     *,
     num_inference_steps: int | None = None,
     timesteps: Sequence[int] | None = None,
@@ -99,8 +93,8 @@ def bits_per_dim(
         num_inference_steps, timesteps: the chain, as in `AlphaDDPMScheduler.set_timesteps`; the default is all T timesteps.
         num_evaluated: network calls per image, at least 3, to estimate the bound from timesteps drawn for each image in
             strata of equal fall of log-SNR; the default is the whole chain.
-        two_term: also estimate the report's two-term form, from the same network calls. Noise is then drawn along one
-            chain x_0 -> x_1 -> ... -> x_T; otherwise independently for every timestep, which mostly has less variance.
+        two_term: also estimate the report's two-term form, from the same network calls, with noise drawn along one chain
+            x_0 -> x_1 -> ... -> x_T; otherwise it is drawn independently for every timestep, mostly with less variance.
         num_bins: levels of a value, 256 for 8-bit images; None for the density of continuous values.
         batch_size: images per network call.
         generator: one for all images, or a list of one per image, whose result then does not depend on the others.
@@ -111,7 +105,7 @@ def bits_per_dim(
     Raises:
         ValueError: for images off the levels, and arguments outside these ranges.
     """
-    chain = chain_scheduler(scheduler, num_inference_steps, timesteps)
+    chain = own_scheduler(scheduler, num_inference_steps, timesteps)
     check_images(images, num_bins, generator)
     calls, strata = len(chain.timesteps), None
     if num_evaluated is not None and num_evaluated < calls:
@@ -152,9 +146,9 @@ class _Evaluation:
             p, term = self._term(batch, x_t, t)
             terms.append(term)
             if two_term:  # report 6.10: log p_θ(x_s|x_t) - log q(x_t|x_s)
-                to_data = t == ascending[0]
-                decoder = (x_0, p.mean, p.log_variance, self.num_bins)
-                log_p = log_decoder(*decoder) if to_data else gaussian_log_density(x_s, p)
+                log_p = gaussian_log_density(x_s, p)
+                if t == ascending[0]:
+                    log_p = log_decoder(x_0, p.mean, p.log_variance, self.num_bins)
                 log_q = gaussian_log_density(x_t, self.chain.forward_mean_variance(x_s, t))
                 log_ratios.append(nats_to_bits_per_dim(log_p - log_q))
                 x_s = x_t
@@ -166,17 +160,15 @@ class _Evaluation:
         prior, timesteps = self._prior(x_0), ascending.expand(len(x_0), -1)
         return BitsPerDim(prior, terms[:, 1:].sum(dim=1), torch.zeros_like(prior), timesteps, terms, estimate)
 
-    def of_subset(self, batch: "Batch", strata: list[Stratum], keys: torch.Tensor) -> BitsPerDim:
+    def of_subset(self, batch: "Batch", strata: list[Stratum], keys: Tensor) -> BitsPerDim:
         """Stratified sampling without replacement: Σ_h N_h·mean_h, with variance Σ_h N_h² (1 - n_h/N_h) s_h²/n_h."""
         x_0 = batch.x_0
         drawn = [torch.zeros(len(x_0), 1, dtype=torch.long)]  # the decoder always
         for start, stop, count in strata:
             drawn.append(start + keys[:, start:stop].argsort(dim=1)[:, :count].sort(dim=1).values)
         timesteps = self.chain.timesteps.flip(0).cpu()[torch.cat(drawn, dim=1)]  # [B, n]
-        terms = []
-        for t in timesteps.unbind(dim=1):
-            terms.append(self._term(batch, self.chain.add_noise(x_0, batch.noise(-1, x_0.shape).to(x_0), t), t)[1])
-        terms = torch.stack(terms, dim=1)  # n x [B] -> [B, n]
+        noisy = ((t, self.chain.add_noise(x_0, batch.noise(-1, x_0.shape).to(x_0), t)) for t in timesteps.unbind(dim=1))
+        terms = torch.stack([self._term(batch, x_t, t)[1] for t, x_t in noisy], dim=1)  # n x [B] -> [B, n]
         prior = self._prior(x_0)
         diffusion, variance = torch.zeros_like(prior), torch.zeros_like(prior)
         columns = terms[:, 1:].split([count for _, _, count in strata], dim=1)
@@ -187,27 +179,25 @@ class _Evaluation:
                 variance += size**2 * (1 - count / size) * values.var(dim=1) / count
         return BitsPerDim(prior, diffusion, variance.sqrt(), timesteps, terms)
 
-    def _term(self, batch: "Batch", x_t: torch.Tensor, t: int | torch.Tensor) -> tuple[ReverseMoments, torch.Tensor]:
+    def _term(self, batch: "Batch", x_t: Tensor, t: int | Tensor) -> tuple[ReverseMoments, Tensor]:
         p = self.chain.p_mean_variance(self.network(x_t, t, self.chain, batch.model_kwargs), t, x_t)
         self.bar.update()
         return p, bound_terms(self.chain, p.mean, p.log_variance, batch.x_0, x_t, t, self.num_bins)
 
-    def _prior(self, x_0: torch.Tensor) -> torch.Tensor:
+    def _prior(self, x_0: Tensor) -> Tensor:
         """L_T = KL(q(x_T|x_0) ‖ N(0, I)), [B] in bits per dimension."""
         last = self.chain.q_mean_variance(x_0, int(self.chain.timesteps[0]))
         return nats_to_bits_per_dim(gaussian_kl(last, _standard_normal(x_0)))
 
 
-def _standard_normal(like: torch.Tensor) -> Moments:
+def _standard_normal(like: Tensor) -> Moments:
     zero = like.new_zeros((1,) * like.ndim)
     return Moments(zero, zero + 1, zero)
 
 
 def _strata(chain: AlphaDDPMScheduler, num_evaluated: int) -> list[Stratum]:
-    """Strata of the ascending chain's positions 1..N-1, of equal fall of log-SNR.
-
-    The terms fall steeply with the timestep, about as the log-SNR does, so strata are short where terms are large. Each
-    has at least two draws, for its variance.
+    """Strata of the ascending chain's positions 1..N-1, of equal fall of log-SNR: short where the bound's terms are large,
+    which fall about as it does. Each has at least two draws, for its variance.
     """
     like = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     log_snr = np.array([float(chain.log_snr(t, like)) for t in chain.timesteps.flip(0).tolist()])
@@ -226,9 +216,6 @@ def _strata(chain: AlphaDDPMScheduler, num_evaluated: int) -> list[Stratum]:
         start, stop, _ = strata[longest]
         strata[longest] = (start, stop, min(3, stop - start))
     return strata
-
-
-# ---- the model, its chain, and the images in batches ----------------------------------------------
 
 
 @contextlib.contextmanager
@@ -255,8 +242,8 @@ class Network:
         self.dtype = None if parameter is None else parameter.dtype
 
     def __call__(
-        self, x_t: torch.Tensor, timesteps: int | torch.Tensor, scheduler: AlphaDDPMScheduler, kwargs: dict[str, Any]
-    ) -> torch.Tensor:
+        self, x_t: Tensor, timesteps: int | Tensor, scheduler: AlphaDDPMScheduler, kwargs: dict[str, Any]
+    ) -> Tensor:
         """The prediction, with the variance half if the scheduler uses one, in the dtype of x_t."""
         t = torch.as_tensor(timesteps, device=self.device)
         output = self.unet(x_t if self.dtype is None else x_t.to(self.dtype), t, **kwargs)
@@ -272,14 +259,14 @@ class Batch:
     """Images [b, C, H, W] on the network's device, in float64 if it has that, with their conditions and their noise."""
 
     rows: slice
-    x_0: torch.Tensor
+    x_0: Tensor
     model_kwargs: dict[str, Any]
     noise: NoiseSource
 
 
 def batches(
     network: Network,
-    images: torch.Tensor,
+    images: Tensor,
     batch_size: int,
     num_bins: int | None,
     generator: Generators,
@@ -291,44 +278,38 @@ def batches(
         rows = slice(start, start + batch_size)
         kwargs = {}
         for name, value in (model_kwargs or {}).items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, Tensor):
                 value = (value[rows] if value.ndim and len(value) == len(images) else value).to(network.device)
             kwargs[name] = value
         x_0 = _on_levels(images[rows], num_bins).to(network.device, dtype)
         yield Batch(rows, x_0, kwargs, _noise_of(generator, rows))
 
 
-def config_of(scheduler: Any) -> dict[str, Any]:
-    """The config, without the variance type None that other kinds of samplers may have."""
-    config = dict(scheduler.config)
-    if config.get("variance_type", "") is None:
-        del config["variance_type"]
-    return config
-
-
-def chain_scheduler(
-    scheduler: Any, num_inference_steps: int | None = None, timesteps: Sequence[int] | None = None
+def own_scheduler(
+    scheduler: Any, num_inference_steps: int | None = None, timesteps: Sequence[int] | None = None, **changes: Any
 ) -> AlphaDDPMScheduler:
-    """A scheduler of ours with the same config and the chain in use; the given one stays as it is."""
-    chain = AlphaDDPMScheduler.from_config(config_of(scheduler))
+    """A scheduler of ours with the given one's config, but for `changes`, and the chain in use."""
+    config = dict(scheduler.config)
+    if config.get("variance_type", "") is None:  # as in the configs of some other samplers
+        del config["variance_type"]
+    chain = AlphaDDPMScheduler.from_config(config, **changes)
     if num_inference_steps is not None or timesteps is not None:
         chain.set_timesteps(num_inference_steps, timesteps=timesteps)
     return chain
 
 
-def check_images(images: torch.Tensor, num_bins: int | None, generator: Generators) -> None:
+def check_images(images: Tensor, num_bins: int | None, generator: Generators) -> None:
     """Raise ValueError if shape, dtype, number of levels or number of generators do not fit."""
     if images.ndim != 4 or not len(images) or not images.is_floating_point():
-        raise ValueError(
-            f"images are {images.dtype} of shape {tuple(images.shape)}; give floating-point [B, C, H, W] in [-1, 1]."
-        )
+        kind = f"{images.dtype} of shape {tuple(images.shape)}"
+        raise ValueError(f"images are {kind}; give floating-point [B, C, H, W] in [-1, 1].")
     if num_bins is not None and num_bins < 2:
         raise ValueError(f"num_bins={num_bins} must be at least 2, or None for continuous values.")
     if isinstance(generator, Sequence) and len(generator) != len(images):
         raise ValueError(f"{len(generator)} generators for {len(images)} images; give one, or a list of one per image.")
 
 
-def _on_levels(images: torch.Tensor, num_bins: int | None) -> torch.Tensor:
+def _on_levels(images: Tensor, num_bins: int | None) -> Tensor:
     """Images in float64, exactly on the nearest of the levels -1..1. Raises ValueError if one is not near."""
     images = images.double()
     if num_bins is None:
@@ -352,7 +333,7 @@ def _noise_of(generator: Generators, rows: slice) -> NoiseSource:
     return lambda timestep, shape: randn_tensor(shape, generator=mine, device=device, dtype=torch.float32)
 
 
-def _uniform(generator: Generators, batch: Batch, length: int) -> torch.Tensor:
+def _uniform(generator: Generators, batch: Batch, length: int) -> Tensor:
     """Numbers in [0, 1), [b, length], each row from its image's own generator if there are several."""
     if isinstance(generator, Sequence):
         rows = generator[batch.rows]

@@ -6,25 +6,24 @@ Imports torch and the scheduler's `Moments`.
 import math
 
 import torch
+from torch import Tensor
 
 from ..scheduling_alpha_ddpm import Moments
 
 
-def gaussian_kl(q: Moments, p: Moments) -> torch.Tensor:
+def gaussian_kl(q: Moments, p: Moments) -> Tensor:
     """KL(q ‖ p) of Gaussians with diagonal covariances, elementwise, in nats."""
     log_ratio = q.log_variance - p.log_variance
     return 0.5 * (torch.expm1(log_ratio) - log_ratio + (q.mean - p.mean).square() * torch.exp(-p.log_variance))
 
 
-def gaussian_log_density(x: torch.Tensor, moments: Moments) -> torch.Tensor:
+def gaussian_log_density(x: Tensor, moments: Moments) -> Tensor:
     """log N(x; mean, variance), elementwise, in nats."""
     squared = (x - moments.mean).square() * torch.exp(-moments.log_variance)
     return -0.5 * (math.log(2 * math.pi) + moments.log_variance + squared)
 
 
-def discretized_gaussian_log_likelihood(
-    x_0: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor, num_bins: int = 256
-) -> torch.Tensor:
+def discretized_gaussian_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor, num_bins: int = 256) -> Tensor:
     """log of the probability of each value's bin under N(mean, variance), elementwise, in nats (Ho et al. 2020, eq. 13).
 
     `x_0` lies on the `num_bins` levels -1..1; bins extend half a level to either side, the outer two to infinity.
@@ -44,15 +43,13 @@ def discretized_gaussian_log_likelihood(
     return torch.where(x_0.abs() > last_level, outside, inside)
 
 
-def log_decoder(
-    x_0: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor, num_bins: int | None
-) -> torch.Tensor:
+def log_decoder(x_0: Tensor, mean: Tensor, log_variance: Tensor, num_bins: int | None) -> Tensor:
     """log p_θ(x_0|x_1), elementwise in nats: of x_0's bin, or the density if `num_bins` is None."""
     if num_bins is None:
         return gaussian_log_density(x_0, Moments(mean, log_variance, log_variance))
     return discretized_gaussian_log_likelihood(x_0, mean, log_variance, num_bins)
 
 
-def nats_to_bits_per_dim(nats: torch.Tensor) -> torch.Tensor:
+def nats_to_bits_per_dim(nats: Tensor) -> Tensor:
     """Nats of every value, [B, C, H, W], to bits per dimension of every image, [B]."""
     return nats.flatten(1).mean(dim=1) / math.log(2)

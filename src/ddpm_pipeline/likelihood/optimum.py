@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES, AlphaDDPMScheduler
-from .bound import Generators, batches, chain_scheduler, check_images, config_of, evaluating
+from .bound import Generators, batches, check_images, evaluating, own_scheduler
 from .densities import discretized_gaussian_log_likelihood, log_decoder
 
 RESIDUAL_EDGES = torch.logspace(-5, 1, 513, dtype=torch.float64)
@@ -33,19 +34,19 @@ class NoiseStatistics:
 
     num_images: int
     num_bins: int | None
-    noise_second_moments: torch.Tensor  # Γ_t = E‖ε_θ(x_t, t)‖²/d, [T]
-    noise_second_moments_error: torch.Tensor  # [T]
-    noise_errors: torch.Tensor  # E‖z̃ - ε_θ(x_t, t)‖²/d, [T]
-    noise_errors_error: torch.Tensor  # [T]
-    x0_errors: torch.Tensor  # E‖x_0 - predicted x_0‖²/d, [T]
+    noise_second_moments: Tensor  # Γ_t = E‖ε_θ(x_t, t)‖²/d, [T]
+    noise_second_moments_error: Tensor  # [T]
+    noise_errors: Tensor  # E‖z̃ - ε_θ(x_t, t)‖²/d, [T]
+    noise_errors_error: Tensor  # [T]
+    x0_errors: Tensor  # E‖x_0 - predicted x_0‖²/d, [T]
     data_second_moment: float  # E‖x_0‖²/d
-    residuals: torch.Tensor  # [T, 2, bins]: inside, outer
+    residuals: Tensor  # [T, 2, bins]: inside, outer
 
 
 def estimate_analytic_variance(
     unet: Callable,
     scheduler: Any,
-    images: torch.Tensor,
+    images: Tensor,
     *,
     num_bins: int | None = 256,
     batch_size: int = 64,
@@ -57,7 +58,7 @@ def estimate_analytic_variance(
 
     The arguments are those of `bits_per_dim`. `with_analytic_variance` turns the result into a scheduler.
     """
-    full = chain_scheduler(scheduler)
+    full = own_scheduler(scheduler)
     check_images(images, num_bins, generator)
     total, count = len(full), len(images)
     sums = torch.zeros(4, total, dtype=torch.float64)  # of ‖ε‖²/d, its square, ‖z̃ - ε‖²/d, its square
@@ -85,31 +86,22 @@ def estimate_analytic_variance(
                 bar.update()
     mean, mean_square = sums[0::2] / count, sums[1::2] / count
     error = ((mean_square - mean.square()).clamp(min=0) / max(count - 1, 1)).sqrt()
-    return NoiseStatistics(
-        num_images=count,
-        num_bins=num_bins,
-        noise_second_moments=mean[0],
-        noise_second_moments_error=error[0],
-        noise_errors=mean[1],
-        noise_errors_error=error[1],
-        x0_errors=x0_sums / count,
-        data_second_moment=data_sum / count,
-        residuals=residuals / (count * images[0].numel()),
-    )
+    measured = mean[0], error[0], mean[1], error[1], x0_sums / count, data_sum / count
+    return NoiseStatistics(count, num_bins, *measured, residuals / (count * images[0].numel()))
 
 
-def _mean_squares(values: torch.Tensor) -> torch.Tensor:
+def _mean_squares(values: Tensor) -> Tensor:
     """‖·‖²/d of each image, [B]."""
     return values.square().flatten(1).mean(dim=1)
 
 
-def _implied_noise(scheduler: AlphaDDPMScheduler, x_0: torch.Tensor, x_t: torch.Tensor, timestep: int) -> torch.Tensor:
+def _implied_noise(scheduler: AlphaDDPMScheduler, x_0: Tensor, x_t: Tensor, timestep: int) -> Tensor:
     """The noise that leads from x_0 to x_t: (x_t - √ᾱ_t x_0)/√(1-ᾱ_t)."""
     q = scheduler.q_mean_variance(x_0, timestep)
     return (x_t - q.mean) / q.variance.sqrt()
 
 
-def _residual_histogram(residual: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
+def _residual_histogram(residual: Tensor, outer: Tensor) -> Tensor:
     """Counts of |residual| over RESIDUAL_EDGES, [2, bins]: of values inside, and on the outer levels."""
     bins = len(_RESIDUAL_CENTRES)
     low, high = math.log(RESIDUAL_EDGES[0]), math.log(RESIDUAL_EDGES[-1])
@@ -127,8 +119,7 @@ def with_analytic_variance(
     which is the same for a perfect predictor, and gives any other the variance that minimises its own bound.
     """
     table = (1 - statistics.noise_errors).clamp(min=0) if from_errors else statistics.noise_second_moments
-    own = {"variance_type": "analytic", "noise_second_moments": table.tolist()}
-    return AlphaDDPMScheduler.from_config(config_of(scheduler), **own)
+    return own_scheduler(scheduler, variance_type="analytic", noise_second_moments=table.tolist())
 
 
 def optimal_timesteps(
@@ -138,10 +129,7 @@ def optimal_timesteps(
 
     The bound of a chain is a sum over neighbouring pairs, so the best chain of k steps that ends at t is the best one of
     k - 1 that ends at some s < t, and the step from s to t (Watson et al. 2021). Pairs are priced by `statistics`, for
-    the scheduler's variance_type. The result is a value for the config key `inference_timesteps`, by str(number):
-
-        AlphaDDPMScheduler.from_config(scheduler.config, inference_timesteps=optimal_timesteps(...))
-
+    the scheduler's variance_type. The result is a value for the config key `inference_timesteps`, by str(number).
     Raises ValueError for numbers outside 1..T, and for learned variances, which no table can price.
     """
     costs = _PairCosts(statistics, scheduler)
@@ -178,9 +166,14 @@ class _PairCosts:
     """
 
     def __init__(self, statistics: NoiseStatistics, scheduler: Any):
-        full = chain_scheduler(scheduler)
+        full = own_scheduler(scheduler)
         variance_type = full.config.variance_type
-        _check_statistics(statistics, len(full), variance_type)
+        if variance_type in LEARNED_VARIANCE_TYPES:
+            use = "use with_analytic_variance, or variance_type='fixed_small' or 'fixed_large'"
+            raise ValueError(f"variance_type={variance_type!r} has no table to price timesteps by; {use}.")
+        if len(statistics.x0_errors) != len(full):
+            covered = len(statistics.x0_errors)
+            raise ValueError(f"the statistics cover {covered} timesteps, the scheduler has {len(full)}.")
         like = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
         log_snr = np.array([float(full.log_snr(t, like)) for t in range(len(full))])
         log_signal, log_variance = -np.logaddexp(0, -log_snr), -np.logaddexp(0, log_snr)  # log ᾱ_t, log(1-ᾱ_t)
@@ -216,16 +209,6 @@ class _PairCosts:
         first, last = ascending[0], ascending[-1]
         decoder = self.first[first] if len(ascending) == 1 else self.opening[first, ascending[1]]
         return float(decoder + sum(self.pairs[s, t] for s, t in itertools.pairwise(ascending)) + self.prior[last])
-
-
-def _check_statistics(statistics: NoiseStatistics, total: int, variance_type: str) -> None:
-    if variance_type in LEARNED_VARIANCE_TYPES:
-        raise ValueError(
-            f"variance_type={variance_type!r}: timesteps can only be priced for variances from a table; use "
-            "with_analytic_variance, or variance_type='fixed_small' or 'fixed_large'."
-        )
-    if len(statistics.x0_errors) != total:
-        raise ValueError(f"the statistics cover {len(statistics.x0_errors)} timesteps, the scheduler has {total}.")
 
 
 class _DecoderCosts:
