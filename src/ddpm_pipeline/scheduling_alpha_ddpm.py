@@ -118,7 +118,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
             betas = tables.as_table("trained_betas", trained_betas, num_train_timesteps)
             self.register_to_config(trained_betas=betas.tolist())
         self._log_alphas = tables.log_alphas_of(self.config)
-        self._log_alphas_cumprod = self._log_alphas.cumsum(dtype=np.longdouble).astype(np.float64)
+        self._log_alphas_cumprod = self._log_alphas.cumsum()
         tables.check_terminal_signal(self.config, float(self._log_alphas_cumprod[-1]))
         self._noise_second_moments = self._checked_noise_second_moments(noise_second_moments)
         self._inference_timesteps = self._checked_inference_timesteps(inference_timesteps)

@@ -226,7 +226,7 @@ def chain_table(
 ) -> "Table":
     """Coefficients of x_s -> x_t for neighbours s < t of the ascending chain."""
     starts = np.concatenate([[0], chain[:-1] + 1])
-    log_alpha = np.add.reduceat(log_alphas[: chain[-1] + 1].astype(np.longdouble), starts).astype(np.float64)
+    log_alpha = np.add.reduceat(log_alphas[: chain[-1] + 1], starts)
     log_alpha_cumprod = log_alphas_cumprod[chain]
     log_alpha_cumprod_prev = np.concatenate([[0.0], log_alpha_cumprod[:-1]])
     beta, variance, variance_prev = (-np.expm1(x) for x in (log_alpha, log_alpha_cumprod, log_alpha_cumprod_prev))
