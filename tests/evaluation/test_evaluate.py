@@ -1,56 +1,42 @@
-"""evaluate.py and generate.py by one process and by two; the two are started as people start them."""
+"""evaluate: its figures against direct calls, by one process and by two, in JSON and in the card; what it refuses."""
 
 import json
+import runpy
 import shutil
-import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from datasets import load_dataset
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
-from ddpm_pipeline.evaluation import run
-from ddpm_pipeline.generation import run
-from ddpm_pipeline.generation.drawing import sample_uint8
-from ddpm_pipeline.generation.pipelines import load_pipeline, use_scheduler
-from ddpm_pipeline.hub import build_card, export
+from ddpm_pipeline.data import DataOptions, load_images, to_model_range
+from ddpm_pipeline.evaluation import EvaluationOptions, ImageQuality, evaluate
+from ddpm_pipeline.evaluation.digits import fit_digits_classifier
+from ddpm_pipeline.evaluation.figures import measurements
+from ddpm_pipeline.evaluation.options import parse_options
+from ddpm_pipeline.generation import load_pipeline, sample_uint8, scheduler_for
+from ddpm_pipeline.hub import TrainingFacts, build_card, export
+from ddpm_pipeline.likelihood import bits_per_dim
+from ddpm_pipeline.support.draws import RandomStream, image_indices, seeds
 from ddpm_pipeline.support.errors import ConfigError
-from ddpm_pipeline.training import loop
-from ddpm_pipeline.training.options import TrainingOptions, parse_options
-from helpers import run_command, tiny_unet
+from helpers import ROOT, run_python, tiny_unet
 
-QUICK = ["--num_cpu_threads", "1"]
-
-
-def launch(script: str, *arguments: str, processes: int = 1):
-    """By torch's launcher where there are several: accelerate's starts a single process on the CPU, whatever it is told."""
-    several = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    )
-    return run_command(sys.executable, *several, f"training/{script}.py", *arguments, *QUICK, ACCELERATE_USE_CPU="true")
-
-
-def run_evaluate(*arguments: str, processes: int = 1) -> None:
-    """In this process where one is enough: starting another takes longer than what it does."""
-    if processes == 1:
-        run.evaluate(run.parse([*arguments, *QUICK]))
-    else:
-        done = launch("evaluate", *arguments, processes=processes)
-        assert done.returncode == 0, done.stderr
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of the FID of so few images
+SPLIT, SEED = "train[:40]", 3
+NUM_LIKELIHOOD, NUM_SAMPLES = 11, 14
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "digits-model"
-    scheduler = AlphaDDPMScheduler(num_train_timesteps=12, beta_start=0.02, beta_end=0.6)
-    pipe = AlphaDDPMPipeline(tiny_unet(), scheduler)
-    export(pipe, folder)
-    card = build_card(pipe, name="digits-model", dataset="digits", num_images=9, training={"updates": 0})
-    (folder / "README.md").write_text(str(card))
+    pipe = AlphaDDPMPipeline(tiny_unet(), AlphaDDPMScheduler(num_train_timesteps=12, beta_start=0.02, beta_end=0.6))
+    training = TrainingFacts("digits", num_images=9, facts={"updates": 0})
+    export(pipe, folder, build_card(pipe, name="digits-model", training=training))
     return folder
 
 
@@ -59,160 +45,213 @@ def cache(tmp_path_factory) -> str:
     return str(tmp_path_factory.mktemp("cache"))
 
 
-def test_one_and_two_processes_find_the_same(model, cache, tmp_path):
-    results = []
-    for processes in (1, 2):
-        output = tmp_path / f"{processes}.json"
-        run_evaluate(
-            "--model", str(model), "--dataset", "digits", "--split", "train[:40]", "--two_term",
-            "--num_likelihood_images", "11", "--num_images", "14", "--batch_size", "4", "--cache_dir", cache,
-            "--output", str(output), processes=processes,
-        )  # fmt: skip
-        results.append(json.loads(output.read_text()))
-    assert [result.pop("processes") for result in results] == [1, 2]
-    for result in results:
-        del result["seconds"]
-    assert results[0] == results[1]
-    bits, quality = results[0]["bits_per_dim"], results[0]["quality"]
-    assert bits["total"] == pytest.approx(bits["prior"] + bits["diffusion"] + bits["decoder"], rel=1e-12)
-    assert (bits["num_images"], bits["steps"], bits["network_calls"]) == (11, 12, 12)
-    assert (quality["num_real"], quality["num_generated"], quality["steps"]) == (40, 14, 12)
-    assert quality["features"] == "DigitsClassifier"
+def options_for(model: Path | str, cache: str, **more) -> EvaluationOptions:
+    given = {
+        "model": str(model), "dataset": "digits", "split": SPLIT, "cache_dir": cache, "batch_size": 4, "seed": SEED,
+        "num_likelihood_images": NUM_LIKELIHOOD, "num_images": NUM_SAMPLES, "num_cpu_threads": 1,
+    }  # fmt: skip
+    return EvaluationOptions(**given | more)
 
+
+@pytest.fixture(scope="module")
+def results(model, cache) -> dict:
+    """Of one process, with a batch that divides neither number of images."""
+    return evaluate(options_for(model, cache, two_term=True))
+
+
+def test_likelihoods_are_those_of_each_image_with_its_own_noise(model, cache, results):
+    pipe = load_pipeline(str(model))
+    data = load_images(DataOptions("digits", split=SPLIT, cache_dir=cache))
+    places = image_indices(SEED, len(data), 0, NUM_LIKELIHOOD)
+    noise_seeds = seeds(SEED, RandomStream.NOISE, 0, NUM_LIKELIHOOD)
+    assert len(set(places)) == len(set(noise_seeds)) == NUM_LIKELIHOOD
+    alone = [
+        bits_per_dim(
+            pipe.unet, pipe.scheduler, to_model_range(data.pixels([place])), two_term=True, progress=False,
+            generator=torch.Generator().manual_seed(int(seed)),
+        )
+        for place, seed in zip(places, noise_seeds, strict=True)
+    ]  # fmt: skip
+    found = results["bits_per_dim"]
+    for name in ("total", "prior", "diffusion", "decoder", "two_term"):
+        column = np.array([getattr(one, name).item() for one in alone])
+        assert found[name] == pytest.approx(column.mean(), rel=1e-5), name
+    totals = np.array([one.total.item() for one in alone])
+    error = totals.std(ddof=1) / np.sqrt(NUM_LIKELIHOOD)
+    assert found["total_standard_error"] == pytest.approx(error, rel=1e-4)
+    assert found["total"] == pytest.approx(found["prior"] + found["diffusion"] + found["decoder"], rel=1e-12)
+    assert found["standard_error_of_one_image"] == 0
+    assert (found["num_images"], found["steps"], found["network_calls"]) == (NUM_LIKELIHOOD, 12, 12)
+    assert (found["num_bins"], found["variance_type"]) == (256, "fixed_small")
+
+
+def test_quality_is_that_of_samples_with_seeds_of_their_own(model, cache, results):
+    pipe = load_pipeline(str(model))
+    data = load_images(DataOptions("digits", split=SPLIT, cache_dir=cache))
+    generators = [
+        torch.Generator().manual_seed(int(seed)) for seed in seeds(SEED, RandomStream.PREVIEW, 0, NUM_SAMPLES)
+    ]
+    samples = [pipe(1, generator, num_inference_steps=12, output_type="pt").images for generator in generators]
+    samples = torch.cat(samples).mul(255).round().to(torch.uint8)
+    assert len({sample.numpy().tobytes() for sample in samples}) == NUM_SAMPLES
+    metric = ImageQuality(fit_digits_classifier(), seed=SEED)
+    metric.update(data.pixels(range(40)), real=True)
+    metric.update(samples, real=False)
+    expected, found = metric.compute()._asdict(), results["quality"]
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-9)
+    assert (found["num_real"], found["num_generated"], found["steps"]) == (40, NUM_SAMPLES, 12)
+    assert (found["scheduler"], found["features"]) == ("AlphaDDPMScheduler", "DigitsClassifier")
+
+
+def test_results_are_in_json_and_card(model, results):
+    assert json.loads((model / "evaluation.json").read_text()) == results
+    assert list(results)[:4] == ["model", "dataset", "split", "skipped_rows"]
     card = ModelCard.load(str(model / "README.md"))
     entries = {entry.metric_type: entry for entry in card.data.eval_results}
-    assert set(entries) == {"bits-dim", "fid", "kid", "precision", "recall"}
-    assert entries["fid"].metric_value == pytest.approx(quality["fid"])
+    assert {name: entry.metric_value for name, entry in entries.items()} == {
+        "bits-dim": results["bits_per_dim"]["total"],
+        **{name: results["quality"][name] for name in ("fid", "kid", "precision", "recall")},
+    }
     assert entries["fid"].metric_args == {
-        "num_images": 14, "steps": 12, "scheduler": "AlphaDDPMScheduler", "features": "DigitsClassifier", "seed": 0
+        "num_images": NUM_SAMPLES, "steps": 12, "scheduler": "AlphaDDPMScheduler", "features": "DigitsClassifier",
+        "seed": SEED,
     }  # fmt: skip
-    assert "| bits/dim |" in card.text and "from_pretrained" in card.text
-    assert card.data.library_name == "diffusers"
+    assert entries["bits-dim"].metric_args == {"num_images": 11, "steps": 12, "bound": "upper", "seed": SEED}
+    assert "| bits/dim |" in card.text and "from_pretrained" in card.text and card.data.library_name == "diffusers"
+
+
+def test_each_figure_in_the_card_goes_by_its_own_name():
+    quality = {"fid": 1.0, "kid": 2.0, "precision": 0.3, "recall": 0.4, "num_generated": 5, "steps": 6}
+    results = {
+        "dataset": "d", "split": "s", "seed": 7, "bits_per_dim": {"total": 8.0, "num_images": 9, "steps": 10},
+        "quality": {**quality, "scheduler": "S", "features": "F"},
+    }  # fmt: skip
+    measured = {one.metric: one.value for one in measurements(results)}
+    assert measured == {"bits/dim": 8.0, "FID": 1.0, "KID": 2.0, "precision": 0.3, "recall": 0.4}
+    assert {(one.dataset, one.split) for one in measurements(results)} == {("d", "s")}
+
+
+def _evaluate_in_a_fork(options: EvaluationOptions) -> None:
+    AcceleratorState._reset_state(True)  # that of the process which was forked
+    evaluate(options)
+
+
+def test_two_processes_find_the_same(model, cache, results, tmp_path):
+    output = tmp_path / "two.json"
+    options = options_for(model, cache, two_term=True, output=str(output), update_card=False)
+    debug_launcher(_evaluate_in_a_fork, (options,), num_processes=2)
+    two = json.loads(output.read_text())
+    assert (results["processes"], two["processes"]) == (1, 2)
+    differing = ("processes", "seconds")
+    assert {k: v for k, v in two.items() if k not in differing} == {
+        k: v for k, v in results.items() if k not in differing
+    }
 
 
 def test_another_sampler_and_an_estimated_bound(model, cache, tmp_path):
-    run_evaluate(
-        "--model", str(model), "--dataset", "digits", "--split", "train[:40]", "--num_likelihood_images", "3",
-        "--likelihood_calls", "6", "--num_images", "8", "--num_inference_steps", "4", "--scheduler", "ddim",
-        "--cache_dir", cache, "--output", str(tmp_path / "e.json"), "--update_card", "false",
+    before = (model / "README.md").read_bytes()
+    result = evaluate(
+        options_for(
+            model, cache, num_likelihood_images=3, likelihood_calls=6, num_images=8, num_inference_steps=4,
+            scheduler="ddim", output=str(tmp_path / "e.json"), update_card=False,
+        )
     )  # fmt: skip
-    result = json.loads((tmp_path / "e.json").read_text())
-    assert result["quality"]["scheduler"] == "DDIMScheduler"
-    assert result["bits_per_dim"]["network_calls"] == 6
+    assert result["quality"]["scheduler"] == "DDIMScheduler" and result["quality"]["steps"] == 4
+    assert result["bits_per_dim"]["network_calls"] == 6 and result["bits_per_dim"]["steps"] == 12
     assert result["bits_per_dim"]["standard_error_of_one_image"] > 0
+    assert (model / "README.md").read_bytes() == before
+
+
+def test_first_images_of_a_stream(model, cache, tmp_path):
+    result = evaluate(
+        options_for(
+            model, cache, streaming=True, split="train", num_images=6, num_likelihood_images=8,
+            output=str(tmp_path / "stream.json"), update_card=False,
+        )
+    )  # fmt: skip
+    assert (result["quality"]["num_real"], result["bits_per_dim"]["num_images"]) == (8, 8)
+
+
+# ---- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("options", "message"),
     [
-        (["--model", "no/such", "--dataset", "digits"], "cannot be loaded"),
-        (["--model", "MODEL", "--dataset", "digits", "--features", "nonsense:f"], "MODULE:FUNCTION"),
-        (["--model", "MODEL", "--dataset", "digits", "--num_images", "3"], "--num_images 3 are too few"),
-        (["--model", "MODEL", "--dataset", "digits", "--num_images", "0", "--num_likelihood_images", "0"], "nothing"),
+        ({"model": "no/such"}, "cannot be loaded"),
+        ({"features": "nonsense:f"}, "MODULE:FUNCTION"),
+        ({"num_images": 3}, "--num_images 3 must be 0 or at least 5"),
+        ({"num_images": 0, "num_likelihood_images": 0}, "nothing"),
+        ({"resolution": 16}, "--resolution 16 differs from the model's, 8"),
+        ({"channels": 3}, "--channels 3 differs from the model's, 1"),
+        ({"scheduler": "magic"}, "--scheduler magic must be one of keep, ddpm"),
     ],
 )
-def test_what_cannot_be_evaluated_is_said(model, cache, arguments, message, monkeypatch):
+def test_what_cannot_be_evaluated_is_said(model, cache, options, message, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    arguments = [str(model) if argument == "MODEL" else argument for argument in arguments]
     with pytest.raises(ConfigError, match=message):
-        run_evaluate("--likelihood_steps", "1", "--cache_dir", cache, *arguments)
+        evaluate(options_for(options.pop("model", model), cache, **options))
 
 
-def test_missing_weights_are_named(model, tmp_path):
+def test_conditional_models_and_missing_weights_are_named(model, tmp_path):
     folder = shutil.copytree(model, tmp_path / "model")
     weights = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
     del weights["conv_in.bias"]
     save_file(weights, folder / "unet/diffusion_pytorch_model.safetensors")
-    with pytest.raises(ConfigError, match=r"no weights for conv_in\.bias of its network"):
+    with pytest.raises(ConfigError, match=r"no weights for conv_in\.bias of its UNet"):
         load_pipeline(str(folder))
+    conditional = AlphaDDPMPipeline(tiny_unet(num_class_embeds=3), AlphaDDPMScheduler(12))
+    conditional.save_pretrained(tmp_path / "conditional")
+    with pytest.raises(ConfigError, match="is a conditional model"):
+        load_pipeline(str(tmp_path / "conditional"))
 
 
-def test_images_that_are_not_numbers_are_no_images(model, cache):
+def test_images_that_are_not_numbers_are_no_images(model):
     """Diffusers 0.42.1: the last two timesteps of UniPC are the same where there are as many steps as timesteps."""
     pipe = load_pipeline(str(model))
-    use_scheduler(pipe, "unipc")
-    with pytest.raises(ConfigError, match="UniPCMultistepScheduler gives values that are not numbers in 12 steps"):
-        sample_uint8(pipe, range(2), seed=0, steps=12)
+    pipe.scheduler = scheduler_for(pipe, "unipc")
+    with pytest.raises(ConfigError, match=r"UniPCMultistepScheduler produced NaN .* in 12 steps"):
+        sample_uint8(pipe, range(2), seed=0, num_inference_steps=12)
 
 
-def test_error_is_one_line(cache):
-    done = launch("evaluate", "--model", "no/such", "--dataset", "digits", "--cache_dir", cache)
-    assert done.returncode == 1
-    assert "error: --model no/such cannot be loaded" in done.stderr
-    assert "Traceback" not in done.stderr
+# ---- the command ----------------------------------------------------------------------------------
 
 
-def test_image_i_is_always_the_same(model, tmp_path):
-    def draw(name, batch_size, processes=1, *more):
-        arguments = [
-            "--model", str(model), "--output_dir", str(tmp_path / name), "--num_images", "9", "--batch_size", str(batch_size),
-            *more,
-        ]  # fmt: skip
-        if processes == 1:
-            run.generate(run.parse([*arguments, *QUICK]))
-        else:
-            done = launch("generate", *arguments, processes=processes)
-            assert done.returncode == 0, done.stderr
-        return {path.name: path.read_bytes() for path in sorted((tmp_path / name).glob("*.png"))}
+def test_command_prints_the_results_and_errors_in_one_line(model, cache, tmp_path, monkeypatch, capsys):
+    def run(*flags: str) -> None:
+        monkeypatch.setattr("sys.argv", ["evaluate.py", "--dataset", "digits", *flags])
+        runpy.run_path(str(ROOT / "training" / "evaluate.py"), run_name="__main__")
 
-    one, two = draw("one", 9), draw("two", 2, 2)
-    assert list(one) == [f"{number:06d}.png" for number in range(9)]
-    assert one == two
-    for number in (0, 5, 8):  # a run that was stopped goes on
-        (tmp_path / "two" / f"{number:06d}.png").unlink()
-    kept = tmp_path / "two/000003.png"
-    before = kept.stat().st_mtime_ns
-    assert draw("two", 4) == one
-    assert kept.stat().st_mtime_ns == before
+    flags = [
+        "--model",
+        str(model),
+        "--split",
+        SPLIT,
+        "--cache_dir",
+        cache,
+        "--num_images",
+        "0",
+        "--update_card",
+        "false",
+    ]
+    run(*flags, "--num_likelihood_images", "2", "--likelihood_steps", "2", "--output", str(tmp_path / "found.json"))
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "found.json").read_text()) and "quality" not in printed
+    with pytest.raises(SystemExit, match=r"^error: --model .* cannot be loaded"):
+        run("--model", str(tmp_path / "no"))
 
-    assert draw("whole", 4, 1, "--format", "parquet") == {}
-    rows = load_dataset(
-        "parquet", data_files=str(tmp_path / "whole/images.parquet"), split="train", cache_dir=str(tmp_path)
+
+def test_flags_and_python_mean_the_same_and_parsing_needs_no_torch():
+    options = parse_options(["--model", "m", "--dataset", "d", "--num_images=7", "--no_update_card", "--two_term"])
+    assert options == EvaluationOptions(model="m", dataset="d", num_images=7, update_card=False, two_term=True)
+    run_python(
+        "import sys\n"
+        "from ddpm_pipeline.evaluation import EvaluationOptions\n"
+        "from ddpm_pipeline.evaluation.options import parse_options\n"
+        "from ddpm_pipeline.evaluation.__main__ import main\n"
+        "from ddpm_pipeline.generation.__main__ import main\n"
+        "from ddpm_pipeline.generation import GenerationOptions\n"
+        "assert parse_options(['--model', 'm', '--dataset', 'd']) == EvaluationOptions(model='m', dataset='d')\n"
+        "GenerationOptions(model='m', output_dir='d')\n"
+        "assert not {'torch', 'diffusers', 'datasets', 'accelerate'} & set(sys.modules), 'parsing is slow'\n"
     )
-    assert rows["number"] == list(range(9))
-    with Image.open(tmp_path / "one/000007.png") as expected:
-        assert rows[7]["image"].tobytes() == expected.tobytes()
-
-    with pytest.raises(ConfigError, match="another model, sampler, number of steps or seed"):
-        draw("one", 4, 1, "--seed", "1")
-
-
-def test_training_evaluates_on_the_way(tmp_path, cache):
-    (tmp_path / "unet.json").write_text(json.dumps({**dict(tiny_unet().config), "out_channels": 2}))
-    flags = {
-        "dataset": "digits", "split": "train[:40]", "model": tmp_path / "unet.json", "num_train_timesteps": 12,
-        "beta_end": 0.6, "batch_size": 8, "max_train_steps": 6, "preview_every": 0, "checkpoint_every": 3, "num_samples": 1,
-        "lr_warmup_steps": 1, "learning_rate": 0.001, "mixed_precision": "no", "log_every": 3, "cache_dir": cache,
-        "variance_type": "learned_range", "objective": "bound", "timestep_sampling": "importance",
-        "eval_every": 3, "eval_images": 6, "eval_calls": 5, "eval_samples": 6, "preview_inference_steps": 3,
-    }  # fmt: skip
-    logs = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        arguments = [f"--{name}={value}" for name, value in flags.items()]
-        if processes == 1:
-            loop.train(parse_options([*arguments, "--output_dir", str(folder), *QUICK]))
-        else:
-            done = launch("train", *arguments, "--output_dir", str(folder), processes=processes)
-            assert done.returncode == 0, done.stderr
-        logs.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
-    evaluated = [[entry["eval_bits_per_dim"] for entry in log if "eval_bits_per_dim" in entry] for log in logs]
-    assert len(evaluated[0]) == 2
-    for log in logs:
-        judged = [entry for entry in log if "eval_bits_per_dim" in entry]
-        assert all(0 < entry["eval_fid"] < 1000 and 0 <= entry["eval_precision"] <= 1 for entry in judged)
-    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-3)
-    losses = [[entry["loss"] for entry in log if "loss" in entry] for log in logs]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    pipe = AlphaDDPMPipeline.from_pretrained(tmp_path / "2")
-    assert pipe.scheduler.config.variance_type == "learned_range"
-    assert pipe(1, torch.Generator().manual_seed(0), num_inference_steps=3, output_type="pt").images.isfinite().all()
-    arguments = [f"--{name}={value}" for name, value in flags.items() if name not in ("objective", "variance_type")]
-    with pytest.raises(ConfigError, match="learned_range"):
-        loop.train(parse_options([*arguments, "--objective", "hybrid", "--output_dir", str(tmp_path / "wrong")]))
-    with pytest.raises(ConfigError, match=r"--eval_features nonsense:f: .* MODULE:FUNCTION"):
-        loop.train(
-            TrainingOptions(eval_every=1, eval_samples=5, eval_features="nonsense:f", output_dir=str(tmp_path / "w"))
-        )
-    with pytest.raises(ConfigError, match="--eval_samples 5"):
-        TrainingOptions(eval_samples=5)

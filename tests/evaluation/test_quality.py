@@ -1,6 +1,7 @@
 """Quality figures against numpy and scipy in float64, and the extractor's choices."""
 
 import builtins
+import copy
 import sys
 import warnings
 
@@ -12,11 +13,11 @@ from torch import nn
 
 import ddpm_pipeline.evaluation.quality as quality
 from ddpm_pipeline.evaluation.digits import fit_digits_classifier, load_digits_images
+from ddpm_pipeline.evaluation.features import InceptionFeatures, real_features
 from ddpm_pipeline.evaluation.quality import (
     ImageQuality,
-    InceptionFeatures,
-    cached_features,
     frechet_distance,
+    frechet_distance_of_halves,
     precision_recall,
 )
 
@@ -27,7 +28,7 @@ def digits() -> torch.Tensor:
     return ((images + 1) * 127.5).round().to(torch.uint8)
 
 
-def judged(real, generated, **options) -> quality.Quality:
+def measured(real, generated, **options) -> quality.Quality:
     metric = ImageQuality(fit_digits_classifier(), **options)
     for images, kind in ((real, True), (generated, False)):
         for batch in images.split(256):
@@ -43,7 +44,7 @@ def numpy_frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_a_set_and_itself(digits):
-    result = judged(digits, digits)
+    result = measured(digits, digits)
     assert abs(result.fid) < 1e-6
     assert result.kid < 0  # subsets that share images are closer than unbiased estimates allow for
     assert (result.precision, result.recall) == (1, 1)
@@ -55,7 +56,7 @@ def test_disjoint_halves_match_numpy(digits):
     first, second = digits[torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))].chunk(2)
     classifier = fit_digits_classifier()
     features = [classifier.features(half.float() / 127.5 - 1).numpy() for half in (first, second)]
-    result = judged(first, second)
+    result = measured(first, second)
     assert result.fid == pytest.approx(numpy_frechet(*features), rel=1e-6)
     assert result.fid > 0.01
     assert 0.5 < result.precision < 1
@@ -73,7 +74,7 @@ def test_the_distance_keeps_its_digits_far_from_zero():
 def test_kid_and_score_match_numpy(digits):
     first, second = digits[:600], digits[600:1200]
     classifier = fit_digits_classifier()
-    result = judged(first, second, kid_subsets=400, kid_subset_size=300, splits=1)
+    result = measured(first, second, kid_subsets=400, kid_subset_size=300, splits=1)
     x, y = (classifier.features(half.float() / 127.5 - 1).double().numpy() for half in (first, second))
 
     def kernel(a, b):
@@ -88,7 +89,7 @@ def test_kid_and_score_match_numpy(digits):
     assert result.kid_subset_size == 300
     torch.manual_seed(5)
     assert (
-        judged(first, second, kid_subsets=400, kid_subset_size=300, splits=1).kid == result.kid
+        measured(first, second, kid_subsets=400, kid_subset_size=300, splits=1).kid == result.kid
     )  # no global generator
     metric = ImageQuality(classifier, splits=1)
     metric.update(first, real=True)
@@ -115,10 +116,10 @@ def test_precision_and_recall_by_hand():
 def test_worse_images_get_worse_figures(digits):
     noisy = (digits.float() + 100 * torch.randn(digits.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255)
     one_class = digits[:5].repeat(100, 1, 1, 1)
-    fine, rough = judged(digits[:900], digits[900:]), judged(digits[:900], noisy[900:].to(torch.uint8))
+    fine, rough = measured(digits[:900], digits[900:]), measured(digits[:900], noisy[900:].to(torch.uint8))
     assert rough.fid > 3 * fine.fid
     assert rough.kid > fine.kid
-    assert judged(digits, one_class).recall < 0.1
+    assert measured(digits, one_class).recall < 0.1
 
 
 def test_any_module_will_do():
@@ -135,40 +136,57 @@ def test_any_module_will_do():
     assert np.isnan(result.inception_score)
 
 
-def test_what_cannot_be_judged_is_named(digits):
+def test_what_cannot_be_measured_is_named(digits):
     classifier = fit_digits_classifier()
     with pytest.raises(ValueError, match=r"float32.*uint8"):
         ImageQuality(classifier).update(digits.float(), real=True)
     with pytest.raises(ValueError, match="1797 real and 3 generated"):
-        judged(digits, digits[:3])
+        measured(digits, digits[:3])
     metric = ImageQuality(classifier)
     metric.add_real_features(torch.full((20, 64), torch.nan))
     metric.update(digits[:20], real=False)
     with pytest.raises(ValueError, match="NaN"):
         metric.compute()
-    with pytest.warns(UserWarning, match="20 images give a covariance of 64"):
-        judged(digits, digits[:20])
+    with pytest.warns(UserWarning, match="20 images give a singular covariance of 64"):
+        measured(digits, digits[:20])
 
 
 def test_reference_features_are_cached_by_data_and_extractor(digits, tmp_path):
-    classifier, calls = fit_digits_classifier(), []
+    classifier, extracted = fit_digits_classifier(), []
 
-    def compute():
-        calls.append(1)
-        return classifier.features(digits[:10].float())
+    class Data:
+        def __init__(self, fingerprint: str):
+            self.fingerprint = fingerprint
 
-    first = cached_features(tmp_path, "aa", classifier, compute)
-    assert torch.equal(cached_features(tmp_path, "aa", classifier, compute), first)
-    assert len(calls) == 1
-    cached_features(tmp_path, "bb", classifier, compute)
-    cached_features(tmp_path, "aa", fit_digits_classifier(1), compute)
-    assert len(calls) == 3
+        def __len__(self) -> int:
+            return 300  # more than a batch
+
+        def pixels(self, indices: range) -> torch.Tensor:
+            extracted.append(len(indices))
+            return digits[list(indices)]
+
+    first = real_features(Data("aa"), classifier, str(tmp_path))
+    assert torch.allclose(first, classifier.features(digits[:300] / 127.5 - 1), atol=1e-5)
+    assert torch.equal(real_features(Data("aa"), classifier, str(tmp_path)), first) and sum(extracted) == 300
+    real_features(Data("bb"), classifier, str(tmp_path))
+    other = copy.deepcopy(classifier)
+    other.head.bias.add_(1)
+    real_features(Data("aa"), other, str(tmp_path))
+    assert sum(extracted) == 900
     metric = ImageQuality(classifier)
     metric.add_real_features(first)
     metric.update(digits[10:30], real=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert metric.compute().num_real == 10
+        assert metric.compute().num_real == 300
+
+
+def test_halves_of_one_set_are_near_and_do_not_depend_on_the_global_generator(digits):
+    features = fit_digits_classifier().features(digits.float() / 127.5 - 1)
+    found = frechet_distance_of_halves(features, num_splits=2)
+    torch.manual_seed(1)
+    assert frechet_distance_of_halves(features, num_splits=2) == found
+    assert found < frechet_distance(features[:800], features[:800] + 1)
 
 
 # Inception
@@ -179,19 +197,19 @@ def test_without_the_extra_the_error_says_how_to_get_it(monkeypatch):
 
     def no_fidelity(name, *args, **kwargs):
         if name.startswith("torch_fidelity"):
-            raise ImportError(name)
+            raise ModuleNotFoundError(name, name=name)
         return original(name, *args, **kwargs)
 
     monkeypatch.delitem(sys.modules, "torch_fidelity", raising=False)
     monkeypatch.setattr(builtins, "__import__", no_fidelity)
-    with pytest.raises(ModuleNotFoundError, match=r"ddpm-pipeline\[inception\]"):
+    with pytest.raises(ImportError, match=r"ddpm-pipeline\[inception\]"):
         InceptionFeatures()
 
 
 def test_without_weights_or_network_the_error_says_how_to_supply_the_file(monkeypatch, tmp_path):
     """Where the extra is installed; a name that stands for it serves where it is not, as nothing of it is reached."""
     monkeypatch.setitem(sys.modules, "torch_fidelity", sys.modules.get("torch_fidelity", sys))
-    with pytest.raises(FileNotFoundError, match=r"pt_missing\.pth are not a file; download https"):
+    with pytest.raises(FileNotFoundError, match=r"pt_missing\.pth are not a file\. Download https"):
         InceptionFeatures(tmp_path / "pt_missing.pth")
 
     def unreachable(*args, **kwargs):

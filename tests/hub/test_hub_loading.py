@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 
 import ddpm_pipeline
 import hub_server
-from ddpm_pipeline import AlphaDDPMPipeline
+from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline
 from ddpm_pipeline.hub import build_card, export, push
 from hub_fixtures import environment, run_checks
 from hub_models import (
@@ -218,8 +218,7 @@ def check_trusted_pipeline_saves_a_folder_that_loads_everywhere():
         pipe = DiffusionPipeline.from_pretrained(f"org/{name}", custom_pipeline=f"org/{name}", **TRUST)
         pipe.save_pretrained(f"again/{name}")
         all_kept(f"again/{name}", name)
-        shipped = {"pipeline.py", "sampling_alpha_ddpm.py", "scheduling_alpha_ddpm.py", "stock_format.py"}
-        assert shipped <= set(os.listdir(f"again/{name}"))
+        assert {"pipeline.py", "sampling_alpha_ddpm.py", "scheduling_alpha_ddpm.py"} <= set(os.listdir(f"again/{name}"))
         stock = DiffusionPipeline.from_pretrained(f"again/{name}")
         assert type(stock) is (IFPipeline if name == "text" else DDPMPipeline)
         same(DiffusionPipeline.from_pretrained(f"again/{name}", custom_pipeline=f"again/{name}", **TRUST), name)
@@ -488,27 +487,22 @@ def test_loads(groups: Groups, group: str, check: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("repo_id", "pipeline"), [("org/ddpm", "pipeline_alpha_ddpm.py"), ("org/text", "pipeline_alpha_ddpm_text.py")]
+    ("repo_id", "pipeline_class"), [("org/ddpm", AlphaDDPMPipeline), ("org/text", AlphaDDPMTextToImagePipeline)]
 )
 def test_shipped_code_is_the_package_s_own_byte_for_byte(
-    hub: hub_server.Hub, published: Path, repo_id: str, pipeline: str
+    hub: hub_server.Hub, published: Path, repo_id: str, pipeline_class: type
 ) -> None:
-    package = Path(ddpm_pipeline.__file__).parent
-    sources = {
-        "pipeline.py": pipeline,
-        "sampling_alpha_ddpm.py": "sampling_alpha_ddpm.py",
-        "scheduling_alpha_ddpm.py": "scheduling_alpha_ddpm.py",
-        "stock_format.py": "stock_format.py",
-    }
-    assert {name for name in hub.files(repo_id) if name.endswith(".py")} == set(sources)
+    sources = pipeline_class.shipped_files()
+    assert {"pipeline.py", "sampling_alpha_ddpm.py", "scheduling_alpha_ddpm.py", "stock_format.py"} <= sources.keys()
+    assert {name for name in hub.files(repo_id) if name.endswith(".py")} == sources.keys()
     for name, source in sources.items():
-        assert hub.read(repo_id, name) == (package / source).read_bytes()
+        assert source.parent == Path(ddpm_pipeline.__file__).parent
+        assert hub.read(repo_id, name) == source.read_bytes()
 
 
 def test_repository_holds_the_stock_format_and_nothing_else(hub: hub_server.Hub, published: Path) -> None:
     assert hub.files("org/class") == {
-        ".gitattributes", "README.md", "model_index.json", "pipeline.py", "sampling_alpha_ddpm.py",
-        "scheduling_alpha_ddpm.py", "stock_format.py",
+        ".gitattributes", "README.md", "model_index.json", *AlphaDDPMPipeline.shipped_files(),
         "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
         "unet/diffusion_pytorch_model.fp16.safetensors",
     }  # fmt: skip

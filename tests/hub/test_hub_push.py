@@ -77,8 +77,7 @@ def folder(pipe: AlphaDDPMPipeline, tmp_path: Path) -> Path:
 
 QUICK = PushOptions(first_wait=0.01)
 MODEL_FILES = {
-    "README.md", "model_index.json", "pipeline.py", "sampling_alpha_ddpm.py", "scheduling_alpha_ddpm.py",
-    "stock_format.py", "samples.png",
+    "README.md", "model_index.json", *AlphaDDPMPipeline.shipped_files(), "samples.png",
     "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", ".gitattributes",
 }  # fmt: skip
 
@@ -215,29 +214,42 @@ def test_format_follows_what_the_pipeline_class_says(pipe, tmp_path: Path) -> No
 # ---- what is on the disk --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", range(7))
-def test_folder_is_no_pipeline_before_its_export_is_complete(pipe, tmp_path: Path, monkeypatch, steps: int) -> None:
-    """Interrupted after any number of its files, before the last one, which is the index."""
-    folder, replace, placed = tmp_path / "run", os.replace, []
+def test_folder_is_no_pipeline_before_its_export_is_complete(pipe, tmp_path: Path, monkeypatch) -> None:
+    """Interrupted after any number of its files, the last of which is the index, in whatever order the disk lists them."""
+    replace, iterdir = os.replace, Path.iterdir
+    complete = {"README.md", "model_index.json", "unet", "scheduler", *AlphaDDPMPipeline.shipped_files()}
 
-    def interrupted(source: Path, target: Path) -> None:
-        if Path(target).parent == folder:
-            if len(placed) == steps:
-                raise KeyboardInterrupt
-            placed.append(Path(target).name)
-        replace(source, target)
+    def interrupted(folder: Path, steps: int) -> list[str]:
+        """The entries that an export placed, which is interrupted before it places one more."""
+        placed = []
 
-    monkeypatch.setattr(os, "replace", interrupted)
-    folder.mkdir()
-    (folder / "mine.txt").write_text("mine")
-    with pytest.raises(KeyboardInterrupt):
-        export(pipe, folder, card_of(pipe))
-    assert {path.name for path in folder.iterdir()} == {"mine.txt", *placed} and len(placed) == steps
-    assert "model_index.json" not in placed
-    monkeypatch.undo()
+        def place(source: Path, target: Path) -> None:
+            if Path(target).parent == folder:
+                if len(placed) == steps:
+                    raise KeyboardInterrupt
+                placed.append(Path(target).name)
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", place)
+        monkeypatch.setattr(
+            Path, "iterdir", lambda path: iter(sorted(iterdir(path), key=lambda one: one.name[0] != "m"))
+        )
+        with pytest.raises(KeyboardInterrupt):
+            export(pipe, folder, card_of(pipe))
+        monkeypatch.undo()
+        return placed
+
+    for steps in range(len(complete)):
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        (folder / "mine.txt").write_text("mine")
+        placed = interrupted(folder, steps)
+        assert {path.name for path in folder.iterdir()} == {"mine.txt", *placed} and len(placed) == steps
+        assert "model_index.json" not in placed
     export(pipe, folder, card_of(pipe))
     AlphaDDPMPipeline.from_pretrained(folder)
-    assert len(list(folder.iterdir())) == 9 and (folder / "mine.txt").read_text() == "mine"
+    assert {path.name for path in folder.iterdir()} == {"mine.txt", *complete}
+    assert (folder / "mine.txt").read_text() == "mine"
 
 
 # ---- the card -------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ UNET = {
     "layers_per_block": 1, "block_out_channels": [4, 8], "norm_num_groups": 2,
     "down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"],
 }  # fmt: skip
-JUDGE = """
+EXTRACTOR = """
 import torch
 
 def make():
@@ -164,20 +164,21 @@ def check_run_whose_last_push_fails():
     assert code == 3, (code, errors)
     assert "python -m ddpm_pipeline.hub push stranded org/stranded" in errors and "Traceback" not in errors, errors
 
-def judged(model, *arguments):
-    from ddpm_pipeline.evaluation import run
-    return run.evaluate(run.parse([
+def evaluated(model, *arguments):
+    from ddpm_pipeline.evaluation import evaluate
+    from ddpm_pipeline.evaluation.options import parse_options
+    return evaluate(parse_options([
         "--model", model, "--dataset", "org/pictures", "--split", "train[:20]", "--num_likelihood_images", "3",
-        "--num_images", "6", "--batch_size", "4", "--features", "judge:make", "--num_cpu_threads", "1", *arguments,
+        "--num_images", "6", "--batch_size", "4", "--features", "extractor:make", "--num_cpu_threads", "1", *arguments,
     ]))
 
-def check_stock_repository_is_judged_by_a_data_set_of_the_hub():
+def check_stock_repository_is_evaluated_on_a_data_set_of_the_hub():
     from ddpm_pipeline import AlphaDDPMPipeline
-    found = judged("org/early", "--num_inference_steps", "5", "--output", "early.json")
+    found = evaluated("org/early", "--num_inference_steps", "5", "--output", "early.json")
     assert (found["dataset"], found["quality"]["num_real"], found["quality"]["num_generated"]) == ("org/pictures", 20, 6)
     assert (found["bits_per_dim"]["num_images"], found["bits_per_dim"]["variance_type"]) == (3, "fixed_large")
     AlphaDDPMPipeline.from_pretrained("org/early").save_pretrained("early")
-    saved = judged("early", "--num_inference_steps", "5")
+    saved = evaluated("early", "--num_inference_steps", "5")
     assert [found[part] for part in ("bits_per_dim", "quality")] == [saved[part] for part in ("bits_per_dim", "quality")]
     assert Path("early.json").is_file() and Path("early", "evaluation.json").is_file()
 
@@ -192,7 +193,7 @@ def check_figures_go_to_a_card_that_was_edited_on_the_hub():
     edited = text.replace("# trained", "# A title of mine").replace("license: apache-2.0", "license: mit")
     assert edited != text
     HfApi().upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id="org/measured")
-    found = judged("pushed")
+    found = evaluated("pushed")
     assert main(["push", "pushed", "org/measured"]) == 0
     card = ModelCard.load("org/measured")
     card.validate()
@@ -215,7 +216,7 @@ def runs(hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> dict:
     (folder / "unet.json").write_text(json.dumps(UNET))
     (folder / "class.json").write_text(json.dumps(UNET))
     (folder / "text.json").write_text(json.dumps(dict(make_unet(cross_attention_dim=64).config)))
-    (folder / "judge.py").write_text(JUDGE)
+    (folder / "extractor.py").write_text(EXTRACTOR)
     early_repository(folder / "early-layout")
     files = [path for path in (folder / "early-layout").iterdir() if path.is_file()]
     hub.write("org/early", {path.name: path.read_bytes() for path in files})

@@ -1,10 +1,8 @@
 """A small classifier of scikit-learn's handwritten digits: the feature extractor that `--features digits` names.
 
-Generators never see it in training. Images are [B, 1, 8, 8] in [-1, 1]. Imports torch and scikit-learn.
+Images are [B, 1, 8, 8] in [-1, 1]. Imports torch and scikit-learn.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -19,10 +17,9 @@ BATCH_SIZE = 128
 
 
 class DigitsClassifier(nn.Module):
-    """A small convolutional classifier of 8x8 digits, with `num_features` penultimate features.
+    """A convolutional classifier of 8x8 digits, with `num_features` penultimate features.
 
-    `held_out_accuracy` and `held_out_top_probability`, both in [0, 1], are what it reached on the quarter of the real
-    digits it was not fitted on; `fit_digits_classifier` sets them.
+    `held_out_accuracy` and `held_out_top_probability`, both in [0, 1], are of the real digits that it was not fitted on.
     """
 
     num_features = 64
@@ -46,17 +43,17 @@ class DigitsClassifier(nn.Module):
         self.head = nn.Linear(self.num_features, NUM_CLASSES)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Penultimate features `[B, 64]` of images `[B, 1, 8, 8]` in [-1, 1]."""
+        """Penultimate features [B, 64] of images [B, 1, 8, 8] in [-1, 1]."""
         return self.body(images)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits `[B, 10]` of images `[B, 1, 8, 8]` in [-1, 1]."""
+        """Logits [B, 10] of images [B, 1, 8, 8] in [-1, 1]."""
         return self.head(self.features(images))
 
 
 @lru_cache(maxsize=1)
 def load_digits_images() -> tuple[torch.Tensor, torch.Tensor]:
-    """All 1,797 real digits: images `[N, 1, 8, 8]` float32 in [-1, 1], labels `[N]` int64 in 0..9."""
+    """All 1,797 real digits: images [N, 1, 8, 8] float32 in [-1, 1], labels [N] int64 in 0..9."""
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1) * (2 / MAX_GREY) - 1
     return images, torch.from_numpy(digits.target).long()
@@ -64,40 +61,28 @@ def load_digits_images() -> tuple[torch.Tensor, torch.Tensor]:
 
 @lru_cache(maxsize=4)
 def fit_digits_classifier(seed: int = 0) -> DigitsClassifier:
-    """Fit the classifier on three quarters of the real digits, in seconds on a CPU; in eval mode, weights frozen.
+    """The classifier, fitted in seconds on three quarters of the real digits; in eval mode, with frozen weights.
 
     The same seed gives the same classifier; the global generator is left as it was.
     """
     images, labels = load_digits_images()
-    fitted, held_out = _split(len(images), seed)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    num_held_out, num_threads = int(HELD_OUT_FRACTION * len(images)), torch.get_num_threads()
+    fitted, held_out = order[num_held_out:], order[:num_held_out]
     # initial weights, batches and dropout draw from the global generator
-    with torch.random.fork_rng(devices=[]), _one_thread():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        torch.set_num_threads(1)  # sums in one order whatever the core count; work this small loses little
         classifier = DigitsClassifier()
-        _fit(classifier, images[fitted], labels[fitted])
+        try:
+            _fit(classifier, images[fitted], labels[fitted])
+        finally:
+            torch.set_num_threads(num_threads)
     classifier.eval().requires_grad_(False)
     top_probability, predicted = classifier(images[held_out]).softmax(dim=1).max(dim=1)
     classifier.held_out_accuracy = (predicted == labels[held_out]).double().mean().item()
     classifier.held_out_top_probability = top_probability.double().mean().item()
     return classifier
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch use one thread: sums in one order whatever the core count; work this small loses little."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-def _split(num_images: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the fitted and of the held-out images, at random."""
-    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
-    num_held_out = int(HELD_OUT_FRACTION * num_images)
-    return order[num_held_out:], order[:num_held_out]
 
 
 def _fit(classifier: DigitsClassifier, images: torch.Tensor, labels: torch.Tensor) -> None:

@@ -1,12 +1,10 @@
-"""How good and how varied generated images are: FID, KID and IS on torchmetrics, and k-nearest-neighbour precision/recall.
+"""How good and how varied generated images are: FID, KID and IS by torchmetrics, and k-nearest-neighbour precision/recall.
 
-All figures come from one set of features, in float64, and carry the number of images they are of. Images are uint8
-[B, C, H, W] throughout, as they are in files. Imports torch, torchmetrics and safetensors; called by
-training/evaluate.py.
+All figures follow from one set of features, in float64. Images are uint8 [B, C, H, W] throughout, as in files.
 """
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,7 +19,7 @@ DISTANCE_ROWS = 2048  # images whose distances to all others are held at a time
 
 
 class Quality(NamedTuple):  # torchmetrics takes results apart, and refuses frozen dataclasses
-    """What `ImageQuality.compute` says. Inception scores are NaN for an extractor without logits."""
+    """The figures of `ImageQuality`. Inception scores are NaN for an extractor without logits."""
 
     num_real: int
     num_generated: int
@@ -37,17 +35,15 @@ class Quality(NamedTuple):  # torchmetrics takes results apart, and refuses froz
 
 
 class ImageQuality(Metric):
-    """Features of real and generated images, gathered over processes, and the figures that follow from them.
+    """Gathers features of real and generated images over processes, and computes the figures that follow from them.
 
     Processes add contiguous shares of the images, in rank order; the figures are then those of one process.
 
     Args:
-        extractor: a module from images [B, C, H, W] in [-1, 1] to features [B, F]. Where it has a method `features`, that
-            is called instead and the module itself gives logits, for the Inception score; a method
-            `features_and_logits` gives both at once.
+        extractor: a module from images [B, C, H, W] in [-1, 1] to features [B, F]; see `features.extract`.
         num_neighbours: k of precision and recall.
-        kid_subsets, kid_subset_size: as in torchmetrics; subsets are no larger than half of the smaller set.
-        splits: parts of the generated images that the Inception score is averaged over.
+        kid_subsets, kid_subset_size: as in torchmetrics; a subset has at most half as many images as the smaller set.
+        splits: parts of the generated images whose Inception scores are averaged.
         seed: of the subsets and splits.
     """
 
@@ -75,20 +71,17 @@ class ImageQuality(Metric):
     def update(self, images: torch.Tensor, real: bool) -> None:
         """Add images, uint8 [B, C, H, W]. Raises ValueError for another type or shape."""
         features, logits = extract(self.extractor, images)
-        if real:
-            self.real_features.append(features)
-        else:
-            self.generated_features.append(features)
-            if logits is not None:
-                self.generated_logits.append(logits)
+        (self.real_features if real else self.generated_features).append(features)
+        if logits is not None and not real:
+            self.generated_logits.append(logits)
 
     def add_real_features(self, features: torch.Tensor) -> None:
-        """Add features [N, F] of real images that were extracted before."""
+        """Add features [N, F] of real images, extracted earlier."""
         self.real_features.append(features)
 
     def compute(self) -> Quality:
-        """All figures, in float64. Raises ValueError for fewer images of a kind than k + 2, or broken features."""
-        real, generated = _joined(self.real_features).double(), _joined(self.generated_features).double()
+        """All figures. Raises ValueError for fewer than k + 2 images of a kind, and for features that are not finite."""
+        real, generated, logits = map(_joined, (self.real_features, self.generated_features, self.generated_logits))
         fewest = min(len(real), len(generated))
         if fewest < self.num_neighbours + 2:
             raise ValueError(
@@ -99,104 +92,80 @@ class ImageQuality(Metric):
             raise ValueError("some features are NaN or infinite: the images or the extractor are broken.")
         if fewest <= real.shape[1]:
             warnings.warn(
-                f"{fewest} images give a covariance of {real.shape[1]} features that is singular; the FID of so few is "
-                "far from that of many.",
+                f"{fewest} images give a singular covariance of {real.shape[1]} features; the FID of so few images is far "
+                "from that of many.",
                 stacklevel=2,
             )
-        logits = _joined(self.generated_logits).double() if len(self.generated_logits) else None
         subset_size = max(2, min(self.kid_subset_size, fewest // 2))
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchmetrics warns of the memory that features take
             torch.manual_seed(self.seed)  # torchmetrics permutes by the global generator
+            alone: dict[str, Any] = {"sync_on_compute": False}  # the features are those of all processes already
             fid = frechet_distance(real, generated)
-            kid, kid_std = _kernel_distance(real, generated, self.kid_subsets, subset_size)
-            score, score_std = _inception_score(logits, min(self.splits, len(generated)))
+            kid, kid_std = _mean_and_deviation(  # Bińkowski et al. 2018
+                KernelInceptionDistance(_Given(real), subsets=self.kid_subsets, subset_size=subset_size, **alone),
+                {"imgs": real, "real": True}, {"imgs": generated, "real": False},
+            )  # fmt: skip
+            score = score_std = float("nan")
+            if len(logits):  # exp E KL(p(class|image) ‖ p(class)), Salimans et al. 2016
+                metric = InceptionScore(_Given(logits), splits=min(self.splits, len(generated)), **alone)
+                score, score_std = _mean_and_deviation(metric, {"imgs": logits})
         precision, recall = precision_recall(real, generated, self.num_neighbours)
         return Quality(
-            num_real=len(real),
-            num_generated=len(generated),
-            fid=fid,
-            kid=kid,
-            kid_std=kid_std,
-            kid_subset_size=subset_size,
-            inception_score=score,
-            inception_score_std=score_std,
-            precision=precision,
-            recall=recall,
-            num_neighbours=self.num_neighbours,
-        )
+            len(real), len(generated), fid, kid, kid_std, subset_size, score, score_std, precision, recall,
+            self.num_neighbours,
+        )  # fmt: skip
 
 
 def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
     """|μ_r - μ_g|² + tr(Σ_r + Σ_g - 2(Σ_r Σ_g)^½) of features [N, F], by torchmetrics in float64 throughout."""
-    metric = FrechetInceptionDistance(_Given(real.shape[1]), sync_on_compute=False)
-    metric.to(real.device)
+    metric = FrechetInceptionDistance(_Given(real), sync_on_compute=False).to(real.device)
     centre = real.double().mean(dim=0)  # the distance does not change, and sums of squares keep their digits
     metric.update(real.double() - centre, real=True)
     metric.update(generated.double() - centre, real=False)
     return float(metric.compute())
 
 
-def _kernel_distance(
-    real: torch.Tensor, generated: torch.Tensor, subsets: int, subset_size: int
-) -> tuple[float, float]:
-    """KID (Bińkowski et al. 2018): mean and deviation over subsets."""
-    metric = KernelInceptionDistance(
-        _Given(real.shape[1]), subsets=subsets, subset_size=subset_size, sync_on_compute=False
-    )
-    metric.update(real, real=True)
-    metric.update(generated, real=False)
+def frechet_distance_of_halves(features: torch.Tensor, num_splits: int = 20, seed: int = 0) -> float:
+    """Fréchet distance between disjoint random halves of features [N, F], mean over splits: what chance alone gives."""
+    generator = torch.Generator().manual_seed(seed)
+    halves = [torch.randperm(len(features), generator=generator).chunk(2) for _ in range(num_splits)]
+    return sum(frechet_distance(features[first], features[second]) for first, second in halves) / num_splits
+
+
+def _mean_and_deviation(metric: Metric, *updates: dict[str, Any]) -> tuple[float, float]:
+    """The result of one of torchmetrics' metrics after some updates: mean and deviation over its subsets or splits."""
+    for update in updates:
+        metric.update(**update)
     mean, deviation = metric.compute()
     return float(mean), float(deviation)
 
 
-def _inception_score(logits: torch.Tensor | None, splits: int) -> tuple[float, float]:
-    """exp E KL(p(class|image) ‖ p(class)) (Salimans et al. 2016): mean and deviation over splits."""
-    if logits is None:
-        return float("nan"), float("nan")
-    metric = InceptionScore(_Given(logits.shape[1]), splits=splits, sync_on_compute=False)
-    metric.update(logits)
-    mean, deviation = metric.compute()
-    return float(mean), float(deviation)
+class _Given(nn.Identity):
+    """Stands in torchmetrics for an extractor, where the images are features [N, F] already."""
 
-
-class _Given(nn.Module):
-    """Stands in torchmetrics for an extractor, where the images are features already."""
-
-    def __init__(self, num_features: int):
+    def __init__(self, features: torch.Tensor):
         super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return features
+        self.num_features = features.shape[1]
 
 
 def _joined(state: list[torch.Tensor] | torch.Tensor) -> torch.Tensor:
-    """A list state as one tensor; torchmetrics has joined it already after gathering."""
-    if isinstance(state, torch.Tensor):
-        return state
-    return torch.cat(state) if state else torch.empty(0, 1)
-
-
-# ---- precision and recall -----------------------------------------------------------------------------
+    """A list state as one tensor in float64; torchmetrics has joined it already after gathering."""
+    return (state if isinstance(state, torch.Tensor) else torch.cat(state) if state else torch.empty(0, 1)).double()
 
 
 def precision_recall(real: torch.Tensor, generated: torch.Tensor, num_neighbours: int = 3) -> tuple[float, float]:
-    """Kynkäänniemi et al. 2019, eq. 2: a point is in a set's manifold if within the k-th neighbour distance of one of it."""
-    return (
-        _share_inside(generated, real, num_neighbours),
-        _share_inside(real, generated, num_neighbours),
-    )
+    """Precision and recall of features [N, F] (Kynkäänniemi et al. 2019, eq. 2).
+
+    A point lies in a set's manifold if it is no farther from one of its points than that point's k-th neighbour is.
+    """
+    return _share_inside(generated, real, num_neighbours), _share_inside(real, generated, num_neighbours)
 
 
 def _share_inside(points: torch.Tensor, manifold: torch.Tensor, num_neighbours: int) -> float:
-    radii = torch.cat(
-        [
-            # the nearest of all is the point itself
-            _distances(rows, manifold).kthvalue(num_neighbours + 1, dim=1).values
-            for rows in manifold.split(DISTANCE_ROWS)
-        ]
-    )
+    radii = torch.cat([  # the nearest of all is the point itself
+        _distances(rows, manifold).kthvalue(num_neighbours + 1, dim=1).values for rows in manifold.split(DISTANCE_ROWS)
+    ])  # fmt: skip
     inside = [(_distances(rows, manifold) <= radii).any(dim=1) for rows in points.split(DISTANCE_ROWS)]
     return float(torch.cat(inside).double().mean())
 

@@ -1,0 +1,56 @@
+"""--eval_every: bits per dimension and sample quality during training, in one process and in two."""
+
+import json
+
+import pytest
+import torch
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
+
+from ddpm_pipeline import AlphaDDPMPipeline
+from ddpm_pipeline.support.errors import ConfigError
+from ddpm_pipeline.training import TrainingOptions, train
+from helpers import tiny_unet
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of the FID of so few images
+
+
+def _train_in_a_fork(options: TrainingOptions) -> None:
+    AcceleratorState._reset_state(True)  # that of the process which was forked
+    train(options)
+
+
+def test_training_evaluates_on_the_way(tmp_path):
+    (tmp_path / "unet.json").write_text(json.dumps({**dict(tiny_unet().config), "out_channels": 2}))
+    options = TrainingOptions(
+        dataset="digits", split="train[:40]", model=str(tmp_path / "unet.json"), num_train_timesteps=12, beta_end=0.6,
+        batch_size=8, max_train_steps=6, preview_every=0, checkpoint_every=3, num_samples=1, lr_warmup_steps=1,
+        learning_rate=0.001, mixed_precision="no", log_every=3, cache_dir=str(tmp_path / "cache"), num_cpu_threads=1,
+        variance_type="learned_range", objective="bound", timestep_sampling="importance",
+        eval_every=3, eval_images=6, eval_calls=5, eval_samples=6, preview_inference_steps=3,
+    )  # fmt: skip
+    train(options.with_values(output_dir=str(tmp_path / "1")))
+    debug_launcher(_train_in_a_fork, (options.with_values(output_dir=str(tmp_path / "2")),), num_processes=2)
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in "12"
+    ]
+    evaluated = [[entry["eval_bits_per_dim"] for entry in log if "eval_bits_per_dim" in entry] for log in logs]
+    assert len(evaluated[0]) == 2
+    for log in logs:
+        with_figures = [entry for entry in log if "eval_bits_per_dim" in entry]
+        assert all(0 < entry["eval_fid"] < 1000 and 0 <= entry["eval_precision"] <= 1 for entry in with_figures)
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-3)
+    losses = [[entry["loss"] for entry in log if "loss" in entry] for log in logs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    pipe = AlphaDDPMPipeline.from_pretrained(tmp_path / "2")
+    assert pipe.scheduler.config.variance_type == "learned_range"
+    assert pipe(1, torch.Generator().manual_seed(0), num_inference_steps=3, output_type="pt").images.isfinite().all()
+    with pytest.raises(ConfigError, match="learned_range"):
+        train(options.with_values(objective="hybrid", variance_type=None, output_dir=str(tmp_path / "wrong")))
+
+
+def test_evaluation_that_cannot_be_is_said_before_training(tmp_path):
+    with pytest.raises(ConfigError, match=r"--eval_features nonsense:f: .* MODULE:FUNCTION"):
+        train(TrainingOptions(eval_every=1, eval_samples=5, eval_features="nonsense:f", output_dir=str(tmp_path / "w")))
+    with pytest.raises(ConfigError, match=r"--eval_samples 5 .* --eval_every 0"):
+        TrainingOptions(eval_samples=5)
