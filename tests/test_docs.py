@@ -95,12 +95,14 @@ def test_option_tables_are_those_of_the_code(script):
 
 
 def test_class_accuracies_are_those_that_were_measured():
-    for recipe in ("class", "text"):
+    for recipe, condition in {"class": "label", "text": '"a handwritten seven" and the like'}.items():
         report = json.loads((ROOT / f"benchmarks/results/digits_{recipe}_accuracy.json").read_text("utf-8"))
-        for row in report["results"]:
-            times = "" if row["times_in_training"] is None else f"{row['times_in_training']:,}"
+        accuracies = [f"{100 * row['class_accuracy']:#.3g} %".replace("100.", "100") for row in report["results"]]
+        for row, accuracy in zip(report["results"], accuracies, strict=True):
+            times = "" if row["times_in_training"] is None else f"{row['times_in_training']:,} "
             line = (
-                f"| {row['asked_by']} | {row['guidance_scale']:g} | {row['num_images']:,} | "
-                f"{100 * row['class_accuracy']:.1f} % | {row['diversity']:.2f} | {times} |"
+                f"| {row['asked_by']} | {row['guidance_scale']:g} | {row['num_images']:,} | {accuracy} | "
+                f"{row['diversity']:.2f} | {times}|"
             )
-            assert line.replace("  ", " ") in PAGES["conditions.md"]
+            assert line in PAGES["conditions.md"]
+        assert f"| {condition} | {accuracies[0]} | {accuracies[1]} |" in PAGES["README.md"]

@@ -2,12 +2,33 @@
 
 import torch
 from diffusers import UNet2DConditionModel
-from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, PreTrainedModel, T5Config, T5EncoderModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from ddpm_pipeline import AlphaDDPMScheduler, AlphaDDPMTextToImagePipeline, describe_conditions
-from ddpm_pipeline.training.conditions import make_tokenizer
 
-CAPTIONS = ["a handwritten seven", "the digit 7", "three, in ink", "zero"]
+SPECIAL_TOKENS = ("<pad>", "<start>", "<end>")
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per byte, so that any text has tokens; capitals have others than small letters."""
+    vocabulary = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    pad, start, end = SPECIAL_TOKENS
+    tokenizer.post_processor = processors.TemplateProcessing(f"{start} $A {end}", special_tokens=[(start, 1), (end, 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, bos_token=start, eos_token=end, model_max_length=77
+    )
 
 
 def make_encoder(kind: str, vocabulary: int) -> PreTrainedModel:
@@ -41,7 +62,7 @@ def make_unet(**config) -> UNet2DConditionModel:
 def make(
     kind: str = "clip", dropout: float = 0.1, scheduler: AlphaDDPMScheduler | None = None, seed: int = 0
 ) -> AlphaDDPMTextToImagePipeline:
-    tokenizer = make_tokenizer(CAPTIONS)
+    tokenizer = make_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         unet, encoder = make_unet(), make_encoder(kind, len(tokenizer))

@@ -15,10 +15,12 @@ _LAZY = {
     "AlphaDDPMPipeline": "pipeline_alpha_ddpm",
     "AlphaDDPMTextToImagePipeline": "pipeline_alpha_ddpm_text",
     "describe_conditions": "sampling_alpha_ddpm",
+    "push_pipeline": "hub",  # which the pipelines look up here, so that they work without the hub room as well
 }
 __all__ = ["__version__", *_LAZY]
 
 if TYPE_CHECKING:
+    from .hub import push_pipeline
     from .pipeline_alpha_ddpm import AlphaDDPMPipeline
     from .pipeline_alpha_ddpm_text import AlphaDDPMTextToImagePipeline
     from .sampling_alpha_ddpm import describe_conditions

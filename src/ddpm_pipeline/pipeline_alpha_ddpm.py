@@ -1,7 +1,7 @@
 """Images from noise by the reverse process of DDPM: the report's figure 3.3 as a diffusers pipeline.
 
-This file is also shipped inside model repositories, as `pipeline.py`, so that whoever trusts a repository can run it without
-the package. It imports nothing but diffusers, torch and the siblings that are shipped with it.
+Travels inside model repositories as `pipeline.py`, for those who trust a repository and do not have the package. Imports
+diffusers, torch and every sibling that travels with it: diffusers' loader copies only what this file itself imports.
 """
 
 import difflib
@@ -11,33 +11,35 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
 
-from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Condition, Generators, Guidance, Images
+from .editing_alpha_ddpm import Edit, Images, check_generators
+from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
+from .tables_alpha_ddpm import Generators, check_count
 
-# diffusers runs the pipeline.py of every local folder in one and the same module, and wants to find a single class there
+# diffusers runs the pipeline.py of every local folder in one and the same module, where it wants to find a single class
 globals().pop("AlphaDDPMTextToImagePipeline", None)
 
-ClassLabels = int | str | Sequence[int | str | None] | torch.Tensor
+ClassLabels = int | str | Sequence[int | str | None] | Tensor
 
 
 class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
     """Image generation, unconditional or for class labels.
 
-    Loads any repository of diffusers' `DDPMPipeline`; its `DDPMScheduler` becomes an `AlphaDDPMScheduler` of the same
-    config. Another scheduler that was asked for (`scheduler=` when loading, or set later) is left as it is.
-    What it saves names the stock classes, so that it loads with diffusers alone.
+    Loads any repository of diffusers' `DDPMPipeline`; its `DDPMScheduler` becomes an `AlphaDDPMScheduler` with the same
+    config. A scheduler that you choose yourself (`scheduler=` when loading, or set later) stays as it is. What the pipeline
+    saves names the stock classes, so that it loads with diffusers alone.
 
     Args:
-        unet: the noise predictor, images [B, C, H, W] and a timestep to [B, C, H, W], or 2C for a learned variance.
+        unet: the noise predictor, from images [B, C, H, W] and a timestep to [B, C, H, W], or 2C for a learned variance.
         scheduler: any diffusers scheduler that works with DDPM models.
     """
 
     model_cpu_offload_seq = "unet"
     _stock_class = "DDPMPipeline"
     _scheduler_class = AlphaDDPMScheduler
-    _shipped_modules = ("sampling_alpha_ddpm", "scheduling_alpha_ddpm", "stock_format")
 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler):
         super().__init__()
@@ -51,7 +53,7 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
         num_inference_steps: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("image",),
         class_labels: ClassLabels | None = None,
         guidance_scale: float = 1.0,
@@ -63,63 +65,50 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
         num_resamples: int = 1,
         output_trajectory: bool = False,
     ) -> AlphaDDPMOutput | tuple:
-        """Draw images.
+        """Sample images.
 
         Args:
-            batch_size: how many, at least 1; by default one, or one for each of the class labels.
-            generator: one for all images, or a list with one an image; an image drawn with its own generator does not
-                depend on the batch it is drawn in.
-            num_inference_steps: length of the chain; by default every timestep the model was trained on.
+            batch_size: number of images, at least 1; the default is one, or one per class label.
+            generator: one for all images, or a list of one per image; an image with its own generator does not depend on the
+                batch it is sampled in.
+            num_inference_steps: length of the chain; the default is every timestep the model was trained on.
             output_type: "pil" images, "np" [B, H, W, C] in [0, 1], or "pt" [B, C, H, W] in [0, 1].
-            return_dict: an `AlphaDDPMOutput` rather than a tuple.
-            callback_on_step_end: called as `callback(pipe, index, timestep, tensors)` after each step; what it returns
-                under "image" takes the image's place.
-            callback_on_step_end_tensor_inputs: what `tensors` holds: "image" (x_s, [B, C, H, W], about [-1, 1]) and
+            return_dict: return an `AlphaDDPMOutput` rather than a tuple.
+            callback_on_step_end: called as `callback(pipe, index, timestep, tensors)` after each step; an "image" in the dict
+                that it returns replaces the current one.
+            callback_on_step_end_tensor_inputs: names in `tensors`: "image" (x_s, [B, C, H, W], in about [-1, 1]) and
                 "pred_original_sample" (the x_0 predicted at this step).
-            class_labels: a class for all images, or one an image: ids, names (see `id2label`), or None for no class.
-            guidance_scale: 1 is none; above it, images are pushed towards their class and away from "no class". Costs a
-                second forward pass, in the same batch.
-            guidance_rescale: from 0 to 1, how far to undo the contrast that guidance adds (Lin et al. 2023).
-            guidance_interval: start and end of guidance as shares of the chain, noise being 0 (Kynkäänniemi et al. 2024).
-            image: begin with this picture, noised, instead of pure noise: PIL, array [B, H, W, C] or tensor [B, C, H, W] in
-                [0, 1] (or 0..255 as whole numbers); one, or one an image.
-            strength: which share of the chain to run on `image`: 0 gives it back, 1 leaves nothing of it. By default 0.5,
-                and 1 with a mask.
-            mask_image: white (1) where `image` is to be painted anew, black (0) where its pixels are kept.
-            num_resamples: with a mask, passes for each step, to make old and new fit better (Lugmayr et al. 2022); 1 is
-                none, and time grows with it.
-            output_trajectory: give all x_t too: `trajectory` [S + 1, B, C, H, W] on the CPU.
+            class_labels: one class for all images, or one per image: ids, names (see `id2label`), or None for no class.
+            guidance_scale: 1 is none; above 1, images are pushed towards their class and away from "no class". Doubles the
+                network's batch.
+            guidance_rescale: from 0 to 1, how much of the contrast that guidance adds is undone (Lin et al. 2023).
+            guidance_interval: start and end of guidance as fractions of the chain, noise being 0 (Kynkäänniemi et al. 2024).
+            image: start from this picture, noised, instead of pure noise: PIL, array [B, H, W, C] or tensor [B, C, H, W] in
+                [0, 1] (integers: 0..255); a single one, or one per image.
+            strength: fraction of the chain to run on `image`, from 0 (unchanged) to 1 (nothing of it is left); the default is
+                0.5, or 1 with a mask.
+            mask_image: white (1) where `image` is painted anew, black (0) where its pixels are kept.
+            num_resamples: with a mask, passes per step, for a better fit of old and new (Lugmayr et al. 2022); 1 is none.
+            output_trajectory: also return all x_t: `trajectory` [S + 1, B, C, H, W] on the CPU.
 
         Raises:
-            ValueError: for a value that cannot be used, before anything is drawn.
+            ValueError: for a value that cannot be used, before any image is sampled.
         """
         labels = None if class_labels is None else self._label_ids(class_labels)
         if batch_size is None:
             batch_size = 1 if labels is None else len(labels)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1.")
-        self._check_call(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
+        check_count("batch_size", batch_size)
+        check_generators(generator, batch_size)
+        edit = Edit(image, strength, mask_image, num_resamples)
+        callback_inputs = tuple(callback_on_step_end_tensor_inputs)
+        output = Output(output_type, return_dict, output_trajectory, callback_on_step_end, callback_inputs)
         guidance = Guidance(guidance_scale, guidance_rescale, tuple(guidance_interval))
-        return self._draw(
-            batch_size,
-            self._class_condition(labels, batch_size, guidance),
-            generator=generator,
-            num_inference_steps=num_inference_steps,
-            output_type=output_type,
-            return_dict=return_dict,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            guidance=guidance,
-            image=image,
-            strength=strength,
-            mask_image=mask_image,
-            num_resamples=num_resamples,
-            output_trajectory=output_trajectory,
-        )
+        conditioning = self._class_conditioning(labels, batch_size, guidance)
+        return self._sample(batch_size, conditioning, edit, output, generator, num_inference_steps)
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Class names by id; empty where the model has none."""
+        """Class names by id; empty if the model has none."""
         return dict(enumerate(self._own_settings.get("class_names") or []))
 
     @property
@@ -128,13 +117,13 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
 
     @property
     def _null_label(self) -> int | None:
-        """The id that means "no class": the embedding after the named ones."""
+        """The id that means "no class": that of the embedding after the named classes."""
         return len(self.id2label) if 0 < len(self.id2label) < self._num_embeddings else None
 
     def _label_ids(self, class_labels: ClassLabels) -> list[int]:
         if not self._num_embeddings:
             raise ValueError("class_labels were given to a model without classes; leave them out.")
-        if isinstance(class_labels, torch.Tensor):
+        if isinstance(class_labels, Tensor):
             class_labels = class_labels.tolist()
         labels = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
         if not labels:
@@ -144,7 +133,7 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
     def _label_id(self, label: int | str | None) -> int:
         if label is None:
             if self._null_label is None:
-                raise ValueError("class_labels holds None, and this model has no embedding for 'no class'.")
+                raise ValueError("class_labels holds None, but this model has no embedding for 'no class'.")
             return self._null_label
         if isinstance(label, str):
             names = list(self.id2label.values())
@@ -153,7 +142,7 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
             return names.index(label)
         count = len(self.id2label) or self._num_embeddings
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
-            raise ValueError(f"class_labels: {label!r} is no class of this model, whose ids are 0 to {count - 1}.")
+            raise ValueError(f"class_labels: {label!r} is not a class of this model, whose ids are 0 to {count - 1}.")
         return label
 
     def _nearest_names(self, label: str) -> str:
@@ -165,25 +154,23 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
             return f"near it: {', '.join(map(repr, near))}"
         return f"its classes are {', '.join(map(repr, names[:10]))}{', ...' if len(names) > 10 else ''}"
 
-    def _class_condition(self, labels: list[int] | None, batch_size: int, guidance: Guidance) -> Condition:
+    def _class_conditioning(self, labels: list[int] | None, batch_size: int, guidance: Guidance) -> Conditioning:
         if labels is None:
             if guidance.in_use:
                 raise ValueError(f"guidance_scale={guidance.scale} needs class_labels to guide towards.")
             if not self._num_embeddings:
-                return Condition({})
+                return Conditioning({})
             labels = [self._label_id(None)]
         if len(labels) not in (1, batch_size):
             raise ValueError(f"{len(labels)} class_labels for batch_size={batch_size}; give 1 or {batch_size}.")
         ids = torch.tensor(labels * (batch_size // len(labels)), device=self._execution_device)
         if not guidance.in_use:
-            return Condition({"class_labels": ids})
+            return Conditioning({"class_labels": ids})
         if self._null_label is None:
-            raise ValueError(
-                f"guidance_scale={guidance.scale} needs a model with an embedding for 'no class', and this one has none "
-                "beside its classes; use guidance_scale=1."
-            )
+            missing = "an embedding for 'no class', which this model lacks"
+            raise ValueError(f"guidance_scale={guidance.scale} needs {missing}; use guidance_scale=1.")
         self._warn_if_never_unconditional()
-        return Condition({"class_labels": ids}, {"class_labels": torch.full_like(ids, self._null_label)})
+        return Conditioning({"class_labels": ids}, {"class_labels": torch.full_like(ids, self._null_label)}, guidance)
 
     def _batch_option(self, count: int, options: dict[str, Any]) -> dict[str, Any]:
         return {"batch_size": count}

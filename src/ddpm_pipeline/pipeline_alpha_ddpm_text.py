@@ -1,9 +1,9 @@
-"""Images from words: the report's §3 as a diffusers pipeline, in pixel space.
+"""Images from text: the report's §3 as a diffusers pipeline, in pixel space.
 
-Draws the same images as diffusers' `IFPipeline`, under whose name it is saved: prompts in lower case and padded to 77
+Samples the same images as diffusers' `IFPipeline`, under whose name it is saved: prompts in lower case and padded to 77
 tokens, the unconditional half first in the batch, the variance half unguided, the UNet attending to all 77 states.
-This file is also shipped inside model repositories, as `pipeline.py`. It imports nothing but diffusers, torch, transformers
-and its siblings, the scheduler and what all pipelines share.
+Travels inside model repositories as `pipeline.py`. Imports diffusers, torch, transformers and every sibling that travels with
+it: diffusers' loader copies only what this file itself imports.
 """
 
 import warnings
@@ -13,46 +13,44 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Condition, Generators, Guidance, Images
+from .editing_alpha_ddpm import Edit, Images, check_generators
+from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
+from .tables_alpha_ddpm import Generators, check_count
 
-# diffusers runs the pipeline.py of every local folder in one and the same module, and wants to find a single class there
+# diffusers runs the pipeline.py of every local folder in one and the same module, where it wants to find a single class
 globals().pop("AlphaDDPMPipeline", None)
 
-MAX_TOKENS = 77  # as IFPipeline pads, whatever the tokenizer
-SHOWN = 200  # characters of a cut prompt that the warning shows at most
+MAX_TOKENS = 77  # IFPipeline pads to 77, whatever the tokenizer
+SHOWN = 200  # most characters of a cut prompt that the warning shows
 
 
 def prepare_prompt(prompt: str) -> str:
-    """What the tokenizer sees, in training as in drawing."""
+    """The prompt as the tokenizer gets it, both in training and in sampling."""
     return prompt.lower().strip()
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask`, int64 [B, 77] each, cut and padded."""
-    tokens = tokenizer(
-        [prepare_prompt(prompt) for prompt in prompts],
-        padding="max_length",
-        max_length=MAX_TOKENS,
-        truncation=True,
-        return_attention_mask=True,
-        return_tensors="pt",
-    )
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, each int64 [B, 77], cut and padded."""
+    prompts = [prepare_prompt(prompt) for prompt in prompts]
+    fixed_length = {"padding": "max_length", "max_length": MAX_TOKENS, "truncation": True}
+    tokens = tokenizer(prompts, **fixed_length, return_attention_mask=True, return_tensors="pt")
     return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
 
 
 class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
-    """Text-to-image generation by a pixel-space DDPM.
+    """Text-to-image generation with a pixel-space DDPM.
 
     What it saves loads and runs with diffusers alone, as `IFPipeline`, if the scheduler's variance is learned.
 
     Args:
-        unet: predicts from images [B, C, H, W], a timestep and text states [B, 77, D]; 2C output channels for a learned
-            variance.
-        text_encoder: any transformers text model that gives a last hidden state and takes 77 tokens.
+        unet: the noise predictor, from images [B, C, H, W], a timestep and text states [B, 77, D] to [B, C, H, W], or 2C for
+            a learned variance.
+        text_encoder: any transformers text model that returns a last hidden state and takes 77 tokens.
         tokenizer: the encoder's.
         scheduler: any diffusers scheduler that works with DDPM models.
     """
@@ -60,7 +58,6 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
     model_cpu_offload_seq = "text_encoder->unet"
     _stock_class = "IFPipeline"
     _scheduler_class = AlphaDDPMScheduler
-    _shipped_modules = ("sampling_alpha_ddpm", "scheduling_alpha_ddpm", "stock_format")
     _stock_components = {  # noqa: RUF012
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
@@ -77,9 +74,8 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
     ):
         super().__init__()
         _check_components(unet, text_encoder)
-        self.register_modules(
-            unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=self._own_scheduler(scheduler)
-        )
+        scheduler = self._own_scheduler(scheduler)
+        self.register_modules(unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
 
     @torch.no_grad()
     def __call__(
@@ -90,11 +86,11 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: Generators = None,
-        prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("image",),
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -104,71 +100,44 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
         num_resamples: int = 1,
         output_trajectory: bool = False,
     ) -> AlphaDDPMOutput | tuple:
-        """Draw `num_images_per_prompt` images for each prompt, those of one prompt side by side.
+        """Sample `num_images_per_prompt` images per prompt; those of one prompt are neighbours.
 
         Args:
-            prompt: what to draw; what does not fit into 77 tokens is cut, with a warning. The empty prompt is no condition.
-            num_inference_steps: length of the chain; by default every timestep the model was trained on.
-            guidance_scale: 1 is none; above it, images are pushed towards the prompt and away from the negative one. Costs
-                a second forward pass, in the same batch.
-            negative_prompt: what to guide away from, one for all or one a prompt; by default the empty prompt.
+            prompt: what to show; tokens beyond the 77th are cut, with a warning. The empty prompt means no condition.
+            guidance_scale: 1 is none; above 1, images are pushed towards the prompt and away from the negative one. Doubles
+                the network's batch.
+            negative_prompt: what to guide away from, one for all or one per prompt; the default is the empty prompt.
             num_images_per_prompt: at least 1.
-            generator: one for all images, or a list with one an image; an image drawn with its own generator does not
-                depend on the batch it is drawn in.
-            prompt_embeds, negative_prompt_embeds: text states [B, 77, D] in place of prompts, as `encode` gives them.
-            output_type: "pil" images, "np" [B, H, W, C] in [0, 1], or "pt" [B, C, H, W] in [0, 1].
-            return_dict: an `AlphaDDPMOutput` rather than a tuple.
-            callback_on_step_end: called as `callback(pipe, index, timestep, tensors)` after each step; what it returns
-                under "image" takes the image's place.
-            callback_on_step_end_tensor_inputs: what `tensors` holds: "image" (x_s, [B, C, H, W], about [-1, 1]) and
-                "pred_original_sample" (the x_0 predicted at this step).
-            guidance_rescale: from 0 to 1, how far to undo the contrast that guidance adds (Lin et al. 2023).
-            guidance_interval: start and end of guidance as shares of the chain, noise being 0 (Kynkäänniemi et al. 2024).
-            image: begin with this picture, noised, instead of pure noise: PIL, array [B, H, W, C] or tensor [B, C, H, W] in
-                [0, 1] (or 0..255 as whole numbers); one, or one an image.
-            strength: which share of the chain to run on `image`: 0 gives it back, 1 leaves nothing of it. By default 0.5,
-                and 1 with a mask.
-            mask_image: white (1) where `image` is to be painted anew, black (0) where its pixels are kept.
-            num_resamples: with a mask, passes for each step, to make old and new fit better (Lugmayr et al. 2022); 1 is
-                none, and time grows with it.
-            output_trajectory: give all x_t too: `trajectory` [S + 1, B, C, H, W] on the CPU.
+            prompt_embeds, negative_prompt_embeds: text states [B, 77, D] in place of prompts, as `encode` returns them.
+
+        The other arguments are those of `AlphaDDPMPipeline`: see `Guidance` for how far to guide, `Edit` for what the chain
+        starts from and keeps, and `Output` for what comes back.
 
         Raises:
-            ValueError: for a value that cannot be used, before anything is drawn.
+            ValueError: for a value that cannot be used, before any image is sampled.
         """
         count = num_images_per_prompt
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"num_images_per_prompt={count!r} must be an integer of at least 1.")
+        check_count("num_images_per_prompt", count)
         prompts = self._prompts(prompt, prompt_embeds)
         batch_size = count * (len(prompt_embeds) if prompts is None else len(prompts))
-        self._check_call(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
+        check_generators(generator, batch_size)
+        edit = Edit(image, strength, mask_image, num_resamples)
+        callback_inputs = tuple(callback_on_step_end_tensor_inputs)
+        output = Output(output_type, return_dict, output_trajectory, callback_on_step_end, callback_inputs)
         guidance = Guidance(guidance_scale, guidance_rescale, tuple(guidance_interval))
         states = self.encode(prompts) if prompts is not None else self._checked_states(prompt_embeds, "prompt_embeds")
-        null_states = None
+        null_kwargs = None
         if guidance.in_use:
             self._warn_if_never_unconditional()
             null_states = self._negative_states(len(states), negative_prompt, negative_prompt_embeds)
-            null_states = {"encoder_hidden_states": null_states.repeat_interleave(count, dim=0)}
-        return self._draw(
-            batch_size,
-            Condition({"encoder_hidden_states": states.repeat_interleave(count, dim=0)}, null_states),
-            generator=generator,
-            num_inference_steps=num_inference_steps,
-            output_type=output_type,
-            return_dict=return_dict,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            guidance=guidance,
-            image=image,
-            strength=strength,
-            mask_image=mask_image,
-            num_resamples=num_resamples,
-            output_trajectory=output_trajectory,
-        )
+            null_kwargs = {"encoder_hidden_states": null_states.repeat_interleave(count, dim=0)}
+        kwargs = {"encoder_hidden_states": states.repeat_interleave(count, dim=0)}
+        conditioning = Conditioning(kwargs, null_kwargs, guidance)
+        return self._sample(batch_size, conditioning, edit, output, generator, num_inference_steps)
 
     @torch.no_grad()
-    def encode(self, prompts: str | list[str]) -> torch.Tensor:
-        """Text states [B, 77, D] of prompts, in the UNet's precision."""
+    def encode(self, prompts: str | list[str]) -> Tensor:
+        """Text states [B, 77, D] of the prompts, in the UNet's precision."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         for prompt in prompts:
             self._warn_if_cut(prompt)
@@ -182,7 +151,7 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
             cut = cut if len(cut) <= SHOWN else f"{cut[:SHOWN]}... ({len(cut)} characters)"
             warnings.warn(f"the prompt has more than {MAX_TOKENS} tokens; this was cut from it: {cut!r}", stacklevel=5)
 
-    def _prompts(self, prompt: Any, prompt_embeds: torch.Tensor | None) -> list[str] | None:
+    def _prompts(self, prompt: Any, prompt_embeds: Tensor | None) -> list[str] | None:
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either a prompt or prompt_embeds.")
         if prompt is None:
@@ -193,8 +162,8 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
         return list(prompts)
 
     def _negative_states(
-        self, count: int, negative_prompt: str | list[str] | None, negative_prompt_embeds: torch.Tensor | None
-    ) -> torch.Tensor:
+        self, count: int, negative_prompt: str | list[str] | None, negative_prompt_embeds: Tensor | None
+    ) -> Tensor:
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("give either negative_prompt or negative_prompt_embeds.")
         if negative_prompt_embeds is not None:
@@ -205,12 +174,10 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
             raise ValueError(f"{len(states)} negative prompts for {count} prompts; give 1 or {count}.")
         return states.expand(count, *states.shape[1:])
 
-    def _checked_states(self, states: torch.Tensor, name: str) -> torch.Tensor:
+    def _checked_states(self, states: Tensor, name: str) -> Tensor:
         width = self.unet.config.cross_attention_dim
         if states.ndim != 3 or states.shape[2] != width:
-            raise ValueError(
-                f"{name} has shape {tuple(states.shape)}; this model's text states are [B, tokens, {width}]."
-            )
+            raise ValueError(f"{name} has shape {tuple(states.shape)}; this model takes [B, tokens, {width}].")
         return states.to(self._execution_device, self.unet.dtype)
 
     def _batch_option(self, count: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -221,22 +188,17 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
 
 def _check_components(unet: Any, text_encoder: Any) -> None:
     if unet is None or text_encoder is None:
-        return  # parts of a pipeline, as `from_pretrained(..., unet=None)` loads them
+        return  # `from_pretrained(..., unet=None)` loads part of a pipeline
     width = unet.config.get("cross_attention_dim")
     if width is None:
-        raise ValueError(
-            f"the UNet is a {type(unet).__name__} without cross-attention, which cannot see text states; use a "
-            "UNet2DConditionModel, or AlphaDDPMPipeline for a model without text."
-        )
+        use = "use a UNet2DConditionModel, or AlphaDDPMPipeline for a model without text"
+        raise ValueError(f"{type(unet).__name__} without cross-attention cannot read text states; {use}.")
     encoder = text_encoder.config
     states = getattr(encoder, "hidden_size", None) or getattr(encoder, "d_model", None)
     if unet.config.get("encoder_hid_dim") is None and states != width:
         raise ValueError(
-            f"the text encoder gives states of {states} values and the UNet's cross_attention_dim is {width}; they must be "
-            "equal."
+            f"the text encoder's states have {states} values, but the UNet's cross_attention_dim is {width}."
         )
     positions = getattr(encoder, "max_position_embeddings", None)
     if positions is not None and positions < MAX_TOKENS:
-        raise ValueError(
-            f"the text encoder takes {positions} tokens; prompts are padded to {MAX_TOKENS}, so it must take as many."
-        )
+        raise ValueError(f"the text encoder takes {positions} tokens; prompts are padded to {MAX_TOKENS}.")

@@ -1,18 +1,18 @@
 """Pipeline folders that load with diffusers alone, and carry our code for those who want it.
 
-A folder's `model_index.json` names stock classes; `pipeline.py` and the modules it imports lie beside it. Reading goes the
-other way: what a folder says is checked before anything is built from it.
+A folder's `model_index.json` names stock classes; `pipeline.py` and the modules it imports lie beside it. On loading, what a
+folder says is checked before anything is built from it.
 
-Mixed into the pipelines. Shipped inside model repositories too, so it imports nothing but diffusers, and no sibling.
+Mixed into the pipelines. Travels inside model repositories. Imports diffusers and no sibling.
 """
 
-import importlib
 import inspect
 import json
 import math
 import os
 import re
 import shutil
+import sys
 import types
 import typing
 import warnings
@@ -21,16 +21,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
+from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
-LIBRARIES = ("diffusers", "transformers")  # where the components of a folder may come from without custom code
+LIBRARIES = ("diffusers", "transformers")  # where a folder's components may come from without custom code
 MAX_CONFIG_BYTES = 32 * 2**20
 MAX_INTEGER = 2**24
-# Values that would hang or exhaust the memory long before they are compared with the weights; by a part of their name
+# Larger values, by a part of their name, would hang or exhaust the memory long before they are compared with the weights
 LIMITS = {"num_train_timesteps": 100_000, "layers": 1_000, "sample_size": 16_384, "channels": 2**16, "groups": 2**16}
 
 PICKLE_REFUSED = (
-    "only safetensors weights are loaded and saved: a pickle (.bin, .pt, .ckpt) can run any code when it is opened. If you "
-    "trust the file, convert it once with diffusers: DDPMPipeline.from_pretrained(..., use_safetensors=False)"
+    "only safetensors weights are loaded and saved, because a pickle (.bin, .pt, .ckpt) can run any code when it is opened. If "
+    "you trust the file, convert it once with diffusers: DDPMPipeline.from_pretrained(..., use_safetensors=False)"
     ".save_pretrained(folder)"
 )
 
@@ -38,23 +39,25 @@ PICKLE_REFUSED = (
 class StockFormatMixin:
     """Saving and loading for pipelines of this package; goes before `DiffusionPipeline` among the bases.
 
-    A pipeline says which stock class stands for it, which of our schedulers takes the place of stock's, which modules
-    beside its own it imports, and what the stock class wants in the index besides the components.
+    A pipeline names the stock class that stands for it, the scheduler class of ours that replaces stock's, and what the
+    stock class wants in the index besides the components.
     """
 
     _stock_class: ClassVar[str]
     _scheduler_class: ClassVar[type]
     _stock_components: ClassVar[dict[str, Any]] = {}
-    _shipped_modules: ClassVar[tuple[str, ...]]
-
-    # ---- saving ---------------------------------------------------------------------------------------
 
     @classmethod
     def shipped_files(cls) -> dict[str, Path]:
-        """The code that goes into a repository, by the name it has there."""
-        owner = next(base for base in cls.__mro__ if "_shipped_modules" in vars(base))  # not a user's subclass
-        source = Path(inspect.getfile(owner))
-        return {"pipeline.py": source} | {f"{name}.py": source.with_name(f"{name}.py") for name in cls._shipped_modules}
+        """The code that goes into a repository, by its name there: the pipeline's file and the siblings that it imports.
+
+        Those imports are the only list of what travels, because diffusers' loader follows them.
+        """
+        package = __name__.rpartition(".")[0]
+        ours = (base for base in cls.__mro__ if base.__module__.rpartition(".")[0] == package)  # not a user's subclass
+        source = Path(inspect.getfile(next(ours)))
+        names = sorted(f"{name}.py" for name in get_relative_imports(source))
+        return {"pipeline.py": source} | {name: source.with_name(name) for name in names}
 
     def to_json_string(self) -> str:
         """`model_index.json` with the names of the stock classes."""
@@ -65,14 +68,11 @@ class StockFormatMixin:
         if hasattr(self.scheduler, "p_mean_variance"):
             index["scheduler"] = ["diffusers", "DDPMScheduler"]
         if index.get("tokenizer") == ["transformers", "TokenizersBackend"]:
-            index["tokenizer"] = [
-                "transformers",
-                "PreTrainedTokenizerFast",
-            ]  # its name before transformers 5, and an alias
+            index["tokenizer"][1] = "PreTrainedTokenizerFast"  # its name before transformers 5, still an alias
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `model_index.json`, which diffusers does last of all, with the code of this pipeline beside it."""
+        """Write `model_index.json`, which diffusers does last of all, and the code of this pipeline beside it."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         for name, source in self.shipped_files().items():
             target = Path(save_directory, name)
@@ -90,17 +90,14 @@ class StockFormatMixin:
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write the pipeline as a folder that loads with diffusers alone; with `push_to_hub`, to the Hub as well.
+        """Write the pipeline into a folder that loads with diffusers alone; with `push_to_hub`, push it to the Hub as well.
 
         Raises ValueError for `safe_serialization=False`.
         """
         if not safe_serialization:
             raise ValueError(f"safe_serialization=False: {PICKLE_REFUSED}")
-        hub_options = {
-            name: kwargs.pop(name)
-            for name in ("repo_id", "private", "token", "commit_message", "create_pr")
-            if name in kwargs
-        }
+        names = ("repo_id", "private", "token", "commit_message", "create_pr")
+        hub_options = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().save_pretrained(str(save_directory), True, variant, max_shard_size, **kwargs)
         if push_to_hub:
             repo_id = hub_options.pop("repo_id", None) or Path(save_directory).resolve().name
@@ -117,29 +114,24 @@ class StockFormatMixin:
         variant: str | None = None,
         subfolder: str | None = None,
     ) -> str:
-        """Push the pipeline; where the package is installed, with a model card that spares what was edited by hand.
+        """Push the pipeline; if the package is installed, with a model card that leaves what was edited by hand.
 
-        Code that was itself loaded from the Hub, without the package, pushes as diffusers does: an existing card is
-        kept, a missing one becomes diffusers' template.
+        Code that was itself loaded from a repository pushes as diffusers does: an existing card is kept, a missing one
+        becomes diffusers' template. Raises ValueError for `safe_serialization=False`.
         """
         options = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
         if not safe_serialization:
             raise ValueError(f"safe_serialization=False: {PICKLE_REFUSED}")
-        try:
-            hub = importlib.import_module("ddpm_pipeline.hub")
-        except ModuleNotFoundError:
-            hub = None
-        if subfolder is not None or hub is None:
+        push_pipeline = getattr(sys.modules.get(__package__), "push_pipeline", None)  # this package's own, or none
+        if subfolder is not None or push_pipeline is None:
             return super().push_to_hub(repo_id, variant=variant, subfolder=subfolder, **options)
-        return hub.push_pipeline(self, repo_id, variant=variant, **options)
-
-    # ---- loading --------------------------------------------------------------------------------------
+        return push_pipeline(self, repo_id, variant=variant, **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """diffusers' `from_pretrained`, from safetensors only.
 
-        Raises ValueError for a config that cannot be meant, OSError where there are no safetensors weights.
+        Raises ValueError for a malformed or absurd config, OSError if there are no safetensors weights.
         """
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError(f"use_safetensors={kwargs['use_safetensors']!r}: {PICKLE_REFUSED}")
@@ -152,26 +144,20 @@ class StockFormatMixin:
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        """diffusers reads the index of a repository by this, before it downloads the rest."""
+        """diffusers reads the index of a repository with this, before it downloads the rest."""
         return read_json(Path(json_file))
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """The index; the one of a folder only after all configs in it were found to be sound."""
+        """The index; that of a folder only after all its configs have been checked."""
         if os.path.isdir(pretrained_model_name_or_path):
             check_folder(pretrained_model_name_or_path, cls._scheduler_class)
         return super().load_config(pretrained_model_name_or_path, **kwargs)
 
 
-# ---- what is written does not depend on where and how it was made ---------------------------------
-
-
 def _tidy_configs(folder: Path) -> None:
-    """Drop the places that components remember having been loaded from, which may be local paths, and the precision that
-    a text encoder was saved in.
-
-    transformers loads in that precision, diffusers in float32 if nothing else is asked for; and it would be that of the
-    variant that was saved last.
+    """Drop where components were loaded from, which may be a local path, and the precision of the variant saved last, in
+    which transformers would load; diffusers loads in float32 unless told otherwise.
     """
     for path in [*folder.glob("*/config.json"), *folder.glob("*/tokenizer_config.json")]:
         config = json.loads(path.read_text("utf-8"))
@@ -181,13 +167,10 @@ def _tidy_configs(folder: Path) -> None:
             path.write_text(json.dumps(tidy, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
 
 
-# ---- what is read is checked before anything is built from it -------------------------------------
-
-
 def check_folder(folder: str | os.PathLike, scheduler_class: type | None = None) -> None:
-    """Raise ValueError where the index or a config of a pipeline folder is malformed, of wrong types, or absurd.
+    """Raise ValueError if the index or a config of a pipeline folder is malformed, has wrong types, or is absurd.
 
-    A `DDPMScheduler` is one if `scheduler_class` takes its config.
+    The config of a `DDPMScheduler` is checked by building a `scheduler_class` from it.
     """
     folder = Path(folder)
     index_path = folder / "model_index.json"
@@ -196,7 +179,7 @@ def check_folder(folder: str | os.PathLike, scheduler_class: type | None = None)
     index = read_json(index_path)
     for name, value in index.items():
         if name.startswith("_") or not isinstance(value, list | str | dict):
-            continue  # an option of the pipeline, not a component
+            continue  # an option of the pipeline rather than a component
         _check_component(index_path, folder, name, value)
         if value[0] is None:
             continue
@@ -204,24 +187,22 @@ def check_folder(folder: str | os.PathLike, scheduler_class: type | None = None)
         place = folder / name if (folder / name).is_dir() else folder
         config_file = place / ("scheduler_config.json" if name == "scheduler" else "config.json")
         if config_file.is_file():
-            _check_config(config_file, value)
-            if scheduler_class is not None and value == ["diffusers", "DDPMScheduler"]:
-                _check_scheduler(config_file, scheduler_class)
+            _check_config(config_file, value, scheduler_class)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A config file's object. Raises ValueError where it is too large, not JSON, holds NaN, or is no object."""
+    """A config file's object. Raises ValueError if it is too large, not JSON, holds NaN, or is not an object."""
     size = path.stat().st_size
     if size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path} is {size} bytes large; configs are read up to {MAX_CONFIG_BYTES}.")
+        raise ValueError(f"{path} has {size} bytes; the largest config that is read has {MAX_CONFIG_BYTES}.")
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"it holds {constant}, which is no JSON number")
+        raise ValueError(f"it holds {constant}, which is not a JSON number")
 
     try:
         content = json.loads(path.read_text("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a valid config: {error}. Download or save it anew.") from error
+        raise ValueError(f"{path} is not a valid config: {error}. Download or save it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
     return content
@@ -230,43 +211,41 @@ def read_json(path: Path) -> dict[str, Any]:
 def _check_component(index_path: Path, folder: Path, name: str, value: Any) -> None:
     if not re.fullmatch(r"[A-Za-z]\w*", name):
         raise ValueError(f"{index_path} has a component called {name!r}; names are letters, digits and underscores.")
-    strings = (
-        isinstance(value, list) and len(value) == 2 and all(entry is None or isinstance(entry, str) for entry in value)
-    )
+    strings = isinstance(value, list) and len(value) == 2 and all(isinstance(entry, str | None) for entry in value)
     if not strings or (value[0] is None) != (value[1] is None):
         raise ValueError(f"{index_path}: {name} must be [library, class], not {value!r}.")
     if value[0] is None or value[0] in LIBRARIES:
         return
-    # custom code, which diffusers runs only if it is trusted
+    # custom code, which diffusers runs only with trust_remote_code
     if not (re.fullmatch(r"\w+", value[0]) and (folder / name / f"{value[0]}.py").is_file()):
         raise ValueError(f"{index_path}: {name} comes from {value[0]!r}; known libraries are {', '.join(LIBRARIES)}.")
 
 
-def _check_config(path: Path, component: list[str]) -> None:
+def _check_config(path: Path, component: list[str], scheduler_class: type | None) -> None:
     config = read_json(path)
     for name, value in _leaves(config):
-        limits = [limit for part, limit in LIMITS.items() if part in name]
-        _check_limit(path, name, value, min(limits, default=MAX_INTEGER))
+        limit = min((limit for part, limit in LIMITS.items() if part in name), default=MAX_INTEGER)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not (math.isfinite(value) and abs(value) <= limit):
+            raise ValueError(f"{path}: {name}={value!r} exceeds the largest supported value, {limit}.")
     model = getattr(diffusers, component[1], None) if component[0] == "diffusers" else None
     if model is not None:
         for name, parameter in inspect.signature(model.__init__).parameters.items():
             if name in config and not _fits(config[name], parameter.annotation):
-                raise ValueError(
-                    f"{path}: {name}={config[name]!r} has the wrong type; {component[1]} takes {_words(parameter)}."
-                )
-
-
-def _check_scheduler(path: Path, scheduler_class: type) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what there is to warn of comes when the scheduler is made
-            scheduler_class.from_config(read_json(path))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+                wanted = parameter.annotation
+                wanted = wanted.__name__ if type(wanted) is type else wanted  # int, but list[int] in full
+                raise ValueError(f"{path}: {name}={config[name]!r} has the wrong type; {component[1]} takes {wanted}.")
+    if scheduler_class is not None and component == ["diffusers", "DDPMScheduler"]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they come when the scheduler is built for use
+                scheduler_class.from_config(config)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, value) of all in a config that is no container; of a list its length and its items, under its name."""
+    """(name, value) of everything in a config that is not a container; a list yields its length and its items."""
     if isinstance(value, Mapping):
         for key, entry in value.items():
             yield from _leaves(entry, str(key))
@@ -278,30 +257,15 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _check_limit(path: Path, name: str, value: Any, limit: int) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and not (math.isfinite(value) and abs(value) <= limit):
-        raise ValueError(f"{path}: {name}={value!r} is outside what can be meant: at most {limit}.")
-
-
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a JSON value can be meant by an annotation, such as `int | tuple[int, ...] | None`; True if unsure."""
+    """Whether a JSON value fits an annotation, such as `int | tuple[int, ...] | None`; True if unsure."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return any(_fits(value, choice) for choice in typing.get_args(annotation))
-    if annotation in (None, type(None)):
-        return value is None
-    if annotation is bool:
-        return isinstance(value, bool)
+    if annotation in (None, types.NoneType, bool, str):
+        return isinstance(value, annotation or types.NoneType)
     if annotation in (int, float):
         return isinstance(value, int if annotation is int else int | float) and not isinstance(value, bool)
-    if annotation is str:
-        return isinstance(value, str)
     if annotation in (list, tuple) or typing.get_origin(annotation) in (list, tuple):
         items = [argument for argument in typing.get_args(annotation) if argument is not Ellipsis]
         return isinstance(value, list) and all(any(_fits(entry, item) for item in items or [Any]) for entry in value)
     return True
-
-
-def _words(parameter: inspect.Parameter) -> str:
-    annotation = parameter.annotation
-    return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)

@@ -153,6 +153,12 @@ def test_rows_without_what_the_condition_needs_are_left_out(load, tmp_path, opti
         assert data.class_names == [str(number) for number in range(8)]
 
 
+def test_of_two_reasons_the_image_is_named(load, tmp_path):
+    both = parquet(tmp_path / "x.parquet", [encoded(grey(0)), b"x"], text=["a", None])
+    (skipped,) = load(both, condition="text", text_column="text", max_bad_fraction=0.5).skipped
+    assert skipped["row"] == 1 and "cannot identify" in skipped["reason"]
+
+
 def test_the_cache_is_the_same_whatever_the_condition(load, tmp_path, monkeypatch):
     load(labelled(tmp_path / "saved"))
     monkeypatch.setattr(mapped, "image_pixels", None)

@@ -110,6 +110,9 @@ def test_words_of_splits_elsewhere_leave_nothing_out(load, tmp_path):
     data = load(tmp_path / "vehicles")
     assert_holds(data, 0, 1, 2)
     assert data.class_names == ["bus", "car", "train"]
+    write_image(tmp_path / "beside" / "train" / "0.png", rgb(0))
+    write_image(tmp_path / "beside" / "1.png", rgb(1))
+    assert_holds(load(tmp_path / "beside"), 0, 1)
     for seed, name in enumerate(["cat", "my test", "train-1"]):
         write_image(tmp_path / "mixed" / f"{name}.png", rgb(seed))
     assert_holds(load(tmp_path / "mixed"), 0, 1, 2)
@@ -218,6 +221,13 @@ def test_hub_out_of_reach(load, monkeypatch):
     with pytest.raises(DataError, match=r"'owner/none' .* cannot be reached"):
         load("owner/none")
     assert not datasets.config.HF_HUB_OFFLINE
+    offline = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: offline.append(datasets.config.HF_HUB_OFFLINE) or {}[0]
+    )
+    with pytest.raises(DataError, match="cannot be reached"):
+        load("owner/none")
+    assert offline == [True]  # so that the library looks into its cache at once
 
 
 def test_name_that_is_not_on_the_hub(load, monkeypatch):

@@ -52,12 +52,12 @@ def test_the_parts_of_any_stream_make_up_every_epoch(tmp_path, sizes, parts):
 
 def test_whole_files_or_single_rows_are_dealt_out(tmp_path):
     """Parts read no more than their own files where files divide among them; else the rows of every file by turns."""
-    data = stream_of(write_numbered(tmp_path / "x", [6, 6, 6, 6]))
+    data = stream_of(write_numbered(tmp_path / "x", [6, 6, 6, 7]))
     assert divide(data, 2).by_shard and not divide(data, 3).by_shard
     shards = [{image.number >> 32 for image in read_epochs(data, 2, part, 1)} for part in range(2)]
     assert [len(one) for one in shards] == [2, 2] and not shards[0] & shards[1]
     lengths = [len(read_epochs(data, 3, part, 3)) for part in range(3)]
-    assert lengths == [24, 24, 24]  # of three epochs
+    assert lengths == [25, 25, 25]  # of three epochs, each of which begins with another part
 
 
 def test_rows_are_shuffled_anew_in_each_epoch_by_the_seed(tmp_path):
@@ -68,6 +68,9 @@ def test_rows_are_shuffled_anew_in_each_epoch_by_the_seed(tmp_path):
     ahead = [abs(here - there) for here, there in zip(epochs[0], epochs[0][1:], strict=False)]
     assert np.mean(ahead) > 2  # if only a little by a buffer of 7 rows
     assert [image.number for image in read_epochs(data, 1, 0, 2)] == [image.number for image in images]
+    for alone, buffer in ((stream_of(write_numbered(tmp_path / "one", [96], group=96)), 96), (data, 1)):
+        order = [image.number for image in read_epochs(alone, 1, 0, 2, buffer=buffer)]
+        assert order[:96] != order[96:]  # rows in a block, and shards by themselves
     other = rows_of_part(data, divide(data, 1), 0, 6, BUFFER, Position())
     assert [image.number for image in islice(other, 96)] != [image.number for image in images[:96]]
 
@@ -200,6 +203,14 @@ def test_every_kind_of_source_can_be_streamed(tmp_path):
     assert digits.num_images is None and digits.class_names == list("0123456789")
     colour = stream_of(tmp_path / "parquet", channels=None, max_bad_fraction=0.0)  # nothing says that they are grey
     assert colour.channels == 3 and torch.equal(colour.first(12)[:, 2:], stream_of(tmp_path / "parquet").first(12))
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("I;16", 1), ("RGB", 3), ("LA", 3), (None, 3)])
+def test_channels_follow_the_declared_mode(tmp_path, mode, channels):
+    features = Features({"x": datasets.Image(mode=mode)})
+    Dataset.from_dict({"x": [{"bytes": numbered(0), "path": None}]}, features).save_to_disk(str(tmp_path / "saved"))
+    assert stream_of(tmp_path / "saved", channels=None).channels == channels
+    assert stream_of(tmp_path / "saved", channels=4).first(1).shape == (1, 4, 8, 8)
 
 
 def test_fingerprints_differ_where_the_stream_does(tmp_path):

@@ -23,7 +23,7 @@ from ..support.draws import block_order, shard_order
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
 from .columns import check_column, find_roles, kept_columns, missing_value
-from .images import GREY_MODES, BadImage, image_file, image_pixels
+from .images import DEEP_MODES, BadImage, image_file, image_pixels
 from .mapped import ImageData, ImageSet, cache_features, cache_key, cache_table, images_of, load_images, usable_images
 from .options import UNCONDITIONAL, ConditionColumns, DataOptions
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
@@ -165,7 +165,9 @@ def open_data(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -
 
 def _declared_channels(feature: Any) -> int:
     """1 if the column's type says that images are grey; most types say nothing."""
-    return 1 if isinstance(feature, datasets.Array2D) or getattr(feature, "mode", None) in GREY_MODES else 3
+    return (
+        1 if isinstance(feature, datasets.Array2D) or getattr(feature, "mode", None) in ("1", "L", *DEEP_MODES) else 3
+    )
 
 
 def _class_names(features: Features, label_column: str | None, needed: str | None) -> list[str] | None:

@@ -9,8 +9,8 @@ import torch
 from ddpm_pipeline.scheduling_alpha_ddpm import AlphaDDPMScheduler
 from oracles import PROBES, GaussianData, MixtureData, Normal, affine_step, draw, sampled_normal, signal_and_variance
 
-CHAINS = [1, 2, 3, 10, 100, [999, 500, 499, 20, 3], [700]]
-DATA = [GaussianData(0.0, 0.5), GaussianData(-0.3, 0.05), GaussianData(0.2, 1.0), GaussianData(0.1, 3.0)]
+CHAINS = [1, 2, 10, [999, 500, 499, 20, 3]]
+DATA = [GaussianData(-0.3, 0.05), GaussianData(0.1, 3.0)]
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "analytic", "learned", "learned_range")
 
 
@@ -67,9 +67,7 @@ def closed_form(scheduler, data: GaussianData, start: Normal) -> Normal:
     return Normal(data.mean + mean_error, variance)
 
 
-@pytest.mark.parametrize(
-    ("data", "chain"), [*itertools.product(DATA, CHAINS), (DATA[0], 1000), (DATA[3], 1000)], ids=str
-)
+@pytest.mark.parametrize(("data", "chain"), [*itertools.product(DATA, CHAINS), (DATA[0], 1000)], ids=str)
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
 def test_gaussian_data_in_closed_form(data, variance_type, chain):
     scheduler = scheduler_for(data, variance_type, chain)
@@ -98,8 +96,8 @@ def test_gaussian_data_by_other_predictions(prediction_type):
     assert found.variance == pytest.approx(expected.variance, rel=1e-9)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 10, 37, 100, 1000])
-@pytest.mark.parametrize("std", [0.01, 0.25, 0.5, 1.0, 2.0, 10.0])
+@pytest.mark.parametrize("steps", [1, 2, 10, 100])
+@pytest.mark.parametrize("std", [0.01, 0.5, 10.0])
 @pytest.mark.parametrize(
     "config", [{}, {"beta_schedule": "squaredcos_cap_v2"}, {"timestep_spacing": "trailing"}], ids=str
 )
@@ -128,8 +126,8 @@ def test_ten_steps_with_too_little_too_much_and_the_right_noise():
         assert found.variance + last_variance == pytest.approx(expected, abs=5e-4)
 
 
-@pytest.mark.parametrize("data", DATA[:2], ids=str)
-def test_fixed_variances_close_in_on_the_data_with_more_steps(data):
+def test_fixed_variances_close_in_on_the_data_with_more_steps():
+    data = GaussianData(0.0, 0.5)
     errors = {}
     for variance_type in ("fixed_small", "fixed_large"):
         for steps in (10, 100, 1000):
@@ -143,7 +141,7 @@ def test_fixed_variances_close_in_on_the_data_with_more_steps(data):
 
 @pytest.mark.parametrize(
     ("chain", "count"),
-    [(1, 200_000), (10, 100_000), (100, 20_000), ([999, 700, 300, 42], 100_000), (1000, 8_000)],
+    [(1, 200_000), (10, 100_000), ([999, 700, 300, 42], 100_000)],
     ids=str,
 )
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)

@@ -178,7 +178,7 @@ def test_a_model_trained_without_dropout_warns_when_guided():
     [
         ({"class_labels": "clas 1"}, "near it: .*'class 1'"),
         ({"class_labels": 3}, "ids are 0 to 2"),
-        ({"class_labels": True}, "no class of this model"),
+        ({"class_labels": True}, "not a class of this model"),
         ({"class_labels": []}, "at least one label"),
         ({"class_labels": [0, 1, 2], "batch_size": 2}, "3 class_labels for batch_size=2"),
         ({"class_labels": [0, 1], "generator": [torch.Generator()]}, "1 generators for 2 images"),
@@ -189,7 +189,7 @@ def test_a_model_trained_without_dropout_warns_when_guided():
         ({"strength": 0.5}, "needs an image"),
         ({"mask_image": torch.ones(8, 8)}, "needs an image"),
         ({"image": picture(), "strength": 1.5}, "from 0"),
-        ({"image": torch.zeros(1, 1, 4, 4)}, r"this model draws \(1, 8, 8\)"),
+        ({"image": torch.zeros(1, 1, 4, 4)}, r"this model needs \(1, 8, 8\)"),
         ({"image": torch.full((1, 1, 8, 8), -1.0)}, r"must be in \[0, 1\]"),
         ({"image": picture(count=3), "batch_size": 2}, "3 images for a batch of 2"),
         ({"image": picture(), "mask_image": torch.ones(4, 4)}, "mask_image has shape"),

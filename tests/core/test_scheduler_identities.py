@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 
-from ddpm_pipeline.scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES, VARIANCE_TYPES, AlphaDDPMScheduler, Moments
+from ddpm_pipeline import AlphaDDPMScheduler, Moments
+from ddpm_pipeline.tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, VARIANCE_TYPES
 
 SHAPE = (3, 2, 4, 5)
 CHAINS = {"full": None, "respaced": 10, "irregular": [970, 801, 800, 333, 41, 5, 2], "one step": [617]}

@@ -12,7 +12,6 @@ from scipy.stats import norm
 
 from ddpm_pipeline import AlphaDDPMScheduler
 from ddpm_pipeline.likelihood import (
-    _PairCosts,
     bits_per_dim,
     discretized_gaussian_log_likelihood,
     estimate_analytic_variance,
@@ -21,6 +20,7 @@ from ddpm_pipeline.likelihood import (
     predicted_bits_per_dim,
     with_analytic_variance,
 )
+from ddpm_pipeline.likelihood.optimum import _PairCosts
 from ddpm_pipeline.scheduling_alpha_ddpm import Moments
 
 MEAN, VARIANCE = 0.3, 0.25  # of Gaussian data

@@ -10,15 +10,19 @@ import pytest
 import torch
 from mpmath import mpf
 
-from ddpm_pipeline.scheduling_alpha_ddpm import PREDICTION_TYPES, AlphaDDPMScheduler
+from ddpm_pipeline import AlphaDDPMScheduler
+from ddpm_pipeline.tables_alpha_ddpm import PREDICTION_TYPES
 
 mpmath.mp.dps = 50
 
-LENGTHS = (1, 2, 10, 100, 1000, 4000)
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "alphas", "trained_betas")
-CASES = [(schedule, length, False) for schedule, length in itertools.product(SCHEDULES, LENGTHS)] + [
-    (schedule, length, True) for schedule in SCHEDULES for length in LENGTHS if length > 1
+TABLE_CASES = [
+    (schedule, length, zero_snr)
+    for schedule, length, zero_snr in itertools.product(SCHEDULES, (1, 2, 1000, 4000), (False, True))
+    if length > 1 or not zero_snr
 ]
+# what is computed from the tables is the same for every schedule: one that ends with signal, and one that hardly does
+CASES = [("linear", 1), ("linear", 2), ("linear", 1000), ("squaredcos_cap_v2", 2), ("squaredcos_cap_v2", 1000)]
 BETA_START, BETA_END = 0.0001, 0.02
 RELATIVE = 1e-12
 STEP_RELATIVE = 1e-10
@@ -157,13 +161,10 @@ def assert_exact_log(found: torch.Tensor, exact: list[mpf], what: str) -> None:
             assert abs(mpf(a) - mpmath.log(b)) <= RELATIVE * max(1, abs(mpmath.log(b))), f"{what}[{position}]"
 
 
-@pytest.mark.parametrize(("schedule", "length", "zero_snr"), CASES)
+@pytest.mark.parametrize(("schedule", "length", "zero_snr"), TABLE_CASES)
 def test_forward_and_posterior_tables(schedule, length, zero_snr):
     scheduler = scheduler_for(schedule, length, zero_snr)
-    assert_tables(scheduler, exact_alphas_cumprod(schedule, length, zero_snr))
-
-
-def assert_tables(scheduler: AlphaDDPMScheduler, alphas_cumprod: list[mpf]) -> None:
+    alphas_cumprod = exact_alphas_cumprod(schedule, length, zero_snr)
     for chain in CHAINS:
         pairs = use_chain(scheduler, chain)
         timesteps = torch.tensor([t for _, t in pairs])
@@ -188,22 +189,12 @@ def assert_tables(scheduler: AlphaDDPMScheduler, alphas_cumprod: list[mpf]) -> N
         assert_exact(of_sample, [e.posterior_xt for e in exact], f"{chain} posterior x_t")
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_tables_where_numpy_has_no_longer_double(schedule, monkeypatch):
-    """As on Windows and Apple silicon."""
-    monkeypatch.setattr(np, "longdouble", np.float64)
-    assert_tables(scheduler_for(schedule, 1000), exact_alphas_cumprod(schedule, 1000, False))
-
-
-@pytest.mark.parametrize(
-    ("schedule", "length", "zero_snr", "prediction_type"),
-    [
-        (*case, prediction_type)
-        for case, prediction_type in itertools.product(CASES, PREDICTION_TYPES)
-        if not (case[2] and prediction_type == "epsilon")  # refused: the noise says nothing about x_0 at zero SNR
-    ],
-)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize(("schedule", "length"), CASES)
 def test_reverse_mean(schedule, length, zero_snr, prediction_type):
+    if zero_snr and (length == 1 or prediction_type == "epsilon"):
+        return  # refused: at zero SNR the noise does not determine x_0
     scheduler = scheduler_for(schedule, length, zero_snr, prediction_type=prediction_type)
     alphas_cumprod = exact_alphas_cumprod(schedule, length, zero_snr)
     for chain in ("full", "trailing", "custom"):
@@ -218,7 +209,7 @@ def test_reverse_mean(schedule, length, zero_snr, prediction_type):
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "analytic", "learned", "learned_range"])
-@pytest.mark.parametrize(("schedule", "length"), list(itertools.product(SCHEDULES, LENGTHS)))
+@pytest.mark.parametrize(("schedule", "length"), CASES)
 def test_reverse_variance(schedule, length, variance_type):
     second_moments = np.random.default_rng(1).uniform(0, 1, length).tolist()
     config = {"noise_second_moments": second_moments} if variance_type == "analytic" else {}
@@ -252,10 +243,9 @@ def test_reverse_variance(schedule, length, variance_type):
 @pytest.mark.parametrize("clip_sample", [True, False])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_step(schedule, variance_type, prediction_type, clip_sample):
+def test_step(variance_type, prediction_type, clip_sample):
     """The drawn sample itself: the noise is drawn again here with the same seed, the rest is 50 digits."""
-    length = 1000
+    schedule, length = "scaled_linear", 1000
     scheduler = scheduler_for(
         schedule, length, variance_type=variance_type, prediction_type=prediction_type, clip_sample=clip_sample
     )

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import warnings
+from collections.abc import Callable
 
 import diffusers
 import numpy as np
@@ -15,11 +16,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ddpm_pipeline.scheduling_alpha_ddpm import (
+from ddpm_pipeline import AlphaDDPMScheduler
+from ddpm_pipeline.tables_alpha_ddpm import (
     BETA_SCHEDULES,
     PREDICTION_TYPES,
     TIMESTEP_SPACINGS,
-    AlphaDDPMScheduler,
 )
 
 SHAPE = (2, 3, 4, 4)
@@ -196,13 +197,20 @@ def test_the_surface_of_stock_is_there():
 
 
 # ---- where stock is wrong, and we are right -------------------------------------------------------
-# Each holds stock to its fault: where one fails on the stock side, diffusers has repaired it and docs may say so.
+# Stock is held to its faults in the versions where they were seen; another version may have repaired them.
+
+SEEN = diffusers.__version__.startswith("0.42.")
+
+
+def stock_fault(shows: Callable[[], object]) -> None:
+    """What docs/scheduler.md lists. If this fails, diffusers has repaired it, and the list may lose a line."""
+    assert not SEEN or bool(shows())
 
 
 def test_fixed_large_log_is_nan_in_stock():
     """It takes the root of a logarithm."""
     output, x_t = images(1), images(2)
-    assert DDPMScheduler(variance_type="fixed_large_log").step(output, 500, x_t).prev_sample.isnan().all()
+    stock_fault(lambda: DDPMScheduler(variance_type="fixed_large_log").step(output, 500, x_t).prev_sample.isnan().all())
     found, expected = (
         AlphaDDPMScheduler(variance_type=v).step(output, 500, x_t, torch.Generator().manual_seed(0)).prev_sample
         for v in ("fixed_large_log", "fixed_large")
@@ -214,7 +222,7 @@ def test_learned_takes_a_log_variance_for_a_variance_in_stock():
     """The network's half is a log-variance everywhere else (improved-diffusion's LEARNED): std = exp(half of it)."""
     x_t = torch.zeros(1, 1, 100, 100)
     output = torch.cat([torch.zeros_like(x_t), torch.full_like(x_t, -6.0)], dim=1)
-    assert DDPMScheduler(variance_type="learned").step(output, 500, x_t).prev_sample.isnan().all()
+    stock_fault(lambda: DDPMScheduler(variance_type="learned").step(output, 500, x_t).prev_sample.isnan().all())
     noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(0))
     found = AlphaDDPMScheduler(variance_type="learned").step(output, 500, x_t, torch.Generator().manual_seed(0))
     torch.testing.assert_close(found.prev_sample, math.exp(-3) * noise)
@@ -233,10 +241,9 @@ def trailing_counts(cls, counts) -> list[int]:
 
 
 def test_trailing_spacing_emits_timestep_minus_one_in_stock():
-    wrong = trailing_counts(DDPMScheduler, range(1, 1001))
-    assert len(wrong) == 62
-    assert wrong[:5] == [61, 103, 121, 122, 201]
-    assert trailing_counts(AlphaDDPMScheduler, [*wrong, 1, 7, 10, 999, 1000]) == []
+    wrong = [61, 103, 121, 122, 201]
+    stock_fault(lambda: trailing_counts(DDPMScheduler, wrong) == wrong)
+    assert trailing_counts(AlphaDDPMScheduler, range(1, 1001)) == []
 
 
 def test_the_step_into_clean_data_adds_noise_in_stock():
@@ -246,7 +253,7 @@ def test_the_step_into_clean_data_adds_noise_in_stock():
     for scheduler in (ours, stock):
         scheduler.set_timesteps(timesteps=[999, 500])
     a, b = (stock.step(output, 500, x_t, torch.Generator().manual_seed(i)).prev_sample for i in (0, 1))
-    assert not torch.equal(a, b)
+    stock_fault(lambda: not torch.equal(a, b))
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
     found = ours.step(output, 500, x_t, generator)
@@ -257,7 +264,7 @@ def test_the_step_into_clean_data_adds_noise_in_stock():
 def test_bfloat16_images_get_no_noise_at_small_timesteps_in_stock():
     x_0, noise = images(1, dtype=torch.bfloat16), images(2, dtype=torch.bfloat16)
     timesteps = torch.tensor([0, 3])
-    assert torch.equal(DDPMScheduler().add_noise(x_0, noise, timesteps), x_0)
+    stock_fault(lambda: torch.equal(DDPMScheduler().add_noise(x_0, noise, timesteps), x_0))
     found = AlphaDDPMScheduler().add_noise(x_0, noise, timesteps)
     assert torch.equal(found, AlphaDDPMScheduler().add_noise(x_0.float(), noise.float(), timesteps).bfloat16())
     assert (found != x_0).any(dim=(1, 2, 3)).all()
@@ -269,29 +276,29 @@ def test_float32_tables_are_off_by_thousandths_in_stock():
     one = torch.ones(999, 1, 1, 1, dtype=torch.float64)
     exact = ours.q_posterior(one, one, torch.arange(1, 1000)).variance.flatten()
     found = torch.stack([stock._get_variance(t) for t in range(1, 1000)]).double()
-    assert 1e-4 < (found / exact - 1).abs().max() < 1e-2
+    stock_fault(lambda: 1e-4 < (found / exact - 1).abs().max() < 1e-2)
     ours_in_float32 = ours.q_posterior(one.float(), one.float(), torch.arange(1, 1000)).variance.flatten()
     torch.testing.assert_close(ours_in_float32.double(), exact, rtol=1.2e-7, atol=0)
 
 
 def test_epsilon_at_zero_terminal_snr_divides_by_zero_in_stock():
     stock = DDPMScheduler(rescale_betas_zero_snr=True, clip_sample=False)
-    assert not stock.step(images(1), 999, images(2)).prev_sample.isfinite().all()
+    stock_fault(lambda: not stock.step(images(1), 999, images(2)).prev_sample.isfinite().all())
     with pytest.raises(ValueError, match=r"epsilon.*'v_prediction'"):
         AlphaDDPMScheduler(rescale_betas_zero_snr=True)
 
 
 def test_an_unknown_variance_type_is_accepted_by_stock():
-    stock = DDPMScheduler(variance_type="fixed_smal")
-    assert stock.step(images(1), 500, images(2)).prev_sample.isfinite().all()
+    stock_fault(lambda: DDPMScheduler(variance_type="fixed_smal").step(images(1), 500, images(2)))
     with pytest.raises(ValueError, match=r"variance_type='fixed_smal' is not one of .*fixed_small.*learned_range"):
         AlphaDDPMScheduler(variance_type="fixed_smal")
 
 
 def test_a_timestep_an_image_is_not_supported_by_stock():
     timesteps = torch.tensor([10, 900])
-    with pytest.raises((RuntimeError, ValueError, IndexError)):
-        DDPMScheduler().step(images(1), timesteps, images(2))
+    if SEEN:
+        with pytest.raises((RuntimeError, ValueError, IndexError)):
+            DDPMScheduler().step(images(1), timesteps, images(2))
     assert AlphaDDPMScheduler().step(images(1), timesteps, images(2)).prev_sample.isfinite().all()
 
 
@@ -299,7 +306,7 @@ def test_a_timestep_an_image_is_not_supported_by_stock():
 def test_a_short_linear_schedule_that_never_reaches_noise_goes_unremarked_in_stock(total):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert DDPMScheduler(num_train_timesteps=total).alphas_cumprod[-1] > 0.05
+        stock_fault(lambda: DDPMScheduler(num_train_timesteps=total).alphas_cumprod[-1] > 0.05)
         AlphaDDPMScheduler(num_train_timesteps=1000)
         AlphaDDPMScheduler(num_train_timesteps=total, beta_schedule="squaredcos_cap_v2")
     with pytest.warns(UserWarning, match=r"alphas_cumprod=.*far from pure noise.*squaredcos_cap_v2"):
@@ -385,11 +392,18 @@ def test_saved_folders_load_in_either_class_and_back(config, tmp_path, nothing_l
         ours.set_timesteps(2)
         assert torch.equal(back.timesteps, ours.timesteps)
         assert torch.equal(back.add_noise(images(1), images(2), 9), ours.add_noise(images(1), images(2), 9))
-    assert str(tmp_path) not in (tmp_path / "stock" / "scheduler_config.json").read_text()
     AlphaDDPMScheduler.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "scheduler_config.json").read_text() == (
         tmp_path / "ours" / "scheduler_config.json"
     ).read_text()
+
+
+def test_a_saved_config_forgets_where_it_was_loaded_from(tmp_path):
+    """Some configs on the Hub hold it, and diffusers hands it on from config to config."""
+    config = DDPMScheduler.from_config({**DDPMScheduler().config, "_name_or_path": "/home/somebody/model"}).config
+    assert config["_name_or_path"] == "/home/somebody/model"
+    AlphaDDPMScheduler.from_config(config).save_pretrained(tmp_path)
+    assert "somebody" not in (tmp_path / "scheduler_config.json").read_text()
 
 
 def test_from_alphas_loads_in_stock(tmp_path, nothing_logged):

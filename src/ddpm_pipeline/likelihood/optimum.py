@@ -1,0 +1,233 @@
+"""What lowers the bound without training: the optimal variance (Bao et al. 2022, "Analytic-DPM") and the best timesteps for
+a number of steps (Watson et al. 2021), both from statistics of the noise predictor on data.
+
+Imports torch, numpy, tqdm, the scheduler, the bound and the densities.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES, AlphaDDPMScheduler
+from .bound import Generators, batches, check_images, evaluating, own_scheduler
+from .densities import discretized_gaussian_log_likelihood, log_decoder
+
+RESIDUAL_EDGES = torch.logspace(-5, 1, 513, dtype=torch.float64)
+_RESIDUAL_CENTRES = (RESIDUAL_EDGES[:-1] * RESIDUAL_EDGES[1:]).sqrt()
+
+
+@dataclass(frozen=True)
+class NoiseStatistics:
+    """A model's noise predictor on data, for every timestep: all that optimal variances and timesteps need.
+
+    Means are over images and their values; standard errors treat the `num_images` images as independent. `noise_errors`
+    belongs to the noise implied by the predicted x_0, clipped as configured. `residuals` are fractions of values by
+    |x_0 - predicted x_0|, over RESIDUAL_EDGES, counted separately inside and on the outer two of `num_bins` levels.
+    """
+
+    num_images: int
+    num_bins: int | None
+    noise_second_moments: Tensor  # Γ_t = E‖ε_θ(x_t, t)‖²/d, [T]
+    noise_second_moments_error: Tensor  # [T]
+    noise_errors: Tensor  # E‖z̃ - ε_θ(x_t, t)‖²/d, [T]
+    noise_errors_error: Tensor  # [T]
+    x0_errors: Tensor  # E‖x_0 - predicted x_0‖²/d, [T]
+    data_second_moment: float  # E‖x_0‖²/d
+    residuals: Tensor  # [T, 2, bins]: inside, outer
+
+
+def estimate_analytic_variance(
+    unet: Callable,
+    scheduler: Any,
+    images: Tensor,
+    *,
+    num_bins: int | None = 256,
+    batch_size: int = 64,
+    generator: Generators = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> NoiseStatistics:
+    """Measure Γ_t and what `optimal_timesteps` needs, with one network call per image and timestep.
+
+    The arguments are those of `bits_per_dim`. `with_analytic_variance` turns the result into a scheduler.
+    """
+    full = own_scheduler(scheduler)
+    check_images(images, num_bins, generator)
+    total, count = len(full), len(images)
+    sums = torch.zeros(4, total, dtype=torch.float64)  # of ‖ε‖²/d, its square, ‖z̃ - ε‖²/d, its square
+    x0_sums = torch.zeros(total, dtype=torch.float64)
+    residuals = torch.zeros(total, 2, len(_RESIDUAL_CENTRES), dtype=torch.float64)
+    data_sum = 0.0
+    num_batches = -(-count // batch_size)
+    with evaluating(unet) as network, tqdm(total=num_batches * total, disable=not progress, desc="noise") as bar:
+        for batch in batches(network, images, batch_size, num_bins, generator, model_kwargs):
+            x_0 = batch.x_0
+            data_sum += float(_mean_squares(x_0).sum())
+            outer = x_0.abs() > 1 - 1 / (num_bins - 1) if num_bins else torch.zeros_like(x_0, dtype=torch.bool)
+            for t in range(total):
+                z = batch.noise(t, x_0.shape).to(x_0)
+                x_t = full.add_noise(x_0, z, t)
+                output = network(x_t, t, full, batch.model_kwargs)
+                clipped = full.p_mean_variance(output, t, x_t).pred_original_sample
+                noise = _implied_noise(full, full.predict_original_sample(output, t, x_t), x_t, t)
+                for row, values in enumerate((noise, z - _implied_noise(full, clipped, x_t, t))):
+                    of_images = _mean_squares(values).double().cpu()
+                    sums[2 * row, t] += of_images.sum()
+                    sums[2 * row + 1, t] += of_images.square().sum()
+                x0_sums[t] += float(_mean_squares(x_0 - clipped).sum())
+                residuals[t] += _residual_histogram(x_0 - clipped, outer)
+                bar.update()
+    mean, mean_square = sums[0::2] / count, sums[1::2] / count
+    error = ((mean_square - mean.square()).clamp(min=0) / max(count - 1, 1)).sqrt()
+    measured = mean[0], error[0], mean[1], error[1], x0_sums / count, data_sum / count
+    return NoiseStatistics(count, num_bins, *measured, residuals / (count * images[0].numel()))
+
+
+def _mean_squares(values: Tensor) -> Tensor:
+    """‖·‖²/d of each image, [B]."""
+    return values.square().flatten(1).mean(dim=1)
+
+
+def _implied_noise(scheduler: AlphaDDPMScheduler, x_0: Tensor, x_t: Tensor, timestep: int) -> Tensor:
+    """The noise that leads from x_0 to x_t: (x_t - √ᾱ_t x_0)/√(1-ᾱ_t)."""
+    q = scheduler.q_mean_variance(x_0, timestep)
+    return (x_t - q.mean) / q.variance.sqrt()
+
+
+def _residual_histogram(residual: Tensor, outer: Tensor) -> Tensor:
+    """Counts of |residual| over RESIDUAL_EDGES, [2, bins]: of values inside, and on the outer levels."""
+    bins = len(_RESIDUAL_CENTRES)
+    low, high = math.log(RESIDUAL_EDGES[0]), math.log(RESIDUAL_EDGES[-1])
+    smallest = float(RESIDUAL_EDGES[0])
+    index = ((residual.abs().clamp(min=smallest).log() - low) * (bins / (high - low))).long().clamp(max=bins - 1)
+    return torch.bincount((index + bins * outer).flatten(), minlength=2 * bins).view(2, bins).double().cpu()
+
+
+def with_analytic_variance(
+    scheduler: Any, statistics: NoiseStatistics, *, from_errors: bool = False
+) -> AlphaDDPMScheduler:
+    """A scheduler like the given one with variance_type="analytic" (Bao et al. 2022), its table in the config.
+
+    The table is Γ_t, whose variance is optimal for a perfect noise predictor. `from_errors` uses 1 - E‖z̃ - ε_θ‖²/d instead,
+    which is the same for a perfect predictor, and gives any other the variance that minimises its own bound.
+    """
+    table = (1 - statistics.noise_errors).clamp(min=0) if from_errors else statistics.noise_second_moments
+    return own_scheduler(scheduler, variance_type="analytic", noise_second_moments=table.tolist())
+
+
+def optimal_timesteps(
+    statistics: NoiseStatistics, scheduler: Any, num_steps: int | Sequence[int]
+) -> dict[str, list[int]]:
+    """For each number of steps the descending timesteps with the lowest bound, by dynamic programming.
+
+    The bound of a chain is a sum over neighbouring pairs, so the best chain of k steps that ends at t is the best one of
+    k - 1 that ends at some s < t, and the step from s to t (Watson et al. 2021). Pairs are priced by `statistics`, for
+    the scheduler's variance_type. The result is a value for the config key `inference_timesteps`, by str(number).
+    Raises ValueError for numbers outside 1..T, and for learned variances, which no table can price.
+    """
+    costs = _PairCosts(statistics, scheduler)
+    numbers = [num_steps] if isinstance(num_steps, int) else list(num_steps)
+    total = len(costs.prior)
+    if wrong := [number for number in numbers if not 1 <= number <= total]:
+        raise ValueError(f"num_steps={wrong[0]} must be an integer from 1 to {total}.")
+    best = costs.first  # [T]: the lowest cost of a chain of `steps` steps that ends at t
+    origins: list[np.ndarray] = []  # for each further step, the s it is reached from
+    chosen = {}
+    for steps in range(1, max(numbers) + 1):
+        if steps > 1:
+            priced = (costs.opening if steps == 2 else best[:, None]) + costs.pairs  # [s, t]
+            origins.append(priced.argmin(axis=0))
+            best = priced.min(axis=0)
+        if steps in numbers:
+            chain = [int((best + costs.prior).argmin())]
+            for origin in reversed(origins):
+                chain.append(int(origin[chain[-1]]))
+            chosen[str(steps)] = chain
+    return chosen
+
+
+def predicted_bits_per_dim(statistics: NoiseStatistics, scheduler: Any, timesteps: Sequence[int]) -> float:
+    """The bound of the chain of these descending timesteps as `optimal_timesteps` prices it."""
+    return _PairCosts(statistics, scheduler).of_chain(timesteps)
+
+
+class _PairCosts:
+    """The bound's terms for every pair s < t in bits per dimension, float64; infinite for s >= t.
+
+    `pairs` [s, t]: the divergence of the step from t to s; `prior` [t]: L_T of a chain that ends at t; `first` [t]: the
+    decoder of the chain of t alone; `opening` [s, t]: the decoder at s if t is next, whose variance may depend on both.
+    """
+
+    def __init__(self, statistics: NoiseStatistics, scheduler: Any):
+        full = own_scheduler(scheduler)
+        variance_type = full.config.variance_type
+        if variance_type in LEARNED_VARIANCE_TYPES:
+            use = "use with_analytic_variance, or variance_type='fixed_small' or 'fixed_large'"
+            raise ValueError(f"variance_type={variance_type!r} has no table to price timesteps by; {use}.")
+        if len(statistics.x0_errors) != len(full):
+            covered = len(statistics.x0_errors)
+            raise ValueError(f"the statistics cover {covered} timesteps, the scheduler has {len(full)}.")
+        like = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+        log_snr = np.array([float(full.log_snr(t, like)) for t in range(len(full))])
+        log_signal, log_variance = -np.logaddexp(0, -log_snr), -np.logaddexp(0, log_snr)  # log ᾱ_t, log(1-ᾱ_t)
+        later = np.triu(np.ones((len(full), len(full)), dtype=bool), k=1)  # [s, t] with s < t
+        log_alone = log_variance
+        with np.errstate(all="ignore"):  # the lower triangle means nothing
+            log_alpha = np.where(later, log_signal[None, :] - log_signal[:, None], -1.0)
+            log_beta = np.log(-np.expm1(log_alpha))
+            log_posterior = log_variance[:, None] - log_variance[None, :] + log_beta  # β̃
+            log_slope = 0.5 * log_signal[:, None] + log_beta - log_variance[None, :]  # coefficient of x_0 in μ̃
+            log_model = log_posterior if variance_type.startswith("fixed_small") else log_beta
+            if variance_type == "analytic":
+                unexplained = np.clip(1 - np.array(full.noise_second_moments), 0, 1)
+                extra = np.exp(2 * log_beta - log_alpha - log_variance[None, :]) * unexplained
+                log_model = np.log(np.exp(log_posterior) + extra)
+                log_alone = log_variance - log_signal + np.log(np.maximum(unexplained, 1e-300))
+                log_alone = np.where(unexplained > 0, log_alone, log_variance)
+            log_ratio = log_posterior - log_model
+            mean_term = np.exp(2 * log_slope - log_model) * statistics.x0_errors.numpy()
+            nats = 0.5 * (np.expm1(log_ratio) - log_ratio + mean_term)
+        self.pairs = np.where(later, nats / math.log(2), np.inf)
+        signal = np.exp(log_signal)
+        self.prior = 0.5 * (signal * (statistics.data_second_moment - 1) - log_variance) / math.log(2)
+        decoder = _DecoderCosts(statistics)
+        self.first = decoder(log_alone[:, None])[:, 0]
+        self.opening = np.broadcast_to(self.first[:, None], later.shape)
+        if variance_type.startswith("fixed_small"):
+            self.opening = np.where(later, decoder(np.where(later, log_posterior, 0.0)), np.inf)
+
+    def of_chain(self, timesteps: Sequence[int]) -> float:
+        """The bound of the chain of these descending timesteps."""
+        ascending = list(timesteps)[::-1]
+        first, last = ascending[0], ascending[-1]
+        decoder = self.first[first] if len(ascending) == 1 else self.opening[first, ascending[1]]
+        return float(decoder + sum(self.pairs[s, t] for s, t in itertools.pairwise(ascending)) + self.prior[last])
+
+
+class _DecoderCosts:
+    """-log2 p_θ(x_0|x_t) per dimension for measured residuals, [T, n], as a function of log-variances [T, n]."""
+
+    def __init__(self, statistics: NoiseStatistics):
+        self.grid = torch.linspace(-40, 3, 1025, dtype=torch.float64)  # of log-variance
+        shares = statistics.residuals
+        residual, log_variance = _RESIDUAL_CENTRES[:, None], self.grid[None, :]
+        if statistics.num_bins is None:
+            inside = outer = log_decoder(residual, torch.zeros_like(residual), log_variance, None)
+        else:
+            half_bin = 1 / (statistics.num_bins - 1)
+            zero = torch.zeros_like(residual)
+            inside = discretized_gaussian_log_likelihood(zero, residual, log_variance, statistics.num_bins)
+            outer = torch.special.log_ndtr((half_bin - residual) * torch.exp(-0.5 * log_variance))
+        self.table = (-(shares[:, 0] @ inside + shares[:, 1] @ outer) / math.log(2)).numpy()  # [T, grid]
+
+    def __call__(self, log_variance: np.ndarray) -> np.ndarray:
+        grid = self.grid.numpy()
+        rows = zip(log_variance, self.table, strict=True)
+        return np.stack([np.interp(wanted, grid, row) for wanted, row in rows])
