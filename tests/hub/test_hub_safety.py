@@ -92,7 +92,7 @@ BAD_BYTES = [
     (UNET, b"\xff\xfe\x00", "config.json is not a valid config"),
     (UNET, b"[1, 2]", "must hold a JSON object, not a list"),
     (INDEX, b"", "model_index.json is not a valid config"),
-    (INDEX, b" " * (32 * 2**20 + 1), "bytes large"),
+    (INDEX, b" " * (32 * 2**20 + 1), "33554433 bytes"),
     (WEIGHTS, b"", "safetensors|header"),
     (WEIGHTS, b"\xff" * 4096, "safetensors|header|HeaderTooLarge"),
 ]

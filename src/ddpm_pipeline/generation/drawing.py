@@ -1,7 +1,7 @@
 """Images sampled from seeds: previews of a run, images to evaluate, images in bulk, and the reverse process as a strip.
 
-Image i is a function of (seed, i), the model and the sampler. Imports torch and the package's support; pipelines come in as
-arguments. Called by the generate command, by evaluation and by training.
+Image i is a function of (seed, i), the model and the sampler. Pipelines come in as arguments. Called by `run`, by evaluation
+and by training.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ PROCESS_STEPS = 100  # a trajectory of more would only take memory
 
 @dataclass(frozen=True)
 class Request:
-    """What a pipeline is asked for: a value per image for one argument of its call, with guidance. By default nothing."""
+    """What a pipeline is asked for: a value per image for one argument of its call, with guidance. By default, nothing."""
 
     argument: str | None = None  # "class_labels" or "prompt"
     values: Sequence[Any] = ()  # one per image
@@ -64,17 +64,16 @@ def sample_in_batches(
 def sample_uint8(
     pipe: Any, numbers: Sequence[int], seed: int, num_inference_steps: int, request: Request = UNCONDITIONAL
 ) -> torch.Tensor:
-    """The images with these numbers, uint8 [b, C, H, W] on the CPU.
+    """The images with these numbers, uint8 [b, C, H, W] on the CPU. With a run's seed they begin with those of samples.png.
 
-    The first ones are those of a training run's samples.png, which is sampled with the run's seed. Raises ConfigError where the
-    sampler produces NaN or infinite values.
+    Raises ConfigError if the sampler produces NaN or infinite values.
     """
     images = sample(pipe, numbers, seed, num_inference_steps, request).images
     if not images.isfinite().all():
         raise ConfigError(
             f"{type(pipe.scheduler).__name__} produced NaN or infinite values when sampling this model in "
             f"{num_inference_steps} steps; use fewer --num_inference_steps or another --scheduler (diffusers' multistep "
-            "solvers do so where steps = T)."
+            "solvers do so if there are T steps)."
         )
     return images.float().mul(255).round().to(torch.uint8).cpu()
 
