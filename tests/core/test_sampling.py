@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, describe_conditions
+from ddpm_pipeline.editing_alpha_ddpm import Edit
 from ddpm_pipeline.sampling_alpha_ddpm import guide
 from ddpm_pipeline.support.pictures import save_gif, save_strip, strip
 from helpers import tiny_unet
@@ -27,10 +28,11 @@ class Oracle(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.unused = torch.nn.Parameter(torch.zeros(()))
-        self.batches = []
+        self.batches, self.seen = [], []
 
     def forward(self, sample, timestep, class_labels=None):
         self.batches.append(len(sample))
+        self.seen.append((int(timestep), sample.clone()))
         alpha = AlphaDDPMScheduler().alphas_cumprod[int(timestep)].double()
         x_t = sample.double()
         if self.config.flat:
@@ -114,10 +116,15 @@ def test_guidance_is_one_batched_pass_and_only_where_it_is_wanted():
 
 def test_the_variance_half_is_not_guided_and_rescaling_restores_the_deviation():
     u, c = torch.randn(2, 3, 4, 8, 8, generator=seeded())  # two channels and their variances
-    guided = guide(u, c, channels=2, scale=3.0, rescale=1.0)
-    assert torch.equal(guided[:, 2:], c[:, 2:])
-    torch.testing.assert_close(guided[:, :2].std((1, 2, 3)), c[:, :2].std((1, 2, 3)))
-    torch.testing.assert_close(guide(u, c, 2, 3.0)[:, :2], u[:, :2] + 3 * (c[:, :2] - u[:, :2]))
+    plain = u[:, :2] + 3 * (c[:, :2] - u[:, :2])
+    for rescale in (0.0, 0.3, 1.0):
+        guided = guide(u, c, channels=2, scale=3.0, rescale=rescale)
+        assert torch.equal(guided[:, 2:], c[:, 2:])
+        deviation = torch.lerp(plain.std((1, 2, 3)), c[:, :2].std((1, 2, 3)), rescale)
+        torch.testing.assert_close(guided[:, :2].std((1, 2, 3)), deviation)
+        torch.testing.assert_close(
+            guided[:, :2] / plain, (guided[:, :1, :1, :1] / plain[:, :1, :1, :1]).expand_as(plain)
+        )
 
 
 def test_learned_range_with_guidance_follows_the_two_pass_loop():
@@ -210,6 +217,71 @@ def test_labels_for_a_model_without_classes_are_refused():
 # ---- images in, images out --------------------------------------------------------------------------
 
 
+def test_strength_is_a_share_of_the_steps_whatever_its_rounding():
+    for steps in (7, 10, 100, 1000):
+        for taken in range(steps + 1):
+            assert Edit(picture(), taken / steps).first_step(steps) == steps - taken
+    assert Edit(picture(), 0.299).first_step(100) == 71  # no step is taken in part
+    pipe = oracle_pipe(sample_size=8)
+    pipe(class_labels=0, image=picture(), strength=0.29, num_inference_steps=100)
+    assert [t for t, _ in pipe.unet.seen] == list(range(280, -1, -10))
+
+
+@pytest.mark.parametrize("kind", [AlphaDDPMScheduler, DDIMScheduler, EulerDiscreteScheduler])
+def test_a_chain_starts_from_the_image_noised_to_its_first_timestep(kind):
+    pipe, x = network_pipe(), picture()
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    started = pipe(image=x, strength=0.5, num_inference_steps=10, generator=seeded(), output_trajectory=True).trajectory
+    assert len(started) == 6
+    scheduler = kind.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(10)
+    noise = torch.randn(x.shape, generator=seeded())
+    torch.testing.assert_close(started[0], scheduler.add_noise(x * 2 - 1, noise, scheduler.timesteps[5:6]))
+
+
+def test_every_network_call_sees_the_marginal_of_its_timestep():
+    """Data N(0, s²) and its exact predictor: from noise, from images, and again after RePaint has gone back."""
+    data = torch.randn(64, 1, 16, 16, generator=seeded(5)) * STD
+    mask, steps = torch.zeros(16, 16), 20
+    mask[:, 8:] = 1
+    alphas_cumprod = AlphaDDPMScheduler().alphas_cumprod.double()
+    moments = (1 - alphas_cumprod) / (alphas_cumprod * STD**2 + 1 - alphas_cumprod)
+    for options in ({}, {"image": data / 2 + 0.5}, {"image": data / 2 + 0.5, "mask_image": mask, "num_resamples": 3}):
+        pipe = oracle_pipe(sample_size=16)  # analytic: its chain is exact for any number of steps
+        config = {"variance_type": "analytic", "noise_second_moments": moments.tolist(), "clip_sample": False}
+        pipe.scheduler = AlphaDDPMScheduler(**config)
+        pipe(64, class_labels=[None] * 64, num_inference_steps=steps, generator=seeded(), **options)
+        calls = {(): 20, ("image",): 10}.get(tuple(options), 19 * 3 + 1)  # the last step is not repeated
+        assert len(pipe.unet.seen) == calls
+        for t, x_t in pipe.unet.seen:
+            variance = (alphas_cumprod[t] * STD**2 + 1 - alphas_cumprod[t]).item()
+            assert x_t.var().item() == pytest.approx(variance, rel=5 * (2 / x_t.numel()) ** 0.5 + 2e-3), (
+                t,
+                list(options),
+            )
+
+
+@pytest.mark.parametrize("out_channels", [1, 2])
+@pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_other_schedulers_run_as_in_diffusers_own_loop(kind, out_channels):
+    """With what they start from and what they show the network; without the variance half unless they learn it."""
+    pipe = network_pipe(out_channels=out_channels)
+    config = {
+        **AlphaDDPMScheduler().config,
+        "variance_type": "fixed_small" if kind is DDPMScheduler else "learned_range",
+    }
+    pipe.scheduler = kind.from_config(config)
+    drawn = pipe(2, num_inference_steps=6, generator=seeded(), output_type="pt").images
+    scheduler, generator = kind.from_config(config), seeded()
+    scheduler.set_timesteps(6)
+    x = torch.randn(2, 1, 8, 8, generator=generator) * scheduler.init_noise_sigma
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            output = pipe.unet(scheduler.scale_model_input(x, t), t).sample[:, :1]
+            x = scheduler.step(output, t, x, generator=generator).prev_sample
+    torch.testing.assert_close(drawn, (x / 2 + 0.5).clamp(0, 1), atol=1e-6, rtol=0)
+
+
 def test_strength_0_gives_the_image_back_and_more_of_it_leaves_less():
     pipe, x = oracle_pipe(sample_size=8), picture()
     original = Image.fromarray((x[0, 0] * 255).round().byte().numpy())
@@ -257,16 +329,18 @@ def test_other_schedulers_take_images_and_masks_too(kind):
     mask[2:6, 2:6] = 1
     drawn = pipe(image=x, mask_image=mask, num_inference_steps=4, generator=seeded(), output_type="pt").images
     torch.testing.assert_close(drawn[0, 0][mask == 0], x[0, 0][mask == 0])
-    assert torch.isfinite(pipe(image=x, strength=0.5, num_inference_steps=4, output_type="pt").images).all()
     with pytest.raises(ValueError, match="forward_step"):
         pipe(image=x, mask_image=mask, num_resamples=2)
 
 
 def test_interpolation_shares_its_noise_and_reconstructs_at_its_ends():
     pipe, (a, b) = network_pipe(), picture(count=2)
-    options = {"at": 300, "num_inference_steps": 20, "output_type": "pt"}
+    steps = []
+    options = {"at": 320, "num_inference_steps": 20, "output_type": "pt"}
+    options["callback_on_step_end"] = lambda pipe, index, t, tensors: steps.append(int(t))
     same = pipe.interpolate(a, a, weights=(0.0, 0.3, 1.0), generator=seeded(), **options).images
     torch.testing.assert_close(same[1:], same[:1].expand(2, -1, -1, -1), atol=1e-5, rtol=0)
+    assert steps == [300, 250, 200, 150, 100, 50, 0]
     mixed = pipe.interpolate(a, b, generator=seeded(), **options).images
     assert len(mixed) == 5
     torch.testing.assert_close(mixed[0], same[0], atol=1e-5, rtol=0)  # at weight 0, b has no say

@@ -272,9 +272,9 @@ def nichol_dhariwal_bits_per_dim(model, betas, x_0, noises, learned) -> np.ndarr
 @pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
 @pytest.mark.parametrize("kind", ["stock", "ours"])
 def test_agrees_with_the_loop_of_nichol_and_dhariwal(variance_type, kind):
-    steps = 200
+    steps = 60
     kinds = {"stock": DDPMScheduler, "ours": AlphaDDPMScheduler}
-    scheduler = kinds[kind](num_train_timesteps=steps, beta_end=0.05, variance_type=variance_type)
+    scheduler = kinds[kind](num_train_timesteps=steps, beta_end=0.15, variance_type=variance_type)
     learned = variance_type == "learned_range"
     unet = tiny_unet(2 if learned else 1)
     images = torch.randint(0, 256, (2, 1, 8, 8), generator=generator()).float() / 127.5 - 1
@@ -285,7 +285,7 @@ def test_agrees_with_the_loop_of_nichol_and_dhariwal(variance_type, kind):
             return unet(torch.from_numpy(x_t).float(), t).sample.double().numpy()
 
     result = bits_per_dim(unet, scheduler, images, noise=lambda t, shape: noises[t], progress=False)
-    betas = np.linspace(1e-4, 0.05, steps)
+    betas = np.linspace(1e-4, 0.15, steps)
     expected = nichol_dhariwal_bits_per_dim(model, betas, images.double().numpy(), noises.double().numpy(), learned)
     assert np.abs(result.total.numpy() - expected).max() < 1e-4
     assert result.total.isfinite().all()
@@ -324,6 +324,18 @@ def test_the_given_scheduler_and_model_stay_as_they_are():
     assert scheduler.timesteps.tolist() == [8, 4, 0]
     assert unet.training
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_likelihoods_are_those_of_the_network_without_dropout():
+    scheduler, unet = AlphaDDPMScheduler(**SHORT), tiny_unet(dropout=0.5)
+    images = torch.ones(2, 1, 8, 8)
+    totals, moments = [], []
+    for network in (unet.eval(), unet.train()):
+        totals.append(bits_per_dim(network, scheduler, images, generator=generator(), progress=False).total)
+        statistics = estimate_analytic_variance(network, scheduler, images, generator=generator(), progress=False)
+        moments.append(statistics.noise_second_moments)
+    assert unet.training
+    assert torch.equal(*totals) and torch.equal(*moments)
 
 
 def test_an_images_bits_do_not_depend_on_the_batch():
@@ -443,6 +455,17 @@ def test_noise_moments_are_measured_with_their_error():
     assert torch.allclose(statistics.residuals.sum(dim=(1, 2)), torch.ones(12, dtype=torch.float64))
 
 
+def test_the_error_in_the_noise_is_that_in_the_clipped_x_0_times_the_snr():
+    """z̃ - ε = √ᾱ (x_0 - x̂_0)/√(1-ᾱ): both are of the prediction that the chain uses."""
+    scheduler = AlphaDDPMScheduler(prediction_type="sample", **SHORT)
+    images = torch.randint(0, 256, (3, 1, 4, 4), generator=generator()) / 127.5 - 1
+    statistics = estimate_analytic_variance(
+        lambda x, t: 2 * x, scheduler, images, generator=generator(), progress=False
+    )
+    a = signal(scheduler, torch.arange(12)).flatten()
+    assert torch.allclose(statistics.noise_errors, a / (1 - a) * statistics.x0_errors, rtol=1e-9)
+
+
 @pytest.mark.parametrize("from_errors", [False, True])
 def test_the_analytic_scheduler_is_stored_and_loads(tmp_path, from_errors):
     scheduler = AlphaDDPMScheduler(clip_sample=False, **SHORT)
@@ -453,6 +476,11 @@ def test_the_analytic_scheduler_is_stored_and_loads(tmp_path, from_errors):
     loaded = AlphaDDPMScheduler.from_pretrained(tmp_path)
     assert loaded.config.variance_type == "analytic"
     assert loaded.noise_second_moments == analytic.noise_second_moments
+    if from_errors:  # the exact predictor explains all that can be explained: 1 - E‖z̃ - ε*‖²/d is Γ_t
+        plain = with_analytic_variance(scheduler, statistics).noise_second_moments
+        error = (statistics.noise_errors_error + statistics.noise_second_moments_error).tolist()
+        for table in zip(analytic.noise_second_moments, plain, error, strict=True):
+            assert table[0] == pytest.approx(table[1], abs=5 * table[2])
     loaded.set_timesteps(3)
     assert loaded.timesteps.tolist() == stored["3"]
     assert DDPMScheduler.from_pretrained(tmp_path).config.num_train_timesteps == 12  # stock loads it too
