@@ -22,8 +22,8 @@ _MODULES = {
 __all__ = ["DataError", *_MODULES]
 
 if TYPE_CHECKING:
-    from .mapped import ImageData, load_images, to_model_range  # noqa: F401
-    from .options import ConditionColumns, DataOptions  # noqa: F401
-    from .streamed import StreamData, open_data, open_stream  # noqa: F401
+    from .mapped import ImageData, load_images, to_model_range
+    from .options import ConditionColumns, DataOptions
+    from .streamed import StreamData, open_data, open_stream
 
 __getattr__, __dir__ = lazy_exports(__name__, _MODULES, extra="train")
