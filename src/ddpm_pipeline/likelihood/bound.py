@@ -68,21 +68,28 @@ class BitsPerDim:
         return self.prior + self.diffusion + self.decoder
 
 
+@dataclass(frozen=True)
+class BoundOptions:
+    """Which bound is evaluated, and how closely; `bits_per_dim` takes each by name and describes it."""
+
+    num_inference_steps: int | None = None
+    timesteps: Sequence[int] | None = None
+    num_evaluated: int | None = None
+    two_term: bool = False
+    num_bins: int | None = 256
+    batch_size: int = 64
+
+
 def bits_per_dim(
     unet: Callable,
     scheduler: Any,
     images: Tensor,
     *,
-    num_inference_steps: int | None = None,
-    timesteps: Sequence[int] | None = None,
-    num_evaluated: int | None = None,
-    two_term: bool = False,
-    num_bins: int | None = 256,
-    batch_size: int = 64,
     generator: Generators = None,
     noise: NoiseSource | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
+    **options: Any,
 ) -> BitsPerDim:
     """The variational bound on the negative log-likelihood of each image.
 
@@ -90,37 +97,33 @@ def bits_per_dim(
         unet: called as `unet(x_t, t, **model_kwargs)`; returns [B, C, H, W] or, with a learned variance, 2C channels.
         scheduler: ours or diffusers' own; its config determines prediction type, variance and clipping.
         images: [B, C, H, W] in [-1, 1], on the `num_bins` levels.
+        generator: one for all images, or a list of one per image, whose result then does not depend on the others.
+        noise: instead of `generator`: called with a timestep and a shape [b, C, H, W], returns the noise.
+        model_kwargs: conditions; tensors with a first dimension of B are split into batches along with the images.
+        progress: show a progress bar.
         num_inference_steps, timesteps: the chain, as in `AlphaDDPMScheduler.set_timesteps`; the default is all T timesteps.
         num_evaluated: network calls per image, at least 3, to estimate the bound from timesteps drawn for each image in
             strata of equal fall of log-SNR; the default is the whole chain.
         two_term: also estimate the report's two-term form, from the same network calls, with noise drawn along one chain
             x_0 -> x_1 -> ... -> x_T; otherwise it is drawn independently for every timestep, mostly with less variance.
-        num_bins: levels of a value, 256 for 8-bit images; None for the density of continuous values.
-        batch_size: images per network call.
-        generator: one for all images, or a list of one per image, whose result then does not depend on the others.
-        noise: instead of `generator`: called with a timestep and a shape [b, C, H, W], returns the noise.
-        model_kwargs: conditions; tensors with a first dimension of B are split into batches along with the images.
-        progress: show a progress bar.
+        num_bins: levels of a value, 256 (the default) for 8-bit images; None for the density of continuous values.
+        batch_size: images per network call; the default is 64.
 
     Raises:
         ValueError: for images off the levels, and arguments outside these ranges.
     """
-    chain = own_scheduler(scheduler, num_inference_steps, timesteps)
-    check_images(images, num_bins, generator)
-    calls, strata = len(chain.timesteps), None
-    if num_evaluated is not None and num_evaluated < calls:
-        if two_term:
-            raise ValueError("two_term=True follows whole chains; leave out num_evaluated.")
-        if num_evaluated < 3 or noise is not None:
-            raise ValueError(f"num_evaluated={num_evaluated} must be at least 3, and takes a generator, not `noise`.")
-        calls, strata = num_evaluated, _strata(chain, num_evaluated)
+    bound = BoundOptions(**options)
+    chain = own_scheduler(scheduler, bound.num_inference_steps, bound.timesteps)
+    check_images(images, bound.num_bins, generator)
+    strata = _strata_for(chain, bound, noise)
+    calls = len(chain.timesteps) if strata is None else bound.num_evaluated
+    total = -(-len(images) // bound.batch_size) * calls
     parts = []
-    num_batches = -(-len(images) // batch_size)
-    with evaluating(unet) as network, tqdm(total=num_batches * calls, disable=not progress, desc="bits/dim") as bar:
-        evaluation = _Evaluation(network, chain, num_bins, bar)
-        for batch in batches(network, images, batch_size, num_bins, generator, model_kwargs):
+    with evaluating(unet) as network, tqdm(total=total, disable=not progress, desc="bits/dim") as bar:
+        evaluation = _Evaluation(network, chain, bound.num_bins, bar)
+        for batch in batches(network, images, bound.batch_size, bound.num_bins, generator, model_kwargs):
             if strata is None:
-                parts.append(evaluation.of_chain(batch, noise or batch.noise, two_term))
+                parts.append(evaluation.of_chain(batch, noise or batch.noise, bound.two_term))
             else:
                 parts.append(evaluation.of_subset(batch, strata, _uniform(generator, batch, len(chain.timesteps))))
     names = [name for name, value in vars(parts[0]).items() if value is not None]
@@ -193,6 +196,18 @@ class _Evaluation:
 def _standard_normal(like: Tensor) -> Moments:
     zero = like.new_zeros((1,) * like.ndim)
     return Moments(zero, zero + 1, zero)
+
+
+def _strata_for(chain: AlphaDDPMScheduler, bound: BoundOptions, noise: NoiseSource | None) -> list[Stratum] | None:
+    """The strata of an estimate from a subset of timesteps; None if the whole chain is evaluated."""
+    count = bound.num_evaluated
+    if count is None or count >= len(chain.timesteps):
+        return None
+    if bound.two_term:
+        raise ValueError("two_term=True follows whole chains; leave out num_evaluated.")
+    if count < 3 or noise is not None:
+        raise ValueError(f"num_evaluated={count} must be at least 3, and takes a generator, not `noise`.")
+    return _strata(chain, count)
 
 
 def _strata(chain: AlphaDDPMScheduler, num_evaluated: int) -> list[Stratum]:
