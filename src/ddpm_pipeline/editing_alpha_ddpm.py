@@ -166,9 +166,8 @@ class AlphaDDPMEditing:
         if not remaining:
             raise ValueError(f"at={at} is below the last timestep of this chain, {timesteps[-1]}; use more steps.")
         weight = torch.tensor(list(weights), device=a.device, dtype=a.dtype).view(-1, 1, 1, 1)
-        mixtures = (
-            (1 - weight) * a + weight * b
-        ) / 2 + 0.5  # with shared noise, noising them and mixing x_t are the same
+        # with shared noise, mixing x_t and noising the mixture are the same
+        mixtures = ((1 - weight) * a + weight * b) / 2 + 0.5
         seed = torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu").item()
         return self(
             **self._batch_option(len(mixtures), options),

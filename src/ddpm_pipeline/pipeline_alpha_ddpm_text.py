@@ -196,9 +196,7 @@ def _check_components(unet: Any, text_encoder: Any) -> None:
     encoder = text_encoder.config
     states = getattr(encoder, "hidden_size", None) or getattr(encoder, "d_model", None)
     if unet.config.get("encoder_hid_dim") is None and states != width:
-        raise ValueError(
-            f"the text encoder's states have {states} values, but the UNet's cross_attention_dim is {width}."
-        )
+        raise ValueError(f"the text encoder's states have {states} values; the UNet's cross_attention_dim is {width}.")
     positions = getattr(encoder, "max_position_embeddings", None)
     if positions is not None and positions < MAX_TOKENS:
-        raise ValueError(f"the text encoder takes {positions} tokens; prompts are padded to {MAX_TOKENS}.")
+        raise ValueError(f"the text encoder takes {positions} tokens, but prompts are padded to {MAX_TOKENS}.")

@@ -86,9 +86,8 @@ class Output:
 def guide(unconditional: Tensor, conditional: Tensor, channels: int, scale: float, rescale: float = 0.0) -> Tensor:
     """u + scale (c - u) (Ho & Salimans 2022, eq. 6) for network outputs [B, C or 2C, H, W] and images of C channels.
 
-    Noise, x_0 and v are affine in one another at a given x_t, so this is the same guidance for each of them. The variance
-    half, if any, is the conditional one's. `rescale` moves each image's standard deviation towards that of the
-    conditional prediction (Lin et al. 2023, eq. 15 and 16).
+    The same for noise, x_0 and v, which are affine in one another at a given x_t. The variance half is the conditional
+    one's. `rescale` moves each image's deviation towards that of the conditional prediction (Lin et al. 2023, eq. 15, 16).
     """
     u, c = unconditional[:, :channels], conditional[:, :channels]
     guided = u + scale * (c - u)
@@ -170,9 +169,7 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
 
     @property
     def _scheduler_learns_variance(self) -> bool:
-        """Whether the scheduler takes a variance half as DDPM means it. Others ignore that key of a DDPM config or, like
-        DPM-Solver, cut the half off themselves, but only for images of three channels.
-        """
+        """Whether the scheduler takes a variance half. Others ignore that key or, like DPM-Solver, expect three channels."""
         is_ddpm = isinstance(self.scheduler, DDPMScheduler) or hasattr(self.scheduler, "p_mean_variance")
         return is_ddpm and self.scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
 

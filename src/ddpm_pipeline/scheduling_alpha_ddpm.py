@@ -182,10 +182,10 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         return dict(self._inference_timesteps)
 
     def _checked_noise_second_moments(self, values: Any) -> np.ndarray | None:
+        if values is None and self.variance_type == "analytic":
+            how = "measure them with ddpm_pipeline.likelihood.estimate_analytic_variance"
+            raise ValueError(f"variance_type='analytic' needs noise_second_moments, one per timestep; {how}.")
         if values is None:
-            if self.config.variance_type == "analytic":
-                how = "measure them with ddpm_pipeline.likelihood.estimate_analytic_variance"
-                raise ValueError(f"variance_type='analytic' needs noise_second_moments, one per timestep; {how}.")
             return None
         table = tables.as_table("noise_second_moments", values, len(self))
         if (table < 0).any():
@@ -199,9 +199,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         for key, timesteps in (sequences or {}).items():
             chain = self._checked_chain(timesteps, f"inference_timesteps[{key!r}]")
             if str(key) != str(len(chain)):
-                raise ValueError(
-                    f"inference_timesteps[{key!r}] has {len(chain)} timesteps; its key must be {len(chain)}."
-                )
+                raise ValueError(f"inference_timesteps[{key!r}] has {len(chain)} timesteps, so its key must be that.")
             checked[str(key)] = chain.tolist()
         return checked
 
@@ -247,9 +245,8 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
             chain = np.arange(num_inference_steps)[::-1] * (total // num_inference_steps) + offset
         else:  # rounding can give arange one value too many, for which stock emits timestep -1
             chain = np.round(np.arange(total, 0, -total / num_inference_steps)[:num_inference_steps]) - 1
-        return self._checked_chain(
-            chain.astype(np.int64), f"num_inference_steps={num_inference_steps} with steps_offset={offset}"
-        )
+        source = f"num_inference_steps={num_inference_steps} with steps_offset={offset}"
+        return self._checked_chain(chain.astype(np.int64), source)
 
     def _checked_chain(self, timesteps: Any, source: str) -> np.ndarray:
         timesteps = tables.without_torch(timesteps)
@@ -309,11 +306,9 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: Timesteps) -> Tensor:
         """What the network regresses on (report §6): the noise, x_0 or v, by `prediction_type`. [B, C, H, W]."""
-        if self.config.prediction_type == "epsilon":
-            return noise
-        if self.config.prediction_type == "sample":
-            return original_samples
-        return self.get_velocity(original_samples, noise, timesteps)
+        if self.config.prediction_type == "v_prediction":
+            return self.get_velocity(original_samples, noise, timesteps)
+        return noise if self.config.prediction_type == "epsilon" else original_samples
 
     # ---- posterior and reverse process (report §5) ----------------------------------------------------
 
@@ -403,9 +398,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         if not self.config.clip_sample:
             return x_0
         limit = self.config.clip_sample_range
-        in_place = (
-            self.config.prediction_type != "sample"
-        )  # in which case x_0 is the network's output, not ours to change
+        in_place = self.config.prediction_type != "sample"  # else x_0 is the network's output, not ours to change
         return x_0.clamp_(-limit, limit) if in_place else x_0.clamp(-limit, limit)
 
     def _dynamic_threshold(self, x_0: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A config file's object. Raises ValueError if it is too large, not JSON, holds NaN, or is not an object."""
     size = path.stat().st_size
     if size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path} has {size} bytes; the largest config that is read has {MAX_CONFIG_BYTES}.")
+        raise ValueError(f"{path} is {size} bytes large; configs are read up to {MAX_CONFIG_BYTES}.")
 
     def refuse(constant: str) -> None:
         raise ValueError(f"it holds {constant}, which is not a JSON number")

@@ -17,15 +17,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "analytic")
 LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
-VARIANCE_TYPES = (
-    "fixed_small",
-    "fixed_small_log",
-    "fixed_large",
-    "fixed_large_log",
-    "analytic",
-    *LEARNED_VARIANCE_TYPES,
-)
+VARIANCE_TYPES = FIXED_VARIANCE_TYPES + LEARNED_VARIANCE_TYPES
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 OWN_KEY = "_alpha_ddpm"  # of our settings in a config: stock classes silently keep what begins with an underscore
@@ -125,8 +119,9 @@ def check_terminal_signal(config: Mapping[str, Any], log_alpha_cumprod: float) -
 
 def log_alphas_of(config: Mapping[str, Any]) -> np.ndarray:
     """log α_t of a configuration, float64 [T]. Raises ValueError if a β_t is outside (0, 1)."""
-    source = "trained_betas" if config["trained_betas"] else f"beta_schedule={config['beta_schedule']!r}"
-    betas = np.array(config["trained_betas"]) if config["trained_betas"] else _schedule_betas(config)
+    given = config["trained_betas"]
+    source = "trained_betas" if given else f"beta_schedule={config['beta_schedule']!r}"
+    betas = np.array(given) if given else _schedule_betas(config)
     _check_betas(betas, source)
     with np.errstate(divide="ignore"):  # log α = -inf if the last β is 1
         log_alphas = np.log1p(-betas)

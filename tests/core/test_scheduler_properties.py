@@ -283,7 +283,7 @@ REFUSALS = (
     ({"inference_timesteps": [1, 2]}, r"inference_timesteps must be a dict of lists, not list"),
     (
         {"inference_timesteps": {"3": [5, 1]}},
-        r"inference_timesteps\['3'\] has 2 timesteps; its key must be 2",
+        r"inference_timesteps\['3'\] has 2 timesteps, so its key must",
     ),
     ({"inference_timesteps": {"2": [1, 5]}}, r"inference_timesteps\['2'\] must be strictly descending timesteps.*999"),
     ({"inference_timesteps": {"1": [1000]}}, r"inference_timesteps\['1'\].*at most 999"),
