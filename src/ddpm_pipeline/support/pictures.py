@@ -1,16 +1,16 @@
 """Images side by side, and diffusion step by step: the report's figures 3.3 and 3.4 as a PNG strip and a GIF.
 
-Imports numpy, PIL and torch only. Called by training/train.py, for docs and for model cards.
+Imports numpy, PIL and torch. Called by training, for docs and for model cards.
 """
 
 import math
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+
+from .atomic import atomic_file
 
 SMALLEST_SIDE = 48  # pixels that an image takes in a picture at least, so that a person sees it
 GAP = 4
@@ -35,7 +35,7 @@ def grid(images: torch.Tensor, columns: int | None = None) -> Image.Image:
 
 
 def strip(trajectory: torch.Tensor, count: int = 9) -> Image.Image:
-    """A picture of `count` evenly spaced steps of a trajectory [S, B, C, H, W] in [-1, 1], one row an image.
+    """A picture of `count` evenly spaced steps of a trajectory [S, B, C, H, W] in [-1, 1], one row per image.
 
     The first and the last step are always among them.
     """
@@ -57,17 +57,14 @@ def save_gif(
     pictures = [grid(frame) for frame in _frames(trajectory, count)]
     milliseconds = max(20, round(1000 * seconds / len(pictures)))  # viewers slow down what is faster
     durations = [milliseconds] * (len(pictures) - 1) + [milliseconds + round(1000 * hold)]
-    _write(
-        path,
-        lambda file: pictures[0].save(
-            file, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0
-        ),
-    )
+    with atomic_file(path) as file:
+        pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:
     """A PNG file, whole or not at all."""
-    _write(path, lambda file: picture.save(file, format="PNG"))
+    with atomic_file(path) as file:
+        picture.save(file, "PNG")
 
 
 def _frames(trajectory: torch.Tensor, count: int) -> torch.Tensor:
@@ -77,12 +74,3 @@ def _frames(trajectory: torch.Tensor, count: int) -> torch.Tensor:
         raise ValueError(f"count={count} must be at least 1.")
     chosen = np.unique(np.linspace(len(trajectory) - 1, 0, count).round().astype(int))  # one frame alone is the last
     return (trajectory[chosen].float() / 2 + 0.5).clamp(0, 1).cpu()
-
-
-def _write(path: str | Path, save: Callable[[Path], None]) -> None:
-    """Written beside and renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save(temporary)
-    os.replace(temporary, path)

@@ -1,6 +1,6 @@
 """What happens along the way of a run, and at its end: reports, previews, pushes, evaluations, checkpoints, the finished model.
 
-Each job is a function of the run and the number of updates done. Imports the other parts of this room; called by the loop.
+Each job is a function of the run and the number of updates done.
 """
 
 import contextlib
@@ -14,17 +14,19 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 
-from ..data.mapped import ImageData
-from ..data.streamed import StreamData
+from ..data.mapped import ImageSet
+from ..evaluation.features import feature_extractor
 from ..hub import export
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
+from ..support.atomic import write_text
 from ..support.errors import NumericalError, Stopped
 from .batches import BatchLoader
 from .checkpoints import Checkpoints
 from .conditions import Condition
 from .options import TrainingOptions
+from .output_folder import OPTIONS_FILE
 from .pusher import Pusher
-from .record import model_card, training_facts
+from .record import model_card
 from .state import TrainingState
 from .stop import StopRequest, in_any_process
 from .telemetry import Telemetry
@@ -57,7 +59,7 @@ class Run:
     options: TrainingOptions
     accelerator: Accelerator
     folder: Path
-    data: ImageData | StreamData
+    data: ImageSet
     condition: Condition
     state: TrainingState
     scheduler: AlphaDDPMScheduler
@@ -68,44 +70,44 @@ class Run:
     began: float  # reading of time.monotonic
 
     def __post_init__(self) -> None:
-        options, accelerator = self.options, self.accelerator
-        batch_size = options.optimisation.batch_size // options.optimisation.gradient_accumulation_steps
-        self.checkpoints = Checkpoints(accelerator, self.folder, options.run.checkpoints_total_limit)
+        options, watching, seed = self.options, self.options.watching, self.options.run.seed
+        self.total = options.optimisation.max_train_steps  # updates in all
+        self.checkpoints = Checkpoints(self.accelerator, self.folder, options.run.checkpoints_total_limit)
         # with a scheduler of its own: previews choose shorter chains, and the bound is that of the full one
         self.pipe = self.condition.pipeline(self.state.unet, AlphaDDPMScheduler.from_config(self.scheduler.config))
         self.pipe.set_progress_bar_config(disable=True)
-        watching, seed = options.watching, options.run.seed
+        batch_size = options.optimisation.batch_size // options.optimisation.gradient_accumulation_steps
         self.samples = Samples(self.pipe, self.condition, self.folder, watching, seed, batch_size)
-        self.evaluation = None
-        if watching.eval_every:
-            self.evaluation = Evaluation(self.data, options.data, watching, seed, batch_size, accelerator.device)
-        self.telemetry = Telemetry(accelerator, self.folder, self.state.updater, self.first, self.total)
-        if self.telemetry.skipped is not None:
-            self.telemetry.skipped.add(self.data.skipped)
+        extractor = None
+        if watching.eval_samples:
+            extractor = feature_extractor(watching.eval_features, options.data.dataset, None, "--eval_features")
+            extractor.to(self.accelerator.device)
+        self.evaluation = Evaluation(self.data, watching, seed, batch_size, options.data.cache_dir, extractor)
+        self.telemetry = Telemetry(self.accelerator, self.folder, self.state.updater, self.first, self.total)
 
-    @property
-    def total(self) -> int:
-        """Updates in all."""
-        return self.options.optimisation.max_train_steps
+    def in_main_process(self, job: Callable[["Run", int], None], done: int) -> bool:
+        """Do the job in the main process, with the EMA weights, while the others wait.
+
+        Returns whether any process was asked to stop meanwhile; the job is then left where it is.
+        """
+        if self.accelerator.is_main_process:
+            with contextlib.suppress(Stopped), self.stop.interrupts(self.state.unet), self.state.ema_weights():
+                job(self, done)
+        (stopping,) = in_any_process(self.accelerator, self.stop.reason is not None)
+        self.telemetry.restart_clock()
+        return stopping
+
+    def numerical_error(self, what: str) -> NumericalError:
+        self.checkpoints.close()
+        return NumericalError(
+            f"{what} (train.log names the images). The last good checkpoint is {self.checkpoints.last}. Look at those images, "
+            "or train again with a lower --learning_rate or without --mixed_precision."
+        )
 
 
 def report(run: Run, done: int) -> None:
-    """A line of the log."""
     note_skipped_rows(run)
     run.telemetry.report(done, run.options.optimisation.batch_size)
-
-
-def in_main_process(run: Run, job: Callable[[Run, int], None], done: int) -> bool:
-    """Do the job in the main process, with the EMA weights, while the others wait.
-
-    Returns whether any process was asked to stop meanwhile; the job is then left where it is.
-    """
-    if run.accelerator.is_main_process:
-        with contextlib.suppress(Stopped), run.stop.interrupts(run.state.unet), run.state.ema_weights():
-            job(run, done)
-    (stopping,) = in_any_process(run.accelerator, run.stop.reason is not None)
-    run.telemetry.restart_clock()
-    return stopping
 
 
 def preview(run: Run, done: int) -> None:
@@ -123,7 +125,7 @@ def evaluate(run: Run, done: int) -> None:
 def save_checkpoint(run: Run, done: int) -> None:
     with run.telemetry.timer("checkpoint", on_device=False):
         if not run.state.weights_are_finite():
-            raise numerical_error(run, f"the weights after {done} updates are not finite")
+            raise run.numerical_error(f"the weights after {done} updates are not finite")
         note_skipped_rows(run)  # a resumed run does not meet those before a checkpoint again
         run.checkpoints.save(run.state, done, own=run.batches.state_dict())
     run.telemetry.restart_clock()
@@ -134,25 +136,18 @@ def note_skipped_rows(run: Run) -> None:
         run.telemetry.note_skipped_rows(run.batches.take_skipped())
 
 
-def numerical_error(run: Run, what: str) -> NumericalError:
-    run.checkpoints.close()
-    return NumericalError(
-        f"{what} (train.log names the images). The last good checkpoint is {run.checkpoints.last}. Look at those images, or "
-        "train again with a lower --learning_rate or without --mixed_precision."
-    )
-
-
 def save_model(run: Run, target: Path, done: int) -> None:
     """The pipeline with its present weights, and its card."""
-    seconds = time.monotonic() - run.began
-    facts = training_facts(run.options, run.state.num_parameters, run.first, done, seconds, run.accelerator)
-    processes = run.accelerator.num_processes
-    export(run.pipe, target, model_card(run.pipe, run.options, run.data, run.condition, facts, target, processes))
+    export(run.pipe, target, model_card(run, target, done))
 
 
 def begin(run: Run, previews: Every) -> None:
-    """Log what the run is, and make the preview that an earlier attempt was stopped before, if it is missing."""
+    """Write down what the run is, and make the preview that an earlier attempt was stopped before, if it is missing."""
     data, accelerator, options = run.data, run.accelerator, run.options
+    if accelerator.is_main_process:
+        write_text(run.folder / OPTIONS_FILE, options.to_yaml())
+        run.telemetry.skipped.add(data.skipped)
+    accelerator.init_trackers("ddpm-pipeline", {name: value for name, value in options.flat().items() if value})
     images = f"{data.num_images} images" if data.num_images else "a stream"
     logger.info(
         "%s: %s of %dx%dx%d; %.2f M parameters; updates %d to %d of %d images; %s, %s, %d threads",
@@ -162,7 +157,7 @@ def begin(run: Run, previews: Every) -> None:
     )  # fmt: skip
     run.state.model.train()
     if run.first and previews.is_due(run.first, run.total, stopping=False):
-        in_main_process(run, preview_if_missing, run.first)
+        run.in_main_process(preview_if_missing, run.first)
     run.telemetry.restart_clock()
 
 

@@ -42,10 +42,6 @@ def prepare_output_folder(folder: Path, options: RunOptions) -> None:
     if options.overwrite:
         for path in (folder / name for name in RUN_FILES):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-    _check_writable(folder)
-
-
-def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test-{os.getpid()}"

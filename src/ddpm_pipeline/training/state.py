@@ -1,27 +1,18 @@
-"""What is trained, and changes meanwhile: one object, which a checkpoint holds. Imports accelerate, diffusers and torch."""
+"""What is trained, and changes meanwhile: one object, which a checkpoint holds."""
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .objectives import TimestepSampler, timestep_sampler
-from .options import HardwareOptions, OptimisationOptions, TrainingOptions
+from .options import TrainingOptions
 from .update import Updater
-
-
-class HasState(Protocol):
-    """Something with a state of tensors and plain values."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
 @dataclass
@@ -36,12 +27,10 @@ class TrainingState:
     timestep_sampler: TimestepSampler
 
     @property
-    def parts(self) -> dict[str, HasState]:
-        """What a checkpoint holds beside the weights, their EMA and what accelerate saves."""
-        parts: dict[str, HasState] = {"lr_scheduler": self.updater.lr_scheduler, "updater": self.updater}
-        if self.timestep_sampler.observes_losses:
-            parts["timestep_sampler"] = self.timestep_sampler
-        return parts
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the weights, their EMA and what accelerate saves: each has a state_dict."""
+        sampler = {"timestep_sampler": self.timestep_sampler} if self.timestep_sampler.observes_losses else {}
+        return {"lr_scheduler": self.updater.lr_scheduler, "updater": self.updater, **sampler}
 
     @property
     def num_parameters(self) -> int:
@@ -68,16 +57,19 @@ class TrainingState:
 
 
 def build_state(
-    accelerator: Accelerator,
-    unet: Any,
-    network: torch.nn.Module,
-    scheduler: AlphaDDPMScheduler,
-    options: TrainingOptions,
+    accelerator: Accelerator, unet: Any, network: torch.nn.Module, options: TrainingOptions
 ) -> TrainingState:
     """Everything that is trained, on the device and prepared for it. `options` are the resolved ones."""
     optimisation, hardware = options.optimisation, options.hardware
-    _fit_to_hardware(unet, hardware)
-    ema = _ema_of(network.to(accelerator.device), optimisation)
+    if hardware.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if hardware.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    network.to(accelerator.device)
+    ema = None
+    if optimisation.ema_decay:
+        warmup = {"use_ema_warmup": True, "power": optimisation.ema_power}
+        ema = EMAModel(network.parameters(), decay=optimisation.ema_decay, foreach=True, **warmup)
     optimizer = torch.optim.AdamW(
         network.parameters(),
         lr=optimisation.learning_rate,
@@ -86,28 +78,10 @@ def build_state(
         weight_decay=optimisation.weight_decay,
         fused=accelerator.device.type in ("cuda", "cpu"),
     )
-    lr_scheduler = get_scheduler(  # not prepared: it counts updates, whatever the number of processes
-        optimisation.lr_scheduler,
-        optimizer,
-        num_warmup_steps=optimisation.lr_warmup_steps,
-        num_training_steps=optimisation.max_train_steps,
-    )
+    updates = {"num_warmup_steps": optimisation.lr_warmup_steps, "num_training_steps": optimisation.max_train_steps}
+    # not prepared: it counts updates, whatever the number of processes
+    lr_scheduler = get_scheduler(optimisation.lr_scheduler, optimizer, **updates)
     model, optimizer = accelerator.prepare(torch.compile(network) if hardware.compile else network, optimizer)
     updater = Updater(accelerator, network, optimizer, lr_scheduler, ema, optimisation.max_grad_norm)
-    sampler = timestep_sampler(options.diffusion.timestep_sampling, len(scheduler))
+    sampler = timestep_sampler(options.diffusion.timestep_sampling, options.diffusion.num_train_timesteps)
     return TrainingState(unet, network, model, ema, updater, sampler)
-
-
-def _fit_to_hardware(unet: Any, hardware: HardwareOptions) -> None:
-    if hardware.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if hardware.channels_last:
-        unet.to(memory_format=torch.channels_last)
-
-
-def _ema_of(network: torch.nn.Module, options: OptimisationOptions) -> EMAModel | None:
-    if not options.ema_decay:
-        return None
-    return EMAModel(
-        network.parameters(), decay=options.ema_decay, use_ema_warmup=True, power=options.ema_power, foreach=True
-    )

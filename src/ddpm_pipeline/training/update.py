@@ -1,7 +1,4 @@
-"""One optimizer update after its backward passes, and what happens if numbers are not finite.
-
-Imports accelerate, diffusers' EMA and torch; called by the training loop.
-"""
+"""One optimizer update after its backward passes, and what happens if numbers are not finite."""
 
 import logging
 from dataclasses import dataclass
@@ -40,7 +37,7 @@ class Updater:
     in_a_row: int = 0
 
     def __call__(self, step: int, losses: torch.Tensor, indices: list[int], stop: bool) -> tuple[float | None, bool]:
-        """Apply the gradients of update `step`. `losses` [b] are of this process's images, whose rows are `indices`.
+        """Apply the gradients of update `step`; `losses` [b] are of this process's images, whose rows are `indices`.
 
         (The gradient norm before clipping, or None if the update was skipped; whether any process was asked to stop).
         """
@@ -72,14 +69,12 @@ class Updater:
         finite = losses.isfinite().tolist()
         culprits = gather_object([index for index, good in zip(indices, finite, strict=True) if not good])
         images = culprits or gather_object(indices)
-        shown = ", ".join(map(str, images[:INDICES_SHOWN]))
-        shown += f" and {len(images) - INDICES_SHOWN} more" if len(images) > INDICES_SHOWN else ""
-        if culprits:
-            cause = f"the loss is not finite for the images {shown}"
-        else:
-            cause = f"the gradient norm is {norm} although all losses are finite; the images are {shown}"
+        more = f" and {len(images) - INDICES_SHOWN} more" if len(images) > INDICES_SHOWN else ""
+        shown = ", ".join(map(str, images[:INDICES_SHOWN])) + more
+        loss = "the loss is not finite for the images"
+        cause = loss if culprits else f"the gradient norm is {norm} although all losses are finite; the images are"
         if self.accelerator.is_main_process:
-            logger.warning("update %d is skipped: %s (%d so far)", step, cause, self.skipped)
+            logger.warning("update %d is skipped: %s %s (%d so far)", step, cause, shown, self.skipped)
 
     @property
     def hopeless(self) -> bool:

@@ -1,7 +1,4 @@
-"""What the main process looks at during a run: previews, evaluations of the EMA weights, and the final samples.
-
-Imports torch and the rooms for generation and evaluation; called by the training loop.
-"""
+"""What the main process looks at during a run: previews, evaluations of the EMA weights, and the final samples."""
 
 import logging
 import math
@@ -9,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..data.mapped import ImageData
-from ..data.streamed import StreamData
-from ..evaluation.features import feature_extractor, real_features
+from ..data.mapped import ImageSet
+from ..evaluation.features import real_features
 from ..evaluation.figures import likelihood_of
 from ..evaluation.quality import ImageQuality
 from ..generation.drawing import sample_in_batches, sample_process, sample_uint8
@@ -22,7 +17,7 @@ from ..support.draws import RandomStream, seeds
 from ..support.errors import ConfigError
 from ..support.pictures import grid, save_picture
 from .conditions import Condition
-from .options import TrainingDataOptions, WatchingOptions
+from .options import WatchingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -61,45 +56,34 @@ class Samples:
         save_picture(grid(images, columns), path)
 
 
+@dataclass(frozen=True)
 class Evaluation:
-    """Bits per dimension of some images, and FID, KID, precision and recall of samples, with the same noise every time.
+    """Bits per dimension of some images, and FID, KID, precision and recall of samples, with the same noise every time."""
 
-    Raises ConfigError if `--eval_features` cannot be used.
-    """
-
-    def __init__(
-        self,
-        data: ImageData | StreamData,
-        data_options: TrainingDataOptions,
-        options: WatchingOptions,
-        seed: int,
-        batch_size: int,
-        device: torch.device,
-    ):
-        self.data, self.options, self.seed, self.batch_size = data, options, seed, batch_size
-        self.cache_dir = data_options.cache_dir
-        self.extractor: nn.Module | None = None
-        if options.eval_samples:
-            name = options.eval_features
-            self.extractor = feature_extractor(name, data_options.dataset, None, "--eval_features").to(device)
+    data: ImageSet
+    options: WatchingOptions
+    seed: int
+    batch_size: int  # images per network call
+    cache_dir: str | None  # of features
+    extractor: nn.Module | None  # None for no samples
 
     def __call__(self, pipe: Any, scheduler: Any) -> dict[str, float]:
         """Figures of the pipeline's network: the bound over `scheduler`'s chain, and samples over the previews' steps."""
-        return self._likelihood(pipe.unet, scheduler) | (self._quality(pipe, self.extractor) if self.extractor else {})
+        return self._likelihood(pipe.unet, scheduler) | (self._quality(pipe) if self.extractor else {})
 
     def _likelihood(self, unet: nn.Module, scheduler: Any) -> dict[str, float]:
         """Estimated from a few timesteps of each image."""
         images = self.data.examples(self.options.eval_images, self.seed)
         count = len(images)
         noise_seeds = seeds(self.seed, RandomStream.NOISE, 0, count)
-        calls = {"num_evaluated": self.options.eval_calls, "batch_size": self.batch_size}
-        total = likelihood_of(unet, scheduler, images, noise_seeds, **calls, progress=False).total
+        calls = {"num_evaluated": self.options.eval_calls, "batch_size": self.batch_size, "progress": False}
+        total = likelihood_of(unet, scheduler, images, noise_seeds, **calls).total
         error = {"eval_bits_per_dim_error": float(total.std() / count**0.5)} if count > 1 else {}
         return {"eval_bits_per_dim": float(total.mean()), **error}
 
-    def _quality(self, pipe: Any, extractor: nn.Module) -> dict[str, float]:
+    def _quality(self, pipe: Any) -> dict[str, float]:
         """Compared with all of the data, in this process alone."""
-        options = self.options
+        options, extractor = self.options, self.extractor
         quality = ImageQuality(extractor, seed=self.seed, sync_on_compute=False).to(pipe.device)
         quality.add_real_features(real_features(self.data, extractor, self.cache_dir).to(pipe.device))
         for start in range(0, options.eval_samples, self.batch_size):
