@@ -25,9 +25,7 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
         ) from error
 
 
-def lazy_exports(
-    package: str, modules: Mapping[str, str], extra: str
-) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def lazy_exports(package: str, modules: Mapping[str, str], extra: str) -> tuple[Callable, Callable]:
     """`__getattr__` and `__dir__` of a package whose public names are imported on first use.
 
     `modules` maps each name to its module, such as ".mapped". A library missing there is reported by `needs_extra`.

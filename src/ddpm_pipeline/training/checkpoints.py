@@ -162,7 +162,13 @@ class Checkpoints:
         with self._together(temporary):
             self.accelerator.save_state(str(temporary))
             if main:
-                _write_parts(temporary, state, step, all_own)
+                if state.ema is not None:
+                    shadow = {str(index): value.contiguous() for index, value in enumerate(state.ema.shadow_params)}
+                    save_file(shadow, temporary / EMA_FILE)
+                torch.save({name: part.state_dict() for name, part in state.parts.items()}, temporary / PARTS_FILE)
+                ema_step = None if state.ema is None else state.ema.optimization_step
+                stored = {"step": step, "ema_step": ema_step, "processes": all_own}
+                (temporary / STATE_FILE).write_text(json.dumps(stored), "utf-8")
         if main:
             self._under_way = self._worker.submit(_finish, temporary, final, self.limit)
 
@@ -203,15 +209,6 @@ class Checkpoints:
                 f"a checkpoint could not be written, with {free:,.0f} MB free on its disk: {found[0]}. The last whole one is "
                 f"{self.last}; make room, and continue from it with --resume latest."
             ) from problem
-
-
-def _write_parts(folder: Path, state: TrainingState, step: int, all_own: list[Any]) -> None:
-    if state.ema is not None:
-        shadow = {str(index): value.contiguous() for index, value in enumerate(state.ema.shadow_params)}
-        save_file(shadow, folder / EMA_FILE)
-    torch.save({name: part.state_dict() for name, part in state.parts.items()}, folder / PARTS_FILE)
-    ema_step = None if state.ema is None else state.ema.optimization_step
-    (folder / STATE_FILE).write_text(json.dumps({"step": step, "ema_step": ema_step, "processes": all_own}), "utf-8")
 
 
 def _finish(temporary: Path, final: Path, limit: int) -> None:

@@ -99,13 +99,9 @@ def resolved(options: TrainingOptions, data: ImageSet, scheduler: AlphaDDPMSched
     """The options with everything filled in that follows from the data and the model."""
     optimisation = options.optimisation
     steps = optimisation.max_train_steps or -(-len(data) * optimisation.num_train_epochs // optimisation.batch_size)
-    return options.with_values(
-        resolution=data.resolution,
-        channels=data.channels,
-        max_train_steps=steps,
-        num_train_timesteps=scheduler.config.num_train_timesteps,
-        objective=objective_for(options.diffusion.objective, scheduler),
-    )
+    images = {"resolution": data.resolution, "channels": data.channels}
+    objective = objective_for(options.diffusion.objective, scheduler)
+    return options.with_values(**images, max_train_steps=steps, num_train_timesteps=len(scheduler), objective=objective)
 
 
 def open_batches(

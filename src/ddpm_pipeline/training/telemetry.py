@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..data.skipped import SkippedLog, SkippedRow
 from ..support.atomic import write_text
-from .update import Updater
+from .state import Updater
 
 logger = logging.getLogger(__name__)
 
