@@ -1,6 +1,6 @@
 """Names that a room imports on first use, and the one error where an optional library is not installed.
 
-Imports the standard library alone, so that a room that uses it costs nothing until a name is asked for.
+Imports the standard library alone, so that a room costs nothing until a name is asked for.
 """
 
 import contextlib
@@ -26,9 +26,8 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
 
 
 def lazy_exports(package: str, modules: Mapping[str, str], extra: str) -> tuple[Callable, Callable]:
-    """`__getattr__` and `__dir__` of a package whose public names are imported on first use.
-
-    `modules` maps each name to its module, such as ".mapped". A library missing there is reported by `needs_extra`.
+    """`__getattr__` and `__dir__` of a package whose public names are imported on first use. `modules` maps each name to its
+    module, such as ".mapped". A library missing there is reported by `needs_extra`.
     """
 
     def __getattr__(name: str) -> Any:

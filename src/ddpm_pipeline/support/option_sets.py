@@ -1,7 +1,4 @@
-"""All options of a command as one object that consists of option groups, and how flags and YAML files become one.
-
-Imports transformers' argument parser and yaml, no torch.
-"""
+"""All options of a command as one object of option groups, and how flags and YAML files become one. Imports no torch."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -72,10 +69,8 @@ class OptionSet:
 
     @classmethod
     def parse(cls, argv: Sequence[str], description: str, file: str | Path | None = None, **flags: str) -> Self:
-        """The options that a command line asks for, on top of the entries of a `file`.
-
-        `flags` are further flags by name with their help, such as `config`, which are accepted and left out. Raises
-        ConfigError for a command line that cannot be understood.
+        """The options that a command line asks for, on top of the entries of a `file`. Raises ConfigError if it cannot be
+        understood. `flags` are further flags by name with their help, such as `config`, which are accepted and left out.
         """
         return cls(**cls._parsed(argv, description, file, **flags))
 
@@ -93,10 +88,8 @@ class OptionSet:
             raise ConfigError(str(error)) from error
         if unknown:
             raise ConfigError(_unknown_option(unknown[0].split("=")[0], [*known, *flags]))
-        values = {name: getattr(namespace, name) for name in known}
-        return {
-            name: value for name, value in values.items() if value is not None or known[name].default is not MISSING
-        }
+        given = {name: getattr(namespace, name) for name in known}
+        return {name: value for name, value in given.items() if value is not None or known[name].default is not MISSING}
 
     def flat(self) -> dict[str, Any]:
         """Every option with its value, by the name of its flag."""
@@ -113,13 +106,9 @@ class OptionSet:
 
 def value_of(argv: Sequence[str], flag: str) -> str | None:
     """The last value given for a flag, as `--flag value` or `--flag=value`."""
-    value = None
-    for index, token in enumerate(argv):
-        if token == flag:
-            value = argv[index + 1] if index + 1 < len(argv) else None
-        elif token.startswith(f"{flag}="):
-            value = token.split("=", 1)[1]
-    return value
+    pairs = zip(argv, [*argv[1:], None], strict=True)
+    given = [after if word == flag else word.split("=", 1)[1] for word, after in pairs if word.split("=")[0] == flag]
+    return given[-1] if given else None
 
 
 def _for_the_parser(group: type[OptionGroup]) -> type:

@@ -62,19 +62,16 @@ class OptionGroup:
     def __post_init__(self) -> None:
         for entry in fields(self):
             value, allowed = getattr(self, entry.name), entry.metadata["allowed"]
-            if allowed is not None and not (value is None and entry.default is None) and not _holds(allowed, value):
+            try:
+                fits = allowed is None or (value is None and entry.default is None) or allowed.holds(value)
+            except TypeError:
+                fits = False
+            if not fits:
                 raise ConfigError(f"--{entry.name} {value} must be {allowed.words}.")
         self.check()
 
     def check(self) -> None:
         """Raises ConfigError where options of this group exclude each other."""
-
-
-def _holds(allowed: Allowed, value: Any) -> bool:
-    try:
-        return bool(allowed.holds(value))
-    except TypeError:
-        return False
 
 
 def option_fields(groups: Iterable[Any]) -> dict[str, Field]:

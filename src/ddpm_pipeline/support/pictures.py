@@ -1,7 +1,4 @@
-"""Images side by side, and diffusion step by step: the report's figures 3.3 and 3.4 as a PNG strip and a GIF.
-
-Imports numpy, PIL and torch. Called by training, for docs and for model cards.
-"""
+"""Images side by side, and diffusion step by step: the report's figures 3.3 and 3.4 as a PNG strip and a GIF."""
 
 import math
 from pathlib import Path
@@ -9,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from .atomic import atomic_file
 
@@ -17,7 +15,7 @@ GAP = 4
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def grid(images: torch.Tensor, columns: int | None = None) -> Image.Image:
+def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """Images in [0, 1], [N, C, H, W], as one picture on white, each enlarged by a whole factor to be seen."""
     count, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -34,23 +32,20 @@ def grid(images: torch.Tensor, columns: int | None = None) -> Image.Image:
     return picture
 
 
-def strip(trajectory: torch.Tensor, count: int = 9) -> Image.Image:
-    """A picture of `count` evenly spaced steps of a trajectory [S, B, C, H, W] in [-1, 1], one row per image.
-
-    The first and the last step are always among them.
+def strip(trajectory: Tensor, count: int = 9) -> Image.Image:
+    """A picture of `count` evenly spaced steps, the first and the last among them, of a trajectory [S, B, C, H, W] in [-1, 1],
+    one row per image.
     """
     frames = _frames(trajectory, count)
     return grid(frames.transpose(0, 1).flatten(0, 1), columns=len(frames))  # [S, B, ...] -> [B·S, ...]
 
 
-def save_strip(trajectory: torch.Tensor, path: str | Path, count: int = 9) -> None:
+def save_strip(trajectory: Tensor, path: str | Path, count: int = 9) -> None:
     """`strip` as a PNG file."""
     save_picture(strip(trajectory, count), path)
 
 
-def save_gif(
-    trajectory: torch.Tensor, path: str | Path, count: int = 50, seconds: float = 4.0, hold: float = 1.5
-) -> None:
+def save_gif(trajectory: Tensor, path: str | Path, count: int = 50, seconds: float = 4.0, hold: float = 1.5) -> None:
     """A trajectory [S, B, C, H, W] in [-1, 1] as a GIF that plays for ever: `count` evenly spaced steps in `seconds`, the
     last of them held for another `hold`.
     """
@@ -67,7 +62,7 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
         picture.save(file, "PNG")
 
 
-def _frames(trajectory: torch.Tensor, count: int) -> torch.Tensor:
+def _frames(trajectory: Tensor, count: int) -> Tensor:
     if trajectory.ndim != 5:
         raise ValueError(f"a trajectory is [steps, B, C, H, W], not {tuple(trajectory.shape)}.")
     if count < 1:

@@ -59,10 +59,7 @@ class BatchPlan:
         return where.uniform(RandomStream.FLIP) < 0.5 if self.random_flip else None
 
     def draws(self, where: BatchSlice, condition: Condition, values: Any) -> dict[str, Any]:
-        """What a micro-batch holds beside its images: quantiles of timesteps, seeds of noise, and conditions.
-
-        Each is a function of (seed, step, position), and a condition of the image's value too.
-        """
+        """What a micro-batch holds beside its images: quantiles of timesteps, seeds of noise, and conditions of `values`."""
         drawn = uniform(self.seed, RandomStream.TIMESTEP, where.step, self.batch_size)  # strata are of the global batch
         drawn_condition = condition.draw(values, where)
         return {
@@ -212,16 +209,14 @@ def batch_loader(
     loading = {"batch_size": None, "num_workers": workers, "worker_init_fn": begin, "pin_memory": device_type == "cuda"}
     if isinstance(data, ImageData):
         return BatchLoader(DataLoader(MicroBatches(data, plan, condition), sampler=micro_batches, **loading))
-    workers = max(1, workers)
+    workers, first = max(1, workers), micro_batches.start
     partition = divide(data, plan.world_size * workers)
     positions = [Position()] * workers
     if state is not None:
-        _check_state(state, micro_batches.start, plan, workers, partition)
+        _check_state(state, first, plan, workers, partition)
         positions = [Position.from_json(values) for values in state["parts"]]
-    elif micro_batches.start:
-        raise ConfigError(
-            f"the checkpoint after micro-batch {micro_batches.start} has no position in the stream; start a new run."
-        )
+    elif first:
+        raise ConfigError(f"the checkpoint after micro-batch {first} has no position in the stream; start a new run.")
     condition, buffer = condition or Condition(), options.shuffle_buffer
     batches = StreamBatches(data, plan, condition, partition, positions, micro_batches, buffer)
     return StreamLoader(DataLoader(batches, **loading), batches)

@@ -40,9 +40,8 @@ class Templates:
 
 
 def read_templates(file: str | None, class_names: Sequence[str]) -> Templates:
-    """The templates in a YAML file (docs/conditions.md), or plain ones over the class names.
-
-    A file that is not found as named is looked for among the package's recipes. Raises ConfigError if it cannot be used.
+    """The templates in a YAML file (docs/conditions.md), by its path or its name among the package's recipes, or plain ones
+    over the class names. Raises ConfigError if it cannot be used.
     """
     if file is None:
         return Templates(DEFAULT_TEMPLATES, [[name] for name in class_names])
@@ -85,16 +84,15 @@ class Captions:
     def __init__(self, options: ConditionOptions, data: ImageSet):
         self.options, self.data = options, data
         self.column = data.text_column or data.label_column
-        self.templates = None
-        if data.text_column is None:
-            if data.label_column is None:
-                raise ConfigError(
-                    f"--condition text: {data.name} has no captions; name one of its columns {data.columns} with "
-                    "--text_column, or one with class labels with --label_column."
-                )
-            self.templates = read_templates(options.caption_templates, data.class_names)
-        elif options.caption_templates is not None:
+        if self.column is None:
+            raise ConfigError(
+                f"--condition text: {data.name} has no captions; name one of its columns {data.columns} with --text_column, or "
+                "one with class labels with --label_column."
+            )
+        has_texts = data.text_column is not None
+        if has_texts and options.caption_templates is not None:
             raise ConfigError("--caption_templates makes captions from class labels; drop it, or --text_column.")
+        self.templates = None if has_texts else read_templates(options.caption_templates, data.class_names)
 
     def draw(self, values: Sequence[Any], where: BatchSlice, dropped: Sequence[bool]) -> list[str]:
         """A caption per value, "" for those whose condition is dropped; a function of the value, seed, step and position."""

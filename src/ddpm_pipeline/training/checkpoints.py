@@ -57,14 +57,12 @@ def find_checkpoint(folder: Path, options: TrainingOptions, accelerator: Acceler
     return checkpoint
 
 
-def _named_checkpoint(checkpoint: Path) -> Path:
-    if not (checkpoint / STATE_FILE).is_file():
-        raise ConfigError(
-            f"--resume {checkpoint} is not a checkpoint: it has no {STATE_FILE}. Name a checkpoint, or 'latest'."
-        )
-    if problem := damage_of(checkpoint):
-        raise ConfigError(f"--resume {checkpoint} is damaged: {problem}. Name another checkpoint, or 'latest'.")
-    return checkpoint
+def _named_checkpoint(path: Path) -> Path:
+    if not (path / STATE_FILE).is_file():
+        raise ConfigError(f"--resume {path} is not a checkpoint: it has no {STATE_FILE}. Name one, or 'latest'.")
+    if problem := damage_of(path):
+        raise ConfigError(f"--resume {path} is damaged: {problem}. Name another checkpoint, or 'latest'.")
+    return path
 
 
 def _compare_options(checkpoint: Path, options: TrainingOptions) -> None:
@@ -229,9 +227,8 @@ def _finish(temporary: Path, final: Path, limit: int) -> None:
 
 
 def load_checkpoint(accelerator: Accelerator, state: TrainingState, checkpoint: Path) -> tuple[int, Any]:
-    """Restore the state; (the number of updates done, what this process gave as `own`).
-
-    `own` is None if the number of processes has changed. Nothing pickled is executed.
+    """Restore the state without executing anything pickled; (the number of updates done, what this process gave as `own`, or
+    None if the number of processes has changed).
     """
     accelerator.load_state(str(checkpoint))
     stored: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text("utf-8"))

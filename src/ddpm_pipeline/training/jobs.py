@@ -77,11 +77,9 @@ class Run:
     began: float  # reading of time.monotonic
 
     def __post_init__(self) -> None:
-        options, watching = self.options, self.options.watching
-        self.total = options.optimisation.max_train_steps  # updates in all
-        self.batch_size = (
-            options.optimisation.batch_size // options.optimisation.gradient_accumulation_steps
-        )  # to sample
+        options, watching, optimisation = self.options, self.options.watching, self.options.optimisation
+        self.total = optimisation.max_train_steps  # updates in all
+        self.batch_size = optimisation.batch_size // optimisation.gradient_accumulation_steps  # of images to sample
         self.checkpoints = Checkpoints(self.accelerator, self.folder, options.run.checkpoints_total_limit)
         # with a scheduler of its own: previews choose shorter chains, and the bound is that of the full one
         self.pipe = self.condition.pipeline(self.state.unet, AlphaDDPMScheduler.from_config(self.scheduler.config))
@@ -93,9 +91,8 @@ class Run:
         self.telemetry = Telemetry(self.accelerator, self.folder, self.state.updater, self.first, self.total)
 
     def in_main_process(self, job: Callable[["Run", int], None], done: int) -> bool:
-        """Do the job in the main process, with the EMA weights, while the others wait.
-
-        Returns whether any process was asked to stop meanwhile; the job is then left where it is.
+        """Do the job in the main process, with the EMA weights, while the others wait. Returns whether any process was asked to
+        stop meanwhile; the job is then left where it is.
         """
         if self.accelerator.is_main_process:
             with contextlib.suppress(Stopped), self.stop.interrupts(self.state.unet), self.state.ema_weights():
@@ -205,9 +202,8 @@ def begin(run: Run, previews: Every) -> None:
 
 
 def finish(run: Run) -> None:
-    """samples.png over the full chain, process.png, which shows the reverse process, and the model, in the main process.
-
-    Raises Stopped, or PushError if all is done but the last push.
+    """samples.png over the full chain, process.png from noise to images, and the model, in the main process. Raises Stopped, or
+    PushError if all is done but the last push.
     """
     run.checkpoints.close()
     run.telemetry.summarize()

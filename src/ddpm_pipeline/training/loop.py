@@ -1,7 +1,4 @@
-"""A training run, top to bottom: where it runs, what it learns from, what it learns, what happens along the way, the loop.
-
-Imports everything else in this room; called by the command, by notebooks and by tests.
-"""
+"""A training run, top to bottom: where it runs, what it learns from, what it learns, what happens along the way, the loop."""
 
 import contextlib
 import time
@@ -29,7 +26,7 @@ from .options import TrainingOptions
 from .output_folder import prepare_output_folder
 from .processes import seed_dropout, seed_weights, start_processes
 from .pusher import Pusher
-from .state import build_state
+from .state import MAX_IN_A_ROW, build_state
 from .stop import StopRequest
 from .telemetry import logging_to
 
@@ -120,9 +117,8 @@ def open_batches(
 
 
 def update(run: Run, objective: Callable[..., torch.Tensor], step: int) -> bool:
-    """Forward and backward passes and the optimizer's step; whether any process was asked to stop.
-
-    Raises NumericalError if losses or gradients were not finite for many updates in succession.
+    """Forward and backward passes and the optimizer's step; whether any process was asked to stop. Raises NumericalError if
+    losses or gradients were not finite for many updates in succession.
     """
     accelerator, state, timer = run.accelerator, run.state, run.telemetry.timer
     passes = run.options.optimisation.gradient_accumulation_steps
@@ -146,14 +142,13 @@ def update(run: Run, objective: Callable[..., torch.Tensor], step: int) -> bool:
         if state.timestep_sampler.observes_losses:
             observed.append(accelerator.gather((timesteps, losses.detach())))
     with timer("optimizer"):
-        asked = run.stop.reason is not None
-        grad_norm, stopping = state.updater(step, torch.cat(image_losses), indices, stop=asked)
+        grad_norm, stopping = state.updater(step, torch.cat(image_losses), indices, stop=run.stop.reason is not None)
     run.telemetry.bar.update()
     if grad_norm is not None:
         run.telemetry.note_update(torch.stack(mean_losses).mean(), grad_norm)
         for observation in observed:  # after the last draw, which so does not depend on how the update was divided
             state.timestep_sampler.observe(*observation)
-    elif state.updater.hopeless:
+    elif state.updater.in_a_row >= MAX_IN_A_ROW:
         raise run.numerical_error(f"{state.updater.in_a_row} updates in succession had to be skipped")
     return stopping
 

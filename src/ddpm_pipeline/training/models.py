@@ -40,9 +40,8 @@ UNet = UNet2DModel | UNet2DConditionModel
 def build_model(
     model: ModelOptions, diffusion: DiffusionOptions, resolution: int, channels: int, condition: Condition | None = None
 ) -> tuple[UNet, AlphaDDPMScheduler]:
-    """The UNet for images [B, channels, resolution, resolution] and its scheduler.
-
-    Raises ConfigError if preset, config file or `--init_from` cannot be used, or do not fit the images.
+    """The UNet for images [B, channels, resolution, resolution] and its scheduler. Raises ConfigError if preset, config file or
+    `--init_from` cannot be used, or do not fit the images.
     """
     condition = condition or Condition()
     try:
@@ -58,14 +57,11 @@ def build_model(
     except (ValueError, TypeError, OSError, NotImplementedError, HFValidationError) as error:
         what = f"--init_from {model.init_from}" if model.init_from else f"the model ({model.model}) or its schedule"
         raise ConfigError(f"{what} cannot be used: {error}") from error
-    _check_images_fit(unet.config, resolution, channels)
-    _check_variance_fits(unet.config.out_channels, scheduler.config.variance_type, channels)
-    for name, needed in {"num_class_embeds": None, **condition.unet_config()}.items():
-        if (has := unet.config.get(name)) != needed:
-            source = model.init_from or model.model
-            raise ConfigError(
-                f"{source}: the UNet has {name}={has}, and this --condition with these data needs {needed}."
-            )
+    _check_fits(unet.config, scheduler.config.variance_type, resolution, channels)
+    for name, need in {"num_class_embeds": None, **condition.unet_config()}.items():
+        if (has := unet.config.get(name)) != need:
+            what = model.init_from or model.model
+            raise ConfigError(f"{what}: the UNet has {name}={has}, and this --condition with these data needs {need}.")
     objective_for(diffusion.objective, scheduler)
     return unet, scheduler
 
@@ -138,7 +134,8 @@ def _with_cross_attention(preset: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "down_block_types": tuple(down), "up_block_types": tuple(up)}
 
 
-def _check_images_fit(config: Any, resolution: int, channels: int) -> None:
+def _check_fits(config: Any, variance_type: str, resolution: int, channels: int) -> None:
+    """Raises ConfigError if a UNet with this config does not fit the images or the variance."""
     levels = len(config.block_out_channels) - 1
     if resolution % 2**levels:
         low = resolution // 2**levels * 2**levels
@@ -152,13 +149,10 @@ def _check_images_fit(config: Any, resolution: int, channels: int) -> None:
     size = (size, size) if isinstance(size, int) else size
     if size is not None and tuple(size) != (resolution, resolution):
         raise ConfigError(f"the UNet is made for images of {size[0]}x{size[1]} pixels; use --resolution {size[0]}.")
-
-
-def _check_variance_fits(outputs: int, variance_type: str, channels: int) -> None:
     learned = variance_type in LEARNED_VARIANCE_TYPES
-    if outputs != channels * (1 + learned):
+    if config.out_channels != channels * (1 + learned):
         raise ConfigError(
-            f"the UNet has {outputs} output channels for images of {channels}, and variance_type={variance_type} needs "
-            f"{channels * (1 + learned)}; use --variance_type "
+            f"the UNet has {config.out_channels} output channels for images of {channels}, and variance_type={variance_type} "
+            f"needs {channels * (1 + learned)}; use --variance_type "
             f"{'fixed_small, or a UNet with twice the channels' if learned else 'learned_range if it has twice as many'}."
         )

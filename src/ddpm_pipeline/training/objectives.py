@@ -87,9 +87,8 @@ def per_image_loss(
 
 
 def min_snr_weights(scheduler: AlphaDDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Weights of the squared error equivalent to min(SNR_t, γ) on the x_0 error (Hang et al. 2023, "Min-SNR"), [B].
-
-    The error in x_0 is that in the noise over SNR_t, and that in v over SNR_t + 1.
+    """Weights of the squared error equivalent to min(SNR_t, γ) on the x_0 error (Hang et al. 2023, "Min-SNR"), [B]: the error
+    in x_0 is that in the noise over SNR_t, and that in v over SNR_t + 1.
     """
     like = torch.ones(len(timesteps), 1, 1, 1, device=timesteps.device)
     snr = scheduler.log_snr(timesteps, like).flatten().exp()
@@ -178,9 +177,6 @@ class ImportanceTimesteps:
         self.losses, self.counts = state["losses"].double(), state["counts"].long()
 
 
-TimestepSampler = UniformTimesteps | ImportanceTimesteps
-
-
-def timestep_sampler(timestep_sampling: str, num_timesteps: int) -> TimestepSampler:
+def timestep_sampler(timestep_sampling: str, num_timesteps: int) -> UniformTimesteps | ImportanceTimesteps:
     """The sampler that `timestep_sampling`, one of TIMESTEP_SAMPLINGS, names."""
     return ImportanceTimesteps(num_timesteps) if timestep_sampling == "importance" else UniformTimesteps(num_timesteps)

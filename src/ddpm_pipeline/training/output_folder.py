@@ -20,10 +20,8 @@ RUN_FILES = (
 
 
 def prepare_output_folder(folder: Path, options: RunOptions) -> None:
-    """Make the output folder ready to be written to, and clear an earlier run if --overwrite asks for it.
-
-    Raises ConfigError if the folder cannot be written, holds files that no run wrote, or holds a run that is to be neither
-    resumed nor overwritten.
+    """Make the output folder ready to be written to, and clear an earlier run if --overwrite asks for it. Raises ConfigError if
+    the folder cannot be written, holds files that no run wrote, or holds a run that is to be neither resumed nor overwritten.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output_dir {folder} is a file; name a folder.")

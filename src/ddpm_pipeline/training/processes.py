@@ -14,9 +14,7 @@ from ..support.draws import RandomStream, seeds
 from ..support.errors import ConfigError
 from .options import TrainingOptions
 
-LONGEST_WAIT = timedelta(
-    hours=12
-)  # for the main process as it preprocesses and samples; if it dies, that shows at once
+LONGEST_WAIT = timedelta(hours=12)  # for the main process as it preprocesses and samples; its death shows at once
 REPLICATED = (
     DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU,
     DistributedType.MULTI_NPU, DistributedType.MULTI_MLU, DistributedType.MULTI_HPU,
@@ -24,18 +22,14 @@ REPLICATED = (
 
 
 def start_processes(options: TrainingOptions) -> tuple[Accelerator, TrainingOptions]:
-    """The accelerator, and the options with the output folder and precision of this run.
-
-    Raises ConfigError if weights would be sharded, since EMA and samples need whole ones, or if processes and accumulation
-    steps cannot have equal micro-batches.
+    """The accelerator, and the options with the output folder and precision of this run. Raises ConfigError if weights would be
+    sharded, since EMA and samples need whole ones, or if processes and accumulation steps cannot have equal micro-batches.
     """
     folder = options.run.output_dir or default_output_dir(options.data.dataset)
     precision, optimisation = options.hardware.mixed_precision, options.optimisation
     tracker = None if options.watching.report_to == "none" else options.watching.report_to
-    buckets, waiting = (
-        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        InitProcessGroupKwargs(timeout=LONGEST_WAIT),
-    )
+    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    waiting = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
     accelerator = Accelerator(
         mixed_precision=precision, log_with=tracker, project_dir=folder, kwargs_handlers=[buckets, waiting]
     )

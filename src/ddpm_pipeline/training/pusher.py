@@ -22,9 +22,8 @@ SNAPSHOT = ".push"  # the folder, in the output folder, that a push during train
 
 
 class Pusher:
-    """Pushes snapshots of a run while it continues, and its result at the end.
-
-    Makes sure beforehand that there is a repository and the right to write to it: raises ConfigError if not.
+    """Pushes snapshots of a run while it continues, and its result at the end. Raises ConfigError beforehand if there is no
+    right to write to the repository, which is made if missing.
     """
 
     def __init__(self, options: HubOptions, folder: Path, api: HfApi | None = None):
@@ -51,10 +50,8 @@ class Pusher:
         except HFValidationError as error:
             raise ConfigError(f"--hub_model_id {repo_id} is not a valid repository name: {error}") from error
         except Exception as error:  # of the HTTP client, which differs between versions of the library, or of the Hub
-            status, why = (
-                error.response.status_code if isinstance(error, HfHubHTTPError) else None,
-                describe_exception(error),
-            )
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            why = describe_exception(error)
             if status == 401:
                 raise ConfigError(
                     f"--push_to_hub: the Hub does not accept the token ({why}). Log in again with `hf auth login`, or set "
@@ -75,9 +72,8 @@ class Pusher:
         return self._under_way is not None and not self._under_way.done()
 
     def push_soon(self, step: int, write_snapshot: Callable[[Path], None]) -> bool:
-        """Let `write_snapshot` fill a folder, and push it in the background; False if the last push is still under way.
-
-        A push that fails is reported the first time, and never ends the run.
+        """Let `write_snapshot` fill a folder, and push it in the background; False if the last push is still under way. A push
+        that fails is reported the first time, and never ends the run.
         """
         self._report()
         if self.busy:

@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch import nn
 
-from .objectives import TimestepSampler, timestep_sampler
+from .objectives import ImportanceTimesteps, UniformTimesteps, timestep_sampler
 from .options import TrainingOptions
 from .stop import in_any_process
 
@@ -26,14 +27,12 @@ INDICES_SHOWN = 20  # of images in a message
 @dataclass
 class Updater:
     """Applies gradients: clipping, optimizer, learning rate, EMA. Skips an update whose loss or gradient is not finite, in all
-    processes together, and counts it.
-
-    If fp16 gradients overflow while the loss is finite, accelerate's scaler skips the update and lowers its scale; that is
-    not counted.
+    processes together, and counts it. If fp16 gradients overflow while the loss is finite, accelerate's scaler skips the
+    update and lowers its scale; that is not counted.
     """
 
     accelerator: Accelerator
-    network: torch.nn.Module
+    network: nn.Module
     optimizer: Any
     lr_scheduler: Any
     ema: EMAModel | None
@@ -42,9 +41,8 @@ class Updater:
     in_a_row: int = 0
 
     def __call__(self, step: int, losses: torch.Tensor, indices: list[int], stop: bool) -> tuple[float | None, bool]:
-        """Apply the gradients of update `step`; `losses` [b] are of this process's images, whose rows are `indices`.
-
-        (The gradient norm before clipping, or None if the update was skipped; whether any process was asked to stop).
+        """Apply the gradients of update `step`; `losses` [b] are of this process's images, whose rows are `indices`. (The
+        gradient norm before clipping, or None if the update was skipped; whether any process was asked to stop).
         """
         norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
         finite_losses, finite_norm = torch.stack([losses.isfinite().all(), norm.isfinite()]).tolist()
@@ -81,10 +79,6 @@ class Updater:
         if self.accelerator.is_main_process:
             logger.warning("update %d is skipped: %s %s (%d so far)", step, cause, shown, self.skipped)
 
-    @property
-    def hopeless(self) -> bool:
-        return self.in_a_row >= MAX_IN_A_ROW
-
     def state_dict(self) -> dict[str, int]:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
@@ -97,11 +91,11 @@ class TrainingState:
     """The network in its three forms, and what belongs to its training."""
 
     unet: Any  # the noise predictor
-    network: torch.nn.Module  # the UNet, with a text encoder that is trained with it
-    model: torch.nn.Module  # the network as it is called: compiled, distributed
+    network: nn.Module  # the UNet, with a text encoder that is trained with it
+    model: nn.Module  # the network as it is called: compiled, distributed
     ema: EMAModel | None
     updater: Updater  # with optimizer and learning-rate schedule
-    timestep_sampler: TimestepSampler
+    timestep_sampler: UniformTimesteps | ImportanceTimesteps
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -133,9 +127,7 @@ class TrainingState:
                 self.ema.restore(parameters)
 
 
-def build_state(
-    accelerator: Accelerator, unet: Any, network: torch.nn.Module, options: TrainingOptions
-) -> TrainingState:
+def build_state(accelerator: Accelerator, unet: Any, network: nn.Module, options: TrainingOptions) -> TrainingState:
     """Everything that is trained, on the device and prepared for it. `options` are the resolved ones."""
     optimisation, hardware = options.optimisation, options.hardware
     if hardware.gradient_checkpointing:
@@ -156,8 +148,7 @@ def build_state(
         fused=accelerator.device.type in ("cuda", "cpu"),
     )
     updates = {"num_warmup_steps": optimisation.lr_warmup_steps, "num_training_steps": optimisation.max_train_steps}
-    # not prepared: it counts updates, whatever the number of processes
-    lr_scheduler = get_scheduler(optimisation.lr_scheduler, optimizer, **updates)
+    lr_scheduler = get_scheduler(optimisation.lr_scheduler, optimizer, **updates)  # not prepared: it counts updates
     model, optimizer = accelerator.prepare(torch.compile(network) if hardware.compile else network, optimizer)
     updater = Updater(accelerator, network, optimizer, lr_scheduler, ema, optimisation.max_grad_norm)
     sampler = timestep_sampler(options.diffusion.timestep_sampling, options.diffusion.num_train_timesteps)

@@ -1,7 +1,7 @@
 """Ending a run early and in order: signals, and the clock of `--max_train_time`.
 
 The first signal is a request: the current update is finished, a checkpoint is written, and the command ends with
-`support.errors.STOPPED_STATUS`. A second one ends it at once. Imports accelerate and torch.
+`support.errors.STOPPED_STATUS`. A second one ends it at once.
 """
 
 import contextlib
@@ -54,9 +54,7 @@ class StopRequest:
         if self._signal is None:
             self._signal, self._asked_at = signal.Signals(number), time.monotonic()
             what = "finishing this update and writing a checkpoint; a second signal ends at once"
-            os.write(
-                2, f"\n{self._signal.name}: {what}\n".encode()
-            )  # print is not safe: it may be what was interrupted
+            os.write(2, f"\n{self._signal.name}: {what}\n".encode())  # print is unsafe: it may be what was interrupted
         elif time.monotonic() - self._asked_at > ONE_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -52,7 +52,6 @@ def make_small_encoder(tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel:
 
 def load_text_encoder(source: str | None, init_from: str | None) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and encoder, in float32, from a Hub name or folder, or from the pipeline `init_from` if `source` is None.
-
     Raises ConfigError if they cannot be used.
     """
     name, option = (source, f"--text_encoder {source}") if source else (init_from, f"--init_from {init_from}")
