@@ -21,8 +21,8 @@ from accelerate.utils import DistributedType
 from ddpm_pipeline.support.errors import STOPPED_STATUS, CheckpointError, ConfigError, NumericalError, Stopped
 from ddpm_pipeline.training import TrainingOptions, checkpoints, loop, train
 from ddpm_pipeline.training.checkpoints import damage_of, find_checkpoint, list_checkpoints
+from ddpm_pipeline.training.state import MAX_IN_A_ROW, Updater
 from ddpm_pipeline.training.stop import StopRequest
-from ddpm_pipeline.training.update import MAX_IN_A_ROW, Updater
 from helpers import ROOT, run_command
 from training_helpers import metrics, quick_options
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ddpm_pipeline.training import TrainingOptions, loop, train, watching
+from ddpm_pipeline.training import TrainingOptions, loop, train
 from training_helpers import metrics, quick_options, weights
 
 BASE = {"batch_size": 16, "max_train_steps": 4, "num_samples": 1, "checkpoint_every": 0, "lr_warmup_steps": 1}
@@ -105,20 +105,20 @@ def test_each_update_has_a_dropout_mask_of_its_own(tmp_path, monkeypatch):
 def test_previews_and_evaluations_are_of_the_ema_weights(tmp_path, monkeypatch):
     """With an EMA that hardly moves, what is looked at on the way is near the start, whatever the weights became."""
     seen = {}
-    whole = watching.Samples.preview, watching.Evaluation.__call__
 
-    def look_at(name, unet):
-        seen[name] = torch.cat([value.detach().flatten().clone() for value in unet.parameters()])
-        assert not unet.training
+    def looked_at(name):
+        job = getattr(loop, name)
 
-    monkeypatch.setattr(
-        watching.Samples, "preview", lambda self, done: (look_at("preview", self.pipe.unet), whole[0](self, done))[1]
-    )
-    monkeypatch.setattr(
-        watching.Evaluation,
-        "__call__",
-        lambda self, pipe, scheduler: (look_at("evaluation", pipe.unet), whole[1](self, pipe, scheduler))[1],
-    )
+        def look(run, done):
+            unet = run.pipe.unet
+            seen[name] = torch.cat([value.detach().flatten().clone() for value in unet.parameters()])
+            assert not unet.training
+            job(run, done)
+
+        return look
+
+    for name in ("preview", "evaluate"):
+        monkeypatch.setattr(loop, name, looked_at(name))
     options = quick_options(
         tmp_path, **BASE | {"checkpoint_every": 4}, preview_every=2, preview_images=1, preview_inference_steps=2,
         eval_every=4, eval_images=2, eval_calls=3, ema_decay=0.9, learning_rate=0.05,
@@ -127,7 +127,7 @@ def test_previews_and_evaluations_are_of_the_ema_weights(tmp_path, monkeypatch):
     ema = load_file(model / "checkpoints/step-00000004/ema.safetensors")
     at_end = torch.cat([ema[str(index)].flatten() for index in range(len(ema))])
     raw = load_file(model / "checkpoints/step-00000004/model.safetensors")
-    assert torch.equal(seen["evaluation"], at_end)
+    assert torch.equal(seen["evaluate"], at_end)
     assert not torch.equal(seen["preview"], at_end)
     assert sorted(tensor.sum().item() for tensor in raw.values()) != sorted(
         tensor.sum().item() for tensor in ema.values()

@@ -1,6 +1,6 @@
 """Files and folders that appear whole or not at all, also after a kill or a power cut. Imports the standard library alone.
 
-What is being written lies beside its destination under a hidden name that ends in `.tmp`. It is brought to the disk and then
+What is being written lies beside its destination under a hidden name that ends in `.tmp`, is brought to the disk, and is then
 renamed. A write that fails removes it; what a kill left behind is harmless, and `remove_leftovers` clears it away.
 """
 
@@ -18,9 +18,8 @@ def temporary_beside(path: Path, owner: int | str | None = None) -> Path:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yields a path to write to; on leaving without an error the file written there takes the place of `path`.
-
-    Missing parent folders are made.
+    """Yields a path to write to, in a folder that is made if missing; on leaving without an error the file written there takes
+    the place of `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,9 +42,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Bring a folder, with all files and folders in it, to the disk."""
-    for path in sorted(folder.rglob("*")):
+    for path in (*sorted(folder.rglob("*")), folder):
         sync(path)
-    sync(folder)
 
 
 def sync(path: Path) -> None:

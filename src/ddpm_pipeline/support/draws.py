@@ -1,8 +1,7 @@
 """Everything random in training, as a function of (seed, step, position in the global batch).
 
 Nothing here keeps a state: a resumed run, and a run on another number of processes with the same global batch, sees the same
-images in the same order, the same flips, timesteps and noise. A position is 0..batch_size-1 within one optimiser update.
-Imports numpy and torch only.
+images in the same order, the same flips, timesteps and noise. A position is 0..batch_size-1 within one optimizer update.
 """
 
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 class RandomStream(IntEnum):
@@ -68,9 +68,8 @@ def _permutation(seed: int, num_images: int, epoch: int) -> np.ndarray:
 
 
 def image_indices(seed: int, num_images: int, step: int, batch_size: int) -> np.ndarray:
-    """Which images update `step` sees, int64 [batch_size]: every image once an epoch, a fresh order each epoch.
-
-    A batch may reach over the end of an epoch, so no image is ever dropped.
+    """Which images update `step` sees, int64 [batch_size]: every image once per epoch, in an order of its own. A batch may
+    reach over the end of an epoch, so no image is ever dropped.
     """
     ordinals = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs, offsets = np.divmod(ordinals, num_images)
@@ -89,9 +88,7 @@ def block_order(seed: int, epoch: int, part: int, block: int, rows: int) -> np.n
     return np.random.Generator(philox).permutation(rows)
 
 
-def noise_of(
-    image_seeds: Sequence[int] | np.ndarray | torch.Tensor, shape: tuple[int, ...], device: torch.device
-) -> torch.Tensor:
+def noise_of(image_seeds: Sequence[int] | np.ndarray | Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Standard normal noise, float32 [B, *shape], each image's from its own seed. Draws differ between device types."""
     generator = torch.Generator(device)
     noise = torch.empty(len(image_seeds), *shape, device=device)

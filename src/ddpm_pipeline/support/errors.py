@@ -1,8 +1,4 @@
-"""The errors that end a command, and the exit status of each. Imports the standard library alone.
-
-Every error here is raised with a message that names the value, what is allowed and what to do; commands print it without a
-traceback.
-"""
+"""The errors that end a command, and the exit status of each. Commands print their messages without a traceback."""
 
 import contextlib
 import errno

@@ -1,6 +1,6 @@
 """Names that a room imports on first use, and the one error where an optional library is not installed.
 
-Imports the standard library alone, so that a room that uses it costs nothing until a name is asked for.
+Imports the standard library alone, so that a room costs nothing until a name is asked for.
 """
 
 import contextlib
@@ -25,12 +25,9 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
         ) from error
 
 
-def lazy_exports(
-    package: str, modules: Mapping[str, str], extra: str
-) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package whose public names are imported on first use.
-
-    `modules` maps each name to its module, such as ".mapped". A library missing there is reported by `needs_extra`.
+def lazy_exports(package: str, modules: Mapping[str, str], extra: str) -> tuple[Callable, Callable]:
+    """`__getattr__` and `__dir__` of a package whose public names are imported on first use. `modules` maps each name to its
+    module, such as ".mapped". A library missing there is reported by `needs_extra`.
     """
 
     def __getattr__(name: str) -> Any:

@@ -1,15 +1,17 @@
-"""All options of a command as one object that consists of option groups. Imports the support of options alone, no torch."""
+"""All options of a command as one object of option groups, and how flags and YAML files become one. Imports no torch."""
 
-from collections.abc import Sequence
-from dataclasses import MISSING, Field, asdict, fields, make_dataclass, replace
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, Field, asdict, field, fields, make_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
 import yaml
+from transformers.hf_argparser import HfArgumentParser
 
 from .errors import ConfigError
-from .options import OptionGroup, option, option_fields, parse_flags, unknown_option
+from .options import OptionGroup, option_fields
 
 
 class OptionSet:
@@ -35,10 +37,11 @@ class OptionSet:
             stored = self._parsed([], "", config)
             options = {name: value for name, value in stored.items() if name not in kept} | options
         if unknown := [name for name in options if name not in known]:
-            raise ConfigError(unknown_option(f"--{unknown[0]}", known))
+            raise ConfigError(_unknown_option(f"--{unknown[0]}", known))
         for name, group in groups.items():
             mine = {entry.name: options[entry.name] for entry in fields(group) if entry.name in options}
-            if name not in given and (missing := [needed for needed in _required(group) if needed not in mine]):
+            missing = [entry.name for entry in fields(group) if entry.default is MISSING and entry.name not in mine]
+            if missing and name not in given:
                 raise ConfigError(f"--{missing[0]} is required: {known[missing[0]].metadata['help']}")
             object.__setattr__(self, name, replace(given[name], **mine) if name in given else group(**mine))
         self.check()
@@ -66,22 +69,27 @@ class OptionSet:
 
     @classmethod
     def parse(cls, argv: Sequence[str], description: str, file: str | Path | None = None, **flags: str) -> Self:
-        """The options that a command line asks for, on top of the entries of a `file`.
-
-        `flags` are further flags by name with their help, such as `config`, which are accepted and left out. Raises
-        ConfigError for a command line that cannot be understood.
+        """The options that a command line asks for, on top of the entries of a `file`. Raises ConfigError if it cannot be
+        understood. `flags` are further flags by name with their help, such as `config`, which are accepted and left out.
         """
         return cls(**cls._parsed(argv, description, file, **flags))
 
     @classmethod
     def _parsed(cls, argv: Sequence[str], description: str, file: str | Path | None, **flags: str) -> dict[str, Any]:
         """What a file and flags say, by name; required options that they leave out are missing."""
-        path = None if file is None else cls.config_file(file)
-        values = parse_flags(
-            [_all_optional(group) for group in cls.groups().values()], argv, description, path, **flags
-        )
-        required = [name for group in cls.groups().values() for name in _required(group)]
-        return {name: value for name, value in values.items() if not (value is None and name in required)}
+        groups, known = [_for_the_parser(group) for group in cls.groups().values()], cls.declared()
+        parser = HfArgumentParser(groups, description=description, allow_abbrev=False, exit_on_error=False)
+        for name, help in flags.items():
+            parser.add_argument(f"--{name}", metavar=name.upper(), help=help)
+        entries = [] if file is None else _entries_of_file(cls.config_file(file), known)
+        try:  # argparse itself ends with status 0 after --help
+            namespace, unknown = parser.parse_known_args([*entries, *argv])
+        except Exception as error:
+            raise ConfigError(str(error)) from error
+        if unknown:
+            raise ConfigError(_unknown_option(unknown[0].split("=")[0], [*known, *flags]))
+        given = {name: getattr(namespace, name) for name in known}
+        return {name: value for name, value in given.items() if value is not None or known[name].default is not MISSING}
 
     def flat(self) -> dict[str, Any]:
         """Every option with its value, by the name of its flag."""
@@ -96,12 +104,38 @@ class OptionSet:
         return yaml.safe_dump(self.flat(), sort_keys=False, allow_unicode=True)
 
 
-def _required(group: type[OptionGroup]) -> list[str]:
-    return [entry.name for entry in fields(group) if entry.default is MISSING]
+def value_of(argv: Sequence[str], flag: str) -> str | None:
+    """The last value given for a flag, as `--flag value` or `--flag=value`."""
+    pairs = zip(argv, [*argv[1:], None], strict=True)
+    given = [after if word == flag else word.split("=", 1)[1] for word, after in pairs if word.split("=")[0] == flag]
+    return given[-1] if given else None
 
 
-def _all_optional(group: type[OptionGroup]) -> type[OptionGroup]:
-    """The group for the parser, which would end the process where a required option is missing."""
-    hints, declared = get_type_hints(group), option_fields([group])
-    optional = [(name, hints[name] | None, option(None, declared[name].metadata["help"])) for name in _required(group)]
-    return make_dataclass(group.__name__, optional, bases=(group,), frozen=True)
+def _for_the_parser(group: type[OptionGroup]) -> type:
+    """The group as HfArgumentParser takes it: no facts but help, and nothing required, since argparse would end the process."""
+    hints, entries = get_type_hints(group), []
+    for entry in fields(group):
+        hint, default = hints[entry.name], entry.default
+        hint, default = (hint | None, None) if default is MISSING else (hint, default)
+        entries.append((entry.name, hint, field(default=default, metadata={"help": entry.metadata["help"]})))
+    return make_dataclass(group.__name__, entries, namespace={"_argument_group_name": group.title})
+
+
+def _entries_of_file(path: Path, names: Iterable[str]) -> list[str]:
+    """The entries of a YAML file as words of a command line."""
+    try:
+        entries = yaml.safe_load(path.read_text("utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not valid YAML: {error}") from error
+    if not isinstance(entries, dict):
+        raise ConfigError(f"--config {path} must hold `option: value` lines, not a {type(entries).__name__}.")
+    if unknown := [name for name in entries if name not in names]:
+        raise ConfigError(f"{path}: {_unknown_option(f'--{unknown[0]}', names)}")
+    return [f"--{name}={value}" for name, value in entries.items() if value is not None]
+
+
+def _unknown_option(flag: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(flag, [f"--{name}" for name in names], n=1, cutoff=0.5)
+    return f"unknown option {flag}.{f' Did you mean {near[0]}?' if near else ''} All options: --help."

@@ -6,9 +6,8 @@ from .errors import ConfigError
 
 
 def my_batches(count: int, batch_size: int, accelerator: Accelerator) -> list[range]:
-    """This process's contiguous share of the batches of 0..count-1, which are the same for any number of processes.
-
-    Raises ConfigError where a process would have nothing to do.
+    """This process's contiguous share of the batches of 0..count-1, which are the same for any number of processes. Raises
+    ConfigError if a process would have nothing to do.
     """
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     if len(batches) < accelerator.num_processes:

@@ -1,7 +1,4 @@
-"""Training a diffusion model: `train(TrainingOptions(dataset="photos", resolution=64))`, or the command of this package.
-
-Names are imported on first use.
-"""
+"""Training a diffusion model: `train(TrainingOptions(dataset="photos", resolution=64))`, or the command of this package."""
 
 from typing import TYPE_CHECKING
 

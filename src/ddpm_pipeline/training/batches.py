@@ -1,7 +1,7 @@
 """The micro-batches that each process feeds the network, from preprocessed or streamed images.
 
 A global batch is divided over accumulation steps and processes. What stands at a position of it is a function of (seed, step,
-position), whichever process asks for it. Imports torch and the data room; called by the training loop.
+position), whichever process asks for it.
 """
 
 import atexit
@@ -19,9 +19,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from ..data.mapped import ImageData, images_of
+from ..data.mapped import ImageData, ImageSet, images_of
 from ..data.options import TrainingDataOptions
-from ..data.skipped import SHOWN, SkippedRow, check_bad_fraction
+from ..data.skipped import SHOWN, SkippedRow
 from ..data.streamed import JUDGED_ROWS, Partition, Position, StreamData, divide, rows_of_part
 from ..support.draws import BatchSlice, RandomStream, image_indices, uniform
 from ..support.errors import ConfigError, DataError
@@ -59,10 +59,7 @@ class BatchPlan:
         return where.uniform(RandomStream.FLIP) < 0.5 if self.random_flip else None
 
     def draws(self, where: BatchSlice, condition: Condition, values: Any) -> dict[str, Any]:
-        """What a micro-batch holds beside its images: quantiles of timesteps, seeds of noise, and conditions.
-
-        Each is a function of (seed, step, position), and a condition of the image's value too.
-        """
+        """What a micro-batch holds beside its images: quantiles of timesteps, seeds of noise, and conditions of `values`."""
         drawn = uniform(self.seed, RandomStream.TIMESTEP, where.step, self.batch_size)  # strata are of the global batch
         drawn_condition = condition.draw(values, where)
         return {
@@ -115,14 +112,8 @@ class StreamBatches(IterableDataset):
             fsspec.asyn.reset_lock()  # the parent process held its own when this one was forked
         part = (self.micro_batches.start + worker) % workers
         try:
-            rows = rows_of_part(
-                self.data,
-                self.partition,
-                self.plan.rank * workers + part,
-                self.plan.seed,
-                self.shuffle_buffer,
-                self.positions[part],
-            )
+            reader, position = self.plan.rank * workers + part, self.positions[part]
+            rows = rows_of_part(self.data, self.partition, reader, self.plan.seed, self.shuffle_buffer, position)
             for k in self.micro_batches[worker::workers]:
                 yield self._micro_batch(k, list(islice(rows, self.plan.micro_batch_size))) | {"part": part}
         except DataError as error:  # as an item, since torch would put the worker's traceback into the message
@@ -155,10 +146,6 @@ class BatchLoader(Iterator[dict[str, Any]]):
         """What later micro-batches depend on beside their number: nothing."""
         return None
 
-    def take_skipped(self) -> list[SkippedRow]:
-        """Rows skipped since the last call: none, `load_images` has listed them."""
-        return []
-
     def close(self) -> None:
         """End the workers; no batch can be taken afterwards. Also called when the process ends."""
         atexit.unregister(self.close)
@@ -171,13 +158,9 @@ class StreamLoader(BatchLoader):
     """The micro-batches of one process from a stream; knows its position. Raises DataError if too many rows are bad."""
 
     def __init__(self, loader: DataLoader, batches: StreamBatches):
-        self._name, self._max_bad_fraction = batches.data.name, batches.data.max_bad_fraction
-        self._state = {
-            "next_pass": batches.micro_batches.start,
-            "world_size": batches.plan.world_size,
-            "rank": batches.plan.rank,
-            "shards": batches.partition.stream.num_shards,
-        }
+        self._data, plan, shards = batches.data, batches.plan, batches.partition.stream.num_shards
+        division = {"world_size": plan.world_size, "rank": plan.rank, "shards": shards}
+        self._state = {"next_pass": batches.micro_batches.start, **division}
         self._positions = list(batches.positions)
         self._skipped: list[SkippedRow] = []
         self._first: list[SkippedRow] = []  # for the message
@@ -194,8 +177,8 @@ class StreamLoader(BatchLoader):
         self._first = (self._first + found)[:SHOWN]
         bad, seen = (sum(getattr(position, name) for position in self._positions) for name in ("bad", "seen"))
         judged = seen >= JUDGED_ROWS or any(position.epoch for position in self._positions)
-        if judged or self._max_bad_fraction == 0:
-            check_bad_fraction(repr(self._name), self._first, bad, seen, self._max_bad_fraction)
+        if judged or self._data.max_bad_fraction == 0:
+            self._data.check_bad_rows(self._first, bad, seen)
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,7 +192,7 @@ class StreamLoader(BatchLoader):
 
 
 def batch_loader(
-    data: ImageData | StreamData,
+    data: ImageSet,
     plan: BatchPlan,
     condition: Condition | None,
     micro_batches: range,
@@ -222,27 +205,20 @@ def batch_loader(
     `state` is what this process's `state_dict` gave before the first of them; without it a stream starts at its beginning.
     Raises ConfigError if it belongs to a stream that was divided differently.
     """
-    loading = {
-        "batch_size": None,
-        "num_workers": options.dataloader_num_workers,
-        "worker_init_fn": partial(_begin_worker, os.getpid()),
-        "pin_memory": device_type == "cuda",
-    }
+    workers, begin = options.dataloader_num_workers, partial(_begin_worker, os.getpid())
+    loading = {"batch_size": None, "num_workers": workers, "worker_init_fn": begin, "pin_memory": device_type == "cuda"}
     if isinstance(data, ImageData):
         return BatchLoader(DataLoader(MicroBatches(data, plan, condition), sampler=micro_batches, **loading))
-    workers = max(1, options.dataloader_num_workers)
+    workers, first = max(1, workers), micro_batches.start
     partition = divide(data, plan.world_size * workers)
     positions = [Position()] * workers
     if state is not None:
-        _check_state(state, micro_batches.start, plan, workers, partition)
+        _check_state(state, first, plan, workers, partition)
         positions = [Position.from_json(values) for values in state["parts"]]
-    elif micro_batches.start:
-        raise ConfigError(
-            f"the checkpoint after micro-batch {micro_batches.start} has no position in the stream; start a new run."
-        )
-    batches = StreamBatches(
-        data, plan, condition or Condition(), partition, positions, micro_batches, options.shuffle_buffer
-    )
+    elif first:
+        raise ConfigError(f"the checkpoint after micro-batch {first} has no position in the stream; start a new run.")
+    condition, buffer = condition or Condition(), options.shuffle_buffer
+    batches = StreamBatches(data, plan, condition, partition, positions, micro_batches, buffer)
     return StreamLoader(DataLoader(batches, **loading), batches)
 
 
@@ -262,8 +238,7 @@ def _check_state(state: dict[str, Any], first: int, plan: BatchPlan, workers: in
         "rank": (state["rank"], plan.rank),
         "micro-batches": (state["next_pass"], first),
     }
-    changed = [f"{name} was {before} and is {now}" for name, (before, now) in compared.items() if before != now]
-    if changed:
+    if changed := [f"{name} was {before} and is {now}" for name, (before, now) in compared.items() if before != now]:
         raise ConfigError(
             f"a stream can resume only if it is divided as before: {'; '.join(changed)}. Restore the earlier numbers."
         )

@@ -1,19 +1,15 @@
-"""Captions of images: sampled at each use from a text column, or from templates over class labels.
-
-Imports numpy, yaml and the text pipeline's tokenizing; called by conditions.py.
-"""
+"""Captions of images: sampled at each use from a text column, or from templates over class labels."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from ..data.mapped import ImageData
-from ..data.streamed import StreamData
+from ..data.mapped import ImageSet
 from ..pipeline_alpha_ddpm_text import prepare_prompt
 from ..support.draws import BatchSlice, RandomStream
 from ..support.errors import ConfigError
@@ -39,16 +35,13 @@ class Templates:
 
     def all(self) -> Iterator[str]:
         """Every caption of every class, with all words."""
-        for names in self.names:
-            for name in names:
-                for template in self.templates:
-                    yield template.replace("{name}", name)
+        names = chain.from_iterable(self.names)
+        return (template.replace("{name}", name) for name in names for template in self.templates)
 
 
 def read_templates(file: str | None, class_names: Sequence[str]) -> Templates:
-    """The templates in a YAML file (docs/conditions.md), or plain ones over the class names.
-
-    A file that is not found as named is looked for among the package's recipes. Raises ConfigError if it cannot be used.
+    """The templates in a YAML file (docs/conditions.md), by its path or its name among the package's recipes, or plain ones
+    over the class names. Raises ConfigError if it cannot be used.
     """
     if file is None:
         return Templates(DEFAULT_TEMPLATES, [[name] for name in class_names])
@@ -65,25 +58,16 @@ def read_templates(file: str | None, class_names: Sequence[str]) -> Templates:
     templates, held_out = ([str(text) for text in content.get(key) or []] for key in ("templates", "held_out"))
     if strange := [template for template in templates + held_out if "{name}" not in template]:
         raise ConfigError(f"{option}: {strange[0]!r} has no {{name}}; put it where the class name belongs.")
-    names = _class_names(content.get("names") or {}, class_names, option)
-    never = frozenset(
-        prepare_prompt(template.replace("{name}", name)) for values in names for name in values for template in held_out
-    )
-    result = Templates(templates, names, never)
-    if clash := [caption for caption in result.all() if prepare_prompt(caption) in never]:
-        raise ConfigError(f"{option}: {clash[0]!r} is held out and also made by a template; remove one of them.")
-    return result
-
-
-def _class_names(given: dict[Any, Any], class_names: Sequence[str], option: str) -> list[list[str]]:
-    """The names that captions use for each class: its own unless the file gives others."""
-    given = {str(name): values for name, values in given.items()}
+    given = {str(name): values for name, values in (content.get("names") or {}).items()}
     if unknown := sorted(set(given) - set(class_names)):
         raise ConfigError(f"{option}: {unknown[0]!r} is not a class; the classes are {', '.join(class_names[:10])}.")
     names = [[str(value) for value in given.get(name, [name])] for name in class_names]
     if empty := [name for name, values in zip(class_names, names, strict=True) if not values]:
         raise ConfigError(f"{option}: the class {empty[0]!r} has an empty list of names; name it, or leave it out.")
-    return names
+    never = frozenset(map(prepare_prompt, Templates(held_out, names).all()))
+    if clash := [caption for caption in Templates(templates, names).all() if prepare_prompt(caption) in never]:
+        raise ConfigError(f"{option}: {clash[0]!r} is held out and also made by a template; remove one of them.")
+    return Templates(templates, names, never)
 
 
 def without_words(text: str, rng: np.random.Generator, share: float) -> str:
@@ -97,45 +81,44 @@ def without_words(text: str, rng: np.random.Generator, share: float) -> str:
 class Captions:
     """A caption for each image, sampled at each use. Raises ConfigError if the data have no column to make them from."""
 
-    def __init__(self, options: ConditionOptions, data: ImageData | StreamData):
+    def __init__(self, options: ConditionOptions, data: ImageSet):
         self.options, self.data = options, data
         self.column = data.text_column or data.label_column
-        self.templates = None
-        if data.text_column is None:
-            if data.label_column is None:
-                raise ConfigError(
-                    f"--condition text: {data.name} has no captions; name one of its columns {data.columns} with "
-                    "--text_column, or one with class labels with --label_column."
-                )
-            self.templates = read_templates(options.caption_templates, data.class_names)
-        elif options.caption_templates is not None:
+        if self.column is None:
+            raise ConfigError(
+                f"--condition text: {data.name} has no captions; name one of its columns {data.columns} with --text_column, or "
+                "one with class labels with --label_column."
+            )
+        has_texts = data.text_column is not None
+        if has_texts and options.caption_templates is not None:
             raise ConfigError("--caption_templates makes captions from class labels; drop it, or --text_column.")
+        self.templates = None if has_texts else read_templates(options.caption_templates, data.class_names)
 
     def draw(self, values: Sequence[Any], where: BatchSlice, dropped: Sequence[bool]) -> list[str]:
         """A caption per value, "" for those whose condition is dropped; a function of the value, seed, step and position."""
-        return [
-            "" if drop else self._caption(value, np.random.default_rng(caption_seed))
-            for value, caption_seed, drop in zip(
-                values, where.seeds(RandomStream.CONDITION).tolist(), dropped, strict=True
-            )
-        ]
+        seeds = where.seeds(RandomStream.CONDITION).tolist()
+        each = zip(values, seeds, dropped, strict=True)
+        return ["" if drop else self._caption(value, np.random.default_rng(seed)) for value, seed, drop in each]
 
     def _caption(self, value: Any, rng: np.random.Generator) -> str:
         if self.templates is not None:
             return self.templates.caption(int(value), rng, self.options.word_dropout)
-        texts = [text for text in (value if isinstance(value, list) else [value]) if text]
+        texts = _texts(value)
         return without_words(texts[rng.integers(len(texts))], rng, self.options.word_dropout) if texts else ""
 
     def all(self) -> Iterator[str]:
         """Every caption with all words, in the data's order; of a stream those of the first rows."""
         if self.templates is not None:
-            yield from self.templates.all()
-            return
-        for texts in self.data.values(self.data.text_column):
-            yield from (text for text in (texts if isinstance(texts, list) else [texts]) if text)
+            return self.templates.all()
+        return chain.from_iterable(map(_texts, self.data.values(self.data.text_column)))
 
     def examples(self, count: int) -> list[str]:
         """A fixed set for previews: one caption per class, or the first distinct ones of the data."""
         if self.templates is not None:
             return [self.templates.templates[0].replace("{name}", names[-1]) for names in self.templates.names][:count]
         return list(islice(dict.fromkeys(self.all()), count))
+
+
+def _texts(value: Any) -> list[str]:
+    """The captions of an image, of which a column holds one, a list or none."""
+    return [text for text in (value if isinstance(value, list) else [value]) if text]

@@ -1,15 +1,16 @@
 """Checkpoints of a run: found, written in the background, and read back.
 
 A checkpoint is a folder `checkpoints/step-00001000`. It is written beside under a hidden name, and renamed once every file is
-on the disk and listed with its size and hash in `manifest.json`: under its own name it is whole. Imports accelerate,
-safetensors and torch.
+on the disk and listed with its size and hash in `manifest.json`: under its own name it is whole.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import re
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,8 @@ from .state import TrainingState
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "run_state.json"
-EMA_FILE = "ema.safetensors"
-PARTS_FILE = "parts.pt"
-MANIFEST_FILE = "manifest.json"
+STATE_FILE, MANIFEST_FILE = "run_state.json", "manifest.json"
+EMA_FILE, PARTS_FILE = "ema.safetensors", "parts.pt"
 
 
 # ---- finding one ------------------------------------------------------------------------------------
@@ -43,61 +42,47 @@ def find_checkpoint(folder: Path, options: TrainingOptions, accelerator: Acceler
     'latest' is the newest whole one; damaged ones are passed over and logged. The main process looks and tells the others.
     Raises ConfigError if there is no such checkpoint, or if options changed that would make it another run.
     """
-    answer: list[Any] = [None, None]
+    checkpoint, problem = None, None
     if accelerator.is_main_process:
         try:
-            answer[0] = _find_checkpoint(folder, options)
+            resume = options.run.resume
+            checkpoint = _newest_whole(folder) if resume == "latest" else _named_checkpoint(Path(resume))
+            if checkpoint is not None:
+                _compare_options(checkpoint, options)
         except ConfigError as error:
-            answer[1] = str(error)
-    checkpoint, problem = broadcast_object_list(answer)
+            problem = str(error)
+    checkpoint, problem = broadcast_object_list([checkpoint, problem])
     if problem is not None:
         raise ConfigError(problem)
     return checkpoint
 
 
-def _find_checkpoint(folder: Path, options: TrainingOptions) -> Path | None:
-    if options.run.resume != "latest":
-        checkpoint = Path(options.run.resume)
-        if not (checkpoint / STATE_FILE).is_file():
-            raise ConfigError(
-                f"--resume {checkpoint} is not a checkpoint: it has no {STATE_FILE}. Name a checkpoint, or 'latest'."
-            )
-        if problem := damage_of(checkpoint):
-            raise ConfigError(f"--resume {checkpoint} is damaged: {problem}. Name another checkpoint, or 'latest'.")
-    else:
-        checkpoint = _newest_whole(folder)
-        if checkpoint is None:
-            logger.info("%s has no checkpoint yet: starting a new run", folder)
-            return None
-    _compare_options(checkpoint, options)
-    return checkpoint
+def _named_checkpoint(path: Path) -> Path:
+    if not (path / STATE_FILE).is_file():
+        raise ConfigError(f"--resume {path} is not a checkpoint: it has no {STATE_FILE}. Name one, or 'latest'.")
+    if problem := damage_of(path):
+        raise ConfigError(f"--resume {path} is damaged: {problem}. Name another checkpoint, or 'latest'.")
+    return path
 
 
 def _compare_options(checkpoint: Path, options: TrainingOptions) -> None:
     """Logs which options differ from those of the checkpoint's run. Raises ConfigError if they make it another run."""
     stored_file = checkpoint.parent.parent / OPTIONS_FILE
     stored = yaml.safe_load(stored_file.read_text("utf-8")) if stored_file.is_file() else {}
-    changed = {
-        name: f"--{name} was {stored[name]} and is {value}"
-        for name, value in options.flat().items()
-        if name in stored and stored[name] != value
-    }
-    by_rule = {
-        rule: [text for name, text in changed.items() if options.declared()[name].metadata["on_resume"] == rule]
-        for rule in ("refuse", "tell")
-    }
-    if by_rule["refuse"]:
-        raise ConfigError(
-            f"{checkpoint} belongs to another run: {'; '.join(by_rule['refuse'])}. Repeat the options of that run."
-        )
-    if by_rule["tell"]:
-        logger.info("resuming with changed options: %s", "; ".join(by_rule["tell"]))
+    changed: dict[str, list[str]] = {"refuse": [], "tell": [], "allow": []}
+    for name, value in options.flat().items():
+        if name in stored and stored[name] != value:
+            rule = options.declared()[name].metadata["on_resume"]
+            changed[rule].append(f"--{name} was {stored[name]} and is {value}")
+    if refused := "; ".join(changed["refuse"]):
+        raise ConfigError(f"{checkpoint} belongs to another run: {refused}. Repeat the options of that run.")
+    if changed["tell"]:
+        logger.info("resuming with changed options: %s", "; ".join(changed["tell"]))
 
 
 def _newest_whole(folder: Path) -> Path | None:
-    found = list_checkpoints(folder)
-    damaged = []
-    for checkpoint in reversed(found):
+    damaged: list[str] = []
+    for checkpoint in reversed(list_checkpoints(folder)):
         problem = damage_of(checkpoint)
         if problem is None:
             return checkpoint
@@ -105,9 +90,10 @@ def _newest_whole(folder: Path) -> Path | None:
         logger.warning("passing over the checkpoint %s: %s", checkpoint.name, problem)
     if damaged:
         raise ConfigError(
-            f"none of the {len(found)} checkpoints in {folder} is whole ({'; '.join(damaged)}). Restore one from a backup, or "
-            "start a new run with --overwrite."
+            f"none of the {len(damaged)} checkpoints in {folder} is whole ({'; '.join(damaged)}). Restore one from a backup, "
+            "or start a new run with --overwrite."
         )
+    logger.info("%s has no checkpoint yet: starting a new run", folder)
     return None
 
 
@@ -166,35 +152,30 @@ class Checkpoints:
         self.wait()
         final = self.folder / "checkpoints" / f"step-{step:08d}"
         temporary = temporary_beside(final, "run")  # one name for all processes
-        all_own = gather_object([own])
-        problem = None
-        if self.accelerator.is_main_process:
-            try:
+        all_own, main = gather_object([own]), self.accelerator.is_main_process
+        with self._together(temporary):
+            if main:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
-            except OSError as error:
-                problem = error
-        self._agree(step, problem, temporary)
-        try:
+        with self._together(temporary):
             self.accelerator.save_state(str(temporary))
-            if self.accelerator.is_main_process:
-                _write_parts(temporary, state, step, all_own)
-        except Exception as error:  # safetensors, torch and the operating system each have their own for a full disk
-            problem = error
-        self._agree(step, problem, temporary)
-        if self.accelerator.is_main_process:
+            if main:
+                if state.ema is not None:
+                    shadow = {str(index): value.contiguous() for index, value in enumerate(state.ema.shadow_params)}
+                    save_file(shadow, temporary / EMA_FILE)
+                torch.save({name: part.state_dict() for name, part in state.parts.items()}, temporary / PARTS_FILE)
+                ema_step = None if state.ema is None else state.ema.optimization_step
+                stored = {"step": step, "ema_step": ema_step, "processes": all_own}
+                (temporary / STATE_FILE).write_text(json.dumps(stored), "utf-8")
+        if main:
             self._under_way = self._worker.submit(_finish, temporary, final, self.limit)
 
     def wait(self) -> None:
         """Until the latest checkpoint is whole."""
-        problem, step = None, 0
-        if self._under_way is not None:
-            under_way, self._under_way = self._under_way, None
-            try:
-                step = under_way.result()
-            except Exception as error:
-                problem = error
-        self._agree(step, problem, None)
+        under_way, self._under_way = self._under_way, None
+        with self._together():
+            if under_way is not None:
+                under_way.result()
 
     def close(self) -> None:
         """Wait for the latest checkpoint, or raise the reason why it is not whole."""
@@ -207,8 +188,14 @@ class Checkpoints:
         whole = list_checkpoints(self.folder)
         return str(whole[-1]) if whole else "none"
 
-    def _agree(self, step: int, problem: Exception | None, temporary: Path | None) -> None:
-        """Raise CheckpointError in all processes if one has a problem, so that none waits for it."""
+    @contextlib.contextmanager
+    def _together(self, temporary: Path | None = None) -> Iterator[None]:
+        """Raises CheckpointError in all processes if what is done within fails in one, so that none waits for it."""
+        problem = None
+        try:
+            yield
+        except Exception as error:  # safetensors, torch and the operating system each have their own for a full disk
+            problem = error
         problems = [problem and f"{type(problem).__name__}: {problem}"]
         if self.accelerator.num_processes > 1:
             problems = gather_object(problems)
@@ -222,38 +209,26 @@ class Checkpoints:
             ) from problem
 
 
-def _write_parts(folder: Path, state: TrainingState, step: int, all_own: list[Any]) -> None:
-    if state.ema is not None:
-        shadow = {str(index): value.contiguous() for index, value in enumerate(state.ema.shadow_params)}
-        save_file(shadow, folder / EMA_FILE)
-    torch.save({name: part.state_dict() for name, part in state.parts.items()}, folder / PARTS_FILE)
-    ema_step = None if state.ema is None else state.ema.optimization_step
-    (folder / STATE_FILE).write_text(json.dumps({"step": step, "ema_step": ema_step, "processes": all_own}), "utf-8")
-
-
-def _finish(temporary: Path, final: Path, limit: int) -> int:
+def _finish(temporary: Path, final: Path, limit: int) -> None:
     """Bring a written checkpoint to the disk and under its name, then remove all but the newest `limit`."""
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    listed = {
-        path.relative_to(temporary).as_posix(): {"size": path.stat().st_size, "blake2b": _hash_file(path)}
-        for path in files
-    }
+    listed = {}
+    for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+        name = path.relative_to(temporary).as_posix()
+        listed[name] = {"size": path.stat().st_size, "blake2b": _hash_file(path)}
     (temporary / MANIFEST_FILE).write_text(json.dumps({"files": listed}, indent=1), "utf-8")
     sync_folder(temporary)
     replace_folder(temporary, final)  # one may be left over from an attempt that got further than where we resumed
     up_to_this = [other for other in list_checkpoints(final.parent.parent) if _step_of(other) <= _step_of(final)]
     for old in up_to_this[:-limit]:
         remove_folder(old)
-    return _step_of(final)
 
 
 # ---- reading ----------------------------------------------------------------------------------------
 
 
 def load_checkpoint(accelerator: Accelerator, state: TrainingState, checkpoint: Path) -> tuple[int, Any]:
-    """Restore the state; (the number of updates done, what this process gave as `own`).
-
-    `own` is None if the number of processes has changed. Nothing pickled is executed.
+    """Restore the state without executing anything pickled; (the number of updates done, what this process gave as `own`, or
+    None if the number of processes has changed).
     """
     accelerator.load_state(str(checkpoint))
     stored: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text("utf-8"))

@@ -1,8 +1,8 @@
 """What images are conditioned on: nothing, a class or a caption. The training loop treats all of them alike.
 
 A condition is drawn with each image from the value of its `column` (`draw`, on the CPU, in the data loader), becomes arguments
-of the network (`inputs`, on the device), and ends in a pipeline (`pipeline`). For a share of the images it is dropped, for
-classifier-free guidance. Imports diffusers, torch and transformers.
+of the network (`inputs`, on the device), and ends in a pipeline. For a share of the images it is dropped, for classifier-free
+guidance.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data.mapped import ImageData
-from ..data.streamed import StreamData
+from ..data.mapped import ImageSet
 from ..generation.drawing import UNCONDITIONAL, Request
 from ..pipeline_alpha_ddpm import AlphaDDPMPipeline
 from ..pipeline_alpha_ddpm_text import AlphaDDPMTextToImagePipeline, tokenize
@@ -43,17 +43,16 @@ class Condition:
         return {}
 
     def draw(self, values: Sequence[Any] | None, where: BatchSlice) -> Any:
-        """The conditions of b images with these values of `column`: None, int64 [b] or a list of b strings.
-
-        A function of the value and of (seed, step, position).
+        """The conditions of b images with these values of `column`: None, int64 [b] or b strings. Each is a function of the
+        value and of (seed, step, position).
         """
         return None
 
-    def inputs(self, drawn: Any, device: torch.device) -> dict[str, torch.Tensor]:
+    def inputs(self, drawn: Any, device: torch.device) -> dict[str, Tensor]:
         """Those as arguments of the network, on the device."""
         return {}
 
-    def network(self, unet: torch.nn.Module) -> torch.nn.Module:
+    def network(self, unet: nn.Module) -> nn.Module:
         """What is trained: the UNet, and what is trained with it. Called as network(images, timesteps, **inputs)."""
         return unet
 
@@ -76,7 +75,7 @@ class Condition:
 class ClassCondition(Condition):
     """Labels 0..N-1, and N for images whose label was dropped."""
 
-    def __init__(self, options: ConditionOptions, data: ImageData | StreamData):
+    def __init__(self, options: ConditionOptions, data: ImageSet):
         if data.label_column is None:
             raise ConfigError(
                 f"--condition class: {data.name} has no label column that is found automatically; name one of "
@@ -87,11 +86,11 @@ class ClassCondition(Condition):
     def unet_config(self) -> dict[str, Any]:
         return {"num_class_embeds": len(self.names) + 1}
 
-    def draw(self, values: Sequence[int], where: BatchSlice) -> torch.Tensor:
+    def draw(self, values: Sequence[int], where: BatchSlice) -> Tensor:
         dropped = torch.from_numpy(_dropped(where, self.options))
         return torch.as_tensor(values, dtype=torch.int64).masked_fill(dropped, len(self.names))
 
-    def inputs(self, drawn: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+    def inputs(self, drawn: Tensor, device: torch.device) -> dict[str, Tensor]:
         return {"class_labels": drawn.to(device, non_blocking=True)}
 
     def pipeline(self, unet: Any, scheduler: Any) -> AlphaDDPMPipeline:
@@ -109,19 +108,16 @@ class ClassCondition(Condition):
         return f"class_labels={self.names[-1]!r}, guidance_scale={self.options.preview_guidance:g}"
 
 
-class TextDenoiser(torch.nn.Module):
+class TextDenoiser(nn.Module):
     """UNet and text encoder as one network, so that they are trained, averaged and distributed as one."""
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: PreTrainedModel):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
 
-    def forward(
-        self, sample: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor,
-        caption_of: torch.Tensor,
-    ) -> Any:  # fmt: skip
+    def forward(self, sample: Tensor, timesteps: Tensor, caption_of: Tensor, **tokens: Tensor) -> Any:
         """Images [B, C, H, W]; tokens [U, 77] of U distinct captions, and the index of each image's caption, [B]."""
-        states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+        states = self.text_encoder(**tokens)[0]
         return self.unet(sample, timesteps, encoder_hidden_states=states[caption_of])
 
 
@@ -131,9 +127,8 @@ class TextCondition(Condition):
     unet_class = UNet2DConditionModel
     pipeline_class = AlphaDDPMTextToImagePipeline
 
-    def __init__(self, options: ConditionOptions, data: ImageData | StreamData, init_from: str | None = None):
-        self.options = options
-        self.captions = Captions(options, data)
+    def __init__(self, options: ConditionOptions, data: ImageSet, init_from: str | None = None):
+        self.options, self.captions = options, Captions(options, data)
         self.column = self.captions.column
         self.source = options.text_encoder or (None if init_from else SMALL)
         if self.source == SMALL:
@@ -143,8 +138,7 @@ class TextCondition(Condition):
             self.tokenizer, self.text_encoder = load_text_encoder(self.source, init_from)
         self.trained = self.source == SMALL or options.train_text_encoder
         self.text_encoder.train(self.trained).requires_grad_(self.trained)
-        self._states: dict[str, torch.Tensor] = {}
-        self._room = CACHED_STATES
+        self._states, self._room = {}, CACHED_STATES
 
     def unet_config(self) -> dict[str, Any]:
         encoder = self.text_encoder.config
@@ -153,7 +147,7 @@ class TextCondition(Condition):
     def draw(self, values: Sequence[Any], where: BatchSlice) -> list[str]:
         return self.captions.draw(values, where, _dropped(where, self.options))
 
-    def inputs(self, drawn: list[str], device: torch.device) -> dict[str, torch.Tensor]:
+    def inputs(self, drawn: list[str], device: torch.device) -> dict[str, Tensor]:
         distinct = list(dict.fromkeys(drawn))
         if not self.trained:
             states = self._frozen_states(distinct, device)
@@ -164,7 +158,7 @@ class TextCondition(Condition):
         return {name: value.to(device, non_blocking=True) for name, value in arguments.items()}
 
     @torch.no_grad()
-    def _frozen_states(self, captions: list[str], device: torch.device) -> dict[str, torch.Tensor]:
+    def _frozen_states(self, captions: list[str], device: torch.device) -> dict[str, Tensor]:
         """Text states [77, D] of each caption, cached while there is room."""
         known = {caption: self._states[caption] for caption in captions if caption in self._states}
         if unknown := [caption for caption in captions if caption not in known]:
@@ -177,15 +171,13 @@ class TextCondition(Condition):
                     self._room -= state.nbytes
         return known
 
-    def network(self, unet: torch.nn.Module) -> torch.nn.Module:
+    def network(self, unet: nn.Module) -> nn.Module:
         return TextDenoiser(unet, self.text_encoder) if self.trained else unet
 
     def pipeline(self, unet: Any, scheduler: Any) -> AlphaDDPMTextToImagePipeline:
         describe_conditions(unet, condition_dropout=self.options.condition_dropout)
-        self.text_encoder.to(unet.device)
-        return AlphaDDPMTextToImagePipeline(
-            unet=unet, text_encoder=self.text_encoder, tokenizer=self.tokenizer, scheduler=scheduler
-        )
+        parts = {"text_encoder": self.text_encoder.to(unet.device), "tokenizer": self.tokenizer}
+        return AlphaDDPMTextToImagePipeline(unet=unet, scheduler=scheduler, **parts)
 
     def preview(self, count: int) -> tuple[Request, int | None]:
         prompts = self.options.preview_prompts
@@ -208,13 +200,11 @@ class TextCondition(Condition):
         return f"{prompts[-1]!r}, guidance_scale={self.options.preview_guidance:g}"
 
 
-def build_condition(options: ConditionOptions, data: ImageData | StreamData, init_from: str | None = None) -> Condition:
+def build_condition(options: ConditionOptions, data: ImageSet, init_from: str | None = None) -> Condition:
     """What `--condition` names. A small encoder's initial weights come from torch's global generator, as the UNet's do."""
-    if options.condition == "class":
-        return ClassCondition(options, data)
     if options.condition == "text":
         return TextCondition(options, data, init_from)
-    return Condition()
+    return ClassCondition(options, data) if options.condition == "class" else Condition()
 
 
 def _dropped(where: BatchSlice, options: ConditionOptions) -> np.ndarray:

@@ -1,36 +1,45 @@
 """What happens along the way of a run, and at its end: reports, previews, pushes, evaluations, checkpoints, the finished model.
-
-Each job is a function of the run and the number of updates done. Imports the other parts of this room; called by the loop.
+Each job is a function of the run and the number of updates done.
 """
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 
-from ..data.mapped import ImageData
-from ..data.streamed import StreamData
+from ..data.mapped import ImageSet
+from ..evaluation.features import feature_extractor, real_features
+from ..evaluation.figures import likelihood_of
+from ..evaluation.quality import ImageQuality
+from ..generation.drawing import sample_in_batches, sample_process, sample_uint8
 from ..hub import export
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
-from ..support.errors import NumericalError, Stopped
+from ..support.atomic import write_text
+from ..support.draws import RandomStream, seeds
+from ..support.errors import ConfigError, NumericalError, Stopped
+from ..support.pictures import grid, save_picture
 from .batches import BatchLoader
 from .checkpoints import Checkpoints
 from .conditions import Condition
 from .options import TrainingOptions
+from .output_folder import OPTIONS_FILE
 from .pusher import Pusher
-from .record import model_card, training_facts
+from .record import model_card
 from .state import TrainingState
 from .stop import StopRequest, in_any_process
 from .telemetry import Telemetry
-from .watching import Evaluation, Samples
 
 logger = logging.getLogger(__name__)
+
+FIGURES = ("fid", "kid", "precision", "recall")
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class Run:
     options: TrainingOptions
     accelerator: Accelerator
     folder: Path
-    data: ImageData | StreamData
+    data: ImageSet
     condition: Condition
     state: TrainingState
     scheduler: AlphaDDPMScheduler
@@ -68,62 +77,100 @@ class Run:
     began: float  # reading of time.monotonic
 
     def __post_init__(self) -> None:
-        options, accelerator = self.options, self.accelerator
-        batch_size = options.optimisation.batch_size // options.optimisation.gradient_accumulation_steps
-        self.checkpoints = Checkpoints(accelerator, self.folder, options.run.checkpoints_total_limit)
+        options, watching, optimisation = self.options, self.options.watching, self.options.optimisation
+        self.total = optimisation.max_train_steps  # updates in all
+        self.batch_size = optimisation.batch_size // optimisation.gradient_accumulation_steps  # of images to sample
+        self.checkpoints = Checkpoints(self.accelerator, self.folder, options.run.checkpoints_total_limit)
         # with a scheduler of its own: previews choose shorter chains, and the bound is that of the full one
         self.pipe = self.condition.pipeline(self.state.unet, AlphaDDPMScheduler.from_config(self.scheduler.config))
         self.pipe.set_progress_bar_config(disable=True)
-        watching, seed = options.watching, options.run.seed
-        self.samples = Samples(self.pipe, self.condition, self.folder, watching, seed, batch_size)
-        self.evaluation = None
-        if watching.eval_every:
-            self.evaluation = Evaluation(self.data, options.data, watching, seed, batch_size, accelerator.device)
-        self.telemetry = Telemetry(accelerator, self.folder, self.state.updater, self.first, self.total)
-        if self.telemetry.skipped is not None:
-            self.telemetry.skipped.add(self.data.skipped)
+        self.extractor = None
+        if watching.eval_samples:
+            extractor = feature_extractor(watching.eval_features, options.data.dataset, None, "--eval_features")
+            self.extractor = extractor.to(self.accelerator.device)
+        self.telemetry = Telemetry(self.accelerator, self.folder, self.state.updater, self.first, self.total)
 
-    @property
-    def total(self) -> int:
-        """Updates in all."""
-        return self.options.optimisation.max_train_steps
+    def in_main_process(self, job: Callable[["Run", int], None], done: int) -> bool:
+        """Do the job in the main process, with the EMA weights, while the others wait. Returns whether any process was asked to
+        stop meanwhile; the job is then left where it is.
+        """
+        if self.accelerator.is_main_process:
+            with contextlib.suppress(Stopped), self.stop.interrupts(self.state.unet), self.state.ema_weights():
+                job(self, done)
+        (stopping,) = in_any_process(self.accelerator, self.stop.reason is not None)
+        self.telemetry.restart_clock()
+        return stopping
+
+    def numerical_error(self, what: str) -> NumericalError:
+        self.checkpoints.close()
+        return NumericalError(
+            f"{what} (train.log names the images). The last good checkpoint is {self.checkpoints.last}. Look at those images, "
+            "or train again with a lower --learning_rate or without --mixed_precision."
+        )
 
 
 def report(run: Run, done: int) -> None:
-    """A line of the log."""
     note_skipped_rows(run)
     run.telemetry.report(done, run.options.optimisation.batch_size)
 
 
-def in_main_process(run: Run, job: Callable[[Run, int], None], done: int) -> bool:
-    """Do the job in the main process, with the EMA weights, while the others wait.
-
-    Returns whether any process was asked to stop meanwhile; the job is then left where it is.
-    """
-    if run.accelerator.is_main_process:
-        with contextlib.suppress(Stopped), run.stop.interrupts(run.state.unet), run.state.ema_weights():
-            job(run, done)
-    (stopping,) = in_any_process(run.accelerator, run.stop.reason is not None)
-    run.telemetry.restart_clock()
-    return stopping
+def preview(run: Run, done: int, only_if_missing: bool = False) -> None:
+    """samples/step-N.png, with fewer reverse steps."""
+    watching, path = run.options.watching, run.folder / "samples" / f"step-{done:08d}.png"
+    if not (only_if_missing and path.is_file()):
+        save_grid(run, watching.preview_images, watching.preview_inference_steps, path)
 
 
-def preview(run: Run, done: int) -> None:
-    run.samples.preview(done)
+def save_grid(run: Run, count: int, steps: int | None, path: Path) -> None:
+    """A picture of about `count` images, in equal rows, one per condition."""
+    request, columns = run.condition.preview(count)
+    count = len(request.values) or count
+    images = sample_in_batches(run.pipe, count, run.batch_size, run.options.run.seed, steps, request)
+    save_picture(grid(images, columns), path)
 
 
 def push_snapshot(run: Run, done: int) -> None:
-    run.pusher.push_soon(done, lambda snapshot: save_model(run, snapshot, done))
+    run.pusher.push_soon(done, lambda snapshot: export(run.pipe, snapshot, model_card(run, snapshot, done)))
 
 
 def evaluate(run: Run, done: int) -> None:
-    run.telemetry.log(run.evaluation(run.pipe, run.scheduler), done)
+    """Bits per dimension of some images, and FID, KID, precision and recall of samples, with the same noise every time."""
+    run.telemetry.log(likelihood(run) | (quality(run) if run.extractor is not None else {}), done)
+
+
+def likelihood(run: Run) -> dict[str, float]:
+    """The bound over the full chain, estimated from a few timesteps of each image."""
+    watching, seed = run.options.watching, run.options.run.seed
+    images = run.data.examples(watching.eval_images, seed)
+    count = len(images)
+    noise_seeds = seeds(seed, RandomStream.NOISE, 0, count)
+    calls = {"num_evaluated": watching.eval_calls, "batch_size": run.batch_size, "progress": False}
+    total = likelihood_of(run.pipe.unet, run.scheduler, images, noise_seeds, **calls).total
+    error = {"eval_bits_per_dim_error": float(total.std() / count**0.5)} if count > 1 else {}
+    return {"eval_bits_per_dim": float(total.mean()), **error}
+
+
+def quality(run: Run) -> dict[str, float]:
+    """Of samples over the previews' steps, compared with all of the data, in this process alone."""
+    watching, seed, pipe, extractor = run.options.watching, run.options.run.seed, run.pipe, run.extractor
+    measured = ImageQuality(extractor, seed=seed, sync_on_compute=False).to(pipe.device)
+    measured.add_real_features(real_features(run.data, extractor, run.options.data.cache_dir).to(pipe.device))
+    for start in range(0, watching.eval_samples, run.batch_size):
+        batch = range(start, min(start + run.batch_size, watching.eval_samples))
+        try:
+            images = sample_uint8(pipe, batch, seed, watching.preview_inference_steps)
+        except ConfigError as error:  # no reason to end the run
+            logger.warning("samples cannot be evaluated: %s", error)
+            return {}
+        measured.update(images.to(pipe.device), real=False)
+    figures = measured.compute()._asdict()
+    return {f"eval_{name}": figures[name] for name in FIGURES if not math.isnan(figures[name])}
 
 
 def save_checkpoint(run: Run, done: int) -> None:
     with run.telemetry.timer("checkpoint", on_device=False):
         if not run.state.weights_are_finite():
-            raise numerical_error(run, f"the weights after {done} updates are not finite")
+            raise run.numerical_error(f"the weights after {done} updates are not finite")
         note_skipped_rows(run)  # a resumed run does not meet those before a checkpoint again
         run.checkpoints.save(run.state, done, own=run.batches.state_dict())
     run.telemetry.restart_clock()
@@ -134,25 +181,13 @@ def note_skipped_rows(run: Run) -> None:
         run.telemetry.note_skipped_rows(run.batches.take_skipped())
 
 
-def numerical_error(run: Run, what: str) -> NumericalError:
-    run.checkpoints.close()
-    return NumericalError(
-        f"{what} (train.log names the images). The last good checkpoint is {run.checkpoints.last}. Look at those images, or "
-        "train again with a lower --learning_rate or without --mixed_precision."
-    )
-
-
-def save_model(run: Run, target: Path, done: int) -> None:
-    """The pipeline with its present weights, and its card."""
-    seconds = time.monotonic() - run.began
-    facts = training_facts(run.options, run.state.num_parameters, run.first, done, seconds, run.accelerator)
-    processes = run.accelerator.num_processes
-    export(run.pipe, target, model_card(run.pipe, run.options, run.data, run.condition, facts, target, processes))
-
-
 def begin(run: Run, previews: Every) -> None:
-    """Log what the run is, and make the preview that an earlier attempt was stopped before, if it is missing."""
+    """Write down what the run is, and make the preview that an earlier attempt was stopped before, if it is missing."""
     data, accelerator, options = run.data, run.accelerator, run.options
+    if accelerator.is_main_process:
+        write_text(run.folder / OPTIONS_FILE, options.to_yaml())
+        run.telemetry.skipped.add(data.skipped)
+    accelerator.init_trackers("ddpm-pipeline", {name: value for name, value in options.flat().items() if value})
     images = f"{data.num_images} images" if data.num_images else "a stream"
     logger.info(
         "%s: %s of %dx%dx%d; %.2f M parameters; updates %d to %d of %d images; %s, %s, %d threads",
@@ -162,24 +197,24 @@ def begin(run: Run, previews: Every) -> None:
     )  # fmt: skip
     run.state.model.train()
     if run.first and previews.is_due(run.first, run.total, stopping=False):
-        in_main_process(run, preview_if_missing, run.first)
+        run.in_main_process(partial(preview, only_if_missing=True), run.first)
     run.telemetry.restart_clock()
 
 
-def preview_if_missing(run: Run, done: int) -> None:
-    if not run.samples.preview_path(done).is_file():
-        preview(run, done)
-
-
 def finish(run: Run) -> None:
-    """Samples and the model, in the main process. Raises Stopped, or PushError if all is done but the last push."""
+    """samples.png over the full chain, process.png from noise to images, and the model, in the main process. Raises Stopped, or
+    PushError if all is done but the last push.
+    """
     run.checkpoints.close()
     run.telemetry.summarize()
     run.accelerator.unwrap_model(run.state.model, keep_fp32_wrapper=False)  # samples show what the saved weights make
     if run.accelerator.is_main_process:
         with run.state.ema_weights(), run.stop.interrupts(run.state.unet):
-            run.samples.final()
-            save_model(run, run.folder, run.total)
+            logger.info("sampling %d images over %d steps", run.options.watching.num_samples, len(run.pipe.scheduler))
+            save_grid(run, run.options.watching.num_samples, None, run.folder / "samples.png")
+            process = sample_process(run.pipe, run.options.run.seed, run.condition.preview(4)[0])
+            save_picture(process, run.folder / "process.png")
+            export(run.pipe, run.folder, model_card(run, run.folder, run.total))
         seconds = time.monotonic() - run.began
         logger.info("done in %.0f s: the model, its card and samples.png are in %s", seconds, run.folder)
         if run.pusher is not None:

@@ -1,7 +1,4 @@
-"""A training run, top to bottom: where it runs, what it learns from, what it learns, what happens along the way, the loop.
-
-Imports everything else in this room; called by the command, by notebooks and by tests.
-"""
+"""A training run, top to bottom: where it runs, what it learns from, what it learns, what happens along the way, the loop."""
 
 import contextlib
 import time
@@ -15,35 +12,21 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from ..data import open_data
-from ..data.mapped import ImageData, to_model_range
-from ..data.streamed import StreamData
+from ..data.mapped import ImageSet, to_model_range
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
-from ..support.atomic import write_text
 from ..support.draws import noise_of
 from ..support.errors import Stopped
 from .batches import BatchLoader, BatchPlan, batch_loader
 from .checkpoints import find_checkpoint, load_checkpoint
 from .conditions import Condition, build_condition
-from .jobs import (
-    Every,
-    Run,
-    begin,
-    evaluate,
-    finish,
-    in_main_process,
-    numerical_error,
-    preview,
-    push_snapshot,
-    report,
-    save_checkpoint,
-)
+from .jobs import Every, Run, begin, evaluate, finish, preview, push_snapshot, report, save_checkpoint
 from .models import build_model, objective_for
 from .objectives import NoisedBatch, min_snr_weights, per_image_loss
 from .options import TrainingOptions
-from .output_folder import OPTIONS_FILE, prepare_output_folder
+from .output_folder import prepare_output_folder
 from .processes import seed_dropout, seed_weights, start_processes
 from .pusher import Pusher
-from .state import build_state
+from .state import MAX_IN_A_ROW, build_state
 from .stop import StopRequest
 from .telemetry import logging_to
 
@@ -74,23 +57,21 @@ def train(options: TrainingOptions) -> Path:
         unet, scheduler = build_model(options.model, options.diffusion, data.resolution, data.channels, condition)
         options = resolved(options, data, scheduler)
         checkpoint = find_checkpoint(folder, options, accelerator) if options.run.resume else None
-        begin_record(accelerator, folder, options)
-        state = build_state(accelerator, unet, condition.network(unet), scheduler, options)
+        state = build_state(accelerator, unet, condition.network(unet), options)
         first, position = load_checkpoint(accelerator, state, checkpoint) if checkpoint else (0, None)
         batches = open_batches(data, condition, options, accelerator, first, position)
         objective = partial(losses_of, scheduler=scheduler, condition=condition, options=options)
 
         # What happens along the way
         run = Run(options, accelerator, folder, data, condition, state, scheduler, batches, pusher, stop, first, began)
-        previews = Every(
-            options.watching.preview_every, partial(in_main_process, run, preview), "never", on_stop="never"
-        )
+        watching, in_main = options.watching, run.in_main_process
+        previews = Every(watching.preview_every, partial(in_main, preview), at_end="never", on_stop="never")
         jobs = [
-            Every(options.watching.log_every, partial(report, run), at_end="always"),
+            Every(watching.log_every, partial(report, run), at_end="always"),
             previews,
-            Every(options.hub.push_every, partial(in_main_process, run, push_snapshot), "never", on_stop="never"),
-            Every(options.watching.eval_every, partial(in_main_process, run, evaluate), on_stop="never"),
-            Every(options.run.checkpoint_every, partial(save_checkpoint, run), "always", on_stop="always"),
+            Every(options.hub.push_every, partial(in_main, push_snapshot), at_end="never", on_stop="never"),
+            Every(watching.eval_every, partial(in_main, evaluate), on_stop="never"),
+            Every(options.run.checkpoint_every, partial(save_checkpoint, run), at_end="always", on_stop="always"),
         ]
 
         # The loop
@@ -106,53 +87,29 @@ def train(options: TrainingOptions) -> Path:
                         run.checkpoints.close()
                         raise Stopped(f"stopped by {stop.reason or 'another process'} after update {done}")
                 finish(run)
-        except Stopped as stopped:
-            raise Stopped(f"{stopped}; repeat the command with --resume latest to continue from there") from None
         finally:
             close(run)
     return folder
 
 
-def resolved(options: TrainingOptions, data: ImageData | StreamData, scheduler: AlphaDDPMScheduler) -> TrainingOptions:
+def resolved(options: TrainingOptions, data: ImageSet, scheduler: AlphaDDPMScheduler) -> TrainingOptions:
     """The options with everything filled in that follows from the data and the model."""
     optimisation = options.optimisation
     steps = optimisation.max_train_steps or -(-len(data) * optimisation.num_train_epochs // optimisation.batch_size)
-    return options.with_values(
-        resolution=data.resolution,
-        channels=data.channels,
-        max_train_steps=steps,
-        num_train_timesteps=scheduler.config.num_train_timesteps,
-        objective=objective_for(options.diffusion.objective, scheduler),
-    )
-
-
-def begin_record(accelerator: Accelerator, folder: Path, options: TrainingOptions) -> None:
-    """Write the options down, for the run that resumes this one and for the tracker."""
-    if accelerator.is_main_process:
-        write_text(folder / OPTIONS_FILE, options.to_yaml())
-    accelerator.init_trackers("ddpm-pipeline", config={name: value for name, value in options.flat().items() if value})
+    images = {"resolution": data.resolution, "channels": data.channels}
+    objective = objective_for(options.diffusion.objective, scheduler)
+    return options.with_values(**images, max_train_steps=steps, num_train_timesteps=len(scheduler), objective=objective)
 
 
 def open_batches(
-    data: ImageData | StreamData,
-    condition: Condition,
-    options: TrainingOptions,
-    accelerator: Accelerator,
-    first: int,
-    position: Any,
+    data: ImageSet, condition: Condition, options: TrainingOptions, accelerator: Accelerator, first: int, position: Any
 ) -> BatchLoader:
     """This process's micro-batches from update `first` on; of a stream, from the `position` that a checkpoint holds."""
-    optimisation = options.optimisation
-    plan = BatchPlan(
-        options.run.seed,
-        optimisation.batch_size,
-        optimisation.gradient_accumulation_steps,
-        accelerator.process_index,
-        accelerator.num_processes,
-        options.data.random_flip,
-        options.diffusion.timestep_sampling,
-    )
-    micro_batches = range(first * plan.accumulation_steps, optimisation.max_train_steps * plan.accumulation_steps)
+    optimisation, passes = options.optimisation, options.optimisation.gradient_accumulation_steps
+    process = accelerator.process_index, accelerator.num_processes
+    drawing = options.data.random_flip, options.diffusion.timestep_sampling
+    plan = BatchPlan(options.run.seed, optimisation.batch_size, passes, *process, *drawing)
+    micro_batches = range(first * passes, optimisation.max_train_steps * passes)
     return batch_loader(data, plan, condition, micro_batches, options.data, accelerator.device.type, position)
 
 
@@ -160,9 +117,8 @@ def open_batches(
 
 
 def update(run: Run, objective: Callable[..., torch.Tensor], step: int) -> bool:
-    """Forward and backward passes and the optimizer's step; whether any process was asked to stop.
-
-    Raises NumericalError if loss or gradient were not finite for many updates in succession.
+    """Forward and backward passes and the optimizer's step; whether any process was asked to stop. Raises NumericalError if
+    losses or gradients were not finite for many updates in succession.
     """
     accelerator, state, timer = run.accelerator, run.state, run.telemetry.timer
     passes = run.options.optimisation.gradient_accumulation_steps
@@ -186,15 +142,14 @@ def update(run: Run, objective: Callable[..., torch.Tensor], step: int) -> bool:
         if state.timestep_sampler.observes_losses:
             observed.append(accelerator.gather((timesteps, losses.detach())))
     with timer("optimizer"):
-        asked = run.stop.reason is not None
-        grad_norm, stopping = state.updater(step, torch.cat(image_losses), indices, stop=asked)
+        grad_norm, stopping = state.updater(step, torch.cat(image_losses), indices, stop=run.stop.reason is not None)
     run.telemetry.bar.update()
     if grad_norm is not None:
         run.telemetry.note_update(torch.stack(mean_losses).mean(), grad_norm)
         for observation in observed:  # after the last draw, which so does not depend on how the update was divided
             state.timestep_sampler.observe(*observation)
-    elif state.updater.hopeless:
-        raise numerical_error(run, f"{state.updater.in_a_row} updates in succession had to be skipped")
+    elif state.updater.in_a_row >= MAX_IN_A_ROW:
+        raise run.numerical_error(f"{state.updater.in_a_row} updates in succession had to be skipped")
     return stopping
 
 
@@ -206,10 +161,7 @@ def losses_of(
     condition: Condition,
     options: TrainingOptions,
 ) -> torch.Tensor:
-    """The loss of each image of a micro-batch, [b]: noise the images, predict, compare (report §6).
-
-    Float32 but for the network.
-    """
+    """The loss of each image of a micro-batch, [b]: noise the images, predict, compare (report §6). Float32 but for `model`."""
     original_samples = to_model_range(batch["pixels"].to(timesteps.device, non_blocking=True))
     noise = noise_of(batch["noise_seeds"], original_samples.shape[1:], timesteps.device)
     sample = scheduler.add_noise(original_samples, noise, timesteps)
@@ -217,9 +169,8 @@ def losses_of(
         sample = sample.contiguous(memory_format=torch.channels_last)
     inputs = condition.inputs(batch["condition"], timesteps.device) if "condition" in batch else {}
     prediction = model(sample, timesteps, **inputs).sample
-    diffusion = options.diffusion
+    diffusion, noised = options.diffusion, NoisedBatch(original_samples, noise, timesteps, sample)
     weights = 1.0 if diffusion.snr_gamma is None else min_snr_weights(scheduler, timesteps, diffusion.snr_gamma)
-    noised = NoisedBatch(original_samples, noise, timesteps, sample)
     return per_image_loss(diffusion.objective, scheduler, prediction, noised, diffusion.bound_weight, weights)
 
 

@@ -1,7 +1,4 @@
-"""The UNet and the schedule that a run starts from: a preset, a config file, or an existing pipeline.
-
-Imports diffusers; called by the training loop.
-"""
+"""The UNet and the schedule that a run starts from: a preset, a config file, or an existing pipeline."""
 
 import json
 from pathlib import Path
@@ -41,23 +38,18 @@ UNet = UNet2DModel | UNet2DConditionModel
 
 
 def build_model(
-    model: ModelOptions,
-    diffusion: DiffusionOptions,
-    resolution: int,
-    channels: int,
-    condition: Condition | None = None,
+    model: ModelOptions, diffusion: DiffusionOptions, resolution: int, channels: int, condition: Condition | None = None
 ) -> tuple[UNet, AlphaDDPMScheduler]:
-    """The UNet for images [B, channels, resolution, resolution] and its scheduler.
-
-    Raises ConfigError if preset, config file or `--init_from` cannot be used, or do not fit the images.
+    """The UNet for images [B, channels, resolution, resolution] and its scheduler. Raises ConfigError if preset, config file or
+    `--init_from` cannot be used, or do not fit the images.
     """
     condition = condition or Condition()
     try:
         if model.init_from is not None:
             unet, scheduler = _from_pipeline(model.init_from, diffusion.schedule, condition)
         else:
-            images = {"sample_size": resolution, "in_channels": channels}
-            images["out_channels"] = channels * (1 + (diffusion.variance_type in LEARNED_VARIANCE_TYPES))
+            outputs = channels * (1 + (diffusion.variance_type in LEARNED_VARIANCE_TYPES))
+            images = {"sample_size": resolution, "in_channels": channels, "out_channels": outputs}
             unet = condition.unet_class.from_config(_unet_config(model, images, condition))
             scheduler = AlphaDDPMScheduler(**diffusion.schedule)
     except ConfigError:
@@ -65,9 +57,11 @@ def build_model(
     except (ValueError, TypeError, OSError, NotImplementedError, HFValidationError) as error:
         what = f"--init_from {model.init_from}" if model.init_from else f"the model ({model.model}) or its schedule"
         raise ConfigError(f"{what} cannot be used: {error}") from error
-    _check_images_fit(unet, resolution, channels)
-    _check_variance_fits(unet, scheduler, channels)
-    _check_condition_fits(unet, condition, model.init_from or model.model)
+    _check_fits(unet.config, scheduler.config.variance_type, resolution, channels)
+    for name, need in {"num_class_embeds": None, **condition.unet_config()}.items():
+        if (has := unet.config.get(name)) != need:
+            what = model.init_from or model.model
+            raise ConfigError(f"{what}: the UNet has {name}={has}, and this --condition with these data needs {need}.")
     objective_for(diffusion.objective, scheduler)
     return unet, scheduler
 
@@ -105,7 +99,13 @@ def _from_pipeline(source: str, schedule: dict[str, Any], condition: Condition) 
 def _unet_config(model: ModelOptions, images: dict[str, int], condition: Condition) -> dict[str, Any]:
     dropout = {} if model.dropout is None else {"dropout": model.dropout}
     if model.model == "auto" or model.model in PRESETS:
-        preset = PRESETS[_preset_for(model.model, images["sample_size"])][1]
+        resolution = images["sample_size"]
+        fitting = [name for name, (largest, _) in PRESETS.items() if resolution <= largest or name == model.model]
+        if not fitting:
+            raise ConfigError(
+                f"no preset is meant for {resolution} pixels; name a preset or a UNet2DModel config file with --model."
+            )
+        preset = PRESETS[fitting[0] if model.model == "auto" else model.model][1]
         if condition.unet_class is UNet2DConditionModel:
             preset = _with_cross_attention(preset)
         return {**preset, **images, **dropout, **condition.unet_config()}
@@ -134,49 +134,25 @@ def _with_cross_attention(preset: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "down_block_types": tuple(down), "up_block_types": tuple(up)}
 
 
-def _preset_for(name: str, resolution: int) -> str:
-    if name != "auto":
-        return name
-    for preset, (largest, _) in PRESETS.items():
-        if resolution <= largest:
-            return preset
-    raise ConfigError(
-        f"no preset is meant for {resolution} pixels; name a preset or a UNet2DModel config file with --model."
-    )
-
-
-def _check_images_fit(unet: UNet, resolution: int, channels: int) -> None:
-    levels = len(unet.config.block_out_channels) - 1
+def _check_fits(config: Any, variance_type: str, resolution: int, channels: int) -> None:
+    """Raises ConfigError if a UNet with this config does not fit the images or the variance."""
+    levels = len(config.block_out_channels) - 1
     if resolution % 2**levels:
         low = resolution // 2**levels * 2**levels
         raise ConfigError(
             f"a resolution of {resolution} cannot be halved {levels} times, as this UNet does; use --resolution "
             f"{f'{low} or ' if low else ''}{low + 2**levels}, or a --model with fewer levels."
         )
-    if unet.config.in_channels != channels:
-        raise ConfigError(
-            f"the images have {channels} channels and the UNet takes {unet.config.in_channels}; "
-            f"use --channels {unet.config.in_channels}."
-        )
-    size = unet.config.sample_size
+    if (taken := config.in_channels) != channels:
+        raise ConfigError(f"the images have {channels} channels and the UNet takes {taken}; use --channels {taken}.")
+    size = config.sample_size
     size = (size, size) if isinstance(size, int) else size
     if size is not None and tuple(size) != (resolution, resolution):
         raise ConfigError(f"the UNet is made for images of {size[0]}x{size[1]} pixels; use --resolution {size[0]}.")
-
-
-def _check_variance_fits(unet: UNet, scheduler: AlphaDDPMScheduler, channels: int) -> None:
-    learned = scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
-    if unet.config.out_channels != channels * (1 + learned):
+    learned = variance_type in LEARNED_VARIANCE_TYPES
+    if config.out_channels != channels * (1 + learned):
         raise ConfigError(
-            f"the UNet has {unet.config.out_channels} output channels for images of {channels}, and "
-            f"variance_type={scheduler.config.variance_type} needs {channels * (1 + learned)}; use --variance_type "
+            f"the UNet has {config.out_channels} output channels for images of {channels}, and variance_type={variance_type} "
+            f"needs {channels * (1 + learned)}; use --variance_type "
             f"{'fixed_small, or a UNet with twice the channels' if learned else 'learned_range if it has twice as many'}."
         )
-
-
-def _check_condition_fits(unet: UNet, condition: Condition, source: str) -> None:
-    for name, needed in {"num_class_embeds": None, **condition.unet_config()}.items():
-        if (has := unet.config.get(name)) != needed:
-            raise ConfigError(
-                f"{source}: the UNet has {name}={has}, and this --condition with these data needs {needed}."
-            )

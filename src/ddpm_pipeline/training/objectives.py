@@ -1,23 +1,19 @@
 """What the noise predictor is trained to minimise (report §6), and how its timesteps are sampled: float32, per image.
 
 Three objectives: `mean_squared_error` (L_simple), `bound_loss` (the variational bound) and `hybrid_loss` (both, for learned
-variances). `per_image_loss` chooses among them by name. Imports torch, numpy and the likelihood room; the scheduler comes in as
-an argument and computes the formulas.
+variances). `per_image_loss` chooses among them by name. The scheduler comes in as an argument and computes the formulas.
 """
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..likelihood import bound_terms
+from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .options import HYBRID_BOUND_WEIGHT, OBJECTIVES
-
-if TYPE_CHECKING:
-    from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
-
 
 # ---- losses -----------------------------------------------------------------------------------------
 
@@ -32,7 +28,7 @@ class NoisedBatch:
     sample: torch.Tensor  # x_t
 
 
-def mean_squared_error(scheduler: "AlphaDDPMScheduler", prediction: torch.Tensor, batch: NoisedBatch) -> torch.Tensor:
+def mean_squared_error(scheduler: AlphaDDPMScheduler, prediction: torch.Tensor, batch: NoisedBatch) -> torch.Tensor:
     """L_simple (Ho et al. 2020, eq. 14): ‖target - prediction‖² averaged over each image's values, [B] in float32.
 
     `prediction` is [B, C, H, W]; the target is the noise, x_0 or v by prediction type.
@@ -41,7 +37,7 @@ def mean_squared_error(scheduler: "AlphaDDPMScheduler", prediction: torch.Tensor
     return (prediction.float() - target).square().flatten(1).mean(dim=1)
 
 
-def bound_loss(scheduler: "AlphaDDPMScheduler", model_output: torch.Tensor, batch: NoisedBatch) -> torch.Tensor:
+def bound_loss(scheduler: AlphaDDPMScheduler, model_output: torch.Tensor, batch: NoisedBatch) -> torch.Tensor:
     """T·L_t, [B] in bits per dimension: for uniform t its mean is the bound without the prior term (report 6.12).
 
     `model_output` is [B, C, H, W], or has 2C channels for a learned variance. The predicted x_0 is not clipped, since that
@@ -54,7 +50,7 @@ def bound_loss(scheduler: "AlphaDDPMScheduler", model_output: torch.Tensor, batc
 
 
 def hybrid_loss(
-    scheduler: "AlphaDDPMScheduler",
+    scheduler: AlphaDDPMScheduler,
     model_output: torch.Tensor,
     batch: NoisedBatch,
     bound_weight: float = HYBRID_BOUND_WEIGHT,
@@ -74,7 +70,7 @@ def hybrid_loss(
 
 def per_image_loss(
     objective: str,
-    scheduler: "AlphaDDPMScheduler",
+    scheduler: AlphaDDPMScheduler,
     model_output: torch.Tensor,
     batch: NoisedBatch,
     bound_weight: float = HYBRID_BOUND_WEIGHT,
@@ -90,19 +86,14 @@ def per_image_loss(
     raise ValueError(f"objective={objective!r} is not one of {', '.join(OBJECTIVES)}.")
 
 
-def min_snr_weights(scheduler: "AlphaDDPMScheduler", timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Weights of the squared error equivalent to min(SNR_t, γ) on the x_0 error (Hang et al. 2023, "Min-SNR"), [B].
-
-    The error in x_0 is that in the noise over SNR_t, and that in v over SNR_t + 1.
+def min_snr_weights(scheduler: AlphaDDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Weights of the squared error equivalent to min(SNR_t, γ) on the x_0 error (Hang et al. 2023, "Min-SNR"), [B]: the error
+    in x_0 is that in the noise over SNR_t, and that in v over SNR_t + 1.
     """
     like = torch.ones(len(timesteps), 1, 1, 1, device=timesteps.device)
     snr = scheduler.log_snr(timesteps, like).flatten().exp()
-    clipped = snr.clamp(max=gamma)
-    if scheduler.config.prediction_type == "epsilon":
-        return clipped / snr
-    if scheduler.config.prediction_type == "v_prediction":
-        return clipped / (snr + 1)
-    return clipped
+    per_error = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}[scheduler.config.prediction_type]
+    return snr.clamp(max=gamma) / per_error
 
 
 # ---- timesteps: quantiles from the run's random stream, and a sampler that turns them into timesteps ----------
@@ -167,11 +158,10 @@ class ImportanceTimesteps:
 
     def observe(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
         """Remember unweighted losses [B] seen at timesteps [B]; each replaces the oldest at its timestep."""
-        history = self.losses.shape[1]
         remembered, counts = self.losses.numpy(), self.counts.numpy()  # views: reading one number is ten times quicker
         for t, loss in zip(timesteps.tolist(), losses.tolist(), strict=True):
             if math.isfinite(loss):  # it may not be finite in an update that the fp16 scaler skips
-                remembered[t, counts[t] % history] = loss
+                remembered[t, counts[t] % remembered.shape[1]] = loss
                 counts[t] += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,9 +177,6 @@ class ImportanceTimesteps:
         self.losses, self.counts = state["losses"].double(), state["counts"].long()
 
 
-TimestepSampler = UniformTimesteps | ImportanceTimesteps
-
-
-def timestep_sampler(timestep_sampling: str, num_timesteps: int) -> TimestepSampler:
+def timestep_sampler(timestep_sampling: str, num_timesteps: int) -> UniformTimesteps | ImportanceTimesteps:
     """The sampler that `timestep_sampling`, one of TIMESTEP_SAMPLINGS, names."""
     return ImportanceTimesteps(num_timesteps) if timestep_sampling == "importance" else UniformTimesteps(num_timesteps)

@@ -11,19 +11,8 @@ from typing import Any, ClassVar
 
 from ..data.options import ConditionColumns, TrainingDataOptions
 from ..support.errors import ConfigError
-from ..support.option_sets import OptionSet
-from ..support.options import (
-    BELOW_ONE,
-    FINITE,
-    NOT_NEGATIVE,
-    POSITIVE,
-    Allowed,
-    OptionGroup,
-    at_least,
-    one_of,
-    option,
-    value_of,
-)
+from ..support.option_sets import OptionSet, value_of
+from ..support.options import BELOW_ONE, FINITE, POSITIVE, Allowed, OptionGroup, at_least, one_of, option
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT_RECIPE = "digits"  # the main job: used where neither --config nor --dataset is given
@@ -34,7 +23,6 @@ TIMESTEP_SAMPLINGS = ("uniform", "stratified", "importance")
 TRAINABLE_VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 HYBRID_BOUND_WEIGHT = 0.001  # λ of L_simple + λ L_vlb (Nichol & Dhariwal 2021, §3.1), L_vlb in bits per dimension
-
 
 # an option that neither the trained model nor a resumed run depends on
 _free = partial(option, on_resume="tell", in_recipe=False)
@@ -142,7 +130,7 @@ class OptimisationOptions(OptionGroup):
     adam_beta1: float = option(0.9, "AdamW's decay of the gradient mean.", BELOW_ONE)
     adam_beta2: float = option(0.999, "AdamW's decay of the squared-gradient mean.", BELOW_ONE)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon.", POSITIVE)
-    weight_decay: float = option(0.0, "AdamW's weight decay.", NOT_NEGATIVE)
+    weight_decay: float = option(0.0, "AdamW's weight decay.", at_least(0))
     max_grad_norm: float = option(1.0, "Gradient norm above which gradients are scaled down to it.", POSITIVE)
     ema_decay: float = option(
         0.9999, "Highest decay of the EMA of the weights, which is what is saved; 0 turns it off.", BELOW_ONE)
@@ -264,26 +252,19 @@ class TrainingOptions(OptionSet):
 
     @classmethod
     def config_file(cls, config: str | Path) -> Path:
-        return recipe_path(config)
-
-
-def recipe_path(config: str | Path) -> Path:
-    """The file that `--config` names: a file, or a recipe of the package by its name. Raises ConfigError if there is none."""
-    path = Path(config)
-    recipe = RECIPES / f"{path.stem}.yaml"
-    if path.is_file() or path.suffix or not recipe.is_file() or len(path.parts) > 1:
+        """The file that `--config` names: a file, or a recipe of the package by its name. Raises ConfigError for neither."""
+        path = Path(config)
+        recipe = RECIPES / f"{path.stem}.yaml"
+        if not (path.is_file() or path.suffix or len(path.parts) > 1) and recipe.is_file():
+            return recipe
         if not path.exists():
             known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml") if "captions" not in file.stem))
             raise ConfigError(f"--config {path}: there is no such file or recipe. Recipes are {known}.")
         return path
-    return recipe
 
 
 def parse_options(argv: Sequence[str]) -> TrainingOptions:
-    """The options that a command line asks for; ConfigError where it cannot be understood.
-
-    The file's entries are put before the flags, so that both are read and typed in one way, and the last wins.
-    """
+    """The options that a command line asks for. Raises ConfigError where it cannot be understood."""
     config = value_of(argv, "--config")
     if config is None and value_of(argv, "--dataset") is None:
         config = DEFAULT_RECIPE

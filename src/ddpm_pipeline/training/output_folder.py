@@ -20,10 +20,8 @@ RUN_FILES = (
 
 
 def prepare_output_folder(folder: Path, options: RunOptions) -> None:
-    """Make the output folder ready to be written to, and clear an earlier run if --overwrite asks for it.
-
-    Raises ConfigError if the folder cannot be written, holds files that no run wrote, or holds a run that is to be neither
-    resumed nor overwritten.
+    """Make the output folder ready to be written to, and clear an earlier run if --overwrite asks for it. Raises ConfigError if
+    the folder cannot be written, holds files that no run wrote, or holds a run that is to be neither resumed nor overwritten.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output_dir {folder} is a file; name a folder.")
@@ -42,10 +40,6 @@ def prepare_output_folder(folder: Path, options: RunOptions) -> None:
     if options.overwrite:
         for path in (folder / name for name in RUN_FILES):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-    _check_writable(folder)
-
-
-def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test-{os.getpid()}"

@@ -12,11 +12,9 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 
 from ..support.draws import RandomStream, seeds
 from ..support.errors import ConfigError
-from .options import OptimisationOptions, TrainingOptions
+from .options import TrainingOptions
 
-LONGEST_WAIT = timedelta(
-    hours=12
-)  # for the main process as it preprocesses and samples; if it dies, that shows at once
+LONGEST_WAIT = timedelta(hours=12)  # for the main process as it preprocesses and samples; its death shows at once
 REPLICATED = (
     DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU,
     DistributedType.MULTI_NPU, DistributedType.MULTI_MLU, DistributedType.MULTI_HPU,
@@ -24,23 +22,28 @@ REPLICATED = (
 
 
 def start_processes(options: TrainingOptions) -> tuple[Accelerator, TrainingOptions]:
-    """The accelerator, and the options with the output folder and precision of this run.
-
-    Raises ConfigError if weights would be sharded, or if the batch cannot be divided evenly.
+    """The accelerator, and the options with the output folder and precision of this run. Raises ConfigError if weights would be
+    sharded, since EMA and samples need whole ones, or if processes and accumulation steps cannot have equal micro-batches.
     """
     folder = options.run.output_dir or default_output_dir(options.data.dataset)
-    tracker = options.watching.report_to
+    precision, optimisation = options.hardware.mixed_precision, options.optimisation
+    tracker = None if options.watching.report_to == "none" else options.watching.report_to
+    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    waiting = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
     accelerator = Accelerator(
-        mixed_precision=options.hardware.mixed_precision,
-        log_with=None if tracker == "none" else tracker,
-        project_dir=folder,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=LONGEST_WAIT),
-        ],
+        mixed_precision=precision, log_with=tracker, project_dir=folder, kwargs_handlers=[buckets, waiting]
     )
-    check_replicated(accelerator)
-    check_batch_divides(options.optimisation, accelerator.num_processes)
+    if accelerator.distributed_type not in REPLICATED:
+        raise ConfigError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, which shards weights; use MULTI_GPU (every "
+            "preset fits on one device), by `accelerate config` or --multi_gpu."
+        )
+    divisor = accelerator.num_processes * optimisation.gradient_accumulation_steps
+    if optimisation.batch_size % divisor:
+        raise ConfigError(
+            f"--batch_size {optimisation.batch_size} cannot be divided among {accelerator.num_processes} processes x "
+            f"{optimisation.gradient_accumulation_steps} accumulation steps; use a multiple of {divisor}."
+        )
     if accelerator.device.type == "cpu":
         torch.set_num_threads(options.hardware.num_cpu_threads or _cores_per_process(accelerator))
     return accelerator, options.with_values(output_dir=folder, mixed_precision=accelerator.mixed_precision)
@@ -50,25 +53,6 @@ def default_output_dir(dataset: str) -> str:
     """ddpm-NAME, from the last part of a data set's name or path."""
     name = re.sub(r"[^\w-]+", "-", Path(dataset.rstrip("/")).stem).strip("-")
     return f"ddpm-{name or 'model'}"
-
-
-def check_replicated(accelerator: Accelerator) -> None:
-    """Raises ConfigError if each process would hold only a part of the weights, since EMA and samples need whole ones."""
-    if accelerator.distributed_type not in REPLICATED:
-        raise ConfigError(
-            f"accelerate is configured for {accelerator.distributed_type.value}, which shards weights; use MULTI_GPU (every "
-            "preset fits on one device), by `accelerate config` or --multi_gpu."
-        )
-
-
-def check_batch_divides(options: OptimisationOptions, world_size: int) -> None:
-    """Raises ConfigError if processes and accumulation steps cannot have equal micro-batches."""
-    divisor = world_size * options.gradient_accumulation_steps
-    if options.batch_size % divisor:
-        raise ConfigError(
-            f"--batch_size {options.batch_size} cannot be divided among {world_size} processes x "
-            f"{options.gradient_accumulation_steps} accumulation steps; use a multiple of {divisor}."
-        )
 
 
 def _cores_per_process(accelerator: Accelerator) -> int:

@@ -1,7 +1,4 @@
-"""Pushes to the Hub during training: in the background, one at a time, without holding up the run.
-
-Imports huggingface_hub and the hub room. Used by the main process alone.
-"""
+"""Pushes to the Hub during training: in the background, one at a time, without holding up the run. For the main process."""
 
 import logging
 import shutil
@@ -22,22 +19,18 @@ from .options import HubOptions
 logger = logging.getLogger(__name__)
 
 SNAPSHOT = ".push"  # the folder, in the output folder, that a push during training reads
-LOGS = ("metrics.jsonl",)
 
 
 class Pusher:
-    """Pushes snapshots of a run while it continues, and its result at the end.
-
-    Makes sure beforehand that there is a repository and the right to write to it: raises ConfigError if not.
+    """Pushes snapshots of a run while it continues, and its result at the end. Raises ConfigError beforehand if there is no
+    right to write to the repository, which is made if missing.
     """
 
     def __init__(self, options: HubOptions, folder: Path, api: HfApi | None = None):
         for client in ("httpx", "httpx2"):  # of older and newer versions of huggingface_hub; they log every request
             logging.getLogger(client).setLevel(logging.WARNING)
-        self.api = api or HfApi()
-        self.folder = folder
-        self.private = options.hub_private or None
-        self.include = LOGS if options.push_logs else ()
+        self.api, self.folder, self.private = api or HfApi(), folder, options.hub_private or None
+        self.include = ("metrics.jsonl",) if options.push_logs else ()
         self.repo_id = self._prepare(options.hub_model_id)
         self._under_way: Future | None = None
         self._reported = False
@@ -56,35 +49,31 @@ class Pusher:
             ) from error
         except HFValidationError as error:
             raise ConfigError(f"--hub_model_id {repo_id} is not a valid repository name: {error}") from error
-        except HfHubHTTPError as error:
-            status = error.response.status_code
+        except Exception as error:  # of the HTTP client, which differs between versions of the library, or of the Hub
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            why = describe_exception(error)
             if status == 401:
                 raise ConfigError(
-                    f"--push_to_hub: the Hub does not accept the token ({describe_exception(error)}). Log in again with "
-                    "`hf auth login`, or set HF_TOKEN to a valid one."
+                    f"--push_to_hub: the Hub does not accept the token ({why}). Log in again with `hf auth login`, or set "
+                    "HF_TOKEN to a valid one."
                 ) from error
             if status in (403, 404):
                 raise ConfigError(
-                    f"--hub_model_id {repo_id}: the token may not write there ({describe_exception(error)}). Use a token with "
-                    "the role 'write', or a repository of your own."
+                    f"--hub_model_id {repo_id}: the token may not write there ({why}). Use a token with the role 'write', or a "
+                    "repository of your own."
                 ) from error
-            raise ConfigError(self._unreachable(error)) from error
-        except Exception as error:  # of the HTTP client, which differs between versions of the library
-            raise ConfigError(self._unreachable(error)) from error
+            raise ConfigError(
+                f"--push_to_hub: the Hub cannot be reached now ({why}); try again, or train without it."
+            ) from error
         return repo_id
-
-    @staticmethod
-    def _unreachable(error: Exception) -> str:
-        return f"--push_to_hub: the Hub cannot be reached now ({describe_exception(error)}); try again, or train without it."
 
     @property
     def busy(self) -> bool:
         return self._under_way is not None and not self._under_way.done()
 
     def push_soon(self, step: int, write_snapshot: Callable[[Path], None]) -> bool:
-        """Let `write_snapshot` fill a folder, and push it in the background; False if the last push is still under way.
-
-        A push that fails is reported the first time, and never ends the run.
+        """Let `write_snapshot` fill a folder, and push it in the background; False if the last push is still under way. A push
+        that fails is reported the first time, and never ends the run.
         """
         self._report()
         if self.busy:
@@ -96,8 +85,7 @@ class Pusher:
         if previews := sorted((self.folder / "samples").glob("step-*.png")):
             shutil.copyfile(previews[-1], snapshot / "samples.png")
         write_snapshot(snapshot)
-        message = f"Training in progress, step {step}"
-        self._under_way = self.api.run_as_future(self._push, snapshot, message, 3)
+        self._under_way = self.api.run_as_future(self._push, snapshot, f"Training in progress, step {step}", 3)
         return True
 
     def finish(self) -> str:
@@ -105,7 +93,6 @@ class Pusher:
         if self._under_way is not None:
             self._under_way.exception()  # waits
             self._report()
-            self._under_way = None
         shutil.rmtree(self.folder / SNAPSHOT, ignore_errors=True)
         return self._push(self.folder, "Training done")
 
@@ -117,9 +104,6 @@ class Pusher:
         error = self._under_way.exception() if self._under_way is not None and self._under_way.done() else None
         if error is not None and not self._reported:
             self._reported = True
-            cause = error.__cause__ if isinstance(error, PushError) else error
-            logger.warning(
-                "pushing to %s failed (%s). Training continues and later pushes try again; their failures are not reported.",
-                self.repo_id,
-                describe_exception(cause or error),
-            )
+            cause = describe_exception((error.__cause__ if isinstance(error, PushError) else None) or error)
+            what = "Training continues and later pushes try again; their failures are not reported."
+            logger.warning("pushing to %s failed (%s). %s", self.repo_id, cause, what)

@@ -1,27 +1,89 @@
-"""What is trained, and changes meanwhile: one object, which a checkpoint holds. Imports accelerate, diffusers and torch."""
+"""What is trained, and changes meanwhile: one object, which a checkpoint holds, and how an update changes it."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch import nn
 
-from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
-from .objectives import TimestepSampler, timestep_sampler
-from .options import HardwareOptions, OptimisationOptions, TrainingOptions
-from .update import Updater
+from .objectives import ImportanceTimesteps, UniformTimesteps, timestep_sampler
+from .options import TrainingOptions
+from .stop import in_any_process
+
+logger = logging.getLogger(__name__)
+
+MAX_IN_A_ROW = 10  # skipped updates in succession, after which training is hopeless
+SMALLEST_SCALE = 1.0  # of fp16 losses: if they overflow even below it, the scale is not what is wrong
+INDICES_SHOWN = 20  # of images in a message
 
 
-class HasState(Protocol):
-    """Something with a state of tensors and plain values."""
+@dataclass
+class Updater:
+    """Applies gradients: clipping, optimizer, learning rate, EMA. Skips an update whose loss or gradient is not finite, in all
+    processes together, and counts it. If fp16 gradients overflow while the loss is finite, accelerate's scaler skips the
+    update and lowers its scale; that is not counted.
+    """
 
-    def state_dict(self) -> dict[str, Any]: ...
+    accelerator: Accelerator
+    network: nn.Module
+    optimizer: Any
+    lr_scheduler: Any
+    ema: EMAModel | None
+    max_grad_norm: float
+    skipped: int = 0  # updates in total
+    in_a_row: int = 0
 
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+    def __call__(self, step: int, losses: torch.Tensor, indices: list[int], stop: bool) -> tuple[float | None, bool]:
+        """Apply the gradients of update `step`; `losses` [b] are of this process's images, whose rows are `indices`. (The
+        gradient norm before clipping, or None if the update was skipped; whether any process was asked to stop).
+        """
+        norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+        finite_losses, finite_norm = torch.stack([losses.isfinite().all(), norm.isfinite()]).tolist()
+        scaler = self.accelerator.scaler
+        excused = scaler is not None and scaler.get_scale() >= SMALLEST_SCALE
+        fault = not finite_losses or not (finite_norm or excused)
+        fault, stop = in_any_process(self.accelerator, fault, stop)
+        if fault:
+            self._skip(step, losses, indices, float(norm))
+            return None, stop
+        self.in_a_row = 0
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.accelerator.optimizer_step_was_skipped:
+            return None, stop
+        self.lr_scheduler.step()
+        if self.ema is not None:
+            self.ema.step(self.network.parameters())
+        return float(norm), stop
+
+    def _skip(self, step: int, losses: torch.Tensor, indices: list[int], norm: float) -> None:
+        self.optimizer.zero_grad()
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # forgets that gradients were unscaled, and lowers the scale
+        self.skipped += 1
+        self.in_a_row += 1
+        finite = losses.isfinite().tolist()
+        culprits = gather_object([index for index, good in zip(indices, finite, strict=True) if not good])
+        images = culprits or gather_object(indices)
+        more = f" and {len(images) - INDICES_SHOWN} more" if len(images) > INDICES_SHOWN else ""
+        shown = ", ".join(map(str, images[:INDICES_SHOWN])) + more
+        loss = "the loss is not finite for the images"
+        cause = loss if culprits else f"the gradient norm is {norm} although all losses are finite; the images are"
+        if self.accelerator.is_main_process:
+            logger.warning("update %d is skipped: %s %s (%d so far)", step, cause, shown, self.skipped)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
 
 @dataclass
@@ -29,19 +91,17 @@ class TrainingState:
     """The network in its three forms, and what belongs to its training."""
 
     unet: Any  # the noise predictor
-    network: torch.nn.Module  # the UNet, with a text encoder that is trained with it
-    model: torch.nn.Module  # the network as it is called: compiled, distributed
+    network: nn.Module  # the UNet, with a text encoder that is trained with it
+    model: nn.Module  # the network as it is called: compiled, distributed
     ema: EMAModel | None
     updater: Updater  # with optimizer and learning-rate schedule
-    timestep_sampler: TimestepSampler
+    timestep_sampler: UniformTimesteps | ImportanceTimesteps
 
     @property
-    def parts(self) -> dict[str, HasState]:
-        """What a checkpoint holds beside the weights, their EMA and what accelerate saves."""
-        parts: dict[str, HasState] = {"lr_scheduler": self.updater.lr_scheduler, "updater": self.updater}
-        if self.timestep_sampler.observes_losses:
-            parts["timestep_sampler"] = self.timestep_sampler
-        return parts
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the weights, their EMA and what accelerate saves: each has a state_dict."""
+        sampler = {"timestep_sampler": self.timestep_sampler} if self.timestep_sampler.observes_losses else {}
+        return {"lr_scheduler": self.updater.lr_scheduler, "updater": self.updater, **sampler}
 
     @property
     def num_parameters(self) -> int:
@@ -67,17 +127,18 @@ class TrainingState:
                 self.ema.restore(parameters)
 
 
-def build_state(
-    accelerator: Accelerator,
-    unet: Any,
-    network: torch.nn.Module,
-    scheduler: AlphaDDPMScheduler,
-    options: TrainingOptions,
-) -> TrainingState:
+def build_state(accelerator: Accelerator, unet: Any, network: nn.Module, options: TrainingOptions) -> TrainingState:
     """Everything that is trained, on the device and prepared for it. `options` are the resolved ones."""
     optimisation, hardware = options.optimisation, options.hardware
-    _fit_to_hardware(unet, hardware)
-    ema = _ema_of(network.to(accelerator.device), optimisation)
+    if hardware.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if hardware.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    network.to(accelerator.device)
+    ema = None
+    if optimisation.ema_decay:
+        warmup = {"use_ema_warmup": True, "power": optimisation.ema_power}
+        ema = EMAModel(network.parameters(), decay=optimisation.ema_decay, foreach=True, **warmup)
     optimizer = torch.optim.AdamW(
         network.parameters(),
         lr=optimisation.learning_rate,
@@ -86,28 +147,9 @@ def build_state(
         weight_decay=optimisation.weight_decay,
         fused=accelerator.device.type in ("cuda", "cpu"),
     )
-    lr_scheduler = get_scheduler(  # not prepared: it counts updates, whatever the number of processes
-        optimisation.lr_scheduler,
-        optimizer,
-        num_warmup_steps=optimisation.lr_warmup_steps,
-        num_training_steps=optimisation.max_train_steps,
-    )
+    updates = {"num_warmup_steps": optimisation.lr_warmup_steps, "num_training_steps": optimisation.max_train_steps}
+    lr_scheduler = get_scheduler(optimisation.lr_scheduler, optimizer, **updates)  # not prepared: it counts updates
     model, optimizer = accelerator.prepare(torch.compile(network) if hardware.compile else network, optimizer)
     updater = Updater(accelerator, network, optimizer, lr_scheduler, ema, optimisation.max_grad_norm)
-    sampler = timestep_sampler(options.diffusion.timestep_sampling, len(scheduler))
+    sampler = timestep_sampler(options.diffusion.timestep_sampling, options.diffusion.num_train_timesteps)
     return TrainingState(unet, network, model, ema, updater, sampler)
-
-
-def _fit_to_hardware(unet: Any, hardware: HardwareOptions) -> None:
-    if hardware.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if hardware.channels_last:
-        unet.to(memory_format=torch.channels_last)
-
-
-def _ema_of(network: torch.nn.Module, options: OptimisationOptions) -> EMAModel | None:
-    if not options.ema_decay:
-        return None
-    return EMAModel(
-        network.parameters(), decay=options.ema_decay, use_ema_warmup=True, power=options.ema_power, foreach=True
-    )

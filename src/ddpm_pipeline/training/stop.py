@@ -1,7 +1,7 @@
 """Ending a run early and in order: signals, and the clock of `--max_train_time`.
 
 The first signal is a request: the current update is finished, a checkpoint is written, and the command ends with
-`support.errors.STOPPED_STATUS`. A second one ends it at once. Imports accelerate and torch.
+`support.errors.STOPPED_STATUS`. A second one ends it at once.
 """
 
 import contextlib
@@ -25,8 +25,7 @@ class StopRequest:
     """Whether the run shall end, and why. `max_minutes` are counted from `began`, a reading of time.monotonic."""
 
     def __init__(self, max_minutes: float | None, began: float):
-        self.deadline = None if max_minutes is None else began + 60 * max_minutes
-        self.max_minutes = max_minutes
+        self.max_minutes, self.began = max_minutes, began
         self._signal: signal.Signals | None = None
         self._asked_at = 0.0
 
@@ -35,17 +34,18 @@ class StopRequest:
         """What asked this process to stop; None if nothing did."""
         if self._signal is not None:
             return self._signal.name
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            return f"--max_train_time {self.max_minutes:g}"
-        return None
+        late = self.max_minutes is not None and time.monotonic() >= self.began + 60 * self.max_minutes
+        return f"--max_train_time {self.max_minutes:g}" if late else None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, signals are requests. Their earlier handlers are restored at the end."""
+        """Within, signals are requests, and Stopped says how to continue. Earlier handlers are restored at the end."""
         heard = SIGNALS if threading.current_thread() is threading.main_thread() else ()  # Python allows no other
         before = {each: signal.signal(each, self._on_signal) for each in heard}
         try:
             yield
+        except Stopped as stopped:
+            raise Stopped(f"{stopped}; repeat the command with --resume latest to continue from there") from None
         finally:
             for each, handler in before.items():
                 signal.signal(each, handler)
@@ -53,19 +53,15 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal is None:
             self._signal, self._asked_at = signal.Signals(number), time.monotonic()
-            message = (
-                f"\n{self._signal.name}: finishing this update and writing a checkpoint; a second signal ends at once\n"
-            )
-            os.write(2, message.encode())  # print is not safe here: it may be what was interrupted
+            what = "finishing this update and writing a checkpoint; a second signal ends at once"
+            os.write(2, f"\n{self._signal.name}: {what}\n".encode())  # print is unsafe: it may be what was interrupted
         elif time.monotonic() - self._asked_at > ONE_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     @contextlib.contextmanager
     def interrupts(self, network: torch.nn.Module) -> Iterator[None]:
-        """Within, the next call of the network after a request raises Stopped: for sampling and evaluation, which may take
-        minutes and can be repeated.
-        """
+        """Within, the next call of the network after a request raises Stopped: for long work that can be repeated."""
 
         def check(*_: object) -> None:
             if (reason := self.reason) is not None:

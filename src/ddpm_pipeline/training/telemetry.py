@@ -1,7 +1,4 @@
-"""What a run reports about itself: losses, times and memory, to metrics.jsonl, the tracker and the log.
-
-Imports accelerate, psutil and torch; called by the training loop.
-"""
+"""What a run reports about itself: losses, times and memory, to metrics.jsonl, the tracker and the log."""
 
 import contextlib
 import json
@@ -20,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..data.skipped import SkippedLog, SkippedRow
 from ..support.atomic import write_text
-from .update import Updater
+from .state import Updater
 
 logger = logging.getLogger(__name__)
 
@@ -44,22 +41,6 @@ def logging_to(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         for handler in handlers:
             package.removeHandler(handler)
             handler.close()
-
-
-class MetricsLog:
-    """Lines of metrics.jsonl, also sent to the tracker. Of an earlier attempt, the lines up to `first_step` stay."""
-
-    def __init__(self, accelerator: Accelerator, path: Path, first_step: int):
-        self.accelerator, self.path = accelerator, path
-        if accelerator.is_main_process and path.is_file():
-            kept = [line for line in path.read_text("utf-8").splitlines() if _step_of(line) <= first_step]
-            write_text(path, "".join(f"{line}\n" for line in kept))
-
-    def __call__(self, metrics: Mapping[str, float], step: int) -> None:
-        self.accelerator.log(dict(metrics), step=step)
-        if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
 
 
 def _step_of(line: str) -> float:
@@ -116,9 +97,11 @@ class Telemetry:
     """Gathers the losses and times of updates, and reports them as lines of the log and on the progress bar."""
 
     def __init__(self, accelerator: Accelerator, folder: Path, updater: Updater, first_step: int, total: int):
-        self.accelerator, self.updater = accelerator, updater
+        self.accelerator, self.updater, self.path = accelerator, updater, folder / "metrics.jsonl"
         main = accelerator.is_main_process
-        self.log = MetricsLog(accelerator, folder / "metrics.jsonl", first_step)
+        if main and self.path.is_file():  # of an earlier attempt
+            lines = [line for line in self.path.read_text("utf-8").splitlines() if _step_of(line) <= first_step]
+            write_text(self.path, "".join(f"{line}\n" for line in lines))
         self.skipped = SkippedLog(folder) if main else None  # rows of the data
         self.timer = StepTimer(accelerator.device)
         self.bar = tqdm(total=total, initial=first_step, disable=not main, desc="training", unit="update")
@@ -126,6 +109,13 @@ class Telemetry:
         self._grad_norm = float("nan")  # of the last update
         self._spent: Counter[str] = Counter()  # seconds by part of an update
         self.restart_clock()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """A line of metrics.jsonl, which the tracker gets too."""
+        self.accelerator.log(dict(metrics), step=step)
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def restart_clock(self) -> None:
         """Images per second are counted from here on."""
@@ -145,9 +135,9 @@ class Telemetry:
         """Log the updates since the last report: the loss is a mean over all processes, times are means over updates."""
         updates = len(self._losses)  # those that were applied
         shown: dict[str, float] = {}
-        if self._losses:
-            shown["loss"] = self.accelerator.reduce(torch.stack(self._losses).mean(), "mean").item()
-            shown["grad_norm"] = self._grad_norm
+        if updates:
+            loss = self.accelerator.reduce(torch.stack(self._losses).mean(), "mean").item()
+            shown = {"loss": loss, "grad_norm": self._grad_norm}
         metrics = shown | {
             "learning_rate": self.updater.lr_scheduler.get_last_lr()[0],
             "images_per_second": updates * batch_size / (time.monotonic() - self._clock),

@@ -1,18 +1,12 @@
-"""Tokenizers and text encoders: a small one built from the captions, or any text model of transformers.
-
-Imports tokenizers, torch and transformers; called by conditions.py.
-"""
+"""Tokenizers and text encoders: a small one built from the captions, or any text model of transformers."""
 
 from collections.abc import Iterable
 from itertools import islice
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForTextEncoding,
-    AutoTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     PreTrainedModel,
@@ -35,15 +29,11 @@ def make_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # a word is the same token everywhere
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        islice(captions, MAX_CAPTIONS_READ),
-        trainers.BpeTrainer(
-            vocab_size=MAX_VOCABULARY,
-            special_tokens=list(SPECIAL_TOKENS),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), list(SPECIAL_TOKENS)
+    trainer = trainers.BpeTrainer(
+        vocab_size=MAX_VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
+    tokenizer.train_from_iterator(islice(captions, MAX_CAPTIONS_READ), trainer)
     pad, start, end = SPECIAL_TOKENS
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{start} $A {end}", special_tokens=[(token, tokenizer.token_to_id(token)) for token in (start, end)]
@@ -55,35 +45,24 @@ def make_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
 
 def make_small_encoder(tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel:
     """A CLIP-style text transformer of under 2 M parameters, with weights from torch's global generator."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            **SMALL_ENCODER,
-            vocab_size=len(tokenizer),
-            max_position_embeddings=MAX_TOKENS,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    size = {**SMALL_ENCODER, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_TOKENS}
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    return CLIPTextModel(CLIPTextConfig(**size, **special))
 
 
 def load_text_encoder(source: str | None, init_from: str | None) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and encoder, in float32, from a Hub name or folder, or from the pipeline `init_from` if `source` is None.
-
     Raises ConfigError if they cannot be used.
     """
-    option = f"--text_encoder {source}" if source else f"--init_from {init_from}"
-    places = {part: {} if source else {"subfolder": part} for part in ("tokenizer", "text_encoder")}
-    name = source or init_from
+    name, option = (source, f"--text_encoder {source}") if source else (init_from, f"--init_from {init_from}")
+    of_tokenizer, of_encoder = ({} if source else {"subfolder": part} for part in ("tokenizer", "text_encoder"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **places["tokenizer"])
-        encoder_config = AutoConfig.from_pretrained(name, **places["text_encoder"])
-        if encoder_config.model_type == "clip":  # the text half of a whole CLIP
-            loader = CLIPTextModel
-        else:
-            known = type(encoder_config) in AutoModelForTextEncoding._model_mapping
-            loader = AutoModelForTextEncoding if known else AutoModel
-        encoder = loader.from_pretrained(name, dtype=torch.float32, **places["text_encoder"])
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **of_tokenizer)
+        config = transformers.AutoConfig.from_pretrained(name, **of_encoder)
+        text_models = transformers.AutoModelForTextEncoding
+        loader = text_models if type(config) in text_models._model_mapping else transformers.AutoModel
+        loader = CLIPTextModel if config.model_type == "clip" else loader  # the text half of a whole CLIP
+        encoder = loader.from_pretrained(name, dtype=torch.float32, **of_encoder)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{option} cannot be used as a text encoder: {error}") from error
     positions = getattr(encoder.config, "max_position_embeddings", None)
