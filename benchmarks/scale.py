@@ -25,8 +25,8 @@ MODELS = {"CIFAR-10, 32x32": ("32", 32), "64x64": ("64", 64), "256x256": ("256",
 DEVICES = (1, 8, 64)
 BATCH_PER_DEVICE = {"32": 128, "64": 32, "256": 4}
 BATCH_ON_CPU = {"32": 16, "64": 4, "256": 1}  # of the measured update
-STATE_BYTES = {"weights": 4, "gradients": 4, "Adam's two averages": 8, "averaged weights": 4}  # a parameter, float32
-CHECKPOINT_BYTES = 16  # a parameter: all of these but the gradients
+STATE_BYTES = {"weights": 4, "gradients": 4, "Adam's two averages": 8, "EMA weights": 4}  # per parameter, float32
+CHECKPOINT_BYTES = 16  # per parameter: all of these but the gradients
 
 
 def build(preset: str, side: int, device: str) -> UNet2DModel:
@@ -91,7 +91,7 @@ def measure(preset: str, side: int, device: str, batch: int | None, repeats: int
 
 
 def on(devices: int, measured: dict[str, Any], bandwidth: float) -> dict[str, float]:
-    """The calculation of docs/scale.md: so many devices like the measured one, joined by `bandwidth` bytes a second."""
+    """The calculation of docs/scale.md: so many devices like the measured one, joined by `bandwidth` bytes per second."""
     batch = measured["batch_per_device"]
     compute = batch / measured["images_per_second"]
     reduce = (
@@ -111,8 +111,8 @@ def on(devices: int, measured: dict[str, Any], bandwidth: float) -> dict[str, fl
 
 def table(report: dict[str, Any]) -> str:
     lines = [
-        "| model | parameters | GFLOP an image | activations an image | checkpoint | memory a device (its batch) | devices | "
-        "images/s | data read |",
+        "| model | parameters | GFLOP per image | activations per image | checkpoint | memory per device (its batch) "
+        "| devices | images/s | data read |",
         "|---" * 9 + "|",
     ]
     for name, entry in report["models"].items():
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--batch", type=int, help="images of the measured update")
     parser.add_argument("--repeats", type=int, default=3, help="measured updates, of which the fastest counts")
-    parser.add_argument("--bandwidth", type=float, default=10e9, help="bytes a second between devices; an assumption")
+    parser.add_argument("--bandwidth", type=float, default=10e9, help="bytes per second between devices; an assumption")
     parser.add_argument("--output", type=Path, help="without suffix; a .json and a .md are written")
     arguments = parser.parse_args()
     models = {}

@@ -17,14 +17,10 @@ BATCH_SIZE = 128
 
 
 class DigitsClassifier(nn.Module):
-    """A convolutional classifier of 8x8 digits, with `num_features` penultimate features.
-
-    `held_out_accuracy` and `held_out_top_probability`, both in [0, 1], are of the real digits that it was not fitted on.
-    """
+    """A convolutional classifier of 8x8 digits, with `num_features` penultimate features."""
 
     num_features = 64
-    held_out_accuracy: float = float("nan")
-    held_out_top_probability: float = float("nan")
+    held_out_accuracy = held_out_top_probability = float("nan")  # in [0, 1], of real digits that it was not fitted on
 
     def __init__(self) -> None:
         super().__init__()

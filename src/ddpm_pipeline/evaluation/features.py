@@ -5,7 +5,6 @@ An extractor is a module from images [B, C, H, W] in [-1, 1] to features [B, F].
 
 import importlib
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
@@ -48,24 +47,21 @@ def feature_extractor(name: str, dataset: str, inception_weights: str | None, op
 
     Raises ConfigError, which names the `option` it came from, if it cannot be used.
     """
-    if name == "auto":
-        name = "digits" if dataset == "digits" else "inception"
-    if name == "digits":
+    if name == "digits" or (name == "auto" and dataset == "digits"):
         return fit_digits_classifier()
-    if name == "inception":
+    if name in ("inception", "auto"):
         try:
             return InceptionFeatures(inception_weights)
         except (ImportError, FileNotFoundError) as error:
             raise ConfigError(f"{option} inception: {error}") from error
     module, _, function = name.partition(":")
     try:
-        extractor: Any = getattr(importlib.import_module(module), function)()
+        return getattr(importlib.import_module(module), function)().eval()
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"{option} {name}: {error}. Use auto, digits, inception, or MODULE:FUNCTION, where the function returns a "
             "torch module from images [B, C, H, W] in [-1, 1] to features [B, F]."
         ) from error
-    return extractor.eval()
 
 
 def real_features(data: ImageData, extractor: nn.Module, cache_dir: str | None) -> torch.Tensor:
@@ -77,10 +73,10 @@ def real_features(data: ImageData, extractor: nn.Module, cache_dir: str | None) 
     path = folder / f"features-{data.fingerprint}-{weights_digest(extractor)}.safetensors"
     if path.is_file():
         return load_file(path)["features"]
-    rows = [range(start, min(start + REAL_BATCH, len(data))) for start in range(0, len(data), REAL_BATCH)]
-    device = next(iter(extractor.state_dict().values()), torch.empty(0)).device
+    device, rows = next(iter(extractor.state_dict().values()), torch.empty(0)).device, range(len(data))
+    batches = (data.pixels(rows[start : start + REAL_BATCH]).to(device) for start in rows[::REAL_BATCH])
     with torch.no_grad():
-        features = torch.cat([extract(extractor, data.pixels(batch).to(device))[0].cpu() for batch in rows])
+        features = torch.cat([extract(extractor, batch)[0].cpu() for batch in batches])
     with atomic_file(path) as temporary:
         save_file({"features": features.contiguous()}, temporary)
     return features
@@ -106,11 +102,8 @@ class InceptionFeatures(nn.Module):
         if weights is not None and not Path(weights).is_file():
             raise FileNotFoundError(f"the Inception weights {weights} are not a file. {_HOW_TO_SUPPLY}")
         try:
-            self.network = NoTrainInceptionV3(
-                name="inception-v3-compat",
-                features_list=["2048", "logits_unbiased"],
-                feature_extractor_weights_path=None if weights is None else str(weights),
-            )
+            path = None if weights is None else str(weights)
+            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], path)
         except (OSError, RuntimeError) as error:  # URLError is an OSError
             raise FileNotFoundError(f"the Inception weights could not be loaded ({error}). {_HOW_TO_SUPPLY}") from error
 

@@ -14,10 +14,7 @@ from ..likelihood import BitsPerDim, bits_per_dim
 def likelihood_of(
     unet: Any, scheduler: Any, pixels: torch.Tensor, noise_seeds: Sequence[int], **options: Any
 ) -> BitsPerDim:
-    """Bits per dimension of images, uint8 [B, C, H, W], each with noise of its own, from its seed in `noise_seeds` [B].
-
-    `options` are further ones of `bits_per_dim`.
-    """
+    """`bits_per_dim` of images, uint8 [B, C, H, W], each with noise of its own, from its seed in `noise_seeds` [B]."""
     generators = [torch.Generator().manual_seed(int(seed)) for seed in noise_seeds]
     return bits_per_dim(unet, scheduler, to_model_range(pixels), generator=generators, **options)
 
@@ -25,19 +22,17 @@ def likelihood_of(
 def summary(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """The means of `BitsPerDim`'s fields, each a list with a value per image, and the standard error of the mean total."""
     values = {name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()}
-    result = {"num_images": len(values["total"])} | {name: column.mean().item() for name, column in values.items()}
+    of_one_image, count = values.pop("standard_error").square().mean().sqrt().item(), len(values["total"])
+    result = {"num_images": count} | {name: column.mean().item() for name, column in values.items()}
     # images draw their own timesteps, so the spread of totals includes what evaluating a subset of timesteps adds
-    if (count := result["num_images"]) > 1:
+    if count > 1:
         result["total_standard_error"] = values["total"].std().item() / math.sqrt(count)
-    result["standard_error_of_one_image"] = values["standard_error"].square().mean().sqrt().item()
-    del result["standard_error"]
-    return result
+    return result | {"standard_error_of_one_image": of_one_image}
 
 
 def measurements(results: Mapping[str, Any]) -> list[Measurement]:
     """The figures in the results of `evaluate`, as the model card has them."""
-    data = {"dataset": results["dataset"], "split": results["split"]}
-    seed = {"seed": results["seed"]}
+    data, seed = {name: results[name] for name in ("dataset", "split")}, {"seed": results["seed"]}
     measured = []
     if bits := results.get("bits_per_dim"):
         settings = {"steps": bits["steps"], "bound": "upper"} | seed

@@ -3,8 +3,9 @@
 All figures follow from one set of features, in float64. Images are uint8 [B, C, H, W] throughout, as in files.
 """
 
+import math
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -61,8 +62,7 @@ class ImageQuality(Metric):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.extractor = extractor
-        self.num_neighbours, self.splits, self.seed = num_neighbours, splits, seed
+        self.extractor, self.num_neighbours, self.splits, self.seed = extractor, num_neighbours, splits, seed
         self.kid_subsets, self.kid_subset_size = kid_subsets, kid_subset_size
         for state in ("real_features", "generated_features", "generated_logits"):
             self.add_state(state, [], dist_reduce_fx="cat")
@@ -82,39 +82,34 @@ class ImageQuality(Metric):
     def compute(self) -> Quality:
         """All figures. Raises ValueError for fewer than k + 2 images of a kind, and for features that are not finite."""
         real, generated, logits = map(_joined, (self.real_features, self.generated_features, self.generated_logits))
-        fewest = min(len(real), len(generated))
-        if fewest < self.num_neighbours + 2:
+        fewest, needed = min(len(real), len(generated)), self.num_neighbours + 2
+        if fewest < needed:
+            given = f"{len(real)} real and {len(generated)} generated images"
             raise ValueError(
-                f"{len(real)} real and {len(generated)} generated images are too few; give at least "
-                f"{self.num_neighbours + 2} of each, and thousands for a figure to report."
+                f"{given} are too few; give at least {needed} of each, and thousands for a figure to report."
             )
         if not (real.isfinite().all() and generated.isfinite().all()):
             raise ValueError("some features are NaN or infinite: the images or the extractor are broken.")
         if fewest <= real.shape[1]:
-            warnings.warn(
-                f"{fewest} images give a singular covariance of {real.shape[1]} features; the FID of so few images is far "
-                "from that of many.",
-                stacklevel=2,
-            )
+            singular = f"{fewest} images give a singular covariance of {real.shape[1]} features"
+            warnings.warn(f"{singular}; the FID of so few images is far from that of many.", stacklevel=2)
         subset_size = max(2, min(self.kid_subset_size, fewest // 2))
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchmetrics warns of the memory that features take
             torch.manual_seed(self.seed)  # torchmetrics permutes by the global generator
-            alone: dict[str, Any] = {"sync_on_compute": False}  # the features are those of all processes already
             fid = frechet_distance(real, generated)
-            kid, kid_std = _mean_and_deviation(  # Bińkowski et al. 2018
-                KernelInceptionDistance(_Given(real), subsets=self.kid_subsets, subset_size=subset_size, **alone),
-                {"imgs": real, "real": True}, {"imgs": generated, "real": False},
-            )  # fmt: skip
-            score = score_std = float("nan")
+            alone = {"sync_on_compute": False}  # the features are those of all processes already
+            kid = KernelInceptionDistance(_Given(real), subsets=self.kid_subsets, subset_size=subset_size, **alone)
+            kid.update(real, real=True)
+            kid.update(generated, real=False)
+            kids = map(float, kid.compute())  # mean and deviation, Bińkowski et al. 2018
+            scores = (math.nan, math.nan)
             if len(logits):  # exp E KL(p(class|image) ‖ p(class)), Salimans et al. 2016
-                metric = InceptionScore(_Given(logits), splits=min(self.splits, len(generated)), **alone)
-                score, score_std = _mean_and_deviation(metric, {"imgs": logits})
-        precision, recall = precision_recall(real, generated, self.num_neighbours)
-        return Quality(
-            len(real), len(generated), fid, kid, kid_std, subset_size, score, score_std, precision, recall,
-            self.num_neighbours,
-        )  # fmt: skip
+                score = InceptionScore(_Given(logits), splits=min(self.splits, len(generated)), **alone)
+                score.update(logits)
+                scores = map(float, score.compute())
+        covered = precision_recall(real, generated, self.num_neighbours)
+        return Quality(len(real), len(generated), fid, *kids, subset_size, *scores, *covered, self.num_neighbours)
 
 
 def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
@@ -131,14 +126,6 @@ def frechet_distance_of_halves(features: torch.Tensor, num_splits: int = 20, see
     generator = torch.Generator().manual_seed(seed)
     halves = [torch.randperm(len(features), generator=generator).chunk(2) for _ in range(num_splits)]
     return sum(frechet_distance(features[first], features[second]) for first, second in halves) / num_splits
-
-
-def _mean_and_deviation(metric: Metric, *updates: dict[str, Any]) -> tuple[float, float]:
-    """The result of one of torchmetrics' metrics after some updates: mean and deviation over its subsets or splits."""
-    for update in updates:
-        metric.update(**update)
-    mean, deviation = metric.compute()
-    return float(mean), float(deviation)
 
 
 class _Given(nn.Identity):
@@ -163,10 +150,10 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, num_neighbours
 
 
 def _share_inside(points: torch.Tensor, manifold: torch.Tensor, num_neighbours: int) -> float:
-    radii = torch.cat([  # the nearest of all is the point itself
-        _distances(rows, manifold).kthvalue(num_neighbours + 1, dim=1).values for rows in manifold.split(DISTANCE_ROWS)
-    ])  # fmt: skip
-    inside = [(_distances(rows, manifold) <= radii).any(dim=1) for rows in points.split(DISTANCE_ROWS)]
+    nearest = num_neighbours + 1  # with the point itself
+    radii = [_distances(rows, manifold).kthvalue(nearest, dim=1).values for rows in manifold.split(DISTANCE_ROWS)]
+    reach = torch.cat(radii)
+    inside = [(_distances(rows, manifold) <= reach).any(dim=1) for rows in points.split(DISTANCE_ROWS)]
     return float(torch.cat(inside).double().mean())
 
 

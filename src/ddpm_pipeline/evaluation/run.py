@@ -43,18 +43,17 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     accelerator, sampling = Accelerator(), options.sampling
     if sampling.num_cpu_threads:
         torch.set_num_threads(sampling.num_cpu_threads)
-    pipe = load_pipeline(sampling.model).to(accelerator.device)
+    pipe, quality = load_pipeline(sampling.model).to(accelerator.device), options.quality
     sampler, extractor = scheduler_for(pipe, sampling.scheduler), None
-    if options.quality.num_images:  # before anything that takes long, in case it cannot be used
-        quality = options.quality
+    if quality.num_images:  # before anything that takes long, in case it cannot be used
         extractor = feature_extractor(quality.features, options.data.dataset, quality.inception_weights)
     with accelerator.main_process_first():
         data = _open_images(options, pipe.unet.config)
     if accelerator.is_main_process and data.skipped:
         first = "; ".join(map(describe, data.skipped[:SHOWN]))
         print(f"warning: {len(data.skipped)} rows cannot be used and are skipped: {first}", file=sys.stderr)
-    results = {"model": Path(sampling.model).name, "dataset": data.name, "split": options.data.split}
-    results["skipped_rows"] = len(data.skipped)
+    about = {"model": Path(sampling.model).name, "dataset": data.name, "split": options.data.split}
+    results = about | {"skipped_rows": len(data.skipped)}
     if options.likelihood.num_likelihood_images:
         results["bits_per_dim"] = _bits_per_dim(pipe, data, options, accelerator)
     if extractor is not None:
@@ -79,10 +78,8 @@ def _open_images(options: EvaluationOptions, unet: Any) -> ImageData:
     size = unet.sample_size if isinstance(unet.sample_size, int) else unet.sample_size[0]
     own = {"resolution": size, "channels": unet.in_channels}
     for name, value in own.items():
-        if getattr(options.data, name) not in (None, value):
-            raise ConfigError(
-                f"--{name} {getattr(options.data, name)} differs from the model's, {value}; leave it out."
-            )
+        if (given := getattr(options.data, name)) not in (None, value):
+            raise ConfigError(f"--{name} {given} differs from the model's, {value}; leave it out.")
     data = replace(options.data, **own)
     if not data.streaming:
         return load_images(data)
@@ -121,23 +118,19 @@ def _quality(
     pipe: AlphaDDPMPipeline, extractor: nn.Module, data: ImageData, options: EvaluationOptions, accelerator: Accelerator
 ) -> dict[str, Any]:
     """FID, KID, precision and recall of samples, compared with all of the data."""
-    sampling, main = options.sampling, accelerator.is_main_process
-    steps = default_steps(pipe, sampling.num_inference_steps)
+    sampling, steps = options.sampling, default_steps(pipe, options.sampling.num_inference_steps)
     quality = ImageQuality(extractor, seed=sampling.seed).to(accelerator.device)
     with accelerator.main_process_first():
         reference = real_features(data, extractor, options.data.cache_dir)
     share = reference.tensor_split(accelerator.num_processes)[accelerator.process_index]
     quality.add_real_features(share.to(accelerator.device))
     batches = my_batches(options.quality.num_images, sampling.batch_size, accelerator)
-    for batch in tqdm(batches, disable=not main, desc="sampling"):
+    for batch in tqdm(batches, disable=not accelerator.is_main_process, desc="sampling"):
         quality.update(sample_uint8(pipe, batch, sampling.seed, steps).to(accelerator.device), real=False)
-    figures = quality.compute()._asdict()
-    return {
-        **{name: value for name, value in figures.items() if not math.isnan(value)},  # JSON has no NaN
-        "steps": steps,
-        "scheduler": type(pipe.scheduler).__name__,
-        "features": type(extractor).__name__,
-    }
+    figures = {
+        name: value for name, value in quality.compute()._asdict().items() if not math.isnan(value)
+    }  # as in JSON
+    return figures | {"steps": steps, "scheduler": type(pipe.scheduler).__name__, "features": type(extractor).__name__}
 
 
 def _write(options: EvaluationOptions, results: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """Images sampled from seeds: previews of a run, images to evaluate, images in bulk, and the reverse process as a strip.
 
-Image i is a function of (seed, i), the model and the sampler. Pipelines come in as arguments. Called by `run`, by evaluation
-and by training.
+Image i is a function of (seed, i), the model and the sampler. Called by `run`, by evaluation and by training.
 """
 
 from collections.abc import Sequence
@@ -48,16 +47,15 @@ def sample(
 ) -> Any:
     """The pipeline's output for the images with these numbers, in one batch; `images` are [b, C, H, W] in [0, 1]."""
     image_seeds = seeds(seed, RandomStream.PREVIEW, 0, max(numbers) + 1)[list(numbers)]
-    generators = [torch.Generator(pipe.device).manual_seed(int(image_seed)) for image_seed in image_seeds]
-    steps = {"num_inference_steps": num_inference_steps}
-    return pipe(generator=generators, output_type="pt", **steps, **request.call(numbers), **options)
+    options["generator"] = [torch.Generator(pipe.device).manual_seed(int(image_seed)) for image_seed in image_seeds]
+    return pipe(num_inference_steps=num_inference_steps, output_type="pt", **request.call(numbers), **options)
 
 
 def sample_in_batches(
     pipe: Any, count: int, batch_size: int, seed: int, num_inference_steps: int | None, request: Request = UNCONDITIONAL
 ) -> torch.Tensor:
     """Images 0..count-1 in [0, 1], [count, C, H, W] on the CPU."""
-    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    batches = [range(count)[start : start + batch_size] for start in range(0, count, batch_size)]
     return torch.cat([sample(pipe, batch, seed, num_inference_steps, request).images.cpu() for batch in batches])
 
 
@@ -70,11 +68,11 @@ def sample_uint8(
     """
     images = sample(pipe, numbers, seed, num_inference_steps, request).images
     if not images.isfinite().all():
-        raise ConfigError(
-            f"{type(pipe.scheduler).__name__} produced NaN or infinite values when sampling this model in "
-            f"{num_inference_steps} steps; use fewer --num_inference_steps or another --scheduler (diffusers' multistep "
-            "solvers do so if there are T steps)."
+        failure = f"produced NaN or infinite values when sampling this model in {num_inference_steps} steps"
+        remedy = (
+            "use fewer --num_inference_steps or another --scheduler (diffusers' multistep solvers do so at T steps)"
         )
+        raise ConfigError(f"{type(pipe.scheduler).__name__} {failure}; {remedy}.")
     return images.float().mul(255).round().to(torch.uint8).cpu()
 
 

@@ -35,7 +35,7 @@ def generate(options: GenerationOptions) -> Path:
 
     Raises ConfigError for a model, sampler or folder that cannot be used.
     """
-    accelerator, sampling = Accelerator(), options.sampling
+    accelerator, sampling, output = Accelerator(), options.sampling, options.output
     if sampling.num_cpu_threads:
         torch.set_num_threads(sampling.num_cpu_threads)
     pipe = load_pipeline(sampling.model).to(accelerator.device)
@@ -47,19 +47,18 @@ def generate(options: GenerationOptions) -> Path:
         "num_inference_steps": steps,
         "seed": sampling.seed,
     }
-    todo = [_prepare(options.output, settings) if accelerator.is_main_process else None]
+    todo = [_prepare(output, settings) if accelerator.is_main_process else None]
     broadcast_object_list(todo)  # one list, since files appear while other processes still look
     if isinstance(todo[0], str):
         raise ConfigError(todo[0])
-    folder, missing = Path(options.output.output_dir), todo[0]
-    count = options.output.num_images
+    folder, missing, count = Path(output.output_dir), todo[0], output.num_images
     accelerator.print(f"{count - len(missing)} of {count} images exist already", file=sys.stderr)
     mine = _share(missing, sampling.batch_size, accelerator)
     for batch in tqdm(mine, disable=not (missing and accelerator.is_main_process), desc="batches"):
         for number, image in zip(batch, sample_uint8(pipe, batch, sampling.seed, steps), strict=True):
             save_picture(array_to_image(image.permute(1, 2, 0).numpy()), _path(folder, number))
     accelerator.wait_for_everyone()
-    if options.output.format == "parquet" and accelerator.is_main_process and missing:
+    if output.format == "parquet" and accelerator.is_main_process and missing:
         _to_parquet(folder, count)
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -8,16 +8,6 @@ from .card import Measurement, TrainingFacts, build_card, pictures_in, record_ev
 from .upload import PushOptions, export, push, push_command, push_pipeline
 
 __all__ = [
-    "Measurement",
-    "PushError",
-    "PushOptions",
-    "TrainingFacts",
-    "build_card",
-    "export",
-    "pictures_in",
-    "push",
-    "push_command",
-    "push_pipeline",
-    "record_evaluation",
-    "refresh_card",
-]
+    "Measurement", "PushError", "PushOptions", "TrainingFacts", "build_card", "export", "pictures_in", "push",
+    "push_command", "push_pipeline", "record_evaluation", "refresh_card",
+]  # fmt: skip

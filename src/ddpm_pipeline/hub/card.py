@@ -1,6 +1,6 @@
 """Model cards that say only what is known: built from `model_card.md`, refreshed between marks, with figures as metadata.
 
-Imports huggingface_hub alone; pipelines come in as arguments. Called by `upload`, by evaluation and by training.
+Imports huggingface_hub alone. Called by `upload`, by evaluation and by training.
 """
 
 import json
@@ -40,18 +40,11 @@ class Measurement:
     settings: Mapping[str, Any] = field(default_factory=dict)  # steps, scheduler, feature extractor, seed, ...
 
     def as_eval_result(self, task_type: str = "unconditional-image-generation") -> EvalResult:
-        return EvalResult(
-            task_type=task_type,
-            task_name="Image generation",
-            dataset_type=self.dataset,
-            dataset_name=self.dataset,
-            dataset_split=self.split,
-            metric_type=re.sub(r"\W+", "-", self.metric.lower()),
-            metric_name=self.metric,
-            metric_value=self.value,
-            metric_config=OURS,
-            metric_args={"num_images": self.num_images, **self.settings},
-        )
+        task = {"task_type": task_type, "task_name": "Image generation"}
+        data = {"dataset_type": self.dataset, "dataset_name": self.dataset, "dataset_split": self.split}
+        metric = {"metric_type": re.sub(r"\W+", "-", self.metric.lower()), "metric_name": self.metric}
+        settings = {"metric_config": OURS, "metric_args": {"num_images": self.num_images, **self.settings}}
+        return EvalResult(metric_value=self.value, **task, **data, **metric, **settings)
 
 
 @dataclass(frozen=True)
@@ -69,29 +62,18 @@ class TrainingFacts:
 class _Kind:
     """What the card of one kind of model says."""
 
-    our_class: str
-    pipeline_tag: str
     conditional: str = ""
     example: str = ""  # arguments of a call
+    our_class: str = "AlphaDDPMPipeline"
+    pipeline_tag: str = "unconditional-image-generation"
     why_plain_cannot_sample: str = ""
 
 
-UNCONDITIONAL = _Kind("AlphaDDPMPipeline", "unconditional-image-generation")
-CLASS = _Kind(
-    "AlphaDDPMPipeline", "unconditional-image-generation", " class-conditional", "class_labels=[0], guidance_scale=2.0",
-    " the model loads, but it cannot be told a class, so it cannot sample images",
-)  # fmt: skip
-TEXT = _Kind(
-    "AlphaDDPMTextToImagePipeline", "text-to-image", " text-conditional",
-    '"what it should show", guidance_scale=2.0',
-)  # fmt: skip
-
-
-def kind_of(index: Mapping[str, Any], unet: Mapping[str, Any]) -> _Kind:
-    """Which kind a model is of, by its index and its UNet's config."""
-    if "text_encoder" in index:
-        return TEXT
-    return CLASS if unet.get("num_class_embeds") or unet.get("class_embed_type") else UNCONDITIONAL
+NO_CLASS = " the model loads, but it cannot be told a class, so it cannot sample images"
+UNCONDITIONAL = _Kind()
+CLASS = _Kind(" class-conditional", "class_labels=[0], guidance_scale=2.0", why_plain_cannot_sample=NO_CLASS)
+TEXT_EXAMPLE = '"what it should show", guidance_scale=2.0'
+TEXT = _Kind(" text-conditional", TEXT_EXAMPLE, "AlphaDDPMTextToImagePipeline", "text-to-image")
 
 
 def build_card(
@@ -120,8 +102,8 @@ def build_card(
     Raises:
         ValueError: if the folder is not a pipeline, or the card contains a token or the path of the home folder.
     """
-    index, unet, schedule = _configs(model)
-    kind, training = kind_of(index, unet), training or TrainingFacts()
+    kind, unet, schedule = _configs(model)
+    training, images = training or TrainingFacts(), _images(unet)
     example, total = example or kind.example, schedule.get("num_train_timesteps", 1000)
     card = ModelCard.from_template(
         ModelCardData(
@@ -136,7 +118,7 @@ def build_card(
         template_path=str(TEMPLATE),
         name=name,
         repo_id=repo_id or name,
-        summary=_summary(kind, _images(unet), schedule, training),
+        summary=_summary(kind, images, schedule, training),
         pictures=dict(pictures or {}),
         plain_note=kind.why_plain_cannot_sample,
         # DDPMPipeline takes 1000 steps by default, however many there are
@@ -146,17 +128,22 @@ def build_card(
         training_table=_training_table(training.facts, license),
         command=training.command or "",
         evaluation=_evaluation_text(evaluation),
-        resolution=_images(unet),
+        resolution=images,
     )
     check_private(str(card))
     return card
 
 
-def _configs(model: "DiffusionPipeline | Path") -> list[Mapping[str, Any]]:
-    """The index, and the configs of UNet and scheduler."""
-    if not isinstance(model, Path):
-        return [json.loads(model.to_json_string()), model.unet.config, model.scheduler.config]
-    return [read_object(model / name) for name in (INDEX, "unet/config.json", "scheduler/scheduler_config.json")]
+def _configs(model: "DiffusionPipeline | Path") -> tuple[_Kind, Mapping[str, Any], Mapping[str, Any]]:
+    """The kind of a model, and the configs of its UNet and scheduler."""
+    if isinstance(model, Path):
+        files = (INDEX, "unet/config.json", "scheduler/scheduler_config.json")
+        index, unet, schedule = (read_object(model / name) for name in files)
+    else:
+        index, unet, schedule = json.loads(model.to_json_string()), model.unet.config, model.scheduler.config
+    takes_classes = unet.get("num_class_embeds") or unet.get("class_embed_type")
+    kind = TEXT if "text_encoder" in index else CLASS if takes_classes else UNCONDITIONAL
+    return kind, unet, schedule
 
 
 def _example_call(arguments: str, steps: int) -> str:
@@ -164,7 +151,7 @@ def _example_call(arguments: str, steps: int) -> str:
 
 
 def _images(unet: Mapping[str, Any]) -> str:
-    """The colours and the size of the images, such as "RGB 32x32"."""
+    """Such as "RGB 32x32"."""
     channels, size = unet.get("in_channels", 3), unet.get("sample_size")
     colours = {1: "grey", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels}-channel")
     height, width = size if isinstance(size, list | tuple) else (size, size)
@@ -172,7 +159,6 @@ def _images(unet: Mapping[str, Any]) -> str:
 
 
 def _summary(kind: _Kind, images: str, schedule: Mapping[str, Any], training: TrainingFacts) -> str:
-    """The model in two sentences, as far as its configs and facts tell."""
     amount = f"{training.num_images:,} images" if training.num_images else "a stream"
     source = f", trained from scratch on {amount} of `{training.dataset}`" if training.dataset else ""
     own_betas = schedule.get("trained_betas") is not None
@@ -196,17 +182,14 @@ def _training_table(facts: Mapping[str, Any], license: str | None) -> str:
 
 
 def _evaluation_text(evaluation: Sequence[Measurement] | None) -> str:
-    if evaluation is None:
-        return ""
     if not evaluation:
-        return "Not measured yet."
+        return "" if evaluation is None else "Not measured yet."
     lines = ["| metric | value | images | data | how |", "|---|---|---|---|---|"]
     for one in evaluation:
         error = "" if one.standard_error is None else f" ± {one.standard_error:.2g}"
         how = ", ".join(f"{name} {value}" for name, value in one.settings.items())
-        lines.append(
-            f"| {one.metric} | {one.value:.4g}{error} | {one.num_images:,} | {one.dataset} ({one.split}) | {how} |"
-        )
+        figure = f"| {one.metric} | {one.value:.4g}{error} | {one.num_images:,} |"
+        lines.append(f"{figure} {one.dataset} ({one.split}) | {how} |")
     return "\n".join(lines)
 
 
@@ -226,23 +209,18 @@ def refresh_card(existing: str, new: ModelCard, only: Sequence[str] | None = Non
     """
     if not SECTION.search(existing):
         return str(new) if not existing or _is_blank(existing) else existing
-    texts = {
-        found["name"]: found["text"]
-        for found in SECTION.finditer(str(new))
-        if found["text"].strip() and (only is None or found["name"] in only)
-    }
+    texts = {section["name"]: section["text"] for section in SECTION.finditer(str(new)) if section["text"].strip()}
+    texts = {name: text for name, text in texts.items() if only is None or name in only}
     text = SECTION.sub(lambda old: old["open"] + texts.get(old["name"], old["text"]) + old["close"], existing)
     return _with_results(text, new) if "evaluation" in texts else text
 
 
 def _is_blank(text: str) -> bool:
     """Whether a README has no text, or is diffusers' template with nothing filled in."""
-    card = ModelCard(text, ignore_metadata_errors=True)
-    sentence = GENERATED.search(card.text)
-    if sentence is None:
-        return not card.text.strip()
-    blank = ModelCard.from_template(ModelCardData(), model_description=sentence[0])
-    return card.text.strip() == blank.text.strip()
+    found = ModelCard(text, ignore_metadata_errors=True).text.strip()
+    sentence = GENERATED.search(found)
+    blank = ModelCard.from_template(ModelCardData(), model_description=sentence[0]).text.strip() if sentence else ""
+    return found == blank
 
 
 def _with_results(existing: str, new: ModelCard) -> str:
@@ -272,15 +250,9 @@ def card_of_folder(
     folder: Path, repo_id: str, existing: str = "", evaluation: Sequence[Measurement] | None = None
 ) -> ModelCard:
     """What a folder's configs alone tell, with the example of the card that exists already."""
-    kind = kind_of(*_configs(folder)[:2])
-    return build_card(
-        folder,
-        name=repo_id.split("/")[-1],
-        repo_id=repo_id,
-        evaluation=evaluation,
-        pictures=pictures_in(folder),
-        example=_example_in(existing, kind),
-    )
+    example, name = _example_in(existing, _configs(folder)[0]), repo_id.split("/")[-1]
+    told = {"name": name, "repo_id": repo_id, "example": example, "pictures": pictures_in(folder)}
+    return build_card(folder, evaluation=evaluation, **told)
 
 
 def pictures_in(folder: Path) -> dict[str, str]:

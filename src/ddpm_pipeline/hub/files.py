@@ -37,20 +37,16 @@ def files_to_push(folder: Path, include: Sequence[str] = ()) -> dict[str, Path]:
         if not (folder / name).is_dir():
             raise ValueError(f"{folder} has no folder {name!r}, which its {INDEX} names; export the pipeline again.")
         chosen += [path for path in sorted((folder / name).rglob("*")) if path.is_file()]
-    if (folder / "pipeline.py").is_file():
-        code = (folder / "pipeline.py").read_text("utf-8")
-        modules = re.findall(r"^from \.(\w+) import", code, flags=re.MULTILINE)
-        chosen += [folder / f"{name}.py" for name in ["pipeline", *modules]]
+    if (code := folder / "pipeline.py").is_file():
+        modules = re.findall(r"^from \.(\w+) import", code.read_text("utf-8"), flags=re.MULTILINE)
+        chosen += [code, *(folder / f"{name}.py" for name in modules)]
     chosen += [path for pattern in (*EXTRA_FILES, *include) for path in sorted(folder.glob(pattern)) if path.is_file()]
     files = {path.relative_to(folder).as_posix(): path for path in chosen}
-    root = folder.resolve()
     for name, path in files.items():
         if path.suffix in PICKLE_SUFFIXES:
             raise ValueError(f"{path} is a pickle, which can run any code when it is opened; save it as safetensors.")
-        if not path.resolve().is_relative_to(root):
-            raise ValueError(
-                f"{path} is a link to a file outside of {folder}; to push the file, copy it into the folder."
-            )
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{path} is a link to a file outside of {folder}; to push it, copy it into the folder.")
         if any(part.startswith(".") for part in Path(name).parts):
             raise ValueError(f"{path} is hidden, so probably not meant to be pushed; remove or rename it.")
     return files

@@ -1,7 +1,6 @@
 """Pipeline folders on their way to the Hub: exported whole, with a card, and pushed in one commit.
 
-Imports huggingface_hub alone, so that the command starts at once; pipelines come in as arguments. Called by training and by
-`push_to_hub` of the pipelines.
+Imports huggingface_hub alone, so that the command starts at once. Called by training and by the pipelines' `push_to_hub`.
 """
 
 import json
@@ -93,10 +92,8 @@ def push(folder: str | Path, repo_id: str, options: PushOptions | None = None, *
         except Exception as error:
             if attempt == options.attempts:
                 command = push_command(folder, repo_id, options.private, options.include)
-                raise PushError(
-                    f"pushing to {repo_id} failed ({describe_exception(error)}). {folder} is complete; push it later with\n"
-                    f"  {command}"
-                ) from error
+                failure = f"pushing to {repo_id} failed ({describe_exception(error)})"
+                raise PushError(f"{failure}. {folder} is complete; push it later with\n  {command}") from error
             logger.debug("attempt %d of %d: %s", attempt, options.attempts, describe_exception(error))
             time.sleep(options.first_wait * 2 ** (attempt - 1))
 
