@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "src/ddpm_pipeline/__init__.py").read_text("utf-8")).group(1)
 
-# The lower bounds were installed together, with torch 2.13 on Python 3.11, and ran the tests; older torch was not tried.
+# The lower bounds were tried together, with torch 2.13 on Python 3.11; older torch was not.
 TRAIN = [
     "accelerate>=1.5",
     "datasets>=4.7",

@@ -29,16 +29,22 @@ class PushError(RuntimeError):
     """The Hub did not take a push; the message says why, and which command pushes the folder later."""
 
 
+class MissingExtraError(ImportError):
+    """A library is not installed; the message names the extra that brings it."""
+
+
 class Stopped(Exception):
     """The run ended early, as it was asked to; the message says what asked and how to resume."""
 
 
 @contextlib.contextmanager
-def reported_errors() -> Iterator[None]:
-    """For commands: the errors above end the process with one line on standard error and their exit status."""
+def reported_errors(interrupted: str = "interrupted") -> Iterator[None]:
+    """For commands: the errors above end the process with one line on standard error and their exit status. `interrupted` is
+    the line for Ctrl-C.
+    """
     try:
         yield
-    except (ConfigError, DataError, CheckpointError, NumericalError) as error:
+    except (ConfigError, DataError, CheckpointError, NumericalError, MissingExtraError) as error:
         sys.exit(f"error: {error}")
     except PushError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -50,8 +56,8 @@ def reported_errors() -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         sys.exit(
-            f"error: the disk is full ({error}). Checkpoints that were written are whole: make room, then resume with --resume "
-            "latest."
+            f"error: the disk is full ({error}). Files and checkpoints that were written are whole: make room, then repeat the "
+            "command (training with --resume latest)."
         )
     except KeyboardInterrupt:
-        sys.exit("interrupted before the first update")
+        sys.exit(interrupted)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
+from .errors import MissingExtraError
+
 
 @contextlib.contextmanager
 def needs_extra(extra: str, what: str) -> Iterator[None]:
@@ -19,7 +21,7 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
         missing = (error.name or "").partition(".")[0]
         if missing in ("", __name__.partition(".")[0]):
             raise
-        raise ImportError(
+        raise MissingExtraError(
             f"{what} needs {missing}, which is not installed. Install it with: pip install 'ddpm-pipeline[{extra}]'",
             name=error.name,
         ) from error

@@ -7,7 +7,7 @@ from .options import parse_options
 
 
 def main() -> None:
-    with reported_errors():
+    with reported_errors("interrupted before the first update"):
         options = parse_options(sys.argv[1:])
         from .loop import train  # after parsing, so that --help and mistakes take no seconds
 
