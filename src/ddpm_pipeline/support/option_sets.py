@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, asdict, field, fields, make_dataclass, replace
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
@@ -106,7 +107,7 @@ class OptionSet:
 
 def value_of(argv: Sequence[str], flag: str) -> str | None:
     """The last value given for a flag, as `--flag value` or `--flag=value`."""
-    pairs = zip(argv, [*argv[1:], None], strict=True)
+    pairs = zip_longest(argv, argv[1:])
     given = [after if word == flag else word.split("=", 1)[1] for word, after in pairs if word.split("=")[0] == flag]
     return given[-1] if given else None
 
