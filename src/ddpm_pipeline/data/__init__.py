@@ -10,20 +10,15 @@ from ..support.errors import DataError
 from ..support.extras import lazy_exports
 
 _MODULES = {
-    "ConditionColumns": ".options",
-    "DataOptions": ".options",
-    "ImageData": ".mapped",
-    "StreamData": ".streamed",
-    "load_images": ".mapped",
-    "open_data": ".streamed",
-    "open_stream": ".streamed",
-    "to_model_range": ".mapped",
+    **dict.fromkeys(("ConditionColumns", "DataOptions"), ".options"),
+    **dict.fromkeys(("ImageData", "load_images", "to_model_range"), ".mapped"),
+    **dict.fromkeys(("StreamData", "open_data", "open_stream"), ".streamed"),
 }
 __all__ = ["DataError", *_MODULES]
 
 if TYPE_CHECKING:
-    from .mapped import ImageData, load_images, to_model_range  # noqa: F401
-    from .options import ConditionColumns, DataOptions  # noqa: F401
-    from .streamed import StreamData, open_data, open_stream  # noqa: F401
+    from .mapped import ImageData, load_images, to_model_range
+    from .options import ConditionColumns, DataOptions
+    from .streamed import StreamData, open_data, open_stream
 
 __getattr__, __dir__ = lazy_exports(__name__, _MODULES, extra="train")

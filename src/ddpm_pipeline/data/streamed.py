@@ -61,14 +61,11 @@ class StreamData(ImageSet):
 
     def first(self, count: int) -> torch.Tensor:
         """The first `count` usable images (or all), uint8 [n, C, H, W]. Raises DataError if too many rows there are bad."""
-        images, skipped = [], []
-        for pixels, why_bad, _ in self._in_order():
-            skipped += [why_bad] if pixels is None else []
-            images += [] if pixels is None else [pixels.reshape(-1)]
-            if len(images) == count:
-                break
-        self.check_bad_rows(skipped, len(skipped), len(images) + len(skipped))
-        return images_of(np.stack(images), self.resolution, self.channels)
+        rows = [(pixels, why_bad) for pixels, why_bad, _ in self._first_rows(count)]
+        skipped = [why_bad for _, why_bad in rows if why_bad is not None]
+        self.check_bad_rows(skipped, len(skipped), len(rows))
+        images = np.stack([pixels.reshape(-1) for pixels, _ in rows if pixels is not None])
+        return images_of(images, self.resolution, self.channels)
 
     def examples(self, count: int, seed: int) -> torch.Tensor:
         """The same few images on each call, uint8 [n, C, H, W]: the first ones, whatever the seed."""
@@ -77,33 +74,31 @@ class StreamData(ImageSet):
     def stored(self, count: int, cache_dir: str | None) -> ImageData:
         """The first `count` usable images (or all) in a memory-mapped cache. Raises DataError if too many rows are bad."""
         path = cache_folder(cache_dir) / f"{cache_key('stream', self.fingerprint, count)}.arrow"
-        kept = {name: feature for name, feature in self.stream.features.items() if name != self.roles.image}
+        kept = Features({name: feature for name, feature in self.stream.features.items() if name != self.roles.image})
         features = cache_features(kept, self.values_per_image)
         if not path.exists():
+            nothing = np.zeros(self.values_per_image, np.uint8)
             with atomic_file(path) as temporary, ArrowWriter(features=features, path=str(temporary)) as writer:
-                self._write(writer, list(kept), count)
+                for pixels, why_bad, row in self._first_rows(count):
+                    flat, why = (nothing, why_bad) if pixels is None else (pixels.reshape(-1), {})
+                    made = cache_table(flat[None], [why.get("reason")], [why.get("file")], row.select(list(kept)))
+                    writer.write_table(made)
                 writer.finalize()
         images = Dataset.from_file(str(path), info=datasets.DatasetInfo(features=features))
         return usable_images(images, self, repr(self.name), self.max_bad_fraction)
 
-    def _write(self, writer: ArrowWriter, kept: list[str], count: int) -> None:
-        """Write rows of the cache, one by one, until `count` of them are usable."""
-        nothing, left = np.zeros(self.values_per_image, np.uint8), count
-        for pixels, why_bad, row in self._in_order():
-            flat, why = (nothing, why_bad) if pixels is None else (pixels.reshape(-1), {})
-            writer.write_table(cache_table(flat[None], [why.get("reason")], [why.get("file")], row.select(kept)))
-            left -= pixels is not None
-            if left == 0:
-                return
-
-    def _in_order(self) -> Iterator[tuple[np.ndarray | None, SkippedRow | None, pa.Table]]:
-        """Every row in the stream's own order, as `read` gives it, and as a table."""
+    def _first_rows(self, count: int) -> Iterator[tuple[np.ndarray | None, SkippedRow | None, pa.Table]]:
+        """Rows in the stream's own order, as `read` gives them and as tables, until `count` of them are usable."""
         number = 0
         with as_data_error(f"the stream {self.name!r}"):
             for table in _tables(self.stream):
                 for index in range(len(table)):
-                    yield *self.read(table, index, number), table.slice(index, 1)
-                    number += 1
+                    pixels, why_bad = self.read(table, index, number + index)
+                    yield pixels, why_bad, table.slice(index, 1)
+                    count -= pixels is not None
+                    if count == 0:
+                        return
+                number += len(table)
 
     def read(
         self, table: pa.Table, index: int, row: int, shard: int | None = None
@@ -151,7 +146,7 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
         channels=channels,
         roles=roles,
         stream=stream.decode(False).select_columns([roles.image, *([] if roles.needed is None else [roles.needed])]),
-        columns=kept_columns(features, roles.image),
+        columns=list(kept_columns(features)),
         class_names=class_names,
         fingerprint=hash_of(source.identity, roles.image, options.resolution, channels, roles.needed),
         max_bad_fraction=options.max_bad_fraction,
