@@ -203,18 +203,14 @@ def usable_images(cached: Dataset, of: ImageSet, shown_name: str, max_bad_fracti
     content = hashlib.blake2b((digests if rows is None else digests[rows]).tobytes(), digest_size=16).hexdigest()
     features = {name: str(feature) for name, feature in cached.features.items() if name not in (REASON, FILE)}
     fingerprint = hash_of(of.resolution, of.channels, features, content)
-    return ImageData(
-        of.name, of.resolution, of.channels, of.roles, cached, class_names, fingerprint, rows=rows, skipped=skipped
-    )
+    return ImageData(of.name, of.resolution, of.channels, of.roles, cached, class_names, fingerprint, rows, skipped)
 
 
 def _class_names(images: Dataset, label_column: str | None) -> list[str] | None:
     """The names of a ClassLabel's values; for plain whole numbers, "0" up to the largest."""
     feature = images.features.get(label_column)
-    if feature is None:  # of a stream, only the needed column is in the cache
-        return None
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
+    if feature is None or isinstance(feature, ClassLabel):  # of a stream, only the needed column is in the cache
+        return None if feature is None else list(feature.names)
     high = pc.max(images.data.column(label_column)).as_py()
     if high is None or high < 0:
         raise DataError(f"The label column {label_column!r} holds no label. Labels are 0, 1, 2, ...")
@@ -276,18 +272,15 @@ def _preprocess_batch(table: pa.Table, *, kept: list[str], to: ImageSet) -> pa.T
 def cache_table(pixels: np.ndarray, reasons: list[str | None], files: list[str | None], kept: pa.Table) -> pa.Table:
     """Rows of the cache: pixels, uint8 [N, H*W*C]; what is wrong with them; and the N rows of the kept columns."""
     conditions = kept.to_pylist() if kept.column_names else [{}] * len(pixels)
-    digests = [_row_digest(image, values) for image, values in zip(pixels, conditions, strict=True)]
+    contents = (
+        image.tobytes() + json.dumps(values, sort_keys=True).encode()
+        for image, values in zip(pixels, conditions, strict=True)
+    )
+    digests = np.frombuffer(b"".join(hashlib.blake2b(one, digest_size=8).digest() for one in contents), "<u8")
     flat = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), pixels.shape[1])
     why_bad = {REASON: pa.array(reasons, pa.string()), FILE: pa.array(files, pa.string())}
     columns = {PIXELS: flat, DIGEST: pa.array(digests, pa.uint64()), **why_bad}
     return pa.table({**columns, **{name: kept.column(name) for name in kept.column_names}})
-
-
-def _row_digest(pixels: np.ndarray, conditions: dict[str, Any]) -> int:
-    """64 bits that depend on one row's pixels and kept columns."""
-    digest = hashlib.blake2b(pixels.tobytes(), digest_size=8)
-    digest.update(json.dumps(conditions, sort_keys=True).encode())
-    return int.from_bytes(digest.digest(), "little")
 
 
 def _each_image(table: pa.Table, roles: ColumnRoles, bad: Any, function: Callable, *args: Any) -> Iterator[tuple]:
