@@ -1,7 +1,6 @@
 """From any source of images to batches of tensors: `open_data` reads what a `DataOptions` names.
 
-It gives `ImageData`, preprocessed once into a memory-mapped cache (`load_images`), or `StreamData`, read as needed
-(`open_stream`). Names are imported on first use, because options need neither torch nor datasets.
+Names are imported on first use, because options need neither torch nor datasets.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,4 @@
-"""Which columns of a data set hold its images, labels and captions, and which of their values are missing.
-
-Imports the column types of `datasets`; `mapped` and `streamed` call it.
-"""
+"""Which columns of a data set hold its images, labels and captions, and which of their values are missing."""
 
 import re
 from collections.abc import Callable
@@ -56,11 +53,7 @@ def _check_condition(option: str, name: str, features: Features, fits: Callable[
 
 
 def find_image_column(features: Features, named: str | None = None) -> str:
-    """The image column's name: the one given, else the only column of the first of `KINDS` that occurs.
-
-    Kinds: the `Image` feature; structs {bytes, path}; uint8 arrays of two or three dimensions; bytes. Raises DataError if
-    there is no such column, or several.
-    """
+    """The image column's name: the one given, else the only column of the first of `KINDS` that occurs. Raises DataError."""
     kinds = {name: _image_kind(feature) for name, feature in features.items()}
     if named is not None:
         check_column(named, features, "--image_column ")
@@ -81,6 +74,7 @@ def find_image_column(features: Features, named: str | None = None) -> str:
 
 
 def _image_kind(feature: Any) -> str | None:
+    """The `Image` feature; a struct {bytes, path}; a uint8 array of two or three dimensions; bytes; or None."""
     if isinstance(feature, datasets.Image):
         return "image"
     if isinstance(feature, dict) and "bytes" in feature and set(feature) <= {"bytes", "path"}:

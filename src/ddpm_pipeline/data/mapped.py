@@ -1,8 +1,7 @@
 """Images preprocessed once into a memory-mapped cache, from which batches are read without touching an image file.
 
-`load_images` loads a source, brings every image to one size and channel count, and keeps the result as an Arrow file. In a
-launch of several processes the main one calls it first (`accelerator.main_process_first()`), and the others find the cache.
-Imports `datasets` and torch. Training and evaluation read batches from `ImageData`; `streamed` fills a cache of the same form.
+In a launch of several processes the main one calls `load_images` first (`accelerator.main_process_first()`), and the others
+find the cache, an Arrow file. `streamed` fills a cache of the same form.
 """
 
 import hashlib
@@ -64,10 +63,7 @@ class ImageSet:
 
 @dataclass(frozen=True, eq=False)
 class ImageData(ImageSet):
-    """Preprocessed images, and the columns of their source that can be conditions.
-
-    Indices count the usable rows, and raise IndexError outside 0..len-1.
-    """
+    """Preprocessed images. Indices count the usable rows, and raise IndexError outside 0..len-1."""
 
     dataset: Dataset  # memory-mapped, with one row per row of the source, bad or not: the RESERVED and the kept columns
     class_names: list[str] | None  # of the label column's values 0, 1, ...
@@ -217,9 +213,6 @@ def _class_names(images: Dataset, label_column: str | None) -> list[str] | None:
     return [str(value) for value in range(high + 1)]
 
 
-# Preprocessing
-
-
 def _cached(
     dataset: Dataset, options: DataOptions, function: Callable, key: str, features: Features, batch_size: int, desc: str
 ) -> Dataset:
@@ -241,14 +234,13 @@ def _cached(
 
 def _own_resolution(dataset: str, sizes: np.ndarray) -> int:
     """The square size that all images share, from their widths and heights [N, 2]."""
-    order = sizes[np.lexsort((sizes[:, 0], sizes.prod(axis=1)))]
-    (w0, h0), (w1, h1) = order[0].tolist(), order[-1].tolist()
-    if (count := len(np.unique(sizes, axis=0))) > 1:
-        found = f"have {count} different sizes, from {w0}x{h0} to {w1}x{h1}"
-    elif w0 != h0:
-        found = f"are all {w0}x{h0}, which is not square"
-    else:
+    different = sorted(np.unique(sizes, axis=0).tolist(), key=lambda size: (size[0] * size[1], size[0]))
+    (w0, h0), (w1, h1) = different[0], different[-1]
+    if len(different) == 1 and w0 == h0:
         return w0
+    found = f"are all {w0}x{h0}, which is not square"
+    if len(different) > 1:
+        found = f"have {len(different)} different sizes, from {w0}x{h0} to {w1}x{h1}"
     raise DataError(f"The images of {dataset!r} {found}. Choose their height and width with --resolution.")
 
 
@@ -271,11 +263,8 @@ def _preprocess_batch(table: pa.Table, *, kept: list[str], to: ImageSet) -> pa.T
 
 def cache_table(pixels: np.ndarray, reasons: list[str | None], files: list[str | None], kept: pa.Table) -> pa.Table:
     """Rows of the cache: pixels, uint8 [N, H*W*C]; what is wrong with them; and the N rows of the kept columns."""
-    conditions = kept.to_pylist() if kept.column_names else [{}] * len(pixels)
-    contents = (
-        image.tobytes() + json.dumps(values, sort_keys=True).encode()
-        for image, values in zip(pixels, conditions, strict=True)
-    )
+    rows = zip(pixels, kept.to_pylist() if kept.column_names else [{}] * len(pixels), strict=True)
+    contents = (image.tobytes() + json.dumps(values, sort_keys=True).encode() for image, values in rows)
     digests = np.frombuffer(b"".join(hashlib.blake2b(one, digest_size=8).digest() for one in contents), "<u8")
     flat = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), pixels.shape[1])
     why_bad = {REASON: pa.array(reasons, pa.string()), FILE: pa.array(files, pa.string())}
@@ -312,9 +301,9 @@ def _unusable(images: Dataset, needed: str | None = None, num_classes: int | Non
 
 def _suspects(column: pa.ChunkedArray, num_classes: int | None) -> Sequence[int]:
     """The rows that `missing_value` may refuse, found by Arrow because there may be millions of good ones."""
-    if num_classes is not None:
-        good = pc.and_(pc.greater_equal(column, 0), pc.less(column, num_classes))
-        return pc.indices_nonzero(pc.fill_null(pc.invert(good), True)).to_pylist()
     if pa.types.is_list(column.type):
         return range(len(column))
-    return pc.indices_nonzero(pc.is_null(column)).to_pylist()
+    good = pc.is_valid(column)
+    if num_classes is not None:
+        good = pc.fill_null(pc.and_(pc.greater_equal(column, 0), pc.less(column, num_classes)), False)
+    return pc.indices_nonzero(pc.invert(good)).to_pylist()

@@ -7,7 +7,6 @@ from ..support.errors import ConfigError
 from ..support.options import BELOW_ONE, OptionGroup, at_least, one_of, option
 from .images import CHANNELS
 
-
 # fmt: off
 
 

@@ -1,7 +1,4 @@
-"""What `--dataset` names, found and loaded: bundled, local, or on the Hub; in memory-mapped files or as a stream.
-
-Imports `datasets` and the Hub's client. `mapped` and `streamed` read what `load_source` gives them.
-"""
+"""What `--dataset` names, found and loaded: bundled, local, or on the Hub; in memory-mapped files or as a stream."""
 
 import contextlib
 import glob
@@ -18,7 +15,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from huggingface_hub import DatasetInfo, HfApi
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..support.errors import DataError
@@ -32,7 +29,6 @@ STREAMED_ROWS = 100  # rows of a parquet file decoded at a time; the library's d
 HUB_TIMEOUT = 10  # seconds to wait for the Hub's first answer
 
 IMAGE_EXTENSIONS = frozenset(ImageFolder.EXTENSIONS)
-COMMON_EXTENSIONS = ".png, .jpg, .jpeg, .webp, .gif, .bmp, .tif, .tiff"
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -102,8 +98,8 @@ def _load_folder(path: Path, options: DataOptions, streaming: bool) -> Source:
     if parquet:
         return _load_parquet(parquet, path, options, streaming)
     raise DataError(
-        f"The folder {str(path)!r} holds no images ({COMMON_EXTENSIONS}, ...; sub-folders are searched too) and no "
-        "*.parquet files, and was not written by Dataset.save_to_disk."
+        f"The folder {str(path)!r} holds no images (.png, .jpg, .jpeg, .webp, .gif, .bmp, .tif, .tiff, ...; sub-folders are "
+        "searched too) and no *.parquet files, and was not written by Dataset.save_to_disk."
     )
 
 
@@ -149,10 +145,11 @@ def _load_image_folder(path: Path, options: DataOptions) -> Dataset:
 
 
 def _load_parquet(files: list[Path], path: Path, options: DataOptions, streaming: bool) -> Source:
-    """Parquet files: of a folder, in the splits that their names give; of a pattern, all of them, as "train"."""
+    """Parquet files: of a folder, in the splits in their paths (`train/0.parquet`, `test-0-of-2.parquet`); else "train"."""
     splits: dict[str, list[str]] = {}
     for file in files:
-        found = _split_of(file.relative_to(path)) if path.is_dir() else ""
+        words = [*file.relative_to(path).parent.parts, *re.split(r"[-._\s\d]+", file.stem)] if path.is_dir() else []
+        found = next((SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES), "")
         splits.setdefault(found, []).append(str(file.resolve()))
     if "" in splits and len(splits) > 1:
         raise DataError(
@@ -179,25 +176,26 @@ def _refuse_slices(split: str) -> None:
         )
 
 
-def _split_of(file: Path) -> str:
-    """The split in the name of a relative path: `train/0.parquet`, `train-00000-of-00002.parquet`; or ""."""
-    words = [*file.parent.parts, *re.split(r"[-._\s\d]+", file.stem)]
-    return next((SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES), "")
-
-
 def _load_from_hub(name: str, options: DataOptions, streaming: bool) -> Source:
     """A Hub data set; from the cache at once if the Hub is unreachable, where the library would retry for 20 s."""
     config, split = options.dataset_config, options.split
     if streaming:
         _refuse_slices(split)
-    offline = datasets.config.HF_HUB_OFFLINE
-    reachable = not offline and _hub_answers(name)
+    offline, api = datasets.config.HF_HUB_OFFLINE, HfApi(endpoint=datasets.config.HF_ENDPOINT)
+    try:
+        reachable = not offline and bool(api.dataset_info(name, timeout=HUB_TIMEOUT))
+    except (HfHubHTTPError, ValueError):  # an answer, if a negative one: the library's error says more
+        reachable = True
+    except Exception as error:  # the HTTP client and its exceptions differ between versions of the library
+        logger.warning("The Hub cannot be reached (%s); looking for %s in the cache.", describe_exception(error), name)
+        reachable = False
     try:
         datasets.config.HF_HUB_OFFLINE = not reachable
         if not streaming:
             return _with_identity(datasets.load_dataset(name, config, split=split, cache_dir=options.cache_dir), name)
         stream = datasets.load_dataset(name, config, split=split, streaming=True)
-        return Source(stream, name, hash_of(name, config, split, _dataset_info(name).sha))
+        revision = api.dataset_info(name, timeout=HUB_TIMEOUT).sha
+        return Source(stream, name, hash_of(name, config, split, revision))
     except Exception as error:
         here = f"--dataset {name!r} is no local folder or file"
         if not reachable:
@@ -209,21 +207,6 @@ def _load_from_hub(name: str, options: DataOptions, streaming: bool) -> Source:
         raise DataError(f"{here}, and loading it from the Hub failed: {describe_exception(error)}") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
-
-
-def _dataset_info(name: str) -> DatasetInfo:
-    return HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(name, timeout=HUB_TIMEOUT)
-
-
-def _hub_answers(name: str) -> bool:
-    try:
-        _dataset_info(name)
-    except (HfHubHTTPError, ValueError):  # an answer, if a negative one: the library's error says more
-        return True
-    except Exception as error:  # the HTTP client and its exceptions differ between versions of the library
-        logger.warning("The Hub cannot be reached (%s); looking for %s in the cache.", describe_exception(error), name)
-        return False
-    return True
 
 
 def _check_split(name: str | Path, split: str, available: list[str]) -> None:

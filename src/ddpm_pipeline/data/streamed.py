@@ -1,8 +1,7 @@
 """Images that are streamed: read from the Hub or from files as they are needed, never held or stored as a whole.
 
 A stream is divided into parts, one per reading process (`divide`). `rows_of_part` reads a part for ever, in an order that is a
-function of the seed; a `Position`, a few numbers, says how far it has been read. Imports `datasets` and torch. Training reads
-batches from streams; evaluation stores their first images.
+function of the seed; a `Position`, a few numbers, says how far it has been read. Evaluation stores the first images.
 """
 
 from collections.abc import Iterator, Mapping
@@ -89,16 +88,14 @@ class StreamData(ImageSet):
 
     def _first_rows(self, count: int) -> Iterator[tuple[np.ndarray | None, Any, pa.Table]]:
         """Rows in the stream's own order, as `read` gives them and as tables, until `count` of them are usable."""
-        number = 0
         with as_data_error(f"the stream {self.name!r}"):
-            for table in _tables(self.stream):
-                for index in range(len(table)):
-                    pixels, found = self.read(table, index, number + index)
-                    yield pixels, found, table.slice(index, 1)
-                    count -= pixels is not None
-                    if count == 0:
-                        return
-                number += len(table)
+            rows = ((table, index) for table in _tables(self.stream) for index in range(len(table)))
+            for number, (table, index) in enumerate(rows):
+                pixels, found = self.read(table, index, number)
+                yield pixels, found, table.slice(index, 1)
+                count -= pixels is not None
+                if count == 0:
+                    return
 
     def read(self, table: pa.Table, index: int, row: int, shard: int | None = None) -> tuple[np.ndarray | None, Any]:
         """A row's image, uint8 [H, W, C], and its value in the needed column; or None and the `SkippedRow`."""
@@ -143,17 +140,13 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
             "Make it a ClassLabel (Dataset.cast_column), or drop --streaming."
         )
     grey = isinstance(image, datasets.Array2D) or getattr(image, "mode", None) in ("1", "L", *DEEP_MODES)
-    channels = options.channels or (1 if grey else 3)
+    resolution, channels = options.resolution, options.channels or (1 if grey else 3)
+    read = [roles.image] if roles.needed is None else [roles.image, roles.needed]
+    stream, kept = stream.decode(False).select_columns(read), list(kept_columns(features))
+    class_names = list(label.names) if isinstance(label, ClassLabel) else None
+    fingerprint = hash_of(source.identity, roles.image, resolution, channels, roles.needed)
     return StreamData(
-        name=source.name,
-        resolution=options.resolution,
-        channels=channels,
-        roles=roles,
-        stream=stream.decode(False).select_columns([roles.image, *([] if roles.needed is None else [roles.needed])]),
-        columns=list(kept_columns(features)),
-        class_names=list(label.names) if isinstance(label, ClassLabel) else None,
-        fingerprint=hash_of(source.identity, roles.image, options.resolution, channels, roles.needed),
-        max_bad_fraction=options.max_bad_fraction,
+        source.name, resolution, channels, roles, stream, kept, class_names, fingerprint, options.max_bad_fraction
     )
 
 
@@ -179,13 +172,8 @@ def _fetched(value: Any) -> Any:
         raise BadImage(f"it cannot be fetched: {describe_exception(error)}") from error
 
 
-# Parts
-
-
 @dataclass(frozen=True)
 class Partition:
-    """A stream divided into parts."""
-
     stream: IterableDataset
     parts: int
     by_shard: bool  # part p reads the shards in places p, p + parts, ... of an epoch's order; else every parts-th row
@@ -225,8 +213,6 @@ class Position:
 
 @dataclass(frozen=True)
 class StreamedImage:
-    """A usable row."""
-
     pixels: np.ndarray  # uint8 [H, W, C]
     value: Any  # of the needed column
     number: int  # of shard and row: shard * 2^32 + row
@@ -259,9 +245,8 @@ def rows_of_part(
     if reading fails, if `parts` epochs in a row have no usable row, and if JUDGED_ROWS rows in a row are bad and the part's
     fraction of bad rows exceeds the limit.
     """
-    skipped: list[SkippedRow] = []
+    skipped, seen_before = [], position.seen
     barren = -1 if position.seen else 0  # epochs in a row without a usable row; the rest of a resumed one may be empty
-    seen_before = position.seen
     while True:
         barren += 1
         for block in _blocks(_pieces(data, partition, part, seed, position), shuffle_buffer):
