@@ -1,7 +1,6 @@
 """From any source of images to batches of tensors: `open_data` reads what a `DataOptions` names.
 
-It gives `ImageData`, preprocessed once into a memory-mapped cache (`load_images`), or `StreamData`, read as needed
-(`open_stream`). Names are imported on first use, because options need neither torch nor datasets.
+Names are imported on first use, because options need neither torch nor datasets.
 """
 
 from typing import TYPE_CHECKING
@@ -10,14 +9,9 @@ from ..support.errors import DataError
 from ..support.extras import lazy_exports
 
 _MODULES = {
-    "ConditionColumns": ".options",
-    "DataOptions": ".options",
-    "ImageData": ".mapped",
-    "StreamData": ".streamed",
-    "load_images": ".mapped",
-    "open_data": ".streamed",
-    "open_stream": ".streamed",
-    "to_model_range": ".mapped",
+    **dict.fromkeys(("ConditionColumns", "DataOptions"), ".options"),
+    **dict.fromkeys(("ImageData", "load_images", "to_model_range"), ".mapped"),
+    **dict.fromkeys(("StreamData", "open_data", "open_stream"), ".streamed"),
 }
 __all__ = ["DataError", *_MODULES]
 

@@ -1,7 +1,5 @@
 """The data sets that `--dataset` names without a download, made in memory from scikit-learn."""
 
-from collections.abc import Callable
-
 import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, Features
@@ -17,4 +15,4 @@ def digits() -> Dataset:
     return Dataset.from_dict({"image": list(images), "label": found.target.tolist()}, features=features)
 
 
-BUNDLED: dict[str, Callable[[], Dataset]] = {"digits": digits}
+BUNDLED = {"digits": digits}

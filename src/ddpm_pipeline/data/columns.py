@@ -1,9 +1,7 @@
-"""Which columns of a data set hold its images, labels and captions, and which of their values are missing.
-
-Imports the column types of `datasets`; `mapped` and `streamed` call it.
-"""
+"""Which columns of a data set hold its images, labels and captions, and which of their values are missing."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,25 +32,28 @@ class ColumnRoles:
 
 def find_roles(features: Features, image_column: str | None, asked: ConditionColumns) -> ColumnRoles:
     """The columns to read: those named, else the only ones of their type. Raises DataError for what is not there."""
-    image = find_image_column(features, image_column)
-    kept = kept_columns(features, image)
-    label, text = _find_label_column(features, asked.label_column, kept), asked.text_column
+    image, label, text = find_image_column(features, image_column), asked.label_column, asked.text_column
+    if label is not None:
+        words = "Labels must be a ClassLabel or whole numbers from 0; Dataset.class_encode_column converts strings."
+        _check_condition("--label_column", label, features, is_whole_number, words)
+    else:
+        labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+        label = labels[0] if len(labels) == 1 else None
     if text is not None:
-        check_column(text, features, "--text_column ")
-        if text not in kept or not _is_text(features[text]):
-            raise DataError(
-                f"--text_column {text!r} has the type {features[text]}. Captions must be strings or lists of strings."
-            )
+        _check_condition("--text_column", text, features, _is_text, "Captions must be strings or lists of strings.")
     needed = {"class": label, "text": text or label}.get(asked.condition)
     return ColumnRoles(image, _image_kind(features[image]), label, text, needed)
 
 
-def find_image_column(features: Features, named: str | None = None) -> str:
-    """The image column's name: the one given, else the only column of the first of `KINDS` that occurs.
+def _check_condition(option: str, name: str, features: Features, fits: Callable[[Any], bool], words: str) -> None:
+    """Raises DataError unless the column is there, and of a type that fits, under a name that the cache leaves free."""
+    check_column(name, features, f"{option} ")
+    if name in RESERVED or not fits(features[name]):
+        raise DataError(f"{option} {name!r} has the type {features[name]}. {words}")
 
-    Kinds: the `Image` feature; structs {bytes, path}; uint8 arrays of two or three dimensions; bytes. Raises DataError if
-    there is no such column, or several.
-    """
+
+def find_image_column(features: Features, named: str | None = None) -> str:
+    """The image column's name: the one given, else the only column of the first of `KINDS` that occurs. Raises DataError."""
     kinds = {name: _image_kind(feature) for name, feature in features.items()}
     if named is not None:
         check_column(named, features, "--image_column ")
@@ -73,6 +74,7 @@ def find_image_column(features: Features, named: str | None = None) -> str:
 
 
 def _image_kind(feature: Any) -> str | None:
+    """The `Image` feature; a struct {bytes, path}; a uint8 array of two or three dimensions; bytes; or None."""
     if isinstance(feature, datasets.Image):
         return "image"
     if isinstance(feature, dict) and "bytes" in feature and set(feature) <= {"bytes", "path"}:
@@ -98,31 +100,15 @@ def _is_text(feature: Any) -> bool:
     return _is_value(feature.feature if isinstance(feature, List) else feature, "string", "large_string")
 
 
-def kept_columns(features: Features, image_column: str) -> list[str]:
+def kept_columns(features: Features) -> Features:
     """The columns that can be conditions, and are small beside the pixels: labels, whole numbers, texts."""
-    return [
-        name
-        for name, feature in features.items()
-        if name not in (image_column, *RESERVED) and (is_whole_number(feature) or _is_text(feature))
-    ]
+    fitting = {name: feature for name, feature in features.items() if is_whole_number(feature) or _is_text(feature)}
+    return Features({name: feature for name, feature in fitting.items() if name not in RESERVED})
 
 
 def check_column(name: str, features: Features, option: str = "") -> None:
     if name not in features:
         raise DataError(f"{option}{name!r} is no column of the data set. Its columns are {list(features)}.")
-
-
-def _find_label_column(features: Features, named: str | None, kept: list[str]) -> str | None:
-    if named is None:
-        labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-        return labels[0] if len(labels) == 1 else None
-    check_column(named, features, "--label_column ")
-    if named not in kept or not is_whole_number(features[named]):
-        raise DataError(
-            f"--label_column {named!r} has the type {features[named]}. Labels must be a ClassLabel or whole numbers from 0; "
-            "Dataset.class_encode_column converts strings."
-        )
-    return named
 
 
 def missing_value(value: Any, column: str, num_classes: int | None) -> str | None:

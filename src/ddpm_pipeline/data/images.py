@@ -1,8 +1,7 @@
 """From an image file to training pixels: every PIL mode, orientation, transparency, resizing.
 
-Pure functions on PIL images and numpy arrays, which the readers call in worker processes too. Imports neither `datasets` nor
-torch, and changes no global state of PIL. Whatever is wrong with a file is raised as `BadImage`, so that a caller may skip that
-row. ICC profiles are ignored, as by every loader of this field. Of an animation or a multi-page file, the first frame is used.
+Pure functions on PIL images and numpy arrays; imports neither `datasets` nor torch. Whatever is wrong with a file is raised as
+`BadImage`. ICC profiles are ignored, as by every loader of this field. Of several frames or pages, the first is used.
 """
 
 import io
@@ -19,11 +18,9 @@ CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 # A larger image is refused as a decompression bomb, whatever PIL's own limit is set to (by default 2.7 times this one). Up to
 # this limit, the worst file briefly takes 1.3 GB, of which the decoded RGBA pixels are a fifth; a process can afford that.
 MAX_PIXELS = 2**26
-REFUSED_FORMATS = ("EPS",)  # PIL would run Ghostscript on a file that may come from a stranger
 
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # grey beyond 8 bits; PIL's own conversion clips them
 GREY_MODES = ("1", "L", "LA", "La", *DEEP_MODES)
-PALETTE_MODES = ("P", "PA")
 
 ImageSource = bytes | str | Path
 
@@ -51,9 +48,8 @@ def image_size_and_channels(source: ImageSource) -> tuple[int, int, int]:
 
 def native_channels(image: Image.Image) -> int:
     """1 if the image's mode, or every palette colour that its pixels use, is grey; else 3. Transparency does not count."""
-    if image.mode in PALETTE_MODES:
-        return 1 if _uses_only_grey(image) else 3
-    return 1 if image.mode in GREY_MODES else 3
+    grey = _uses_only_grey(image) if image.mode in ("P", "PA") else image.mode in GREY_MODES
+    return 1 if grey else 3
 
 
 def to_array(image: Image.Image, resolution: int, channels: int) -> np.ndarray:
@@ -75,7 +71,12 @@ def to_array(image: Image.Image, resolution: int, channels: int) -> np.ndarray:
         if 0 in image.size:
             raise BadImage(f"the image has no pixels; its size is {image.width}x{image.height}")
         pixels = np.asarray(_resize_and_crop(_plain_mode(image, channels), resolution))  # [R, R] or [R, R, 3 or 4]
-    return _with_channels(_to_uint8(pixels), channels)
+    pixels = _to_uint8(pixels)
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[..., None], min(channels, 3), axis=-1)
+    if channels == 4 and pixels.shape[-1] == 3:  # opaque
+        pixels = np.concatenate([pixels, np.full_like(pixels[..., :1], 255)], axis=-1)
+    return np.ascontiguousarray(pixels)
 
 
 def array_to_image(array: np.ndarray) -> Image.Image:
@@ -87,13 +88,9 @@ def array_to_image(array: np.ndarray) -> Image.Image:
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in CHANNELS)):
-        raise BadImage(
-            f"the array's shape is {array.shape}, not [H, W], [H, W, C] or [C, H, W] where C is one of {CHANNELS}"
-        )
+        allowed = f"[H, W], [H, W, C] or [C, H, W] where C is one of {CHANNELS}"
+        raise BadImage(f"the array's shape is {array.shape}, not {allowed}")
     return Image.fromarray(np.ascontiguousarray(array))
-
-
-# Rows of a data set
 
 
 def image_pixels(value: Any, kind: str, resolution: int, channels: int) -> np.ndarray:
@@ -118,18 +115,14 @@ def image_file(value: Any) -> str | None:
 
 
 def _stored_image(value: Any, kind: str) -> bytes | str | np.ndarray:
-    """A row's image as it is stored: the bytes of a file, its path, or an array."""
-    if value is not None and kind == "array":
-        try:
-            return np.asarray(value, dtype=np.uint8)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise BadImage(f"the array is not regular: {error}") from error
-    found = (
-        (value["bytes"] if value.get("bytes") is not None else value.get("path")) if isinstance(value, dict) else value
-    )
-    if found is None:
+    if isinstance(value, dict):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if value is None:
         raise BadImage("there is no image in this row")
-    return found
+    try:
+        return np.asarray(value, dtype=np.uint8) if kind == "array" else value
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BadImage(f"the array is not regular: {error}") from error
 
 
 @contextmanager
@@ -151,8 +144,8 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
     if (len(source) if isinstance(source, bytes) else os.path.getsize(source)) == 0:
         raise BadImage("the file is empty (0 bytes)")
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        if image.format in REFUSED_FORMATS:
-            raise BadImage(f"the format {image.format} is not accepted: decoding it would run another program")
+        if image.format == "EPS":  # PIL would run Ghostscript on a file that may come from a stranger
+            raise BadImage("the format EPS is not accepted: decoding it would run another program")
         if image.width * image.height > MAX_PIXELS:
             raise BadImage(f"{image.width}x{image.height} exceeds {MAX_PIXELS} pixels; it may be a decompression bomb")
         yield image
@@ -185,9 +178,6 @@ def _uses_only_grey(image: Image.Image) -> bool:
     used = np.unique(np.asarray(image.getchannel(0)))
     colours = palette[used[used < len(palette)]]  # an index beyond the palette is black
     return bool((colours == colours[:, :1]).all())
-
-
-# Modes
 
 
 def _plain_mode(image: Image.Image, channels: int) -> Image.Image:
@@ -235,12 +225,3 @@ def _resize_and_crop(image: Image.Image, resolution: int) -> Image.Image:
 def _to_uint8(pixels: np.ndarray) -> np.ndarray:
     """Rounded to the nearest level, and clipped first because Lanczos overshoots."""
     return pixels if pixels.dtype == np.uint8 else np.rint(np.clip(pixels, 0, 255)).astype(np.uint8)
-
-
-def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """[H, W], [H, W, 3] or [H, W, 4] to [H, W, channels]: grey is repeated, missing alpha becomes opaque."""
-    if pixels.ndim == 2:
-        pixels = np.repeat(pixels[..., None], min(channels, 3), axis=-1)
-    if channels == 4 and pixels.shape[-1] == 3:
-        pixels = np.concatenate([pixels, np.full_like(pixels[..., :1], 255)], axis=-1)
-    return np.ascontiguousarray(pixels)

@@ -1,15 +1,14 @@
 """Images preprocessed once into a memory-mapped cache, from which batches are read without touching an image file.
 
-`load_images` loads a source, brings every image to one size and channel count, and keeps the result as an Arrow file. In a
-launch of several processes the main one calls it first (`accelerator.main_process_first()`), and the others find the cache.
-Imports `datasets` and torch. Training and evaluation read batches from `ImageData`; `streamed` fills a cache of the same form.
+In a launch of several processes the main one calls `load_images` first (`accelerator.main_process_first()`), and the others
+find the cache, an Arrow file. `streamed` fills a cache of the same form.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from .columns import RESERVED, ColumnRoles, check_column, find_roles, is_whole_n
 from .images import BadImage, image_file, image_pixels, image_shape
 from .options import UNCONDITIONAL, ConditionColumns, DataOptions
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
-from .sources import Source, cache_folder, hash_of, load_source
+from .sources import cache_folder, hash_of, load_source
 
 PREPROCESSING_VERSION = 2  # part of the cache's key: raise it when the same options give other pixels
 BATCH_BYTES = 2**25  # of pixels preprocessed at a time
@@ -64,7 +63,7 @@ class ImageSet:
 
 @dataclass(frozen=True, eq=False)
 class ImageData(ImageSet):
-    """Preprocessed images, and the columns of their source that can be conditions. Indices count the usable rows."""
+    """Preprocessed images. Indices count the usable rows, and raise IndexError outside 0..len-1."""
 
     dataset: Dataset  # memory-mapped, with one row per row of the source, bad or not: the RESERVED and the kept columns
     class_names: list[str] | None  # of the label column's values 0, 1, ...
@@ -85,17 +84,14 @@ class ImageData(ImageSet):
         return [name for name in self.dataset.column_names if name not in RESERVED]
 
     def rows_of(self, indices: Sequence[int]) -> np.ndarray:
-        """These images' row numbers in the source, int64 [B]. Raises IndexError for an index outside 0..len-1."""
+        """These images' row numbers in the source, int64 [B]."""
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"index {indices.min()} or {indices.max()} is outside 0..{len(self) - 1}")
         return indices if self.rows is None else self.rows[indices]
 
     def pixels(self, indices: Sequence[int], flip: np.ndarray | None = None) -> torch.Tensor:
-        """Images, uint8 [B, C, H, W], contiguous. Where `flip`, bool [B], is true they are mirrored left to right.
-
-        Raises IndexError for an index outside 0..len-1.
-        """
+        """Images, uint8 [B, C, H, W], contiguous. Where `flip`, bool [B], is true they are mirrored left to right."""
         out = np.empty((len(indices), self.values_per_image), dtype=np.uint8)
         for image, (chunk, place) in zip(out, self._locate(indices), strict=True):
             image[:] = self._pixel_chunks[chunk][place]
@@ -104,7 +100,7 @@ class ImageData(ImageSet):
     def column(self, name: str, indices: Sequence[int]) -> torch.Tensor | list:
         """A kept column's values: int64 [B] for labels and whole numbers, else a list of B strings (or lists of them).
 
-        Raises DataError for an unknown column or a missing number, IndexError for an index outside 0..len-1.
+        Raises DataError for an unknown column or a missing number.
         """
         values = list(self._cells(name, indices))
         if not is_whole_number(self.dataset.features[name]):
@@ -174,15 +170,23 @@ def load_images(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
     """
     source = load_source(options)
     roles = find_roles(source.dataset.features, options.image_column, columns)
-    job = _Job(source, roles, options)
+    job = partial(_cached, source.dataset, options)
     resolution, channels = options.resolution, options.channels
     if resolution is None or channels is None:
-        sizes, native, bad = _scan(job)
-        check_bad_fraction(repr(options.dataset), bad, len(bad), len(source.dataset), options.max_bad_fraction)
-        resolution = resolution or _own_resolution(options.dataset, sizes)
-        channels = channels or native
+        key = cache_key("scan", source.identity, roles.image)
+        scanned = job(partial(_scan_batch, roles=roles), key, SIZES, 1000, "Looking at image sizes")
+        bad = _unusable(scanned)
+        check_bad_fraction(repr(options.dataset), bad, len(bad), len(scanned), options.max_bad_fraction)
+        width, height, native = (scanned.data.column(name).to_numpy() for name in ("width", "height", "channels"))
+        resolution = resolution or _own_resolution(options.dataset, np.stack([width, height], axis=1)[width > 0])
+        channels = channels or int(native.max())
     images = ImageSet(source.name, resolution, channels, roles)
-    return usable_images(_preprocess(job, images), images, repr(options.dataset), options.max_bad_fraction)
+    kept = kept_columns(source.dataset.features)
+    key = cache_key("pixels", source.identity, roles.image, resolution, channels)
+    features, batch_size = cache_features(kept, images.values_per_image), BATCH_BYTES // images.values_per_image
+    preprocess = partial(_preprocess_batch, kept=list(kept), to=images)
+    cached = job(preprocess, key, features, max(1, min(1000, batch_size)), "Preprocessing images")
+    return usable_images(cached, images, repr(options.dataset), options.max_bad_fraction)
 
 
 def usable_images(cached: Dataset, of: ImageSet, shown_name: str, max_bad_fraction: float) -> ImageData:
@@ -195,95 +199,52 @@ def usable_images(cached: Dataset, of: ImageSet, shown_name: str, max_bad_fracti
     content = hashlib.blake2b((digests if rows is None else digests[rows]).tobytes(), digest_size=16).hexdigest()
     features = {name: str(feature) for name, feature in cached.features.items() if name not in (REASON, FILE)}
     fingerprint = hash_of(of.resolution, of.channels, features, content)
-    return ImageData(
-        of.name, of.resolution, of.channels, of.roles, cached, class_names, fingerprint, rows=rows, skipped=skipped
-    )
+    return ImageData(of.name, of.resolution, of.channels, of.roles, cached, class_names, fingerprint, rows, skipped)
 
 
 def _class_names(images: Dataset, label_column: str | None) -> list[str] | None:
     """The names of a ClassLabel's values; for plain whole numbers, "0" up to the largest."""
     feature = images.features.get(label_column)
-    if feature is None:  # of a stream, only the needed column is in the cache
-        return None
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
+    if feature is None or isinstance(feature, ClassLabel):  # of a stream, only the needed column is in the cache
+        return None if feature is None else list(feature.names)
     high = pc.max(images.data.column(label_column)).as_py()
     if high is None or high < 0:
         raise DataError(f"The label column {label_column!r} holds no label. Labels are 0, 1, 2, ...")
     return [str(value) for value in range(high + 1)]
 
 
-# Preprocessing
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A source on its way into the cache."""
-
-    source: Source
-    roles: ColumnRoles
-    options: DataOptions
-
-    def run(self, function: Callable, key: str, features: Features, batch_size: int, desc: str, **kwargs) -> Dataset:
-        """`Dataset.map` from Arrow tables to Arrow tables, cached under `key`."""
-        workers = min(self.options.preprocessing_num_workers or 1, len(self.source.dataset))
-        folder = cache_folder(self.options.cache_dir)
-        try:
-            result = self.source.dataset.with_format("arrow").map(
-                function,
-                batched=True,
-                batch_size=batch_size,
-                writer_batch_size=batch_size,
-                remove_columns=self.source.dataset.column_names,
-                features=features,
-                fn_kwargs={"roles": self.roles, **kwargs},
-                num_proc=workers if workers > 1 else None,
-                new_fingerprint=key,
-                cache_file_name=str(folder / f"{key}.arrow"),
-                load_from_cache_file=True,
-                desc=desc,
-            )
-        except OSError as error:
-            raise DataError(
-                f"Cannot write the preprocessed images to {str(folder)!r}: {describe_exception(error)}. "
-                "Free some space there, or choose another folder with --cache_dir."
-            ) from error
-        return result.with_format(None)
-
-
-def _scan(job: _Job) -> tuple[np.ndarray, int, list[SkippedRow]]:
-    """(width and height of each good image, [N, 2]; the data's own channels; the bad rows), cached too."""
-    key = cache_key("scan", job.source.identity, job.roles.image)
-    found = job.run(_scan_batch, key, SIZES, 1000, "Looking at image sizes")
-    width, height, channels = (found.data.column(name).to_numpy() for name in ("width", "height", "channels"))
-    good = width > 0
-    return np.stack([width, height], axis=1)[good], int(channels.max()), _unusable(found)
+def _cached(
+    dataset: Dataset, options: DataOptions, function: Callable, key: str, features: Features, batch_size: int, desc: str
+) -> Dataset:
+    """`Dataset.map` by a function from Arrow tables to Arrow tables of these features, cached under `key`."""
+    workers, folder = min(options.preprocessing_num_workers or 1, len(dataset)), cache_folder(options.cache_dir)
+    cache = {"new_fingerprint": key, "cache_file_name": str(folder / f"{key}.arrow"), "load_from_cache_file": True}
+    batches = {"batched": True, "batch_size": batch_size, "writer_batch_size": batch_size}
+    columns = {"remove_columns": dataset.column_names, "features": features}
+    num_proc = workers if workers > 1 else None
+    try:
+        made = dataset.with_format("arrow").map(function, **batches, **columns, **cache, num_proc=num_proc, desc=desc)
+    except OSError as error:
+        raise DataError(
+            f"Cannot write the preprocessed images to {str(folder)!r}: {describe_exception(error)}. "
+            "Free some space there, or choose another folder with --cache_dir."
+        ) from error
+    return made.with_format(None)
 
 
 def _own_resolution(dataset: str, sizes: np.ndarray) -> int:
     """The square size that all images share, from their widths and heights [N, 2]."""
-    order = sizes[np.lexsort((sizes[:, 0], sizes.prod(axis=1)))]
-    (w0, h0), (w1, h1) = order[0].tolist(), order[-1].tolist()
-    if (count := len(np.unique(sizes, axis=0))) > 1:
-        found = f"have {count} different sizes, from {w0}x{h0} to {w1}x{h1}"
-    elif w0 != h0:
-        found = f"are all {w0}x{h0}, which is not square"
-    else:
+    different = sorted(np.unique(sizes, axis=0).tolist(), key=lambda size: (size[0] * size[1], size[0]))
+    (w0, h0), (w1, h1) = different[0], different[-1]
+    if len(different) == 1 and w0 == h0:
         return w0
+    found = f"are all {w0}x{h0}, which is not square"
+    if len(different) > 1:
+        found = f"have {len(different)} different sizes, from {w0}x{h0} to {w1}x{h1}"
     raise DataError(f"The images of {dataset!r} {found}. Choose their height and width with --resolution.")
 
 
-def _preprocess(job: _Job, to: ImageSet) -> Dataset:
-    """A data set of the RESERVED and the kept columns, in the source's order. The pixels of bad rows are 0."""
-    source, size = job.source, to.values_per_image
-    kept = kept_columns(source.dataset.features, to.roles.image)
-    features = cache_features({name: source.dataset.features[name] for name in kept}, size)
-    key = cache_key("pixels", source.identity, to.roles.image, to.resolution, to.channels)
-    batch_size = max(1, min(1000, BATCH_BYTES // size))
-    return job.run(_preprocess_batch, key, features, batch_size, "Preprocessing images", kept=kept, to=to)
-
-
-def cache_features(kept: dict[str, Any], size: int) -> Features:
+def cache_features(kept: Features, size: int) -> Features:
     """The cache's columns: those of preprocessed images of `size` values each, and those kept from the source."""
     return Features({PIXELS: List(Value("uint8"), length=size), DIGEST: Value("uint64"), **WHY_BAD, **kept})
 
@@ -294,44 +255,33 @@ def _scan_batch(table: pa.Table, *, roles: ColumnRoles) -> pa.Table:
     return pa.Table.from_pydict(columns, schema=SIZES.arrow_schema)
 
 
-def _preprocess_batch(table: pa.Table, *, roles: ColumnRoles, kept: list[str], to: ImageSet) -> pa.Table:
+def _preprocess_batch(table: pa.Table, *, kept: list[str], to: ImageSet) -> pa.Table:
     nothing = np.zeros((to.resolution, to.resolution, to.channels), dtype=np.uint8)
-    images, reasons, files = _each_image(table, roles, nothing, image_pixels, to.resolution, to.channels)
-    return cache_table(np.stack(images).reshape(len(table), -1), reasons, files, table.select(kept))
+    images, *why_bad = _each_image(table, to.roles, nothing, image_pixels, to.resolution, to.channels)
+    return cache_table(np.stack(images).reshape(len(table), -1), *why_bad, table.select(kept))
 
 
 def cache_table(pixels: np.ndarray, reasons: list[str | None], files: list[str | None], kept: pa.Table) -> pa.Table:
     """Rows of the cache: pixels, uint8 [N, H*W*C]; what is wrong with them; and the N rows of the kept columns."""
-    conditions = kept.to_pylist() if kept.column_names else [{}] * len(pixels)
-    digests = [_row_digest(image, values) for image, values in zip(pixels, conditions, strict=True)]
+    rows = zip(pixels, kept.to_pylist() if kept.column_names else [{}] * len(pixels), strict=True)
+    contents = (image.tobytes() + json.dumps(values, sort_keys=True).encode() for image, values in rows)
+    digests = np.frombuffer(b"".join(hashlib.blake2b(one, digest_size=8).digest() for one in contents), "<u8")
     flat = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), pixels.shape[1])
     why_bad = {REASON: pa.array(reasons, pa.string()), FILE: pa.array(files, pa.string())}
     columns = {PIXELS: flat, DIGEST: pa.array(digests, pa.uint64()), **why_bad}
     return pa.table({**columns, **{name: kept.column(name) for name in kept.column_names}})
 
 
-def _row_digest(pixels: np.ndarray, conditions: dict[str, Any]) -> int:
-    """64 bits that depend on one row's pixels and kept columns."""
-    digest = hashlib.blake2b(pixels.tobytes(), digest_size=8)
-    digest.update(json.dumps(conditions, sort_keys=True).encode())
-    return int.from_bytes(digest.digest(), "little")
-
-
-def _each_image(
-    table: pa.Table, roles: ColumnRoles, bad: Any, function: Callable, *args: Any
-) -> tuple[list[Any], list[str | None], list[str | None]]:
-    """`function` of each image, or `bad` where it raises BadImage, with the reason and file. Images are read one by one."""
-    results, reasons, files = [], [], []
-    for scalar in table.column(roles.image):
-        value, reason, file = scalar.as_py(), None, None
+def _each_image(table: pa.Table, roles: ColumnRoles, bad: Any, function: Callable, *args: Any) -> Iterator[tuple]:
+    """Results of `function` on the images, or `bad` where it raises BadImage; the reasons; the files of the bad ones."""
+    found = []
+    for scalar in table.column(roles.image):  # one by one, since they may be large
+        value = scalar.as_py()
         try:
-            result = function(value, roles.kind, *args)
+            found.append((function(value, roles.kind, *args), None, None))
         except BadImage as error:
-            result, reason, file = bad, str(error), image_file(value)
-        results.append(result)
-        reasons.append(reason)
-        files.append(file)
-    return results, reasons, files
+            found.append((bad, str(error), image_file(value)))
+    return zip(*found, strict=True)
 
 
 def _unusable(images: Dataset, needed: str | None = None, num_classes: int | None = None) -> list[SkippedRow]:
@@ -351,9 +301,9 @@ def _unusable(images: Dataset, needed: str | None = None, num_classes: int | Non
 
 def _suspects(column: pa.ChunkedArray, num_classes: int | None) -> Sequence[int]:
     """The rows that `missing_value` may refuse, found by Arrow because there may be millions of good ones."""
-    if num_classes is not None:
-        good = pc.and_(pc.greater_equal(column, 0), pc.less(column, num_classes))
-        return pc.indices_nonzero(pc.fill_null(pc.invert(good), True)).to_pylist()
     if pa.types.is_list(column.type):
         return range(len(column))
-    return pc.indices_nonzero(pc.is_null(column)).to_pylist()
+    good = pc.is_valid(column)
+    if num_classes is not None:
+        good = pc.fill_null(pc.and_(pc.greater_equal(column, 0), pc.less(column, num_classes)), False)
+    return pc.indices_nonzero(pc.invert(good)).to_pylist()

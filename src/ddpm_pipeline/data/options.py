@@ -7,6 +7,8 @@ from ..support.errors import ConfigError
 from ..support.options import BELOW_ONE, OptionGroup, at_least, one_of, option
 from .images import CHANNELS
 
+# fmt: off
+
 
 @dataclass(frozen=True)
 class DataOptions(OptionGroup):
@@ -15,35 +17,22 @@ class DataOptions(OptionGroup):
     title: ClassVar[str] = "data"
 
     dataset: str = option(
-        "digits",
-        "Images: 'digits' (built in), a Hub data set, a folder of images, parquet files, or a folder saved by "
-        "Dataset.save_to_disk.",
-    )
+        "digits", "Images: 'digits' (built in), a Hub data set, a folder of images, parquet files, or a folder saved by "
+        "Dataset.save_to_disk.")
     dataset_config: str | None = option(None, "Configuration of a Hub data set.")
     split: str = option("train", "Split of the data set.")
     image_column: str | None = option(None, "Image column. By default the only column that holds images.")
     resolution: int | None = option(
-        None, "Height and width of the images in pixels. By default their own, if they share one.", at_least(1)
-    )
+        None, "Height and width of the images in pixels. By default their own, if they share one.", at_least(1))
     channels: int | None = option(
-        None, "1 (grey), 3 (RGB) or 4 (RGBA). By default 1 if all images are grey, else 3.", one_of(CHANNELS)
-    )
+        None, "1 (grey), 3 (RGB) or 4 (RGBA). By default 1 if all images are grey, else 3.", one_of(CHANNELS))
     cache_dir: str | None = option(
-        None,
-        "Cache folder for preprocessed images. By default the datasets library's.",
-        on_resume="tell",
-        in_recipe=False,
-    )
+        None, "Cache folder for preprocessed images. By default the datasets library's.", on_resume="tell", in_recipe=False)
     preprocessing_num_workers: int | None = option(
-        None, "Processes that preprocess the images.", at_least(1), on_resume="tell", in_recipe=False
-    )
+        None, "Processes that preprocess the images.", at_least(1), on_resume="tell", in_recipe=False)
     max_bad_fraction: float = option(
-        0.01,
-        "Largest share of rows that may be skipped, and listed in skipped.jsonl, because the image cannot be read or the "
-        "label or caption is missing. If more rows are bad, the run ends.",
-        BELOW_ONE,
-        on_resume="tell",
-    )
+        0.01, "Largest share of rows that may be skipped, and listed in skipped.jsonl, because the image cannot be read or the "
+        "label or caption is missing. If more rows are bad, the run ends.", BELOW_ONE, on_resume="tell")
     streaming: bool = option(False, "Read images as they are needed instead of preprocessing all of them first.")
 
     def require_resolution(self) -> None:
@@ -58,17 +47,10 @@ class TrainingDataOptions(DataOptions):
 
     random_flip: bool = option(False, "Mirror each image left to right with probability 1/2.")
     shuffle_buffer: int = option(
-        10_000,
-        "Rows of a stream that each reading process shuffles together, or fewer if they exceed 256 MB.",
-        at_least(1),
-    )
+        10_000, "Rows of a stream that each reading process shuffles together, or fewer if they exceed 256 MB.", at_least(1))
     dataloader_num_workers: int = option(
-        0,
-        "Worker processes that prepare batches in advance, per training process.",
-        at_least(0),
-        on_resume="tell",
-        in_recipe=False,
-    )
+        0, "Worker processes that prepare batches in advance, per training process.", at_least(0), on_resume="tell",
+        in_recipe=False)
 
     def check(self) -> None:
         if self.streaming:

@@ -1,9 +1,10 @@
 """Rows of the data that cannot be used: how they are recorded, and how many are too many.
 
 A skipped row is a dict that JSON can hold: `row` (its number in the data set; in a stream, its number in the shard `shard`),
-`file` if it has one, and `reason`. Imports the standard library and `support`. The readers here and the training loop use it.
+`file` if it has one, and `reason`. Imports `support` alone.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
@@ -50,11 +51,15 @@ class SkippedLog:
 
     def __init__(self, folder: Path):
         self.path = folder / SKIPPED_FILE
+        self._known: set[tuple[int | None, int]] = set()
         lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
-        written = [one for one in map(_parsed, lines) if one is not None]
-        self._known = {_key(one) for one in written}
-        if len(written) < len(lines):  # a run was killed while writing a line
-            write_text(self.path, _lines(written))
+        whole = []
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, AttributeError):  # a run was killed while writing it
+                self._known.add(_key(json.loads(line)))
+                whole.append(f"{line}\n")
+        if len(whole) < len(lines):
+            write_text(self.path, "".join(whole))
 
     def __len__(self) -> int:
         """Number of rows recorded."""
@@ -67,21 +72,9 @@ class SkippedLog:
             return
         self._known.update(map(_key, new))
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_lines(new))
+            file.writelines(json.dumps(one) + "\n" for one in new)
         shown = "; ".join(map(describe, new[:SHOWN]))
         logger.warning("Skipped %d rows that cannot be used (see %s): %s", len(new), SKIPPED_FILE, shown)
-
-
-def _lines(rows: Iterable[SkippedRow]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def _parsed(line: str) -> SkippedRow | None:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and "row" in found else None
 
 
 def _key(skipped: SkippedRow) -> tuple[int | None, int]:

@@ -1,7 +1,4 @@
-"""What `--dataset` names, found and loaded: bundled, local, or on the Hub; in memory-mapped files or as a stream.
-
-Imports `datasets` and the Hub's client. `mapped` and `streamed` read what `load_source` gives them.
-"""
+"""What `--dataset` names, found and loaded: bundled, local, or on the Hub; in memory-mapped files or as a stream."""
 
 import contextlib
 import glob
@@ -32,7 +29,6 @@ STREAMED_ROWS = 100  # rows of a parquet file decoded at a time; the library's d
 HUB_TIMEOUT = 10  # seconds to wait for the Hub's first answer
 
 IMAGE_EXTENSIONS = frozenset(ImageFolder.EXTENSIONS)
-COMMON_EXTENSIONS = ".png, .jpg, .jpeg, .webp, .gif, .bmp, .tif, .tiff"
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -42,8 +38,6 @@ SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class Source:
-    """A data set, loaded."""
-
     dataset: Dataset | IterableDataset
     name: str  # of the bundled or Hub data set, or the last part of a local path
     identity: str  # changes when the data do
@@ -64,7 +58,10 @@ def load_source(options: DataOptions, streaming: bool = False) -> Source:
     elif path.is_dir():
         source = _load_folder(path, options, streaming)
     elif path.suffix == ".parquet" and (path.is_file() or glob.has_magic(name)):
-        source = _load_parquet(_matching_files(path), path, options, streaming)
+        files = [path] if path.is_file() else [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
+        if not files:
+            raise DataError(f"No file matches --dataset {str(path)!r}. Check the folder, and quote the pattern.")
+        source = _load_parquet(files, path, options, streaming)
     elif path.exists():
         raise DataError(f"--dataset {name!r} is a file, but not parquet. Use a folder of images or *.parquet.")
     elif re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", name):
@@ -101,8 +98,8 @@ def _load_folder(path: Path, options: DataOptions, streaming: bool) -> Source:
     if parquet:
         return _load_parquet(parquet, path, options, streaming)
     raise DataError(
-        f"The folder {str(path)!r} holds no images ({COMMON_EXTENSIONS}, ...; sub-folders are searched too) and no "
-        "*.parquet files, and was not written by Dataset.save_to_disk."
+        f"The folder {str(path)!r} holds no images (.png, .jpg, .jpeg, .webp, .gif, .bmp, .tif, .tiff, ...; sub-folders are "
+        "searched too) and no *.parquet files, and was not written by Dataset.save_to_disk."
     )
 
 
@@ -134,45 +131,32 @@ def _load_image_folder(path: Path, options: DataOptions) -> Dataset:
     """
     folders = {entry.name: entry for entry in sorted(path.iterdir()) if entry.is_dir() and entry.name[0] not in "._"}
     loose = [file for file in path.iterdir() if file.is_file() and file.suffix.lower() in IMAGE_EXTENSIONS]
-    if not folders or loose or any(name.lower() not in SPLIT_NAMES for name in folders):
-        files, flat = {"train": ["**"]}, False
-    else:
+    files, flat = {"train": ["**"]}, False
+    if folders and not loose and all(name.lower() in SPLIT_NAMES for name in folders):
         files = {}
         for name in folders:
             files.setdefault(SPLIT_NAMES[name.lower()], []).append(f"{glob.escape(name)}/**")
         flat = all(entry.is_file() for folder in folders.values() for entry in folder.iterdir())
     _check_split(path, options.split, list(files))
     with as_data_error(f"the images in {str(path)!r}"):
-        return datasets.load_dataset(
-            "imagefolder",
-            data_dir=glob.escape(str(path)),
-            data_files=files,
-            drop_labels=True if flat else None,  # names of splits are no classes
-            split=options.split,
-            cache_dir=options.cache_dir,
-        )
-
-
-def _matching_files(pattern: Path) -> list[Path]:
-    files = [pattern] if pattern.is_file() else [Path(file) for file in sorted(glob.glob(str(pattern), recursive=True))]
-    if not files:
-        raise DataError(f"No file matches --dataset {str(pattern)!r}. Check the folder, and quote the pattern.")
-    return files
+        given = {"data_dir": glob.escape(str(path)), "data_files": files, "split": options.split}
+        drop_labels = True if flat else None  # names of splits are no classes
+        return datasets.load_dataset("imagefolder", **given, drop_labels=drop_labels, cache_dir=options.cache_dir)
 
 
 def _load_parquet(files: list[Path], path: Path, options: DataOptions, streaming: bool) -> Source:
-    """Parquet files: of a folder, in the splits that their names give; of a pattern, all of them, as "train"."""
+    """Parquet files: of a folder, in the splits in their paths (`train/0.parquet`, `test-0-of-2.parquet`); else "train"."""
     splits: dict[str, list[str]] = {}
     for file in files:
-        found = _split_of(file.relative_to(path)) if path.is_dir() else "train"
-        splits.setdefault(found or "", []).append(str(file.resolve()))
-    if set(splits) == {""}:
-        splits = {"train": splits[""]}
-    elif "" in splits:
+        words = [*file.relative_to(path).parent.parts, *re.split(r"[-._\s\d]+", file.stem)] if path.is_dir() else []
+        found = next((SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES), "")
+        splits.setdefault(found, []).append(str(file.resolve()))
+    if "" in splits and len(splits) > 1:
         raise DataError(
             f"Some parquet files in {str(path)!r} are named after a split and others, such as {splits[''][0]!r}, "
             "are not. Select the files with a pattern, such as 'folder/*.parquet'."
         )
+    splits = {name or "train": found for name, found in splits.items()}
     _check_split(path, options.split, list(splits))
     escaped = {name: [glob.escape(file) for file in found] for name, found in splits.items()}
     name, given = path.resolve().name, {"path": "parquet", "data_files": escaped, "split": options.split}
@@ -192,27 +176,26 @@ def _refuse_slices(split: str) -> None:
         )
 
 
-def _split_of(file: Path) -> str | None:
-    """The split in the name of a relative path: `train/0.parquet`, `train-00000-of-00002.parquet`; or None."""
-    words = [*file.parent.parts, *re.split(r"[-._\s\d]+", file.stem)]
-    return next((SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES), None)
-
-
 def _load_from_hub(name: str, options: DataOptions, streaming: bool) -> Source:
     """A Hub data set; from the cache at once if the Hub is unreachable, where the library would retry for 20 s."""
     config, split = options.dataset_config, options.split
     if streaming:
         _refuse_slices(split)
-    offline = datasets.config.HF_HUB_OFFLINE
-    reachable = not offline and _hub_answers(name)
+    offline, api = datasets.config.HF_HUB_OFFLINE, HfApi(endpoint=datasets.config.HF_ENDPOINT)
     try:
-        with contextlib.nullcontext() if reachable else _offline():
-            if not streaming:
-                whole = datasets.load_dataset(name, config, split=split, cache_dir=options.cache_dir)
-                return _with_identity(whole, name)
-            stream = datasets.load_dataset(name, config, split=split, streaming=True)
-            revision = HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(name, timeout=HUB_TIMEOUT).sha
-            return Source(stream, name, hash_of(name, config, split, revision))
+        reachable = not offline and bool(api.dataset_info(name, timeout=HUB_TIMEOUT))
+    except (HfHubHTTPError, ValueError):  # an answer, if a negative one: the library's error says more
+        reachable = True
+    except Exception as error:  # the HTTP client and its exceptions differ between versions of the library
+        logger.warning("The Hub cannot be reached (%s); looking for %s in the cache.", describe_exception(error), name)
+        reachable = False
+    try:
+        datasets.config.HF_HUB_OFFLINE = not reachable
+        if not streaming:
+            return _with_identity(datasets.load_dataset(name, config, split=split, cache_dir=options.cache_dir), name)
+        stream = datasets.load_dataset(name, config, split=split, streaming=True)
+        revision = api.dataset_info(name, timeout=HUB_TIMEOUT).sha
+        return Source(stream, name, hash_of(name, config, split, revision))
     except Exception as error:
         here = f"--dataset {name!r} is no local folder or file"
         if not reachable:
@@ -222,28 +205,8 @@ def _load_from_hub(name: str, options: DataOptions, streaming: bool) -> Source:
                 f"folder, parquet files or {', '.join(map(repr, BUNDLED))}. ({describe_exception(error)})"
             ) from error
         raise DataError(f"{here}, and loading it from the Hub failed: {describe_exception(error)}") from error
-
-
-def _hub_answers(name: str) -> bool:
-    try:
-        HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(name, timeout=HUB_TIMEOUT)
-    except (HfHubHTTPError, ValueError):  # an answer, if a negative one: the library's error says more
-        return True
-    except Exception as error:  # the HTTP client and its exceptions differ between versions of the library
-        logger.warning("The Hub cannot be reached (%s); looking for %s in the cache.", describe_exception(error), name)
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """As if HF_HUB_OFFLINE were set, for `datasets` only."""
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
     finally:
-        datasets.config.HF_HUB_OFFLINE = before
+        datasets.config.HF_HUB_OFFLINE = offline
 
 
 def _check_split(name: str | Path, split: str, available: list[str]) -> None:

@@ -1,8 +1,7 @@
 """Images that are streamed: read from the Hub or from files as they are needed, never held or stored as a whole.
 
 A stream is divided into parts, one per reading process (`divide`). `rows_of_part` reads a part for ever, in an order that is a
-function of the seed; a `Position`, a few numbers, says how far it has been read. Imports `datasets` and torch. Training reads
-batches from streams; evaluation stores their first images.
+function of the seed; a `Position`, a few numbers, says how far it has been read. Evaluation stores the first images.
 """
 
 from collections.abc import Iterator, Mapping
@@ -61,14 +60,11 @@ class StreamData(ImageSet):
 
     def first(self, count: int) -> torch.Tensor:
         """The first `count` usable images (or all), uint8 [n, C, H, W]. Raises DataError if too many rows there are bad."""
-        images, skipped = [], []
-        for pixels, why_bad, _ in self._in_order():
-            skipped += [why_bad] if pixels is None else []
-            images += [] if pixels is None else [pixels.reshape(-1)]
-            if len(images) == count:
-                break
-        self.check_bad_rows(skipped, len(skipped), len(images) + len(skipped))
-        return images_of(np.stack(images), self.resolution, self.channels)
+        rows = [(pixels, found) for pixels, found, _ in self._first_rows(count)]
+        skipped = [found for pixels, found in rows if pixels is None]
+        self.check_bad_rows(skipped, len(skipped), len(rows))
+        images = np.stack([pixels.reshape(-1) for pixels, _ in rows if pixels is not None])
+        return images_of(images, self.resolution, self.channels)
 
     def examples(self, count: int, seed: int) -> torch.Tensor:
         """The same few images on each call, uint8 [n, C, H, W]: the first ones, whatever the seed."""
@@ -77,39 +73,33 @@ class StreamData(ImageSet):
     def stored(self, count: int, cache_dir: str | None) -> ImageData:
         """The first `count` usable images (or all) in a memory-mapped cache. Raises DataError if too many rows are bad."""
         path = cache_folder(cache_dir) / f"{cache_key('stream', self.fingerprint, count)}.arrow"
-        kept = {name: feature for name, feature in self.stream.features.items() if name != self.roles.image}
+        kept = Features({name: feature for name, feature in self.stream.features.items() if name != self.roles.image})
         features = cache_features(kept, self.values_per_image)
         if not path.exists():
+            nothing = np.zeros(self.values_per_image, np.uint8)
             with atomic_file(path) as temporary, ArrowWriter(features=features, path=str(temporary)) as writer:
-                self._write(writer, list(kept), count)
+                for pixels, found, row in self._first_rows(count):
+                    flat, why = (nothing, found) if pixels is None else (pixels.reshape(-1), {})
+                    made = cache_table(flat[None], [why.get("reason")], [why.get("file")], row.select(list(kept)))
+                    writer.write_table(made)
                 writer.finalize()
         images = Dataset.from_file(str(path), info=datasets.DatasetInfo(features=features))
         return usable_images(images, self, repr(self.name), self.max_bad_fraction)
 
-    def _write(self, writer: ArrowWriter, kept: list[str], count: int) -> None:
-        """Write rows of the cache, one by one, until `count` of them are usable."""
-        nothing, left = np.zeros(self.values_per_image, np.uint8), count
-        for pixels, why_bad, row in self._in_order():
-            flat, why = (nothing, why_bad) if pixels is None else (pixels.reshape(-1), {})
-            writer.write_table(cache_table(flat[None], [why.get("reason")], [why.get("file")], row.select(kept)))
-            left -= pixels is not None
-            if left == 0:
-                return
-
-    def _in_order(self) -> Iterator[tuple[np.ndarray | None, SkippedRow | None, pa.Table]]:
-        """Every row in the stream's own order, as `read` gives it, and as a table."""
-        number = 0
+    def _first_rows(self, count: int) -> Iterator[tuple[np.ndarray | None, Any, pa.Table]]:
+        """Rows in the stream's own order, as `read` gives them and as tables, until `count` of them are usable."""
         with as_data_error(f"the stream {self.name!r}"):
-            for table in _tables(self.stream):
-                for index in range(len(table)):
-                    yield *self.read(table, index, number), table.slice(index, 1)
-                    number += 1
+            rows = ((table, index) for table in _tables(self.stream) for index in range(len(table)))
+            for number, (table, index) in enumerate(rows):
+                pixels, found = self.read(table, index, number)
+                yield pixels, found, table.slice(index, 1)
+                count -= pixels is not None
+                if count == 0:
+                    return
 
-    def read(
-        self, table: pa.Table, index: int, row: int, shard: int | None = None
-    ) -> tuple[np.ndarray | None, SkippedRow | None]:
-        """A row's image, uint8 [H, W, C], and None; or None and why it cannot be used."""
-        roles = self.roles
+    def read(self, table: pa.Table, index: int, row: int, shard: int | None = None) -> tuple[np.ndarray | None, Any]:
+        """A row's image, uint8 [H, W, C], and its value in the needed column; or None and the `SkippedRow`."""
+        roles, condition = self.roles, None
         if roles.needed is not None:
             condition = table.column(roles.needed)[index].as_py()
             missing = missing_value(condition, roles.needed, roles.num_classes(self.class_names))
@@ -117,7 +107,7 @@ class StreamData(ImageSet):
                 return None, skipped_row(row, missing, shard=shard)
         value = table.column(roles.image)[index].as_py()
         try:
-            return image_pixels(_fetched(value), roles.kind, self.resolution, self.channels), None
+            return image_pixels(_fetched(value), roles.kind, self.resolution, self.channels), condition
         except BadImage as error:
             return None, skipped_row(row, str(error), image_file(value), shard)
 
@@ -143,44 +133,26 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
     if features is None:
         raise DataError(f"The columns of {options.dataset!r} are unknown before it is read. Drop --streaming.")
     roles = find_roles(features, options.image_column, columns)
-    class_names = _class_names(features, roles.label, roles.needed)
-    channels = options.channels or _declared_channels(features[roles.image])
+    image, label = features[roles.image], features.get(roles.label)
+    if label is not None and roles.label == roles.needed and not isinstance(label, ClassLabel):
+        raise DataError(
+            f"--label_column {roles.label!r} has the type {label}, which does not say how many classes there are. "
+            "Make it a ClassLabel (Dataset.cast_column), or drop --streaming."
+        )
+    grey = isinstance(image, datasets.Array2D) or getattr(image, "mode", None) in ("1", "L", *DEEP_MODES)
+    resolution, channels = options.resolution, options.channels or (1 if grey else 3)
+    read = [roles.image] if roles.needed is None else [roles.image, roles.needed]
+    stream, kept = stream.decode(False).select_columns(read), list(kept_columns(features))
+    class_names = list(label.names) if isinstance(label, ClassLabel) else None
+    fingerprint = hash_of(source.identity, roles.image, resolution, channels, roles.needed)
     return StreamData(
-        name=source.name,
-        resolution=options.resolution,
-        channels=channels,
-        roles=roles,
-        stream=stream.decode(False).select_columns([roles.image, *([] if roles.needed is None else [roles.needed])]),
-        columns=kept_columns(features, roles.image),
-        class_names=class_names,
-        fingerprint=hash_of(source.identity, roles.image, options.resolution, channels, roles.needed),
-        max_bad_fraction=options.max_bad_fraction,
+        source.name, resolution, channels, roles, stream, kept, class_names, fingerprint, options.max_bad_fraction
     )
 
 
 def open_data(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -> ImageData | StreamData:
     """The images that the options name: a stream with `options.streaming`, else preprocessed in the cache."""
     return (open_stream if options.streaming else load_images)(options, columns)
-
-
-def _declared_channels(feature: Any) -> int:
-    """1 if the column's type says that images are grey; most types say nothing."""
-    return (
-        1 if isinstance(feature, datasets.Array2D) or getattr(feature, "mode", None) in ("1", "L", *DEEP_MODES) else 3
-    )
-
-
-def _class_names(features: Features, label_column: str | None, needed: str | None) -> list[str] | None:
-    """The names of a ClassLabel's values. How many whole numbers occur is unknown before all are read."""
-    feature = features.get(label_column)
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    if feature is not None and label_column == needed:
-        raise DataError(
-            f"--label_column {label_column!r} has the type {feature}, which does not say how many classes "
-            "there are. Make it a ClassLabel (Dataset.cast_column), or drop --streaming."
-        )
-    return None
 
 
 def _tables(stream: IterableDataset) -> Iterator[pa.Table]:
@@ -200,13 +172,8 @@ def _fetched(value: Any) -> Any:
         raise BadImage(f"it cannot be fetched: {describe_exception(error)}") from error
 
 
-# Parts
-
-
 @dataclass(frozen=True)
 class Partition:
-    """A stream divided into parts."""
-
     stream: IterableDataset
     parts: int
     by_shard: bool  # part p reads the shards in places p, p + parts, ... of an epoch's order; else every parts-th row
@@ -246,8 +213,6 @@ class Position:
 
 @dataclass(frozen=True)
 class StreamedImage:
-    """A usable row."""
-
     pixels: np.ndarray  # uint8 [H, W, C]
     value: Any  # of the needed column
     number: int  # of shard and row: shard * 2^32 + row
@@ -263,15 +228,12 @@ class _Piece:
     place: int
     shard: int
     rows: np.ndarray  # their numbers in the shard, int64 [n]
-    passed: np.ndarray  # rows of the epoch before each of them, int64 [n]
+    before: int  # rows of the epoch in the shards before
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def slice(self, start: int, stop: int | None = None) -> "_Piece":
-        stop = len(self) if stop is None else stop
-        table = self.table.slice(start, stop - start)
-        return replace(self, table=table, rows=self.rows[start:stop], passed=self.passed[start:stop])
+    def split(self, count: int) -> tuple["_Piece", "_Piece"]:
+        """Its first `count` rows, or as many as exist, and the others."""
+        first = replace(self, table=self.table.slice(0, count), rows=self.rows[:count])
+        return first, replace(self, table=self.table.slice(count), rows=self.rows[count:])
 
 
 def rows_of_part(
@@ -283,33 +245,27 @@ def rows_of_part(
     if reading fails, if `parts` epochs in a row have no usable row, and if JUDGED_ROWS rows in a row are bad and the part's
     fraction of bad rows exceeds the limit.
     """
-    skipped: list[SkippedRow] = []
-    needed = data.roles.needed
+    skipped, seen_before = [], position.seen
     barren = -1 if position.seen else 0  # epochs in a row without a usable row; the rest of a resumed one may be empty
-    seen_before = position.seen
     while True:
         barren += 1
         for block in _blocks(_pieces(data, partition, part, seed, position), shuffle_buffer):
-            position = replace(
-                position, place=block[0].place, row=int(block[0].rows[0]), passed=int(block[0].passed[0])
-            )
-            starts = np.cumsum([0] + [len(piece) for piece in block])
-            order = block_order(seed, position.epoch, part, position.block, int(starts[-1]))
-            pieces = np.searchsorted(starts, order, side="right") - 1
-            for offset in range(position.offset, len(order)):
-                piece, index = block[pieces[offset]], int(order[offset] - starts[pieces[offset]])
+            first, row = block[0], int(block[0].rows[0])
+            position = replace(position, place=first.place, row=row, passed=first.before + row)
+            rows = [(piece, index) for piece in block for index in range(len(piece.rows))]
+            order = block_order(seed, position.epoch, part, position.block, len(rows))
+            for offset in range(position.offset, len(rows)):
+                piece, index = rows[order[offset]]
                 row = int(piece.rows[index])
                 pixels, found = data.read(piece.table, index, row, piece.shard)
-                position = replace(
-                    position, offset=offset + 1, seen=position.seen + 1, bad=position.bad + (pixels is None)
-                )
+                seen, bad = position.seen + 1, position.bad + (pixels is None)
+                position = replace(position, offset=offset + 1, seen=seen, bad=bad)
                 if pixels is None:
                     skipped.append(found)
                     if len(skipped) >= JUDGED_ROWS:
                         data.check_bad_rows(skipped, position.bad, position.seen)
                     continue
-                value = None if needed is None else piece.table.column(needed)[index].as_py()
-                yield StreamedImage(pixels, value, (piece.shard << SHARD_BITS) + row, position, skipped)
+                yield StreamedImage(pixels, found, (piece.shard << SHARD_BITS) + row, position, skipped)
                 skipped, barren, seen_before = [], 0, position.seen
             position = replace(position, block=position.block + 1, offset=0)
         if barren >= partition.parts:
@@ -320,41 +276,36 @@ def rows_of_part(
 def _pieces(data: StreamData, partition: Partition, part: int, seed: int, start: Position) -> Iterator[_Piece]:
     """The part's rows of an epoch, from the beginning of the block that the position is in."""
     stream, parts, by_shard = partition.stream, partition.parts, partition.by_shard
-    order = shard_order(seed, stream.num_shards, start.epoch)
-    passed = start.passed
+    order = shard_order(seed, stream.num_shards, start.epoch).tolist()
+    before = start.passed - start.row
     with as_data_error(f"the stream {data.name!r}"):
         for place in range(part, len(order), parts) if by_shard else range(len(order)):
             if place < start.place:
                 continue
-            shard = stream.shard(len(order), int(order[place]))
-            first = start.row if place == start.place else 0
-            row = 0
-            for table in _tables(shard):
-                skip = min(max(first - row, 0), len(table))
-                rows = np.arange(row + skip, row + len(table))
-                row += len(table)
-                before = passed + np.arange(len(rows))
-                passed += len(rows)
-                mine = np.arange(len(rows))
+            read = 0
+            for table in _tables(stream.shard(len(order), order[place])):
+                rows = np.arange(read, read + len(table))
+                read += len(table)
+                wanted = rows >= (start.row if place == start.place else 0)
                 if not by_shard:  # in turn, and each epoch starts with another part
-                    mine = np.flatnonzero((before + start.epoch) % parts == part)
+                    wanted &= (before + rows + start.epoch) % parts == part
+                mine = np.flatnonzero(wanted)
                 if len(mine):
-                    taken = table.slice(skip) if by_shard else table.take(skip + mine)
-                    yield _Piece(taken, place, int(order[place]), rows[mine], before[mine])
+                    taken = table.slice(int(mine[0])) if by_shard else table.take(mine)
+                    yield _Piece(taken, place, order[place], rows[mine], before)
+            before += read
 
 
 def _blocks(pieces: Iterator[_Piece], shuffle_buffer: int) -> Iterator[list[_Piece]]:
     """The rows in blocks to shuffle: of `shuffle_buffer` rows each, or fewer that have BLOCK_BYTES."""
-    block: list[_Piece] = []
-    rows = size = 0
+    block, rows, size = [], 0, 0
     for piece in pieces:
-        while len(piece):
-            taken = piece.slice(0, shuffle_buffer - rows) if len(piece) > shuffle_buffer - rows else piece
+        while len(piece.rows):
+            taken, piece = piece.split(shuffle_buffer - rows)
             block.append(taken)
-            rows, size = rows + len(taken), size + taken.table.nbytes
+            rows, size = rows + len(taken.rows), size + taken.table.nbytes
             if rows == shuffle_buffer or size >= BLOCK_BYTES:
                 yield block
                 block, rows, size = [], 0, 0
-            piece = piece.slice(len(taken))
     if block:
         yield block
