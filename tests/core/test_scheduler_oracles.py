@@ -58,10 +58,9 @@ def closed_form(scheduler, data: GaussianData, start: Normal) -> Normal:
         slope, true_variance = data.reverse_slope_and_variance(scheduler, s, t)
         (signal_s, variance_s), (signal_t, variance_t) = (signal_and_variance(scheduler, u) for u in (s, t))
         one_minus_alpha = 1 - (signal_t / signal_s) ** 2
-        noise = {
-            "fixed_small": variance_s / variance_t * one_minus_alpha,
-            "fixed_large": one_minus_alpha,
-        }.get(scheduler.variance_type, true_variance)
+        noise = {"fixed_small": variance_s / variance_t * one_minus_alpha, "fixed_large": one_minus_alpha}.get(
+            scheduler.variance_type, true_variance
+        )
         variance = slope**2 * variance + (noise if s >= 0 else 0)
         mean_error *= slope
     return Normal(data.mean + mean_error, variance)
@@ -139,11 +138,7 @@ def test_fixed_variances_close_in_on_the_data_with_more_steps():
         assert errors[variance_type, 1000] < 0.15
 
 
-@pytest.mark.parametrize(
-    ("chain", "count"),
-    [(1, 200_000), (10, 100_000), ([999, 700, 300, 42], 100_000)],
-    ids=str,
-)
+@pytest.mark.parametrize(("chain", "count"), [(1, 200_000), (10, 100_000), ([999, 700, 300, 42], 100_000)], ids=str)
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
 def test_drawn_samples_have_the_gaussian_moments(variance_type, chain, count):
     """`step` itself: mean and variance of many draws within five standard errors, and no excess kurtosis."""

@@ -17,11 +17,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from ddpm_pipeline import AlphaDDPMScheduler
-from ddpm_pipeline.tables_alpha_ddpm import (
-    BETA_SCHEDULES,
-    PREDICTION_TYPES,
-    TIMESTEP_SPACINGS,
-)
+from ddpm_pipeline.tables_alpha_ddpm import BETA_SCHEDULES, PREDICTION_TYPES, TIMESTEP_SPACINGS
 
 SHAPE = (2, 3, 4, 4)
 SOUND_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")

@@ -1,9 +1,7 @@
-"""The bound against closed forms, quadrature, an independent implementation, and brute force."""
+"""The bound against closed forms, an independent implementation, and what may be passed to it."""
 
-import itertools
 import math
 
-import mpmath
 import numpy as np
 import pytest
 import torch
@@ -11,56 +9,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from scipy.stats import norm
 
 from ddpm_pipeline import AlphaDDPMScheduler
-from ddpm_pipeline.likelihood import (
-    bits_per_dim,
-    discretized_gaussian_log_likelihood,
-    estimate_analytic_variance,
-    gaussian_kl,
-    optimal_timesteps,
-    predicted_bits_per_dim,
-    with_analytic_variance,
-)
-from ddpm_pipeline.likelihood.optimum import _PairCosts
-from ddpm_pipeline.scheduling_alpha_ddpm import Moments
-
-MEAN, VARIANCE = 0.3, 0.25  # of Gaussian data
-SHORT = {"num_train_timesteps": 12, "beta_start": 0.02, "beta_end": 0.6}
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def signal(scheduler, t) -> torch.Tensor:
-    """ᾱ_t in float64, to go with images."""
-    betas = torch.tensor(scheduler.config.trained_betas or _betas(scheduler), dtype=torch.float64)
-    return torch.exp(torch.log1p(-betas).cumsum(0))[t].view(-1, 1, 1, 1)
-
-
-def _betas(scheduler) -> list[float]:
-    config = scheduler.config
-    return np.linspace(config.beta_start, config.beta_end, config.num_train_timesteps).tolist()
-
-
-def exact_noise(scheduler, prediction_type="epsilon"):
-    """ε*(x_t, t) for N(MEAN, VARIANCE) data, or the x_0 or v that belongs to it."""
-
-    def predict(x_t, t):
-        a = signal(scheduler, t).to(x_t)
-        noise = (1 - a).sqrt() * (x_t - a.sqrt() * MEAN) / (a * VARIANCE + 1 - a)
-        x_0 = (x_t - (1 - a).sqrt() * noise) / a.sqrt()
-        return {"epsilon": noise, "sample": x_0, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * x_0}[
-            prediction_type
-        ]
-
-    return predict
-
-
-def quadrature() -> tuple[torch.Tensor, torch.Tensor]:
-    """x_0 and noise at ± one deviation, all four pairs: exact for every quadratic's Gaussian mean."""
-    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=2)), dtype=torch.float64)
-    shape = (4, 1, 1, 1)
-    return MEAN + math.sqrt(VARIANCE) * signs[:, 0].view(shape), signs[:, 1].view(shape)
+from ddpm_pipeline.likelihood import bits_per_dim, estimate_analytic_variance
+from gaussian_likelihood import MEAN, SHORT, VARIANCE, exact_noise, generator, quadrature, signal
 
 
 def closed_form_bound(scheduler, chain: list[int], variance_type: str) -> dict[str, float]:
@@ -86,59 +36,6 @@ def closed_form_bound(scheduler, chain: list[int], variance_type: str) -> dict[s
         ratio = small[index] / model
         parts["diffusion"] += 0.5 * (ratio - 1 - math.log(ratio) + slope**2 * unexplained / model)
     return {name: nats / math.log(2) for name, nats in parts.items()}
-
-
-# Formulas
-
-
-def test_bins_sum_to_one():
-    levels = torch.linspace(-1, 1, 256, dtype=torch.float64)
-    for mean, std in itertools.product((-1.3, -1.0, -0.37, 0.0, 1 / 255, 0.9999, 2.5), (1e-4, 0.0026, 0.01, 0.3, 5.0)):
-        log_variance = torch.tensor(2 * math.log(std), dtype=torch.float64)
-        log_p = discretized_gaussian_log_likelihood(levels, torch.tensor(mean, dtype=torch.float64), log_variance)
-        assert abs(log_p.exp().sum() - 1) < 1e-12, (mean, std)
-
-
-@pytest.mark.parametrize("num_bins", [2, 17, 256, 65536])
-def test_bins_of_other_counts_sum_to_one(num_bins):
-    levels = torch.linspace(-1, 1, num_bins, dtype=torch.float64)
-    zero = torch.tensor(0.1, dtype=torch.float64)
-    assert abs(discretized_gaussian_log_likelihood(levels, zero, zero - 4, num_bins).exp().sum() - 1) < 1e-11
-
-
-def test_bins_far_out_in_the_tails_keep_their_digits():
-    mpmath.mp.dps = 60
-    for level, mean, std in [(100, -1.0, 0.02), (3, 0.9, 0.03), (250, -0.5, 0.1), (255, -1, 0.01), (0, 1, 0.01)]:
-        x = 2 * level / 255 - 1
-        upper = mpmath.inf if level == 255 else (mpmath.mpf(x) + mpmath.mpf(1) / 255 - mean) / std
-        lower = -mpmath.inf if level == 0 else (mpmath.mpf(x) - mpmath.mpf(1) / 255 - mean) / std
-        exact = mpmath.log((mpmath.erf(upper / mpmath.sqrt(2)) - mpmath.erf(lower / mpmath.sqrt(2))) / 2)
-        if lower > 0 or level == 255:
-            tails = [mpmath.erfc(edge / mpmath.sqrt(2)) if edge != mpmath.inf else 0 for edge in (lower, upper)]
-            exact = mpmath.log((tails[0] - tails[1]) / 2)
-        elif upper < 0:
-            tails = [mpmath.erfc(-edge / mpmath.sqrt(2)) if edge != -mpmath.inf else 0 for edge in (upper, lower)]
-            exact = mpmath.log((tails[0] - tails[1]) / 2)
-        values = torch.tensor([x, mean, 2 * math.log(std)], dtype=torch.float64)
-        assert float(discretized_gaussian_log_likelihood(*values)) == pytest.approx(float(exact), rel=1e-11)
-
-
-def test_decoder_gradients_are_finite_in_float32():
-    x_0 = torch.linspace(-1, 1, 256).repeat(3, 1)
-    mean = torch.tensor([[-1.2], [0.0], [1.0]]).expand_as(x_0).clone().requires_grad_()
-    log_variance = torch.full_like(x_0, 2 * math.log(0.007)).requires_grad_()
-    discretized_gaussian_log_likelihood(x_0, mean, log_variance).sum().backward()
-    assert mean.grad.isfinite().all()
-    assert log_variance.grad.isfinite().all()
-
-
-def test_kl_is_that_of_torch():
-    m1, m2, l1, l2 = torch.randn(4, 100, dtype=torch.float64, generator=generator())
-    expected = torch.distributions.kl_divergence(
-        torch.distributions.Normal(m1, (0.5 * l1).exp()), torch.distributions.Normal(m2, (0.5 * l2).exp())
-    )
-    actual = gaussian_kl(Moments(m1, l1.exp(), l1), Moments(m2, l2.exp(), l2))
-    assert torch.allclose(actual, expected, rtol=1e-12, atol=1e-14)
 
 
 # Gaussian data with the exact noise
@@ -169,23 +66,6 @@ def test_closed_form_of_the_bound_on_gaussian_data(variance_type, prediction_typ
     assert float(result.total.mean()) > truth
     assert torch.equal(result.total, result.prior + result.diffusion + result.decoder)
     assert torch.allclose(result.terms.sum(dim=1), result.diffusion + result.decoder, rtol=1e-12)
-
-
-@pytest.mark.parametrize("steps", [1000, 10, 3])
-def test_the_analytic_variance_is_the_optimum_on_gaussian_data(steps):
-    full = AlphaDDPMScheduler(clip_sample=False)
-    t = torch.arange(1000)
-    a = signal(full, t).flatten()
-    moments = (1 - a) / (a * VARIANCE + 1 - a)
-    x_0, z = quadrature()
-    totals = {}
-    for variance_type in ("fixed_small", "fixed_large", "analytic"):
-        own = {"noise_second_moments": moments.tolist()} if variance_type == "analytic" else {}
-        scheduler = AlphaDDPMScheduler(clip_sample=False, variance_type=variance_type, **own)
-        options = {"num_inference_steps": steps, "num_bins": None, "noise": lambda t, shape: z, "progress": False}
-        totals[variance_type] = float(bits_per_dim(exact_noise(full), scheduler, x_0, **options).total.mean())
-    assert totals["analytic"] < min(totals["fixed_small"], totals["fixed_large"])
-    assert totals["analytic"] > 0.5 * math.log2(2 * math.pi * math.e * VARIANCE)
 
 
 def test_a_chain_of_one_step_is_the_bound_of_a_vae():
@@ -431,128 +311,3 @@ def test_a_subset_of_everything_is_the_full_chain():
     same = bits_per_dim(tiny_unet(), scheduler, images, num_evaluated=12, generator=generator(), progress=False)
     assert torch.equal(whole.total, same.total)
     assert (same.standard_error == 0).all()
-
-
-# The training-free optimum
-
-
-def gaussian_statistics(scheduler, count=4000):
-    x_0 = MEAN + math.sqrt(VARIANCE) * torch.randn(count, 1, 1, 1, dtype=torch.float64, generator=generator())
-    return x_0, estimate_analytic_variance(
-        exact_noise(scheduler), scheduler, x_0, num_bins=None, batch_size=count, generator=generator(1), progress=False
-    )
-
-
-def test_noise_moments_are_measured_with_their_error():
-    scheduler = AlphaDDPMScheduler(clip_sample=False, **SHORT)
-    _, statistics = gaussian_statistics(scheduler)
-    a = signal(scheduler, torch.arange(12)).flatten()
-    exact = (1 - a) / (a * VARIANCE + 1 - a)
-    assert statistics.num_images == 4000
-    assert ((statistics.noise_second_moments - exact).abs() < 4.5 * statistics.noise_second_moments_error).all()
-    assert ((statistics.noise_errors - (1 - exact)).abs() < 4.5 * statistics.noise_errors_error).all()
-    assert (statistics.noise_second_moments_error < 0.05).all()
-    assert torch.allclose(statistics.residuals.sum(dim=(1, 2)), torch.ones(12, dtype=torch.float64))
-
-
-def test_the_error_in_the_noise_is_that_in_the_clipped_x_0_times_the_snr():
-    """z̃ - ε = √ᾱ (x_0 - x̂_0)/√(1-ᾱ): both are of the prediction that the chain uses."""
-    scheduler = AlphaDDPMScheduler(prediction_type="sample", **SHORT)
-    images = torch.randint(0, 256, (3, 1, 4, 4), generator=generator()) / 127.5 - 1
-    statistics = estimate_analytic_variance(
-        lambda x, t: 2 * x, scheduler, images, generator=generator(), progress=False
-    )
-    a = signal(scheduler, torch.arange(12)).flatten()
-    assert torch.allclose(statistics.noise_errors, a / (1 - a) * statistics.x0_errors, rtol=1e-9)
-
-
-@pytest.mark.parametrize("from_errors", [False, True])
-def test_the_analytic_scheduler_is_stored_and_loads(tmp_path, from_errors):
-    scheduler = AlphaDDPMScheduler(clip_sample=False, **SHORT)
-    _, statistics = gaussian_statistics(scheduler, 100)
-    analytic = with_analytic_variance(scheduler, statistics, from_errors=from_errors)
-    stored = optimal_timesteps(statistics, analytic, [3, 5])
-    AlphaDDPMScheduler.from_config(analytic.config, inference_timesteps=stored).save_pretrained(tmp_path)
-    loaded = AlphaDDPMScheduler.from_pretrained(tmp_path)
-    assert loaded.config.variance_type == "analytic"
-    assert loaded.noise_second_moments == analytic.noise_second_moments
-    if from_errors:  # the exact predictor explains all that can be explained: 1 - E‖z̃ - ε*‖²/d is Γ_t
-        plain = with_analytic_variance(scheduler, statistics).noise_second_moments
-        error = (statistics.noise_errors_error + statistics.noise_second_moments_error).tolist()
-        for table in zip(analytic.noise_second_moments, plain, error, strict=True):
-            assert table[0] == pytest.approx(table[1], abs=5 * table[2])
-    loaded.set_timesteps(3)
-    assert loaded.timesteps.tolist() == stored["3"]
-    assert DDPMScheduler.from_pretrained(tmp_path).config.num_train_timesteps == 12  # stock loads it too
-
-
-@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "analytic"])
-def test_dynamic_programming_finds_what_brute_force_finds(variance_type):
-    scheduler = AlphaDDPMScheduler(clip_sample=False, **SHORT)
-    _, statistics = gaussian_statistics(scheduler, 200)
-    if variance_type == "analytic":
-        scheduler = with_analytic_variance(scheduler, statistics)
-    else:
-        scheduler = AlphaDDPMScheduler.from_config(scheduler.config, variance_type=variance_type)
-    chosen = optimal_timesteps(statistics, scheduler, range(1, 13))
-    assert list(chosen) == [str(number) for number in range(1, 13)]
-    costs = _PairCosts(statistics, scheduler)
-    for number in range(1, 13):
-        best = min(costs.of_chain(chain[::-1]) for chain in itertools.combinations(range(12), number))
-        assert predicted_bits_per_dim(statistics, scheduler, chosen[str(number)]) == pytest.approx(best, rel=1e-12)
-        assert all(a > b for a, b in itertools.pairwise(chosen[str(number)]))
-
-
-@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "analytic"])
-@pytest.mark.parametrize("num_bins", [None, 256])
-def test_predicted_bits_are_what_is_then_measured(variance_type, num_bins):
-    """On the images and noise that the statistics are of, up to how residuals are binned."""
-    scheduler = AlphaDDPMScheduler(**SHORT)
-    if num_bins is None:
-        images = torch.rand(64, 1, 4, 4, generator=generator()) * 1.6 - 0.8
-    else:
-        images = torch.randint(0, 256, (64, 1, 4, 4), generator=generator()) / 127.5 - 1
-    again = generator(3)  # the draws of the statistics, once more
-    noises = [torch.randn(images.shape, generator=again) for _ in range(12)]
-    model = exact_noise(scheduler)
-    statistics = estimate_analytic_variance(
-        model, scheduler, images, num_bins=num_bins, generator=generator(3), progress=False
-    )
-    if variance_type == "analytic":
-        scheduler = with_analytic_variance(scheduler, statistics, from_errors=True)
-    else:
-        scheduler = AlphaDDPMScheduler.from_config(scheduler.config, variance_type=variance_type)
-    for chain in ([11, 8, 5, 3, 2, 1, 0], [10, 4, 1], [9, 2], [6]):
-        measured = bits_per_dim(
-            model, scheduler, images, timesteps=chain, num_bins=num_bins, noise=lambda t, s: noises[t], progress=False
-        )
-        predicted = predicted_bits_per_dim(statistics, scheduler, chain)
-        assert predicted == pytest.approx(float(measured.total.mean()), rel=2e-3)
-
-
-def test_optimal_timesteps_of_a_thousand_take_seconds_and_beat_equal_spacing():
-    scheduler = AlphaDDPMScheduler(clip_sample=False)
-    a = signal(scheduler, torch.arange(1000)).flatten()
-    x_0, z = quadrature()
-    images = MEAN + math.sqrt(VARIANCE) * torch.randn(256, 1, 8, 8, dtype=torch.float64, generator=generator())
-    statistics = estimate_analytic_variance(
-        exact_noise(scheduler), scheduler, images, num_bins=None, generator=generator(), progress=False
-    )
-    moments = ((1 - a) / (a * VARIANCE + 1 - a)).tolist()
-    analytic = AlphaDDPMScheduler(clip_sample=False, variance_type="analytic", noise_second_moments=moments)
-    chosen = optimal_timesteps(statistics, analytic, [5, 20])
-    for steps in (5, 20):
-        options = {"num_bins": None, "noise": lambda t, shape: z, "progress": False}
-        spaced = bits_per_dim(exact_noise(scheduler), analytic, x_0, num_inference_steps=steps, **options).total.mean()
-        best = bits_per_dim(exact_noise(scheduler), analytic, x_0, timesteps=chosen[str(steps)], **options).total.mean()
-        assert best < spaced
-
-
-def test_timesteps_cannot_be_priced_for_learned_variances():
-    _, statistics = gaussian_statistics(AlphaDDPMScheduler(**SHORT), 4)
-    with pytest.raises(ValueError, match="with_analytic_variance"):
-        optimal_timesteps(statistics, AlphaDDPMScheduler(variance_type="learned_range", **SHORT), 3)
-    with pytest.raises(ValueError, match="num_steps=13"):
-        optimal_timesteps(statistics, AlphaDDPMScheduler(**SHORT), [2, 13])
-    with pytest.raises(ValueError, match="12 timesteps, the scheduler has 1000"):
-        optimal_timesteps(statistics, AlphaDDPMScheduler(), 3)
