@@ -58,6 +58,8 @@ def test_whole_files_or_single_rows_are_dealt_out(tmp_path):
     assert [len(one) for one in shards] == [2, 2] and not shards[0] & shards[1]
     lengths = [len(read_epochs(data, 3, part, 3)) for part in range(3)]
     assert lengths == [25, 25, 25]  # of three epochs, each of which begins with another part
+    single = stream_of(write_numbered(tmp_path / "y", [1] * 7))
+    assert [len(read_epochs(single, 3, part, 1)) for part in range(3)] == [3, 2, 2]  # turns go on from file to file
 
 
 def test_rows_are_shuffled_anew_in_each_epoch_by_the_seed(tmp_path):
@@ -75,8 +77,10 @@ def test_rows_are_shuffled_anew_in_each_epoch_by_the_seed(tmp_path):
     assert [image.number for image in islice(other, 96)] != [image.number for image in images[:96]]
 
 
-def test_a_large_block_is_bounded_by_its_bytes(tmp_path, monkeypatch):
+def test_a_block_is_bounded_by_its_rows_and_by_its_bytes(tmp_path, monkeypatch):
     data = stream_of(write_numbered(tmp_path / "x", [400], group=400))
+    blocks = Counter(image.position.block for image in islice(read(data, buffer=150), 400))
+    assert list(blocks.values()) == [150, 150, 100]
     monkeypatch.setattr(streamed, "BLOCK_BYTES", 100 * len(numbered(0)))
     blocks = Counter(image.position.block for image in islice(read(data, buffer=10_000), 400))
     assert len(blocks) == 4 and set(blocks.values()) == {100}
