@@ -187,7 +187,7 @@ def test_a_model_trained_without_dropout_warns_when_guided():
         ({"class_labels": 3}, "ids are 0 to 2"),
         ({"class_labels": True}, "not a class of this model"),
         ({"class_labels": []}, "at least one label"),
-        ({"class_labels": [0, 1, 2], "batch_size": 2}, "3 class_labels for batch_size=2"),
+        ({"class_labels": [0, 1, 2], "batch_size": 2}, "3 class_labels for a batch of 2"),
         ({"class_labels": [0, 1], "generator": [torch.Generator()]}, "1 generators for 2 images"),
         ({"guidance_scale": 2.0}, "needs class_labels"),
         ({"class_labels": 0, "guidance_scale": float("nan")}, "finite"),
@@ -355,7 +355,7 @@ def test_interpolation_of_flat_images_gives_the_grey_between_them():
     greys = x.mean((1, 2, 3))  # the shared noise moves all of them alike
     torch.testing.assert_close(greys, torch.tensor([0.2, 0.5, 0.8]), atol=0.05, rtol=0)
     torch.testing.assert_close(greys.diff(), torch.full((2,), 0.3), atol=0.01, rtol=0)
-    with pytest.raises(ValueError, match="timestep from 0"):
+    with pytest.raises(ValueError, match="at=1000"):
         pipe.interpolate(a, b, at=1000)
     with pytest.raises(ValueError, match="from 0"):
         pipe.interpolate(a, b, at=5, weights=(2.0,))
