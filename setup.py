@@ -57,13 +57,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10.1",
     ],
-    extras_require={
-        "train": TRAIN,
-        "eval": EVAL,
-        "inception": INCEPTION,
-        "tensorboard": TENSORBOARD,
-        "test": TEST,
-    },
+    extras_require={"train": TRAIN, "eval": EVAL, "inception": INCEPTION, "tensorboard": TENSORBOARD, "test": TEST},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

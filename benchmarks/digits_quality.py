@@ -116,9 +116,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file; by default the figures are only printed")
     arguments = parser.parse_args()
 
-    images = sample_images(
-        arguments.folder, arguments.num_images, arguments.seed, arguments.steps, arguments.batch_size
-    )
+    images = sample_images(arguments.folder, arguments.num_images, arguments.seed, arguments.steps, arguments.batch_size)
     command = f"python benchmarks/digits_quality.py {Path(arguments.folder).name} --num_images {arguments.num_images}"
     command += f" --seed {arguments.seed} --steps {arguments.steps}"
     found = {"command": command, **provenance(torch.device("cpu")), **asdict(quality_of(images))}

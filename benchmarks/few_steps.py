@@ -125,9 +125,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 row |= bound_of(pipe, scheduler, levels[order[first:]], steps, arguments.batch_size)
             if steps <= arguments.most_steps_drawn:
                 try:
-                    row |= distance_of(
-                        pipe, scheduler, arguments.num_images, steps, arguments.seed, arguments.batch_size
-                    )
+                    row |= distance_of(pipe, scheduler, arguments.num_images, steps, arguments.seed, arguments.batch_size)
                 except (IndexError, ValueError, RuntimeError) as error:  # as some of diffusers' do at steps = T
                     row["error"] = f"{type(error).__name__}: {error}"
             report["rows"].append(row)
@@ -191,9 +189,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         for name in (*OWN, *PEERS):
             points = sorted((row["steps"], row[key]) for row in report["rows"] if row["sampler"] == name and key in row)
             if points:
-                axis.plot(
-                    *zip(*points, strict=True), marker="o", markersize=3, label=name, ls="--" if name in PEERS else "-"
-                )
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, ls="--" if name in PEERS else "-")
         axis.set(xscale="log", yscale="log", xlabel="steps", title=title)
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=120)

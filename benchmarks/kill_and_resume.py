@@ -84,9 +84,7 @@ class Processes:
         """Raises RuntimeError unless they all end well."""
         statuses = self.wait(LONGEST_RUN)
         if any(status != 0 for status in statuses):
-            raise RuntimeError(
-                f"a run ended with {statuses}; its output:\n{folder.with_suffix('.log').read_text()[-3000:]}"
-            )
+            raise RuntimeError(f"a run ended with {statuses}; its output:\n{folder.with_suffix('.log').read_text()[-3000:]}")
 
     def kill(self, rng: random.Random) -> None:
         """One after another, in any order."""
@@ -168,9 +166,7 @@ def make_config(kind: str, folder: Path, scratch: Path) -> TrainingOptions:
         unet = unet | {"out_channels": 2}
     path = scratch / f"{hashlib.blake2b(json.dumps(unet).encode(), digest_size=4).hexdigest()}.json"
     path.write_text(json.dumps(unet))
-    return TrainingOptions(
-        **{**options, "model": str(path), "output_dir": str(folder), "cache_dir": str(scratch / "cache")}
-    )
+    return TrainingOptions(**{**options, "model": str(path), "output_dir": str(folder), "cache_dir": str(scratch / "cache")})
 
 
 def run(kills: int, kinds: list[str], seed: int, kills_a_run: int, scratch: Path) -> dict[str, Any]:

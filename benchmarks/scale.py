@@ -46,9 +46,7 @@ def activation_bytes(network: UNet2DModel, side: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        network(
-            torch.randn(1, 3, side, side, device=network.device), torch.zeros(1, device=network.device)
-        ).sample.sum()
+        network(torch.randn(1, 3, side, side, device=network.device), torch.zeros(1, device=network.device)).sample.sum()
     return sum(kept.values())
 
 
@@ -94,9 +92,7 @@ def on(devices: int, measured: dict[str, Any], bandwidth: float) -> dict[str, fl
     """The calculation of docs/scale.md: so many devices like the measured one, joined by `bandwidth` bytes per second."""
     batch = measured["batch_per_device"]
     compute = batch / measured["images_per_second"]
-    reduce = (
-        2 * (devices - 1) / devices * 4 * measured["parameters"] / bandwidth
-    )  # ring all-reduce of float32 gradients
+    reduce = 2 * (devices - 1) / devices * 4 * measured["parameters"] / bandwidth  # ring all-reduce of float32 gradients
     images = devices * batch / (compute + reduce)
     return {
         "devices": devices,
@@ -104,8 +100,7 @@ def on(devices: int, measured: dict[str, Any], bandwidth: float) -> dict[str, fl
         "images_per_second_not_overlapped": images,
         "data_bytes_per_second": images * measured["pixel_bytes_an_image"],
         "checkpoint_bytes": CHECKPOINT_BYTES * measured["parameters"],
-        "memory_bytes": sum(STATE_BYTES.values()) * measured["parameters"]
-        + batch * measured["activation_bytes_an_image"],
+        "memory_bytes": sum(STATE_BYTES.values()) * measured["parameters"] + batch * measured["activation_bytes_an_image"],
     }
 
 

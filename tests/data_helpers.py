@@ -51,9 +51,7 @@ def numbers(pixels: torch.Tensor) -> list[int]:
     return (pixels[:, 0, 0, 0].int() + 256 * pixels[:, 0, 0, 1].int()).tolist()
 
 
-def parquet(
-    path: Path, rows: Sequence[bytes | None], names: Sequence[str] | None = None, group=None, **columns
-) -> Path:
+def parquet(path: Path, rows: Sequence[bytes | None], names: Sequence[str] | None = None, group=None, **columns) -> Path:
     """A parquet file of images as plain structs, and of other columns."""
     structs = [{"bytes": row, "path": name} for row, name in zip(rows, names or [None] * len(rows), strict=True)]
     images = pa.array(structs, pa.struct({"bytes": "binary", "path": "string"}))

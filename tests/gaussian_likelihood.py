@@ -32,9 +32,7 @@ def exact_noise(scheduler, prediction_type="epsilon"):
         a = signal(scheduler, t).to(x_t)
         noise = (1 - a).sqrt() * (x_t - a.sqrt() * MEAN) / (a * VARIANCE + 1 - a)
         x_0 = (x_t - (1 - a).sqrt() * noise) / a.sqrt()
-        return {"epsilon": noise, "sample": x_0, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * x_0}[
-            prediction_type
-        ]
+        return {"epsilon": noise, "sample": x_0, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * x_0}[prediction_type]
 
     return predict
 

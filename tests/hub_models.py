@@ -28,10 +28,7 @@ CALLS = {
 # settings of ours, by model and component: stock classes must keep them
 KEPT = {
     "own": {"scheduler": {name: OWN[name] for name in ("noise_second_moments", "inference_timesteps")}},
-    "class": {
-        "scheduler": {"inference_timesteps": TIMESTEPS},
-        "unet": {"class_names": CLASSES, "condition_dropout": 0.1},
-    },
+    "class": {"scheduler": {"inference_timesteps": TIMESTEPS}, "unet": {"class_names": CLASSES, "condition_dropout": 0.1}},
     "text": {"scheduler": {"inference_timesteps": TIMESTEPS}, "unet": {"condition_dropout": 0.2}},
 }
 
@@ -83,15 +80,7 @@ def early_repository(folder: Path) -> np.ndarray:
              "resnet_time_scale_shift", "time_embedding_dim", "downsample_type", "upsample_type", "mid_block_type")  # fmt: skip
     config = {name: value for name, value in config.items() if name not in newer}
     (folder / "config.json").write_text(json.dumps(config | {"_diffusers_version": "0.1.1"}))
-    kept = (
-        "_class_name",
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "clip_sample",
-        "variance_type",
-    )
+    kept = ("_class_name", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "clip_sample", "variance_type")
     stored = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     (folder / "scheduler_config.json").write_text(json.dumps({name: stored[name] for name in kept}))
     for name in ("unet", "scheduler"):

@@ -186,9 +186,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.status:
             self.refuse(fault.status, "InjectedFault", HTTPStatus(fault.status).phrase)
         else:
-            with (
-                self.hub.lock
-            ):  # not while answering: a client may take its time to read, and ask for something else first
+            with self.hub.lock:  # not while answering: a client may take its time to read, and ask for something else first
                 self.carry_out(url.path, data)
         if fault is not None and fault.lose_answer:
             self.close_connection = True
@@ -258,12 +256,7 @@ class Handler(BaseHTTPRequestHandler):
             card = (yaml.safe_load(match[1]) if match else {}) or {}
             bad = [
                 name
-                for name, types in {
-                    "tags": list,
-                    "datasets": (list, str),
-                    "license": (str, list),
-                    "model-index": list,
-                }.items()
+                for name, types in {"tags": list, "datasets": (list, str), "license": (str, list), "model-index": list}.items()
                 if name in card and not isinstance(card[name], types)
             ]
         except yaml.YAMLError as error:
@@ -279,11 +272,7 @@ class Handler(BaseHTTPRequestHandler):
         repo_id = f"{options.get('organization') or self.user[0]}/{options['name']}"
         if not self.may_write(repo_id):
             return
-        answer = {
-            "url": self.base + ("" if kind == "models" else f"/{kind}") + f"/{repo_id}",
-            "name": repo_id,
-            "id": "local",
-        }
+        answer = {"url": self.base + ("" if kind == "models" else f"/{kind}") + f"/{repo_id}", "name": repo_id, "id": "local"}
         if (kind, repo_id) in self.hub.repos:
             self.send(409, {**answer, "error": f"You already created this {kind[:-1]} repo"})
             return
@@ -318,9 +307,7 @@ class Handler(BaseHTTPRequestHandler):
             path = file["path"]
             binary = b"\0" in base64.b64decode(file.get("sample", "")) or path.endswith(LFS_SUFFIXES)
             oid = present[path]["sha256" if present[path]["lfs"] else "oid"] if path in present else None
-            answer.append(
-                {"path": path, "uploadMode": "lfs" if binary else "regular", "shouldIgnore": False, "oid": oid}
-            )
+            answer.append({"path": path, "uploadMode": "lfs" if binary else "regular", "shouldIgnore": False, "oid": oid})
         self.send(200, {"files": answer, "commitOid": sha})
 
     def lfs_batch(self, data: bytes, kind: str | None, repo_id: str) -> None:
@@ -406,9 +393,7 @@ class Handler(BaseHTTPRequestHandler):
         repo, _ = self.find(kind, repo_id)
         if repo is not None:
             lists = {
-                name: [
-                    {"name": ref, "ref": f"refs/{place}/{ref}", "targetCommit": sha} for ref, sha in repo[name].items()
-                ]
+                name: [{"name": ref, "ref": f"refs/{place}/{ref}", "targetCommit": sha} for ref, sha in repo[name].items()]
                 for name, place in {"branches": "heads", "tags": "tags"}.items()
             }
             self.send(200, {**lists, "converts": [], "pullRequests": []})

@@ -87,9 +87,7 @@ class MixtureData:
     def quantiles(self, count: int) -> torch.Tensor:
         """At levels (i + 1/2)/count, [count], from the exact distribution function on a fine grid."""
         grid = torch.linspace(-8, 8, 400_001, dtype=torch.float64)
-        cdf = sum(
-            w * torch.special.ndtr((grid - m) / s) for w, m, s in zip(self.weights, self.means, self.stds, strict=True)
-        )
+        cdf = sum(w * torch.special.ndtr((grid - m) / s) for w, m, s in zip(self.weights, self.means, self.stds, strict=True))
         levels = (torch.arange(count, dtype=torch.float64) + 0.5) / count
         return grid[torch.searchsorted(cdf, levels).clamp(max=len(grid) - 1)]
 

@@ -1,7 +1,4 @@
-"""DDPM for diffusers: the forward process, its posterior, the reverse process, likelihoods and pipelines.
-
-Names are imported on first use, so that `import ddpm_pipeline` costs nothing.
-"""
+"""DDPM for diffusers: scheduler, pipelines, likelihoods. Names are imported on first use, so that importing costs nothing."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

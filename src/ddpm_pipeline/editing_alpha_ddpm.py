@@ -1,7 +1,6 @@
 """Where a reverse chain starts: noise, a noised image, a mask; and mixtures of images and forward trajectories.
 
-The reverse loop is in `sampling_alpha_ddpm.py`. Travels inside model repositories. Imports diffusers, numpy, PIL, torch and
-its siblings; defines no pipeline class, because the Hub's loader wants one per repository.
+Travels inside model repositories. Defines no pipeline class, because the Hub's loader wants one per repository.
 """
 
 import math
@@ -16,10 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
-from .tables_alpha_ddpm import Generators, check_count
+from .tables_alpha_ddpm import Generators, check_generators, check_integer
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
-DEFAULT_STRENGTH = 0.5  # for an image without a mask
 
 Images = Image.Image | np.ndarray | Tensor | Sequence[Image.Image]
 
@@ -39,7 +37,7 @@ class Edit:
                 raise ValueError(f"{name} needs an image; pass image= as well.")
         if self.strength is not None and not 0 <= self.strength <= 1:
             raise ValueError(f"strength={self.strength!r} must be from 0 (the image unchanged) to 1 (only noise left).")
-        check_count("num_resamples", self.num_resamples)
+        check_integer("num_resamples", self.num_resamples, 1)
         if self.num_resamples > 1 and self.mask_image is None:
             raise ValueError(f"num_resamples={self.num_resamples} works with a mask_image only; leave it at 1.")
 
@@ -47,8 +45,7 @@ class Edit:
         """Index of the first step to run: the last `strength` of the chain's steps."""
         if self.image is None:
             return 0
-        default = DEFAULT_STRENGTH if self.mask_image is None else 1.0
-        strength = default if self.strength is None else self.strength
+        strength = (0.5 if self.mask_image is None else 1.0) if self.strength is None else self.strength
         return num_steps - math.floor(num_steps * strength + 1e-9)  # 0.29 * 100 is 28.999...
 
 
@@ -67,7 +64,7 @@ class AlphaDDPMEditing:
     """Mixed into a `DiffusionPipeline` with a `unet` and a `scheduler`."""
 
     def _start(self, edit: Edit, batch_size: int, generator: Generators) -> Start:
-        """Noise, or the given image noised to the first timestep of the part of the scheduler's chain that is run."""
+        """Noise, or the image noised to the first timestep of the chain that is run."""
         timesteps = self.scheduler.timesteps
         first = edit.first_step(len(timesteps))
         if hasattr(self.scheduler, "set_begin_index"):  # before add_noise, which reads it
@@ -87,7 +84,7 @@ class AlphaDDPMEditing:
         return replace(start, x=self._keep(x, start, timesteps[first], generator))
 
     def _keep(self, x: Tensor, start: Start, t: Tensor | None, generator: Generators) -> Tensor:
-        """x_t with kept pixels drawn from q(x_t | x_0); x_0 itself if t is None, clean data (Lugmayr et al. 2022, eq. 8)."""
+        """x_t with kept pixels drawn from q(x_t | x_0), or x_0's for clean data, t = None (Lugmayr et al. 2022, eq. 8)."""
         if start.kept is None:
             return x
         return torch.where(start.kept, start.original if t is None else self._noised(start.original, t, generator), x)
@@ -97,7 +94,6 @@ class AlphaDDPMEditing:
         return randn_tensor(tuple(shape), generator=generator, device=self._execution_device, dtype=self._chain_dtype)
 
     def _noised(self, original: Tensor, t: Tensor, generator: Generators) -> Tensor:
-        """x_t from x_0 [B, C, H, W]."""
         return self.scheduler.add_noise(original, self._noise(original.shape, generator), t.repeat(len(original)))
 
     def _shape(self, batch_size: int) -> tuple[int, int, int, int]:
@@ -110,21 +106,20 @@ class AlphaDDPMEditing:
         return torch.float64 if self.unet.dtype == torch.float64 else torch.float32
 
     def _images_in(self, images: Images, batch_size: int | None = None) -> Tensor:
-        """[B, C, H, W] in [-1, 1] on the device; a single image is repeated for the whole batch."""
+        """[B, C, H, W] in [-1, 1] on the device; a single image is repeated for the batch."""
         _, channels, height, width = self._shape(1)
         x = _pixels(images, "image", channels)
         if x.shape[1:] != (channels, height, width):
             needed = f"this model needs {(channels, height, width)} as (channels, height, width)"
             raise ValueError(f"image has shape {tuple(x.shape[1:])}; {needed}: resize or crop it first.")
-        x = (x * 2 - 1).to(self._execution_device, self._chain_dtype)
-        return x if batch_size is None else _expanded(x, batch_size, "images")
+        return expanded((x * 2 - 1).to(self._execution_device, self._chain_dtype), batch_size or len(x), "images")
 
     def _kept_pixels(self, mask: Images, batch_size: int) -> Tensor:
         """Where pixels are kept, bool [B, 1, H, W]: black (0) is kept and white (1) is painted."""
         painted, needed = _pixels(mask, "mask_image", 1), (1, *self._shape(1)[2:])
         if painted.shape[1:] != needed:
             raise ValueError(f"mask_image has shape {tuple(painted.shape[1:])}, not {needed}.")
-        return _expanded(painted < 0.5, batch_size, "masks").to(self._execution_device)
+        return expanded(painted < 0.5, batch_size, "masks").to(self._execution_device)
 
     @torch.no_grad()
     def interpolate(
@@ -139,8 +134,8 @@ class AlphaDDPMEditing:
     ) -> Any:
         """Mix two images in latent noise and denoise the mixtures (Ho et al. 2020, figure 8).
 
-        Both are noised to timestep `at`, mixed as (1 - weight) a + weight b, and denoised by the reverse process; all weights
-        share one noise. The higher `at`, the freer the result; 0 changes hardly anything.
+        Both are noised to timestep `at`, mixed as (1 - weight) a + weight b, and denoised; all weights share one noise. The
+        higher `at`, the freer the result. Raises ValueError for arguments outside their ranges.
 
         Args:
             a, b: one image each.
@@ -149,25 +144,20 @@ class AlphaDDPMEditing:
             generator: a single one, for the shared noise.
             num_inference_steps: length of the whole chain, which is run from `at` on.
             options: further arguments of the call, such as the condition.
-
-        Raises ValueError for arguments outside these ranges.
         """
         a, b = self._images_in(a), self._images_in(b)
-        if len(a) != 1 or len(b) != 1:
+        if (len(a), len(b)) != (1, 1):
             raise ValueError(f"interpolate takes one image a and one image b, not {len(a)} and {len(b)}.")
         if not weights or not all(0 <= weight <= 1 for weight in weights):
             raise ValueError(f"weights={weights!r} must be numbers from 0 (image a) to 1 (image b), at least one.")
         total = self.scheduler.config.num_train_timesteps
-        if isinstance(at, bool) or not isinstance(at, int) or not 0 <= at < total:
-            raise ValueError(f"at={at!r} must be a timestep from 0 to {total - 1}.")
+        check_integer("at", at, 0, total - 1)
         self.scheduler.set_timesteps(num_inference_steps or total)
         timesteps = self.scheduler.timesteps
-        remaining = int((timesteps <= at).sum())
-        if not remaining:
+        if not (remaining := int((timesteps <= at).sum())):
             raise ValueError(f"at={at} is below the last timestep of this chain, {timesteps[-1]}; use more steps.")
         weight = torch.tensor(list(weights), device=a.device, dtype=a.dtype).view(-1, 1, 1, 1)
-        # with shared noise, mixing x_t and noising the mixture are the same
-        mixtures = ((1 - weight) * a + weight * b) / 2 + 0.5
+        mixtures = ((1 - weight) * a + weight * b) / 2 + 0.5  # as mixing x_t, because the noise is shared
         seed = torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu").item()
         return self(
             **self._batch_option(len(mixtures), options),
@@ -180,10 +170,10 @@ class AlphaDDPMEditing:
 
     @torch.no_grad()
     def forward_trajectory(self, image: Images, timesteps: Sequence[int], generator: Generators = None) -> Tensor:
-        """x_t of the forward process at ascending `timesteps`, each from the one before (report eq. 4.3, figure 3.4).
+        """x_t of the forward process at `timesteps`, each from the one before (report eq. 4.3, figure 3.4).
 
-        Timestep -1 is the image itself. Returns [len(timesteps), B, C, H, W], in about [-1, 1] where little noise was added.
-        Raises ValueError if the timesteps are not ascending.
+        Timestep -1 is the image itself, in [-1, 1]. Returns [len(timesteps), B, C, H, W]. Raises ValueError if the timesteps
+        are not ascending.
         """
         x = self._images_in(image)
         chain = [int(t) for t in timesteps]
@@ -192,8 +182,7 @@ class AlphaDDPMEditing:
         check_generators(generator, len(x))
         scheduler = AlphaDDPMScheduler.from_config(self.scheduler.config)  # leaves the pipeline's own chain as it is
         trajectory = [x] if chain[0] == -1 else []
-        noisy = [t for t in chain if t >= 0]
-        if noisy:
+        if noisy := [t for t in chain if t >= 0]:
             scheduler.set_timesteps(timesteps=noisy[::-1])
         for t in noisy:
             x = scheduler.forward_step(x, t, self._noise(x.shape, generator))
@@ -201,22 +190,15 @@ class AlphaDDPMEditing:
         return torch.stack(trajectory)
 
 
-def check_generators(generator: Any, count: int) -> None:
-    if isinstance(generator, list) and len(generator) != count:
-        raise ValueError(f"{len(generator)} generators for {count} images; give one, or a list of one per image.")
-
-
-def _expanded(batch: Tensor, batch_size: int, what: str) -> Tensor:
+def expanded(batch: Tensor, batch_size: int, what: str) -> Tensor:
+    """One row, or one per image, [1 or B, ...], as [B, ...]."""
     if len(batch) not in (1, batch_size):
         raise ValueError(f"{len(batch)} {what} for a batch of {batch_size}; give 1 or {batch_size}.")
     return batch.expand(batch_size, *batch.shape[1:])
 
 
 def _pixels(images: Images, what: str, channels: int) -> Tensor:
-    """[N, C, H, W] in [0, 1] from PIL images, arrays [N, H, W, C] or [H, W(, C)], or tensors [N, C, H, W] or [C, H, W].
-
-    Integers are read as 0..255, booleans as 0 and 1, floats as [0, 1]: the pipelines take what they give out.
-    """
+    """[N, C, H, W] in [0, 1] from PIL images, arrays and tensors: integers 0..255, booleans, or floats in [0, 1]."""
     if isinstance(images, Image.Image):
         images = [images]
     if isinstance(images, (list, tuple)):

@@ -1,7 +1,7 @@
 """Images from noise by the reverse process of DDPM: the report's figure 3.3 as a diffusers pipeline.
 
 Travels inside model repositories as `pipeline.py`, for those who trust a repository and do not have the package. Imports
-diffusers, torch and every sibling that travels with it: diffusers' loader copies only what this file itself imports.
+every sibling that travels with it, because diffusers' loader copies only what this file itself imports.
 """
 
 import difflib
@@ -13,11 +13,11 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
-from .editing_alpha_ddpm import Edit, Images, check_generators
+from .editing_alpha_ddpm import Edit, Images, expanded
 from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
-from .tables_alpha_ddpm import Generators, check_count
+from .tables_alpha_ddpm import Generators, check_integer
 
 # diffusers runs the pipeline.py of every local folder in one and the same module, where it wants to find a single class
 globals().pop("AlphaDDPMTextToImagePipeline", None)
@@ -28,9 +28,8 @@ ClassLabels = int | str | Sequence[int | str | None] | Tensor
 class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
     """Image generation, unconditional or for class labels.
 
-    Loads any repository of diffusers' `DDPMPipeline`; its `DDPMScheduler` becomes an `AlphaDDPMScheduler` with the same
-    config. A scheduler that you choose yourself (`scheduler=` when loading, or set later) stays as it is. What the pipeline
-    saves names the stock classes, so that it loads with diffusers alone.
+    Loads any repository of diffusers' `DDPMPipeline`; a `DDPMScheduler` becomes an `AlphaDDPMScheduler` of the same config, any
+    other stays as it is. What the pipeline saves names the stock classes, so that it loads with diffusers alone.
 
     Args:
         unet: the noise predictor, from images [B, C, H, W] and a timestep to [B, C, H, W], or 2C for a learned variance.
@@ -69,36 +68,31 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
 
         Args:
             batch_size: number of images, at least 1; the default is one, or one per class label.
-            generator: one for all images, or a list of one per image; an image with its own generator does not depend on the
-                batch it is sampled in.
+            generator: one for all images, or a list of one per image, which then does not depend on the others.
             num_inference_steps: length of the chain; the default is every timestep the model was trained on.
-            output_type: "pil" images, "np" [B, H, W, C] in [0, 1], or "pt" [B, C, H, W] in [0, 1].
+            output_type: "pil" images, "np" [B, H, W, C] or "pt" [B, C, H, W], both in [0, 1].
             return_dict: return an `AlphaDDPMOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, index, timestep, tensors)` after each step; an "image" in the dict
                 that it returns replaces the current one.
             callback_on_step_end_tensor_inputs: names in `tensors`: "image" (x_s, [B, C, H, W], in about [-1, 1]) and
                 "pred_original_sample" (the x_0 predicted at this step).
             class_labels: one class for all images, or one per image: ids, names (see `id2label`), or None for no class.
-            guidance_scale: 1 is none; above 1, images are pushed towards their class and away from "no class". Doubles the
-                network's batch.
+            guidance_scale: 1 is none; above 1, images are pushed towards their class, for twice the network's batch.
             guidance_rescale: from 0 to 1, how much of the contrast that guidance adds is undone (Lin et al. 2023).
             guidance_interval: start and end of guidance as fractions of the chain, noise being 0 (Kynkäänniemi et al. 2024).
             image: start from this picture, noised, instead of pure noise: PIL, array [B, H, W, C] or tensor [B, C, H, W] in
                 [0, 1] (integers: 0..255); a single one, or one per image.
-            strength: fraction of the chain to run on `image`, from 0 (unchanged) to 1 (nothing of it is left); the default is
-                0.5, or 1 with a mask.
+            strength: fraction of the chain to run on `image`, from 0 (unchanged) to 1; by default 0.5, or 1 with a mask.
             mask_image: white (1) where `image` is painted anew, black (0) where its pixels are kept.
             num_resamples: with a mask, passes per step, for a better fit of old and new (Lugmayr et al. 2022); 1 is none.
             output_trajectory: also return all x_t: `trajectory` [S + 1, B, C, H, W] on the CPU.
 
-        Raises:
-            ValueError: for a value that cannot be used, before any image is sampled.
+        Raises ValueError for a value that cannot be used, before any image is sampled.
         """
         labels = None if class_labels is None else self._label_ids(class_labels)
         if batch_size is None:
             batch_size = 1 if labels is None else len(labels)
-        check_count("batch_size", batch_size)
-        check_generators(generator, batch_size)
+        check_integer("batch_size", batch_size, 1)
         edit = Edit(image, strength, mask_image, num_resamples)
         callback_inputs = tuple(callback_on_step_end_tensor_inputs)
         output = Output(output_type, return_dict, output_trajectory, callback_on_step_end, callback_inputs)
@@ -117,14 +111,13 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
 
     @property
     def _null_label(self) -> int | None:
-        """The id that means "no class": that of the embedding after the named classes."""
+        """The id for "no class": that of the embedding after the named classes."""
         return len(self.id2label) if 0 < len(self.id2label) < self._num_embeddings else None
 
     def _label_ids(self, class_labels: ClassLabels) -> list[int]:
         if not self._num_embeddings:
             raise ValueError("class_labels were given to a model without classes; leave them out.")
-        if isinstance(class_labels, Tensor):
-            class_labels = class_labels.tolist()
+        class_labels = class_labels.tolist() if isinstance(class_labels, Tensor) else class_labels
         labels = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
         if not labels:
             raise ValueError("class_labels is empty; give at least one label.")
@@ -135,18 +128,17 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
             if self._null_label is None:
                 raise ValueError("class_labels holds None, but this model has no embedding for 'no class'.")
             return self._null_label
+        names = list(self.id2label.values())
         if isinstance(label, str):
-            names = list(self.id2label.values())
             if label not in names:
-                raise ValueError(f"class_labels: there is no class {label!r}; {self._nearest_names(label)}.")
+                raise ValueError(f"class_labels: there is no class {label!r}; {self._nearest_names(label, names)}.")
             return names.index(label)
-        count = len(self.id2label) or self._num_embeddings
+        count = len(names) or self._num_embeddings
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
             raise ValueError(f"class_labels: {label!r} is not a class of this model, whose ids are 0 to {count - 1}.")
         return label
 
-    def _nearest_names(self, label: str) -> str:
-        names = list(self.id2label.values())
+    def _nearest_names(self, label: str, names: list[str]) -> str:
         if not names:
             return f"this model has no names, only ids from 0 to {self._num_embeddings - 1}"
         folded = difflib.get_close_matches(label.casefold(), [name.casefold() for name in names], n=5)
@@ -161,14 +153,12 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
             if not self._num_embeddings:
                 return Conditioning({})
             labels = [self._label_id(None)]
-        if len(labels) not in (1, batch_size):
-            raise ValueError(f"{len(labels)} class_labels for batch_size={batch_size}; give 1 or {batch_size}.")
-        ids = torch.tensor(labels * (batch_size // len(labels)), device=self._execution_device)
+        ids = expanded(torch.tensor(labels, device=self._execution_device), batch_size, "class_labels")
         if not guidance.in_use:
             return Conditioning({"class_labels": ids})
         if self._null_label is None:
-            missing = "an embedding for 'no class', which this model lacks"
-            raise ValueError(f"guidance_scale={guidance.scale} needs {missing}; use guidance_scale=1.")
+            needed = "an embedding for 'no class', which this model lacks"
+            raise ValueError(f"guidance_scale={guidance.scale} needs {needed}; use guidance_scale=1.")
         self._warn_if_never_unconditional()
         return Conditioning({"class_labels": ids}, {"class_labels": torch.full_like(ids, self._null_label)}, guidance)
 

@@ -2,13 +2,12 @@
 
 Samples the same images as diffusers' `IFPipeline`, under whose name it is saved: prompts in lower case and padded to 77
 tokens, the unconditional half first in the batch, the variance half unguided, the UNet attending to all 77 states.
-Travels inside model repositories as `pipeline.py`. Imports diffusers, torch, transformers and every sibling that travels with
-it: diffusers' loader copies only what this file itself imports.
+Travels inside model repositories as `pipeline.py`. Imports every sibling that travels with it.
 """
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -16,11 +15,11 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .editing_alpha_ddpm import Edit, Images, check_generators
+from .editing_alpha_ddpm import Edit, Images, expanded
 from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
-from .tables_alpha_ddpm import Generators, check_count
+from .tables_alpha_ddpm import Generators, check_integer
 
 # diffusers runs the pipeline.py of every local folder in one and the same module, where it wants to find a single class
 globals().pop("AlphaDDPMPipeline", None)
@@ -30,7 +29,7 @@ SHOWN = 200  # most characters of a cut prompt that the warning shows
 
 
 def prepare_prompt(prompt: str) -> str:
-    """The prompt as the tokenizer gets it, both in training and in sampling."""
+    """The prompt as the tokenizer gets it, in training and in sampling."""
     return prompt.lower().strip()
 
 
@@ -58,10 +57,8 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
     model_cpu_offload_seq = "text_encoder->unet"
     _stock_class = "IFPipeline"
     _scheduler_class = AlphaDDPMScheduler
-    _stock_components = {  # noqa: RUF012
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "watermarker": [None, None],
+    _stock_components: ClassVar = {
+        **dict.fromkeys(("safety_checker", "feature_extractor", "watermarker"), (None, None)),
         "requires_safety_checker": False,
     }
 
@@ -104,81 +101,57 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
 
         Args:
             prompt: what to show; tokens beyond the 77th are cut, with a warning. The empty prompt means no condition.
-            guidance_scale: 1 is none; above 1, images are pushed towards the prompt and away from the negative one. Doubles
-                the network's batch.
+            guidance_scale: 1 is none; above 1, images are pushed towards the prompt, for twice the network's batch.
             negative_prompt: what to guide away from, one for all or one per prompt; the default is the empty prompt.
-            num_images_per_prompt: at least 1.
             prompt_embeds, negative_prompt_embeds: text states [B, 77, D] in place of prompts, as `encode` returns them.
 
-        The other arguments are those of `AlphaDDPMPipeline`: see `Guidance` for how far to guide, `Edit` for what the chain
-        starts from and keeps, and `Output` for what comes back.
-
-        Raises:
-            ValueError: for a value that cannot be used, before any image is sampled.
+        The other arguments are those of `AlphaDDPMPipeline`. Raises ValueError for a value that cannot be used.
         """
         count = num_images_per_prompt
-        check_count("num_images_per_prompt", count)
-        prompts = self._prompts(prompt, prompt_embeds)
-        batch_size = count * (len(prompt_embeds) if prompts is None else len(prompts))
-        check_generators(generator, batch_size)
+        check_integer("num_images_per_prompt", count, 1)
         edit = Edit(image, strength, mask_image, num_resamples)
         callback_inputs = tuple(callback_on_step_end_tensor_inputs)
         output = Output(output_type, return_dict, output_trajectory, callback_on_step_end, callback_inputs)
         guidance = Guidance(guidance_scale, guidance_rescale, tuple(guidance_interval))
-        states = self.encode(prompts) if prompts is not None else self._checked_states(prompt_embeds, "prompt_embeds")
-        null_kwargs = None
+        states = self._states(prompt, prompt_embeds, "prompt")
+        conditioning = Conditioning({"encoder_hidden_states": states.repeat_interleave(count, dim=0)})
         if guidance.in_use:
             self._warn_if_never_unconditional()
-            null_states = self._negative_states(len(states), negative_prompt, negative_prompt_embeds)
+            if negative_prompt is None and negative_prompt_embeds is None:
+                negative_prompt = ""
+            null_states = self._states(negative_prompt, negative_prompt_embeds, "negative_prompt")
+            null_states = expanded(null_states, len(states), "negative prompts")
             null_kwargs = {"encoder_hidden_states": null_states.repeat_interleave(count, dim=0)}
-        kwargs = {"encoder_hidden_states": states.repeat_interleave(count, dim=0)}
-        conditioning = Conditioning(kwargs, null_kwargs, guidance)
-        return self._sample(batch_size, conditioning, edit, output, generator, num_inference_steps)
+            conditioning = Conditioning(conditioning.kwargs, null_kwargs, guidance)
+        return self._sample(count * len(states), conditioning, edit, output, generator, num_inference_steps)
 
     @torch.no_grad()
     def encode(self, prompts: str | list[str]) -> Tensor:
         """Text states [B, 77, D] of the prompts, in the UNet's precision."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         for prompt in prompts:
-            self._warn_if_cut(prompt)
+            ids = self.tokenizer(prepare_prompt(prompt), verbose=False).input_ids
+            if len(ids) > MAX_TOKENS:
+                cut = self.tokenizer.decode(ids[MAX_TOKENS - 1 : -1]).strip()
+                cut = cut if len(cut) <= SHOWN else f"{cut[:SHOWN]}... ({len(cut)} characters)"
+                problem = f"the prompt has more than {MAX_TOKENS} tokens; this was cut from it: {cut!r}"
+                warnings.warn(problem, stacklevel=6)
         tokens = {name: ids.to(self._execution_device) for name, ids in tokenize(self.tokenizer, prompts).items()}
         return self.text_encoder(**tokens)[0].to(self.unet.dtype)
 
-    def _warn_if_cut(self, prompt: str) -> None:
-        ids = self.tokenizer(prepare_prompt(prompt), verbose=False).input_ids
-        if len(ids) > MAX_TOKENS:
-            cut = self.tokenizer.decode(ids[MAX_TOKENS - 1 : -1]).strip()
-            cut = cut if len(cut) <= SHOWN else f"{cut[:SHOWN]}... ({len(cut)} characters)"
-            warnings.warn(f"the prompt has more than {MAX_TOKENS} tokens; this was cut from it: {cut!r}", stacklevel=5)
-
-    def _prompts(self, prompt: Any, prompt_embeds: Tensor | None) -> list[str] | None:
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("give either a prompt or prompt_embeds.")
-        if prompt is None:
-            return None
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
-            raise ValueError(f"prompt must be a string or a list of strings with at least one, not {prompt!r}.")
-        return list(prompts)
-
-    def _negative_states(
-        self, count: int, negative_prompt: str | list[str] | None, negative_prompt_embeds: Tensor | None
-    ) -> Tensor:
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ValueError("give either negative_prompt or negative_prompt_embeds.")
-        if negative_prompt_embeds is not None:
-            states = self._checked_states(negative_prompt_embeds, "negative_prompt_embeds")
-        else:
-            states = self.encode(self._prompts("" if negative_prompt is None else negative_prompt, None))
-        if len(states) not in (1, count):
-            raise ValueError(f"{len(states)} negative prompts for {count} prompts; give 1 or {count}.")
-        return states.expand(count, *states.shape[1:])
-
-    def _checked_states(self, states: Tensor, name: str) -> Tensor:
+    def _states(self, prompt: Any, embeds: Tensor | None, name: str) -> Tensor:
+        """The states given as `embeds`, or those of the prompts, [B, tokens, D]. `name` is the prompt's in the call."""
+        if (prompt is None) == (embeds is None):
+            raise ValueError(f"give either {name} or {name}_embeds.")
+        if embeds is None:
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
+                raise ValueError(f"{name} must be a string or a list of strings with at least one, not {prompt!r}.")
+            return self.encode(list(prompts))
         width = self.unet.config.cross_attention_dim
-        if states.ndim != 3 or states.shape[2] != width:
-            raise ValueError(f"{name} has shape {tuple(states.shape)}; this model takes [B, tokens, {width}].")
-        return states.to(self._execution_device, self.unet.dtype)
+        if embeds.ndim != 3 or embeds.shape[2] != width:
+            raise ValueError(f"{name}_embeds has shape {tuple(embeds.shape)}; this model takes [B, tokens, {width}].")
+        return embeds.to(self._execution_device, self.unet.dtype)
 
     def _batch_option(self, count: int, options: dict[str, Any]) -> dict[str, Any]:
         prompts = options.get("prompt") if options.get("prompt") is not None else options.get("prompt_embeds")
@@ -196,7 +169,8 @@ def _check_components(unet: Any, text_encoder: Any) -> None:
     encoder = text_encoder.config
     states = getattr(encoder, "hidden_size", None) or getattr(encoder, "d_model", None)
     if unet.config.get("encoder_hid_dim") is None and states != width:
-        raise ValueError(f"the text encoder's states have {states} values; the UNet's cross_attention_dim is {width}.")
+        wanted = f"but the UNet's cross_attention_dim is {width}"
+        raise ValueError(f"the text encoder's states have {states} values, {wanted}.")
     positions = getattr(encoder, "max_position_embeddings", None)
     if positions is not None and positions < MAX_TOKENS:
-        raise ValueError(f"the text encoder takes {positions} tokens, but prompts are padded to {MAX_TOKENS}.")
+        raise ValueError(f"the text encoder takes {positions} tokens; prompts are padded to {MAX_TOKENS}.")

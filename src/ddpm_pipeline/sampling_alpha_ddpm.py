@@ -1,7 +1,7 @@
 """The reverse loop that all pipelines share, with classifier-free guidance.
 
 A pipeline turns its condition into arguments of the UNet; everything else is here and in `editing_alpha_ddpm.py`.
-Travels inside model repositories. Imports diffusers, torch and its siblings; defines no pipeline class.
+Travels inside model repositories.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .editing_alpha_ddpm import AlphaDDPMEditing, Edit
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
-from .tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, OWN_KEY, Generators
+from .tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, OWN_KEY, Generators, check_generators
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 CALLBACK_INPUTS = ("image", "pred_original_sample")
@@ -40,7 +40,7 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)  # start and end as fractions of the chain, from noise to image
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.scale, (int, float)) and math.isfinite(self.scale)):
+        if not (isinstance(self.scale, int | float) and math.isfinite(self.scale)):
             raise ValueError(f"guidance_scale={self.scale!r} must be a finite number; 1 turns guidance off.")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance_rescale={self.rescale!r} must be from 0 (none) to 1.")
@@ -53,7 +53,7 @@ class Guidance:
         return self.scale != 1 and self.interval[0] < self.interval[1]
 
     def at(self, share: float) -> bool:
-        """Whether the step that begins at this fraction of the chain is guided."""
+        """Whether the step that begins at fraction `share` of the chain is guided."""
         return self.scale != 1 and self.interval[0] <= share < self.interval[1]
 
 
@@ -68,13 +68,13 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Output:
-    """What a call returns, and what it shows on the way. Raises ValueError for unknown names."""
+    """What a call returns and shows on the way. Raises ValueError for unknown names."""
 
     type: str = "pil"
     as_dict: bool = True
     trajectory: bool = False  # also return all x_t
     callback: Callable[[Any, int, Tensor, dict], dict] | None = None  # called as (pipe, index, timestep, tensors)
-    callback_inputs: Sequence[str] = ("image",)
+    callback_inputs: Sequence[str] = CALLBACK_INPUTS[:1]
 
     def __post_init__(self) -> None:
         if self.type not in OUTPUT_TYPES:
@@ -82,12 +82,20 @@ class Output:
         if unknown := sorted(set(self.callback_inputs) - set(CALLBACK_INPUTS)):
             raise ValueError(f"callback_on_step_end_tensor_inputs={unknown} are not in {', '.join(CALLBACK_INPUTS)}.")
 
+    def call_back(self, pipe: Any, index: int, t: Tensor, x: Tensor, step: Any) -> Tensor:
+        """Show a step to the callback, if any, and return x [B, C, H, W] or what replaces it."""
+        if self.callback is None:
+            return x
+        tensors = {"image": x, "pred_original_sample": getattr(step, "pred_original_sample", None)}
+        chosen = {name: tensors[name] for name in self.callback_inputs}
+        return (self.callback(pipe, index, t, chosen) or {}).get("image", x)
+
 
 def guide(unconditional: Tensor, conditional: Tensor, channels: int, scale: float, rescale: float = 0.0) -> Tensor:
     """u + scale (c - u) (Ho & Salimans 2022, eq. 6) for network outputs [B, C or 2C, H, W] and images of C channels.
 
-    The same for noise, x_0 and v, which are affine in one another at a given x_t. The variance half is the conditional
-    one's. `rescale` moves each image's deviation towards that of the conditional prediction (Lin et al. 2023, eq. 15, 16).
+    The same for noise, x_0 and v, which are affine in one another at a given x_t. A variance half stays the conditional one's.
+    `rescale` moves each image's standard deviation towards that of the conditional prediction (Lin et al. 2023, eq. 15, 16).
     """
     u, c = unconditional[:, :channels], conditional[:, :channels]
     guided = u + scale * (c - u)
@@ -98,10 +106,8 @@ def guide(unconditional: Tensor, conditional: Tensor, channels: int, scale: floa
     return torch.cat([guided, conditional[:, channels:]], dim=1)
 
 
-def describe_conditions(
-    unet: Any, *, class_names: Sequence[str] | None = None, condition_dropout: float | None = None
-) -> None:
-    """Record what the UNet's conditions mean in its config, where they are saved with it and survive stock classes.
+def describe_conditions(unet: Any, *, class_names: Sequence[str] | None = None, condition_dropout: float | None = None) -> None:
+    """Record what the UNet's conditions mean in its config, where it survives stock classes.
 
     With N `class_names`, embedding N of the UNet means "no class". `condition_dropout` is the fraction of training images
     whose condition was left out; at 0 the unconditional half of guidance was never trained.
@@ -129,13 +135,13 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
         num_inference_steps: int | None,
     ) -> AlphaDDPMOutput | tuple:
         """The reverse chain, from noise or from a noised image, to images."""
-        if num_inference_steps is None:
-            num_inference_steps = self.scheduler.config.num_train_timesteps
-        self.scheduler.set_timesteps(num_inference_steps)
+        check_generators(generator, batch_size)
+        total = self.scheduler.config.num_train_timesteps
+        self.scheduler.set_timesteps(total if num_inference_steps is None else num_inference_steps)
         timesteps = self.scheduler.timesteps
         following = [*timesteps[1:], None]  # None is clean data
         start = self._start(edit, batch_size, generator)
-        x, watch = start.x, _Watch(self, output, start.x)
+        x, frames = start.x, [start.x.cpu()] if output.trajectory else []
         step_options = {"generator": generator} if "generator" in signature(self.scheduler.step).parameters else {}
 
         for index, t in enumerate(self.progress_bar(timesteps[start.first :]), start=start.first):
@@ -145,11 +151,13 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
                 model_output = self._predict(x, t, conditioning, index / len(timesteps))
                 step = self.scheduler.step(model_output, t, x, **step_options)
                 x = self._keep(step.prev_sample, start, following[index], generator)
-            x = watch(index, t, x, step)
+            x = output.call_back(self, index, t, x, step)
+            if output.trajectory:
+                frames.append(x.cpu())
 
         images = self._images_out(x, output.type)
         self.maybe_free_model_hooks()
-        result = AlphaDDPMOutput(images=images, trajectory=None if watch.frames is None else torch.stack(watch.frames))
+        result = AlphaDDPMOutput(images=images, trajectory=torch.stack(frames) if frames else None)
         return result if output.as_dict else result.to_tuple()
 
     def _predict(self, x: Tensor, t: Tensor, conditioning: Conditioning, share: float) -> Tensor:
@@ -163,15 +171,10 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
             output = guide(unconditional, conditional, x.shape[1], guidance.scale, guidance.rescale)
         else:
             output = self.unet(model_input, t, **conditioning.kwargs).sample.to(x.dtype)
-        if output.shape[1] == 2 * x.shape[1] and not self._scheduler_learns_variance:
-            output = output.chunk(2, dim=1)[0]  # [B, 2C, H, W] -> [B, C, H, W]
-        return output
-
-    @property
-    def _scheduler_learns_variance(self) -> bool:
-        """Whether the scheduler takes a variance half. Others ignore that key or, like DPM-Solver, expect three channels."""
+        # other schedulers ignore a DDPM config's variance_type or, like DPM-Solver, cut the half off three channels only
         is_ddpm = isinstance(self.scheduler, DDPMScheduler) or hasattr(self.scheduler, "p_mean_variance")
-        return is_ddpm and self.scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
+        learned = is_ddpm and self.scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
+        return output[:, : x.shape[1]] if output.shape[1] == 2 * x.shape[1] and not learned else output
 
     def _images_out(self, x: Tensor, output_type: str) -> Any:
         x = (x / 2 + 0.5).clamp(0, 1)
@@ -186,25 +189,6 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
 
     def _warn_if_never_unconditional(self) -> None:
         if self._own_settings.get("condition_dropout") == 0:
-            warnings.warn(
-                "guidance needs the model without its condition, but this one was trained without condition dropout: "
-                "expect poor images. Use guidance_scale=1, or train with --condition_dropout 0.1.",
-                stacklevel=4,
-            )
-
-
-class _Watch:
-    """Shows each step to the callback, which may replace the image, and records the trajectory."""
-
-    def __init__(self, pipe: AlphaDDPMSampling, output: Output, x: Tensor):
-        self.pipe, self.output = pipe, output
-        self.frames = [x.cpu()] if output.trajectory else None
-
-    def __call__(self, index: int, t: Tensor, x: Tensor, step: Any) -> Tensor:
-        if self.output.callback is not None:
-            tensors = {"image": x, "pred_original_sample": getattr(step, "pred_original_sample", None)}
-            chosen = {name: tensors[name] for name in self.output.callback_inputs}
-            x = (self.output.callback(self.pipe, index, t, chosen) or {}).get("image", x)
-        if self.frames is not None:
-            self.frames.append(x.cpu())
-        return x
+            problem = "but this one was trained without condition dropout: expect poor images"
+            fix = "Use guidance_scale=1, or train with --condition_dropout 0.1."
+            warnings.warn(f"guidance needs the model without its condition, {problem}. {fix}", stacklevel=4)

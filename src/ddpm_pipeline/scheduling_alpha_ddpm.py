@@ -12,7 +12,7 @@ Probabilistic Models"). Report step t in {1..T} is timestep t - 1 in {0..T-1} he
 | s | `previous_timestep(t)` | the timestep before t in the chain in use; -1 is clean data |
 | α_{t|s} = ᾱ_t/ᾱ_s | | takes the place of α_t when the chain skips timesteps |
 
-Travels inside model repositories. Imports diffusers, numpy, torch and the tables.
+Travels inside model repositories.
 """
 
 import json
@@ -32,55 +32,50 @@ from . import tables_alpha_ddpm as tables  # the pipelines import it as well, so
 from .tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, OWN_KEY, Coefficients, Generators, Timesteps, compute, mix
 
 OWN_SETTINGS = ("noise_second_moments", "inference_timesteps")
+Device = str | torch.device | None
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean, variance and log-variance of a Gaussian over images, float64 for float64 images, otherwise float32.
+    """A Gaussian over images, float64 for float64 images, otherwise float32. `log_variance` is in nats."""
 
-    `mean` is [B, C, H, W]; `variance` and `log_variance` (natural logarithm) broadcast against it.
-    """
-
-    mean: Tensor
-    variance: Tensor
+    mean: Tensor  # [B, C, H, W]
+    variance: Tensor  # broadcasts against the mean, as does its logarithm
     log_variance: Tensor
 
 
 @dataclass(frozen=True)
 class ReverseMoments(Moments):
-    """Moments of p_θ(x_s | x_t) and the x_0 they were computed from, clipped as configured."""
+    """Moments of p_θ(x_s | x_t)."""
 
-    pred_original_sample: Tensor
+    pred_original_sample: Tensor  # the x_0 they were computed from, clipped as configured
 
 
 class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
     """DDPM's forward process q, its posterior, and the learned reverse process p_θ.
 
     Configuration keys, their meaning and their defaults are those of diffusers' `DDPMScheduler`, so configs of either class
-    load in the other; docs/scheduler.md lists what stock gets wrong and this class gets right. Images are [B, C, H, W];
-    `timesteps` is an int, a 0-d tensor or a [B] tensor. After `set_timesteps` the chain in use is that sub-sequence, which
-    every method follows that involves the preceding timestep; before, it is the full chain T-1..0. Images come back in
-    their own dtype, computed in float32 if it is a half precision; moments in the dtype of the computation.
+    load in the other; docs/scheduler.md lists the differences. Images are [B, C, H, W]; `timesteps` is an int, a 0-d tensor or
+    a [B] tensor. After `set_timesteps` every method that involves the preceding timestep follows that sub-sequence; before,
+    the full chain T-1..0. Images come back in their own dtype, computed in float32 if it is a half precision.
 
     Args:
         num_train_timesteps: T, the length of the chain, 1 to 100,000.
         beta_start, beta_end: ends of the linear, scaled_linear and sigmoid schedules, in (0, 1).
         beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid" or "laplace".
         trained_betas: β_1..β_T instead of a schedule; see `from_alphas`.
-        variance_type: variance of p_θ(x_s | x_t): "fixed_small" β̃, "fixed_large" 1 - α_{t|s} (their "_log" forms are the
-            same), "learned" (the second half of the network's output is the log-variance), "learned_range" (it interpolates
-            between the logarithms of the two, Nichol & Dhariwal 2021 eq. 15), or "analytic" (Bao et al. 2022).
+        variance_type: of p_θ(x_s | x_t): "fixed_small" β̃, "fixed_large" 1 - α_{t|s} (or with "_log", the same), "learned" (the
+            second half of the network's output is the log-variance), "learned_range" (it interpolates between the
+            logarithms of those two, Nichol & Dhariwal 2021 eq. 15), or "analytic" (Bao et al. 2022).
         clip_sample: clip the predicted x_0 to [-clip_sample_range, clip_sample_range].
         prediction_type: what the network predicts: "epsilon" (the noise), "sample" (x_0) or "v_prediction".
-        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x_0 (Saharia et al. 2022)
-            instead of clipping.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: threshold x_0 dynamically instead (Saharia et al. 2022).
         timestep_spacing, steps_offset: how `set_timesteps` picks a sub-sequence, as in diffusers.
         rescale_betas_zero_snr: rescale so that ᾱ_T = 0 (Lin et al. 2023); not with epsilon prediction.
         noise_second_moments: Γ_t = E‖ε_θ(x_t, t)‖²/d for every t, [T]; determines the "analytic" variance.
         inference_timesteps: sub-sequences for `set_timesteps(n)` to use, `{str(n): [n descending timesteps]}`.
 
-    Raises:
-        ValueError: if a value is outside these ranges, before anything is allocated.
+    Raises ValueError for a value outside these ranges, before anything is allocated.
     """
 
     _compatibles: ClassVar = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
@@ -109,11 +104,12 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         noise_second_moments: list[float] | None = None,
         inference_timesteps: dict[str, list[int]] | None = None,
     ):
-        numpy_numbers = {name: x.item() for name, x in self.config.items() if isinstance(x, np.generic)}
-        # JSON has no numpy numbers. Values left to a default count as explicit: under `_use_default_values` diffusers would
+        numpy_numbers = {name: x.item() for name, x in self.config.items() if isinstance(x, np.generic)}  # JSON has none
+        # Values left to a default count as explicit: under `_use_default_values` diffusers would
         # replace them by another class's own defaults, and Heun's betas are not DDPM's.
         self.register_to_config(**numpy_numbers, _use_default_values=[])
         tables.check_settings(self.config)
+        self.variance_type = variance_type
         if trained_betas is not None:
             betas = tables.as_table("trained_betas", trained_betas, num_train_timesteps)
             self.register_to_config(trained_betas=betas.tolist())
@@ -137,14 +133,9 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_alphas(cls, alphas: Sequence[float] | np.ndarray | Tensor, **config: Any) -> "AlphaDDPMScheduler":
-        """The scheduler of the constants α_1..α_T fixed beforehand (report §4.1), [T], each in (0, 1).
-
-        They are stored as `trained_betas`, which every diffusers scheduler reads. Raises ValueError for values outside.
-        """
+        """The scheduler of given constants α_1..α_T (report §4.1), [T], each in (0, 1), or ValueError. Stored as betas."""
         table = tables.as_table("alphas", alphas, np.size(tables.without_torch(alphas)))
         return cls(num_train_timesteps=table.size, trained_betas=(1 - table).tolist(), **config)
-
-    # ---- configuration: our settings travel under one key that stock classes keep ---------------------
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -168,24 +159,20 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @property
-    def variance_type(self) -> str:
-        return self.config.variance_type
-
-    @property
     def noise_second_moments(self) -> list[float] | None:
         """Γ_t = E‖ε_θ(x_t, t)‖²/d for every timestep, or None if it was never measured."""
         return None if self._noise_second_moments is None else self._noise_second_moments.tolist()
 
     @property
     def inference_timesteps(self) -> dict[str, list[int]]:
-        """The sub-sequences that `set_timesteps(n)` uses instead of equal spacing, by str(n)."""
+        """The sub-sequences that `set_timesteps(n)` uses instead of its spacing, by str(n)."""
         return dict(self._inference_timesteps)
 
     def _checked_noise_second_moments(self, values: Any) -> np.ndarray | None:
-        if values is None and self.variance_type == "analytic":
-            how = "measure them with ddpm_pipeline.likelihood.estimate_analytic_variance"
-            raise ValueError(f"variance_type='analytic' needs noise_second_moments, one per timestep; {how}.")
         if values is None:
+            if self.config.variance_type == "analytic":
+                how = "measure them with ddpm_pipeline.likelihood.estimate_analytic_variance"
+                raise ValueError(f"variance_type='analytic' needs noise_second_moments, one per timestep; {how}.")
             return None
         table = tables.as_table("noise_second_moments", values, len(self))
         if (table < 0).any():
@@ -198,25 +185,19 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         checked = {}
         for key, timesteps in (sequences or {}).items():
             chain = self._checked_chain(timesteps, f"inference_timesteps[{key!r}]")
-            if str(key) != str(len(chain)):
-                raise ValueError(f"inference_timesteps[{key!r}] has {len(chain)} timesteps, so its key must be that.")
-            checked[str(key)] = chain.tolist()
+            if str(key) != (count := str(len(chain))):
+                raise ValueError(f"inference_timesteps[{key!r}] has {count} timesteps; its key must be {count}.")
+            checked[count] = chain.tolist()
         return checked
-
-    # ---- the chain in use -----------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        timesteps: Sequence[int] | None = None,
+        self, num_inference_steps: int | None = None, device: Device = None, timesteps: Sequence[int] | None = None
     ) -> None:
-        """Choose the chain: `num_inference_steps` timesteps by the configured spacing, or the descending `timesteps`.
+        """Choose the chain: `num_inference_steps` timesteps, stored in the config or spaced; or the descending `timesteps`.
 
-        If the config stores a sub-sequence for this number of steps, it is used instead of the spacing.
         Raises ValueError for a number outside 1..T, or timesteps that are not strictly descending within 0..T-1.
         """
         if (num_inference_steps is None) == (timesteps is None):
@@ -227,11 +208,10 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
             tables.check_integer("num_inference_steps", num_inference_steps, 1, len(self))
             stored = self._inference_timesteps.get(str(num_inference_steps))
             chain = np.array(stored) if stored else self._spaced_chain(int(num_inference_steps))
-        self.custom_timesteps = timesteps is not None
-        self.num_inference_steps = len(chain)
+        self.custom_timesteps, self.num_inference_steps = timesteps is not None, len(chain)
         self._use_chain(chain, device)
 
-    def _use_chain(self, descending: np.ndarray, device: str | torch.device | None = None) -> None:
+    def _use_chain(self, descending: np.ndarray, device: Device = None) -> None:
         logs = self._log_alphas, self._log_alphas_cumprod
         self._chain = tables.chain_table(descending[::-1], *logs, self.variance_type, self._noise_second_moments)
         self.timesteps = torch.from_numpy(descending.astype(np.int64)).to(device)
@@ -266,8 +246,6 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
     def scale_model_input(self, sample: Tensor, timestep: Timesteps | None = None) -> Tensor:
         """x_t unchanged: the network's input needs no scaling here."""
         return sample
-
-    # ---- forward process q (report §4) ----------------------------------------------------------------
 
     def forward_step(self, sample: Tensor, timestep: Timesteps, noise: Tensor) -> Tensor:
         """x_t from x_s and z_t ~ N(0, I): √α_{t|s} x_s + √(1-α_{t|s}) z_t, report eq. 4.3. All [B, C, H, W]."""
@@ -310,23 +288,19 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
             return self.get_velocity(original_samples, noise, timesteps)
         return noise if self.config.prediction_type == "epsilon" else original_samples
 
-    # ---- posterior and reverse process (report §5) ----------------------------------------------------
-
     def q_posterior(self, original_samples: Tensor, sample: Tensor, timesteps: Timesteps) -> Moments:
         """Moments of q(x_s | x_t, x_0), report eq. 5.7 corrected. x_0 and x_t are [B, C, H, W].
 
-        If s is clean data, the posterior is the point x_0: variance 0 and log-variance -inf.
+        The mean is [√ᾱ_s (1-α_{t|s}) x_0 + √α_{t|s} (1-ᾱ_s) x_t] / (1-ᾱ_t). If s is clean data, the posterior is the point
+        x_0: variance 0 and log-variance -inf.
         """
         x_t = compute(sample)
         chain = self._chain.at(timesteps, x_t)
-        mean = self._posterior_mean(original_samples.to(x_t.dtype), x_t, chain)
+        mean = mix(chain.posterior_x0, original_samples.to(x_t.dtype), chain.posterior_xt, x_t)
         return _moments(mean, chain.posterior_variance, chain.posterior_log_variance)
 
     def predict_original_sample(self, model_output: Tensor, timesteps: Timesteps, sample: Tensor) -> Tensor:
-        """x_0 from the network's output and x_t, unclipped (report, above eq. 5.8). [B, C, H, W].
-
-        `model_output` is the noise, x_0 or v, by `prediction_type`; a variance half is ignored.
-        """
+        """x_0 [B, C, H, W], unclipped, from x_t and the output, whose variance half is ignored (report, above eq. 5.8)."""
         x_t = compute(sample)
         output = compute(self._split(model_output, sample)[0]).to(x_t.dtype)
         return self._predict_x0(output, timesteps, x_t).to(sample.dtype)
@@ -334,24 +308,18 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
     def p_mean_variance(self, model_output: Tensor, timesteps: Timesteps, sample: Tensor) -> ReverseMoments:
         """Moments of p_θ(x_s | x_t), report eq. 5.8, with x_0 clipped as configured.
 
-        `model_output` [B, C or 2C, H, W], `sample` x_t [B, C, H, W]. β̃ is 0 for the step into clean data; its neighbour's
-        value replaces it, so that likelihoods stay finite. Raises ValueError if channels or timesteps do not fit.
+        `model_output` [B, C or 2C, H, W], `sample` x_t [B, C, H, W]. For the step into clean data the neighbour's β̃ replaces
+        0, so that likelihoods stay finite. Raises ValueError if channels or timesteps do not fit.
         """
         mean, x_0, log_std, chain = self._reverse(model_output, timesteps, sample)
         if log_std is None:
-            variance, log_variance = chain.model_variance, chain.model_log_variance
+            moments = _moments(mean, chain.model_variance, chain.model_log_variance)
         else:
-            log_variance = 2 * log_std
-            variance = log_variance.exp()
-        return ReverseMoments(**vars(_moments(mean, variance, log_variance)), pred_original_sample=x_0)
+            moments = Moments(mean, (2 * log_std).exp(), 2 * log_std)
+        return ReverseMoments(**vars(moments), pred_original_sample=x_0)
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Timesteps,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
+        self, model_output: Tensor, timestep: Timesteps, sample: Tensor, generator: Generators = None, return_dict: bool = True
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """x_s ~ p_θ(x_s | x_t); its mean if s is clean data (end of report §5).
 
@@ -376,12 +344,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         chain = self._chain.at(timesteps, x_t)
         x_0 = self._clip(self._predict_x0(prediction.to(x_t.dtype), timesteps, x_t))
         log_std = None if raw_variance is None else self._learned_log_std(raw_variance.to(x_t.dtype), chain)
-        return self._posterior_mean(x_0, x_t, chain), x_0, log_std, chain
-
-    @staticmethod
-    def _posterior_mean(x_0: Tensor, x_t: Tensor, chain: Coefficients) -> Tensor:
-        """μ̃ = [√ᾱ_s (1-α_{t|s}) x_0 + √α_{t|s} (1-ᾱ_s) x_t] / (1-ᾱ_t)."""
-        return mix(chain.posterior_x0, x_0, chain.posterior_xt, x_t)
+        return mix(chain.posterior_x0, x_0, chain.posterior_xt, x_t), x_0, log_std, chain
 
     def _predict_x0(self, output: Tensor, timesteps: Timesteps, x_t: Tensor) -> Tensor:
         """x_0 = (x_t - √(1-ᾱ_t) z̃)/√ᾱ_t from the noise, √ᾱ_t x_t - √(1-ᾱ_t) v from v."""
@@ -393,31 +356,27 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         return mix(q.sqrt_alpha_cumprod, x_t, -q.sqrt_one_minus_alpha_cumprod, output)
 
     def _clip(self, x_0: Tensor) -> Tensor:
+        """Clip to the range; or each image to a quantile of its |x_0|, scaled back to [-1, 1] (Saharia et al. 2022, §2.3)."""
         if self.config.thresholding:
-            return self._dynamic_threshold(x_0)
+            flat = x_0.flatten(1)
+            limit = torch.quantile(flat.abs(), self.config.dynamic_thresholding_ratio, dim=1, keepdim=True)
+            limit = limit.clamp(min=1, max=self.config.sample_max_value)
+            return (flat.clamp(-limit, limit) / limit).view_as(x_0)
         if not self.config.clip_sample:
             return x_0
         limit = self.config.clip_sample_range
-        in_place = self.config.prediction_type != "sample"  # else x_0 is the network's output, not ours to change
-        return x_0.clamp_(-limit, limit) if in_place else x_0.clamp(-limit, limit)
-
-    def _dynamic_threshold(self, x_0: Tensor) -> Tensor:
-        """Clip each image to a quantile of its |x_0| and scale back to [-1, 1] (Saharia et al. 2022, §2.3)."""
-        flat = x_0.flatten(1)
-        limit = torch.quantile(flat.abs(), self.config.dynamic_thresholding_ratio, dim=1, keepdim=True)
-        limit = limit.clamp(min=1, max=self.config.sample_max_value)
-        return (flat.clamp(-limit, limit) / limit).view_as(x_0)
+        if self.config.prediction_type == "sample":  # x_0 is the network's output then, not ours to change
+            return x_0.clamp(-limit, limit)
+        return x_0.clamp_(-limit, limit)
 
     def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The prediction and, for learned variances, the variance half: [B, 2C, H, W] -> 2 x [B, C, H, W]."""
+        """The prediction and, for learned variances, the variance half, each [B, C, H, W]."""
         learned = self.config.variance_type in LEARNED_VARIANCE_TYPES
-        if not learned:
-            if model_output.shape == sample.shape and sample.ndim > 1:
-                return model_output, None
-        elif model_output.ndim > 1 and model_output.shape[1] % 2 == 0:
-            prediction, raw_variance = model_output.chunk(2, dim=1)
-            if prediction.shape == sample.shape:
-                return prediction, raw_variance
+        parts = (model_output, None)
+        if learned and model_output.ndim > 1 and model_output.shape[1] % 2 == 0:
+            parts = model_output.chunk(2, dim=1)
+        if parts[0].shape == sample.shape and sample.ndim > 1 and learned == (parts[1] is not None):
+            return parts
         raise ValueError(
             f"model_output has shape {tuple(model_output.shape)} for images {tuple(sample.shape)}; "
             f"variance_type={self.config.variance_type!r} needs {'twice the' if learned else 'the same'} channels"

@@ -1,9 +1,7 @@
 """Pipeline folders that load with diffusers alone, and carry our code for those who want it.
 
-A folder's `model_index.json` names stock classes; `pipeline.py` and the modules it imports lie beside it. On loading, what a
-folder says is checked before anything is built from it.
-
-Mixed into the pipelines. Travels inside model repositories. Imports diffusers and no sibling.
+A folder's `model_index.json` names stock classes; `pipeline.py` and the modules it imports lie beside it. On loading, its
+configs are checked before anything is built from them. Travels inside model repositories; imports no sibling.
 """
 
 import inspect
@@ -37,26 +35,19 @@ PICKLE_REFUSED = (
 
 
 class StockFormatMixin:
-    """Saving and loading for pipelines of this package; goes before `DiffusionPipeline` among the bases.
+    """Saving and loading for pipelines of this package; goes before `DiffusionPipeline` among the bases."""
 
-    A pipeline names the stock class that stands for it, the scheduler class of ours that replaces stock's, and what the
-    stock class wants in the index besides the components.
-    """
-
-    _stock_class: ClassVar[str]
-    _scheduler_class: ClassVar[type]
-    _stock_components: ClassVar[dict[str, Any]] = {}
+    _stock_class: ClassVar[str]  # stands for the pipeline in its index
+    _scheduler_class: ClassVar[type]  # replaces stock's
+    _stock_components: ClassVar[dict[str, Any]] = {}  # what else the stock class wants in the index
 
     @classmethod
     def shipped_files(cls) -> dict[str, Path]:
-        """The code that goes into a repository, by its name there: the pipeline's file and the siblings that it imports.
-
-        Those imports are the only list of what travels, because diffusers' loader follows them.
-        """
+        """The code that goes into a repository, by its name there: the pipeline's file and the siblings that it imports."""
         package = __name__.rpartition(".")[0]
         ours = (base for base in cls.__mro__ if base.__module__.rpartition(".")[0] == package)  # not a user's subclass
         source = Path(inspect.getfile(next(ours)))
-        names = sorted(f"{name}.py" for name in get_relative_imports(source))
+        names = sorted(f"{name}.py" for name in get_relative_imports(source))  # as diffusers' loader follows them
         return {"pipeline.py": source} | {name: source.with_name(name) for name in names}
 
     def to_json_string(self) -> str:
@@ -90,14 +81,11 @@ class StockFormatMixin:
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write the pipeline into a folder that loads with diffusers alone; with `push_to_hub`, push it to the Hub as well.
-
-        Raises ValueError for `safe_serialization=False`.
-        """
+        """Write a folder that loads with diffusers alone, and push it if asked; ValueError unless `safe_serialization`."""
         if not safe_serialization:
             raise ValueError(f"safe_serialization=False: {PICKLE_REFUSED}")
-        names = ("repo_id", "private", "token", "commit_message", "create_pr")
-        hub_options = {name: kwargs.pop(name) for name in names if name in kwargs}
+        names = kwargs.keys() & {"repo_id", "private", "token", "commit_message", "create_pr"}
+        hub_options = {name: kwargs.pop(name) for name in names}
         super().save_pretrained(str(save_directory), True, variant, max_shard_size, **kwargs)
         if push_to_hub:
             repo_id = hub_options.pop("repo_id", None) or Path(save_directory).resolve().name
@@ -114,10 +102,9 @@ class StockFormatMixin:
         variant: str | None = None,
         subfolder: str | None = None,
     ) -> str:
-        """Push the pipeline; if the package is installed, with a model card that leaves what was edited by hand.
+        """Push with a model card that keeps manual edits, or as diffusers does where the package is not installed.
 
-        Code that was itself loaded from a repository pushes as diffusers does: an existing card is kept, a missing one
-        becomes diffusers' template. Raises ValueError for `safe_serialization=False`.
+        Raises ValueError unless `safe_serialization`.
         """
         options = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
         if not safe_serialization:
@@ -129,10 +116,7 @@ class StockFormatMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """diffusers' `from_pretrained`, from safetensors only.
-
-        Raises ValueError for a malformed or absurd config, OSError if there are no safetensors weights.
-        """
+        """Load safetensors. Raises ValueError for a malformed or absurd config, OSError if there are no safetensors weights."""
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError(f"use_safetensors={kwargs['use_safetensors']!r}: {PICKLE_REFUSED}")
         try:
@@ -156,9 +140,7 @@ class StockFormatMixin:
 
 
 def _tidy_configs(folder: Path) -> None:
-    """Drop where components were loaded from, which may be a local path, and the precision of the variant saved last, in
-    which transformers would load; diffusers loads in float32 unless told otherwise.
-    """
+    """Drop where components came from, maybe a local path, and the precision saved last, in which transformers would load."""
     for path in [*folder.glob("*/config.json"), *folder.glob("*/tokenizer_config.json")]:
         config = json.loads(path.read_text("utf-8"))
         tidy = {name: value for name, value in config.items() if name not in ("_name_or_path", "name_or_path")}
@@ -168,23 +150,17 @@ def _tidy_configs(folder: Path) -> None:
 
 
 def check_folder(folder: str | os.PathLike, scheduler_class: type | None = None) -> None:
-    """Raise ValueError if the index or a config of a pipeline folder is malformed, has wrong types, or is absurd.
-
-    The config of a `DDPMScheduler` is checked by building a `scheduler_class` from it.
-    """
-    folder = Path(folder)
-    index_path = folder / "model_index.json"
+    """Raise ValueError if the index or a config of a pipeline folder is malformed, has wrong types, or is absurd."""
+    folder, index_path = Path(folder), Path(folder, "model_index.json")
     if not index_path.is_file():
         return  # diffusers says what is missing
-    index = read_json(index_path)
-    for name, value in index.items():
+    for name, value in read_json(index_path).items():
         if name.startswith("_") or not isinstance(value, list | str | dict):
             continue  # an option of the pipeline rather than a component
         _check_component(index_path, folder, name, value)
         if value[0] is None:
             continue
-        # early repositories have the files of their components at the top
-        place = folder / name if (folder / name).is_dir() else folder
+        place = folder / name if (folder / name).is_dir() else folder  # early repositories have all files at the top
         config_file = place / ("scheduler_config.json" if name == "scheduler" else "config.json")
         if config_file.is_file():
             _check_config(config_file, value, scheduler_class)
@@ -192,9 +168,8 @@ def check_folder(folder: str | os.PathLike, scheduler_class: type | None = None)
 
 def read_json(path: Path) -> dict[str, Any]:
     """A config file's object. Raises ValueError if it is too large, not JSON, holds NaN, or is not an object."""
-    size = path.stat().st_size
-    if size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path} is {size} bytes large; configs are read up to {MAX_CONFIG_BYTES}.")
+    if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} has {size} bytes; the largest config that is read has {MAX_CONFIG_BYTES}.")
 
     def refuse(constant: str) -> None:
         raise ValueError(f"it holds {constant}, which is not a JSON number")
@@ -216,8 +191,7 @@ def _check_component(index_path: Path, folder: Path, name: str, value: Any) -> N
         raise ValueError(f"{index_path}: {name} must be [library, class], not {value!r}.")
     if value[0] is None or value[0] in LIBRARIES:
         return
-    # custom code, which diffusers runs only with trust_remote_code
-    if not (re.fullmatch(r"\w+", value[0]) and (folder / name / f"{value[0]}.py").is_file()):
+    if not (re.fullmatch(r"\w+", value[0]) and (folder / name / f"{value[0]}.py").is_file()):  # or custom code
         raise ValueError(f"{index_path}: {name} comes from {value[0]!r}; known libraries are {', '.join(LIBRARIES)}.")
 
 
@@ -232,11 +206,10 @@ def _check_config(path: Path, component: list[str], scheduler_class: type | None
     if model is not None:
         for name, parameter in inspect.signature(model.__init__).parameters.items():
             if name in config and not _fits(config[name], parameter.annotation):
-                wanted = parameter.annotation
-                wanted = wanted.__name__ if type(wanted) is type else wanted  # int, but list[int] in full
+                wanted = inspect.formatannotation(parameter.annotation)
                 raise ValueError(f"{path}: {name}={config[name]!r} has the wrong type; {component[1]} takes {wanted}.")
     if scheduler_class is not None and component == ["diffusers", "DDPMScheduler"]:
-        try:
+        try:  # it checks its settings
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # they come when the scheduler is built for use
                 scheduler_class.from_config(config)
@@ -245,7 +218,7 @@ def _check_config(path: Path, component: list[str], scheduler_class: type | None
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, value) of everything in a config that is not a container; a list yields its length and its items."""
+    """(name, value) of all in a config that is no container; a list yields its length and its items."""
     if isinstance(value, Mapping):
         for key, entry in value.items():
             yield from _leaves(entry, str(key))

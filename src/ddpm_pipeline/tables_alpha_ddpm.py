@@ -1,5 +1,5 @@
-"""The numbers the scheduler computes with: α schedules, checks of its configuration, tables read by timestep, and what
-makes `step` fast. Everything follows from log α_t in float64, so that 1 - ᾱ_t keeps its digits near one.
+"""What the scheduler computes with: checks of its configuration, α schedules, tables read by timestep, fast arithmetic on
+images. Everything follows from log α_t in float64, so that 1 - ᾱ_t keeps its digits near one.
 
 Travels inside model repositories. Imports diffusers, numpy and torch.
 """
@@ -7,7 +7,7 @@ Travels inside model repositories. Imports diffusers, numpy and torch.
 import math
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,9 +17,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
-FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "analytic")
+FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
-VARIANCE_TYPES = FIXED_VARIANCE_TYPES + LEARNED_VARIANCE_TYPES
+VARIANCE_TYPES = (*FIXED_VARIANCE_TYPES, "analytic", *LEARNED_VARIANCE_TYPES)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 OWN_KEY = "_alpha_ddpm"  # of our settings in a config: stock classes silently keep what begins with an underscore
@@ -42,8 +42,7 @@ RANGES |= {"clip_sample_range": (0, MAX_PIXEL), "sample_max_value": (1 / MAX_PIX
 
 Generators = torch.Generator | list[torch.Generator] | None  # one for all images, or one per image
 Timesteps = int | Tensor  # one for all images, or [B]
-
-# ---- checks of the configuration ------------------------------------------------------------------
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_settings(config: Mapping[str, Any]) -> None:
@@ -59,15 +58,16 @@ def check_settings(config: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={value!r} must be a number above {low} and at most {high}.")
 
 
-def check_integer(name: str, value: Any, low: int, high: int) -> None:
+def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
     integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not (integer and low <= value <= high):
-        raise ValueError(f"{name}={value!r} must be an integer from {low} to {high}.")
+    if not (integer and low <= value and (high is None or value <= high)):
+        allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name}={value!r} must be an integer {allowed}.")
 
 
-def check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+def check_generators(generator: Any, count: int) -> None:
+    if isinstance(generator, Sequence) and len(generator) != count:
+        raise ValueError(f"{len(generator)} generators for {count} images; give one, or a list of one per image.")
 
 
 def without_torch(values: Any) -> Any:
@@ -107,21 +107,15 @@ def check_terminal_signal(config: Mapping[str, Any], log_alpha_cumprod: float) -
                 "prediction_type='sample' or 'v_prediction' with a fixed or learned variance, or a less noisy schedule."
             )
     if signal**2 > FAR_FROM_NOISE:
-        warnings.warn(
-            f"the forward process ends with alphas_cumprod={signal**2:.3g}, far from pure noise, where sampling starts; use "
-            "more timesteps, a larger beta_end, or beta_schedule='squaredcos_cap_v2'.",
-            stacklevel=4,
-        )
-
-
-# ---- α schedules ----------------------------------------------------------------------------------
+        found = f"alphas_cumprod={signal**2:.3g}, far from pure noise, where sampling starts"
+        fix = "use more timesteps, a larger beta_end, or beta_schedule='squaredcos_cap_v2'"
+        warnings.warn(f"the forward process ends with {found}; {fix}.", stacklevel=4)
 
 
 def log_alphas_of(config: Mapping[str, Any]) -> np.ndarray:
     """log α_t of a configuration, float64 [T]. Raises ValueError if a β_t is outside (0, 1)."""
-    given = config["trained_betas"]
-    source = "trained_betas" if given else f"beta_schedule={config['beta_schedule']!r}"
-    betas = np.array(given) if given else _schedule_betas(config)
+    source = "trained_betas" if config["trained_betas"] else f"beta_schedule={config['beta_schedule']!r}"
+    betas = np.array(config["trained_betas"]) if config["trained_betas"] else _schedule_betas(config)
     _check_betas(betas, source)
     with np.errstate(divide="ignore"):  # log α = -inf if the last β is 1
         log_alphas = np.log1p(-betas)
@@ -135,7 +129,7 @@ def log_alphas_of(config: Mapping[str, Any]) -> np.ndarray:
 
 
 def _schedule_betas(config: Mapping[str, Any]) -> np.ndarray:
-    """β_t of the named schedule, float64 [T]; the same definitions as in diffusers."""
+    """β_t of the named schedule as diffusers defines it, float64 [T]."""
     schedule, length = config["beta_schedule"], config["num_train_timesteps"]
     start, end = float(config["beta_start"]), float(config["beta_end"])
     if schedule == "linear":
@@ -191,9 +185,6 @@ def _rescale_zero_terminal_snr(log_alphas: np.ndarray) -> np.ndarray:
     return np.concatenate([log_alphas[:1], middle, [-np.inf]])
 
 
-# ---- tables ---------------------------------------------------------------------------------------
-
-
 def marginal_table(log_alphas_cumprod: np.ndarray) -> "Table":
     """Coefficients of x_0 -> x_t for every timestep; they do not depend on the chain."""
     half = 0.5 * log_alphas_cumprod
@@ -231,7 +222,7 @@ def chain_table(
     log_lower = np.log(posterior_variance[1:])
     log_lower = np.concatenate([log_lower[:1] if len(chain) > 1 else log_beta[:1], log_lower])
     with np.errstate(divide="ignore"):
-        posterior_log_variance = np.log(posterior_variance)
+        posterior_log_variance = np.log(posterior_variance)  # -inf
     columns = {
         "previous": np.concatenate([[-1], chain[:-1]]),
         "forward_scale": np.exp(0.5 * log_alpha),
@@ -253,8 +244,8 @@ def chain_table(
         model_variance = posterior_variance + np.exp(2 * log_beta - log_alpha - np.log(variance)) * unexplained
         log_model = np.where(model_variance > 0, np.log(np.where(model_variance > 0, model_variance, 1)), log_lower)
     if log_model is not None:  # not learned
-        columns |= {"model_log_variance": log_model, "model_variance": np.exp(log_model)}
-        columns["model_std"] = np.exp(0.5 * log_model)
+        model = {"model_variance": np.exp(log_model), "model_std": np.exp(0.5 * log_model)}
+        columns |= {"model_log_variance": log_model, **model}
     return Table(chain, len(log_alphas), columns)
 
 
@@ -263,28 +254,30 @@ class Table:
 
     def __init__(self, timesteps: np.ndarray, total: int, columns: dict[str, np.ndarray]):
         self.positions = {t: position for position, t in enumerate(timesteps.tolist())}
-        self.total = total
-        self.columns = columns
+        self.total, self.columns = total, columns
         self._rows: dict[int, SimpleNamespace] = {}
         self._on_device: dict[tuple, Tensor] = {}
 
     def at(self, timesteps: Timesteps, like: Tensor) -> "Coefficients":
         """The columns as attributes: scalars for a host timestep, otherwise tensors [B, 1, 1, 1] to go with images `like`.
 
-        Raises ValueError for timesteps on the host that are not in the table; checking those on a device would synchronise.
+        Raises ValueError for host timesteps that are not in the table; checking those on a device would synchronise.
         """
-        timesteps = host_timestep(timesteps)
         if isinstance(timesteps, Tensor):
+            if timesteps.dtype not in INTEGER_DTYPES:
+                raise ValueError(f"timesteps has dtype {timesteps.dtype}; they must be integers, such as torch.int64.")
+            on_host = timesteps.device.type == "cpu"
             if timesteps.ndim > 1 or (timesteps.ndim == 1 and len(timesteps) not in (1, len(like))):
                 shape = tuple(timesteps.shape)
                 raise ValueError(f"timesteps has shape {shape}; give one, or one for each of {len(like)} images.")
-            if timesteps.device.type == "cpu":
-                self._check(timesteps.tolist())
-            return Gathered(self, timesteps.to(like.device, torch.long), like)
+            if timesteps.ndim == 1 or not on_host:
+                if on_host:
+                    self._check(timesteps.tolist())
+                return Gathered(self, timesteps.to(like.device, torch.long), like)
+        timesteps = operator.index(timesteps)
         if timesteps not in self._rows:
             self._check([timesteps])
-            position = self.positions[timesteps]
-            row = {name: float(column[position]) for name, column in self.columns.items()}
+            row = {name: float(column[self.positions[timesteps]]) for name, column in self.columns.items()}
             self._rows[timesteps] = SimpleNamespace(**row)
         return self._rows[timesteps]
 
@@ -318,18 +311,6 @@ class Gathered:
 Coefficients = SimpleNamespace | Gathered
 
 
-# ---- fast arithmetic on images --------------------------------------------------------------------
-
-
-def host_timestep(timesteps: Timesteps) -> Timesteps:
-    """A single timestep as an int if reading it needs no device synchronisation; otherwise the tensor. Integers only."""
-    if not isinstance(timesteps, Tensor):
-        return operator.index(timesteps)
-    if timesteps.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise ValueError(f"timesteps has dtype {timesteps.dtype}; they must be integers, such as torch.int64.")
-    return timesteps.item() if timesteps.ndim == 0 and timesteps.device.type == "cpu" else timesteps
-
-
 def compute(images: Tensor) -> Tensor:
     """Images in the dtype of the computation: float32 for half precision, otherwise their own."""
     if images.dtype in (torch.float32, torch.float64):
@@ -351,10 +332,10 @@ def add_scaled_(x: Tensor, b: float | Tensor, y: Tensor) -> Tensor:
 
 
 def standard_normal(shape: torch.Size, like: Tensor, generator: Generators) -> Tensor:
-    """Standard normal noise in the dtype and on the device of `like`, by the same draws as diffusers' own schedulers."""
+    """Noise in the dtype and on the device of `like`, by the same draws as diffusers' own schedulers."""
     options = {"generator": generator, "device": like.device, "dtype": like.dtype}
     if generator is None or (isinstance(generator, torch.Generator) and generator.device == like.device):
         return torch.randn(shape, **options)
-    if isinstance(generator, list) and len(generator) not in (1, shape[0]):
-        raise ValueError(f"{len(generator)} generators for {shape[0]} images; give one, or one per image.")
+    if not (isinstance(generator, list) and len(generator) == 1):  # which randn_tensor takes for any number
+        check_generators(generator, shape[0])
     return randn_tensor(shape, **options)

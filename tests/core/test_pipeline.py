@@ -185,9 +185,7 @@ def test_half_precision_network_keeps_a_float32_chain():
     reference = draw(pipe, num_inference_steps=100)
     seen = []
     pipe.unet.to(torch.bfloat16)
-    images = draw(
-        pipe, num_inference_steps=100, callback_on_step_end=lambda p, i, t, kw: seen.append(kw["image"].dtype) or kw
-    )
+    images = draw(pipe, num_inference_steps=100, callback_on_step_end=lambda p, i, t, kw: seen.append(kw["image"].dtype) or kw)
     assert set(seen) == {torch.float32}
     assert (images - reference).abs().mean() < 0.02
 

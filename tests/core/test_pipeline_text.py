@@ -92,14 +92,11 @@ def test_the_warning_about_guidance_without_dropout():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "either a prompt or prompt_embeds"),
+        ({}, "either prompt or prompt_embeds"),
         ({"prompt": []}, "at least one"),
         ({"prompt": ["zero", 7]}, "list of strings"),
-        ({"prompt": ["zero"] * 3, "negative_prompt": ["one"] * 2}, "2 negative prompts for 3 prompts"),
-        (
-            {"prompt": ["zero"] * 2, "num_images_per_prompt": 2, "generator": [torch.Generator()] * 2},
-            "2 generators for 4",
-        ),
+        ({"prompt": ["zero"] * 3, "negative_prompt": ["one"] * 2}, "2 negative prompts for a batch of 3"),
+        ({"prompt": ["zero"] * 2, "num_images_per_prompt": 2, "generator": [torch.Generator()] * 2}, "2 generators for 4"),
         ({"prompt": "zero", "num_images_per_prompt": 0}, "num_images_per_prompt=0"),
         ({"prompt_embeds": torch.zeros(1, 77, 5)}, r"\[B, tokens, 16\]"),
         ({"prompt": "zero", "image": torch.zeros(3, 1, 8, 8)}, "3 images for a batch of 1"),

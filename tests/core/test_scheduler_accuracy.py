@@ -279,11 +279,7 @@ def test_public_float32_tables_are_the_exact_values_rounded_once():
     scheduler = scheduler_for("squaredcos_cap_v2", 1000)
     exact = exact_alphas_cumprod("squaredcos_cap_v2", 1000, False)
     alphas = [exact[t] / exact[t - 1] for t in range(1000)]
-    for name, values in {
-        "alphas_cumprod": exact[:-1],
-        "alphas": alphas,
-        "betas": [1 - alpha for alpha in alphas],
-    }.items():
+    for name, values in {"alphas_cumprod": exact[:-1], "alphas": alphas, "betas": [1 - alpha for alpha in alphas]}.items():
         found = getattr(scheduler, name)
         assert found.dtype == torch.float32
         assert torch.equal(found, torch.tensor([float(value) for value in values], dtype=torch.float64).float()), name

@@ -65,12 +65,8 @@ def test_bayes_holds_pointwise(chain):
     for s, t in neighbours(scheduler):
         if s < 0:
             continue  # q(x_0 | x_t, x_0) is a point
-        left = log_density(x_s, scheduler.q_posterior(x_0, x_t, t)) + log_density(
-            x_t, scheduler.q_mean_variance(x_0, t)
-        )
-        right = log_density(x_t, scheduler.forward_mean_variance(x_s, t)) + log_density(
-            x_s, scheduler.q_mean_variance(x_0, s)
-        )
+        left = log_density(x_s, scheduler.q_posterior(x_0, x_t, t)) + log_density(x_t, scheduler.q_mean_variance(x_0, t))
+        right = log_density(x_t, scheduler.forward_mean_variance(x_s, t)) + log_density(x_s, scheduler.q_mean_variance(x_0, s))
         torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
 
 
@@ -181,9 +177,7 @@ def test_velocity_is_the_turned_pair():
     """(x_t, v) is (x_0, z̃) turned by an angle, so lengths stay: x_t² + v² = x_0² + z̃²."""
     scheduler = AlphaDDPMScheduler()
     for t in (0, 17, 500, 999):
-        turned = (
-            scheduler.add_noise(images(1), images(2), t) ** 2 + scheduler.get_velocity(images(1), images(2), t) ** 2
-        )
+        turned = scheduler.add_noise(images(1), images(2), t) ** 2 + scheduler.get_velocity(images(1), images(2), t) ** 2
         torch.testing.assert_close(turned, images(1) ** 2 + images(2) ** 2)
 
 
@@ -216,9 +210,7 @@ def test_reverse_mean_does_not_depend_on_the_parametrisation(prediction_type):
 @pytest.mark.parametrize("chain", CHAINS)
 def test_variances_in_their_order(chain):
     """β̃ ≤ σ*² ≤ (1-α)/α, with equality at Γ = 1 and Γ = 0; β̃ ≤ 1-α; learned_range goes from one to the other."""
-    small, large, learned = (
-        scheduler_on(chain, variance_type=v) for v in ("fixed_small", "fixed_large", "learned_range")
-    )
+    small, large, learned = (scheduler_on(chain, variance_type=v) for v in ("fixed_small", "fixed_large", "learned_range"))
     analytic = {
         gamma: scheduler_on(chain, variance_type="analytic", noise_second_moments=[gamma] * 1000)
         for gamma in (0.0, 0.4, 1.0, 1.7)  # above 1 by sampling error counts as 1
@@ -252,9 +244,7 @@ def test_log_forms_are_the_same_quantities(name):
 
 def config_for(variance_type: str) -> dict:
     second_moments = np.random.default_rng(0).uniform(0, 1, 1000).tolist()
-    return {"variance_type": variance_type} | (
-        {"noise_second_moments": second_moments} if variance_type == "analytic" else {}
-    )
+    return {"variance_type": variance_type} | ({"noise_second_moments": second_moments} if variance_type == "analytic" else {})
 
 
 def output_for(variance_type: str, seed: int = 4) -> torch.Tensor:

@@ -97,9 +97,7 @@ def test_gaussian_data_by_other_predictions(prediction_type):
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 100])
 @pytest.mark.parametrize("std", [0.01, 0.5, 10.0])
-@pytest.mark.parametrize(
-    "config", [{}, {"beta_schedule": "squaredcos_cap_v2"}, {"timestep_spacing": "trailing"}], ids=str
-)
+@pytest.mark.parametrize("config", [{}, {"beta_schedule": "squaredcos_cap_v2"}, {"timestep_spacing": "trailing"}], ids=str)
 def test_analytic_variance_is_exact_for_gaussian_data(std, steps, config):
     """Output variance and the last step's σ², which is not added, are s² together, for every number of steps and every s.
 

@@ -34,9 +34,7 @@ absurd = (
     | st.booleans()
     | st.floats()
     | st.integers(-3, 3)
-    | st.sampled_from(
-        [10**12, -(10**12), 10**400, 1e308, "linear", "", b"x", 1j, (), [], {}, [1], {"2": "x"}, object()]
-    )
+    | st.sampled_from([10**12, -(10**12), 10**400, 1e308, "linear", "", b"x", 1j, (), [], {}, [1], {"2": "x"}, object()])
     | st.sampled_from([np.float32("nan"), np.complex128(1), np.zeros(3), np.int64(7), torch.tensor(0.5), torch.ones(2)])
 )
 
@@ -94,9 +92,7 @@ def assert_finite(what: str, *tensors: torch.Tensor) -> None:
         assert tensor.isfinite().all(), f"{what}: {tensor.flatten()[:5]}"
 
 
-def use(
-    scheduler: AlphaDDPMScheduler, chain: int | list[int] | None, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def use(scheduler: AlphaDDPMScheduler, chain: int | list[int] | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Everything that computes, on images in [-1, 1] and bounded network outputs, at both ends and in the middle."""
     if isinstance(chain, int):
         try:
@@ -203,9 +199,7 @@ def test_absurd_chains_are_refused_and_change_nothing(timesteps, by_number):
 
 
 @QUICK
-@given(
-    timestep=st.integers() | st.sampled_from([None, "3", 3.0, math.nan, [3], torch.tensor(2.5), torch.tensor([0.0])])
-)
+@given(timestep=st.integers() | st.sampled_from([None, "3", 3.0, math.nan, [3], torch.tensor(2.5), torch.tensor([0.0])]))
 def test_timesteps_are_checked(timestep):
     scheduler = AlphaDDPMScheduler(num_train_timesteps=10)
     x = torch.zeros(2, 1, 2, 2)
@@ -240,9 +234,7 @@ def test_timesteps_outside_the_chain_are_value_errors(call):
     run(900)
     batches = [] if call == "previous_timestep" else [torch.tensor([900, 21]), torch.tensor([-1, 20])]
     for outside in (21, -1, 1000, torch.tensor(21), *batches):
-        with pytest.raises(
-            ValueError, match=r"timestep (21|-1|1000) is not in the chain in use, which has (2|1000) of"
-        ):
+        with pytest.raises(ValueError, match=r"timestep (21|-1|1000) is not in the chain in use, which has (2|1000) of"):
             run(outside)
     scheduler.add_noise(x, x, 21)  # needs no chain
     with pytest.raises(ValueError, match=r"timestep 1000 .* 0 to 999"):
@@ -252,10 +244,7 @@ def test_timesteps_outside_the_chain_are_value_errors(call):
 # ---- messages -------------------------------------------------------------------------------------
 
 REFUSALS = (
-    (
-        {"num_train_timesteps": 10**12},
-        rf"num_train_timesteps=1000000000000 must be an integer from 1 to {MAX_TRAIN_TIMESTEPS}",
-    ),
+    ({"num_train_timesteps": 10**12}, rf"num_train_timesteps=1000000000000 must be an integer from 1 to {MAX_TRAIN_TIMESTEPS}"),
     ({"num_train_timesteps": 1000.0}, r"num_train_timesteps=1000.0 must be an integer"),
     ({"num_train_timesteps": True}, r"num_train_timesteps=True"),
     ({"beta_schedule": "cosine"}, r"beta_schedule='cosine' is not one of linear, .*squaredcos_cap_v2.*from_alphas"),
@@ -273,10 +262,7 @@ REFUSALS = (
     ({"trained_betas": [10**400] * 1000}, r"trained_betas must be a list of 1000 numbers"),
     ({"trained_betas": [0.1] * 999 + [math.nan]}, r"trained_betas holds a NaN or an infinity at timestep 999"),
     ({"trained_betas": [0.1, 1.0] + [0.1] * 998}, r"trained_betas gives beta=1.0 at timestep 1;.* below 1"),
-    (
-        {"trained_betas": [0.1] * 999 + [1.0]},
-        r"prediction_type='epsilon' needs sqrt\(alphas_cumprod\[-1\]\).*'v_prediction'",
-    ),
+    ({"trained_betas": [0.1] * 999 + [1.0]}, r"prediction_type='epsilon' needs sqrt\(alphas_cumprod\[-1\]\).*'v_prediction'"),
     ({"variance_type": "analytic"}, r"variance_type='analytic' needs noise_second_moments"),
     ({"noise_second_moments": [-1.0] * 1000}, r"noise_second_moments holds .*-1.0.*never negative"),
     ({"noise_second_moments": [1.0] * 3}, r"noise_second_moments has shape \(3,\)"),
@@ -284,10 +270,7 @@ REFUSALS = (
     ({"inference_timesteps": {"3": [5, 1]}}, r"inference_timesteps\['3'\] has 2 timesteps.* key must"),
     ({"inference_timesteps": {"2": [1, 5]}}, r"inference_timesteps\['2'\] must be strictly descending timesteps.*999"),
     ({"inference_timesteps": {"1": [1000]}}, r"inference_timesteps\['1'\].*at most 999"),
-    (
-        {"rescale_betas_zero_snr": True, "num_train_timesteps": 1, "prediction_type": "sample"},
-        r"at least 2 timesteps, not 1",
-    ),
+    ({"rescale_betas_zero_snr": True, "num_train_timesteps": 1, "prediction_type": "sample"}, r"at least 2 timesteps, not 1"),
     (
         {
             "rescale_betas_zero_snr": True,
@@ -307,17 +290,13 @@ def test_refusals_name_the_value_and_what_is_allowed(config, message):
         AlphaDDPMScheduler(**config)
 
 
-@pytest.mark.parametrize(
-    "alphas", [None, [], 0.5, [0.9, 1.0], [0.9, -0.1], [math.nan], "abc", [[0.9, 0.8]], [[0.9], [1, 2]]]
-)
+@pytest.mark.parametrize("alphas", [None, [], 0.5, [0.9, 1.0], [0.9, -0.1], [math.nan], "abc", [[0.9, 0.8]], [[0.9], [1, 2]]])
 def test_malformed_alphas_are_refused(alphas):
     with pytest.raises(ValueError):
         AlphaDDPMScheduler.from_alphas(alphas)
 
 
-@pytest.mark.parametrize(
-    "own", [5, "abc", [1], [["noise_second_moments", None]], {"x": 1}, {"noise_second_moments": "x"}]
-)
+@pytest.mark.parametrize("own", [5, "abc", [1], [["noise_second_moments", None]], {"x": 1}, {"noise_second_moments": "x"}])
 def test_malformed_own_settings_are_refused(own):
     with pytest.raises(ValueError):
         AlphaDDPMScheduler.from_config({"_alpha_ddpm": own})

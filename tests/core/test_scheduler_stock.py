@@ -125,9 +125,7 @@ def test_tables_equal_untouched_stock(schedule, total):
     """A float32 product of T factors is good to about T · 2^-24 relative, and β = 1 - ᾱ'/ᾱ to 2^-23 absolute."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the forward process ends")
-        ours, stock = (
-            cls(num_train_timesteps=total, beta_schedule=schedule) for cls in (AlphaDDPMScheduler, DDPMScheduler)
-        )
+        ours, stock = (cls(num_train_timesteps=total, beta_schedule=schedule) for cls in (AlphaDDPMScheduler, DDPMScheduler))
     for name in ("betas", "alphas", "alphas_cumprod"):
         assert getattr(ours, name).dtype == getattr(stock, name).dtype
         torch.testing.assert_close(getattr(ours, name), getattr(stock, name), rtol=3e-5, atol=3e-7)
@@ -140,9 +138,7 @@ def test_noising_equals_stock(dtype):
     x_0, noise = images(1, dtype=dtype), images(2, dtype=dtype)
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
     torch.testing.assert_close(ours.add_noise(x_0, noise, timesteps), stock.add_noise(x_0, noise, timesteps), **close)
-    torch.testing.assert_close(
-        ours.get_velocity(x_0, noise, timesteps), stock.get_velocity(x_0, noise, timesteps), **close
-    )
+    torch.testing.assert_close(ours.get_velocity(x_0, noise, timesteps), stock.get_velocity(x_0, noise, timesteps), **close)
     one = timesteps[:1]  # for the whole batch, as img2img pipelines do it
     torch.testing.assert_close(ours.add_noise(x_0, noise, one), stock.add_noise(x_0, noise, one), **close)
 
@@ -322,9 +318,7 @@ CONFIGS = (
 
 
 def settings(scheduler) -> dict:
-    return {
-        k: v for k, v in scheduler.config.items() if k not in ("_class_name", "_name_or_path", "_use_default_values")
-    }
+    return {k: v for k, v in scheduler.config.items() if k not in ("_class_name", "_name_or_path", "_use_default_values")}
 
 
 @pytest.fixture
@@ -406,19 +400,12 @@ def test_from_alphas_loads_in_stock(tmp_path, nothing_logged):
     alphas = np.linspace(0.9999, 0.97, 500)
     AlphaDDPMScheduler.from_alphas(alphas).save_pretrained(tmp_path)
     torch.testing.assert_close(
-        DDPMScheduler.from_pretrained(tmp_path).alphas_cumprod.double(),
-        torch.from_numpy(alphas.cumprod()),
-        rtol=3e-5,
-        atol=0,
+        DDPMScheduler.from_pretrained(tmp_path).alphas_cumprod.double(), torch.from_numpy(alphas.cumprod()), rtol=3e-5, atol=0
     )
 
 
 def test_numpy_configurations_are_saved(tmp_path):
-    config = {
-        "num_train_timesteps": np.int64(10),
-        "beta_end": np.float32(0.9),
-        "trained_betas": np.linspace(0.1, 0.5, 10),
-    }
+    config = {"num_train_timesteps": np.int64(10), "beta_end": np.float32(0.9), "trained_betas": np.linspace(0.1, 0.5, 10)}
     AlphaDDPMScheduler(**config).save_pretrained(tmp_path)
     loaded = AlphaDDPMScheduler.from_pretrained(tmp_path)
     assert loaded.config.num_train_timesteps == 10

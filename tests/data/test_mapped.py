@@ -127,9 +127,7 @@ def test_changed_data_make_a_new_cache(load, tmp_path):
     state = json.loads((tmp_path / "saved" / "state.json").read_text())
     shutil.rmtree(tmp_path / "saved")
     make_set(0, 2).save_to_disk(tmp_path / "saved")
-    (tmp_path / "saved" / "state.json").write_text(
-        json.dumps(state)
-    )  # with the library's fingerprint of the data before
+    (tmp_path / "saved" / "state.json").write_text(json.dumps(state))  # with the library's fingerprint of the data before
     assert_holds(load(tmp_path / "saved"), 0, 2)
 
 

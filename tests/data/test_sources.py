@@ -222,9 +222,7 @@ def test_hub_out_of_reach(load, monkeypatch):
         load("owner/none")
     assert not datasets.config.HF_HUB_OFFLINE
     offline = []
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *_, **__: offline.append(datasets.config.HF_HUB_OFFLINE) or {}[0]
-    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: offline.append(datasets.config.HF_HUB_OFFLINE) or {}[0])
     with pytest.raises(DataError, match="cannot be reached"):
         load("owner/none")
     assert offline == [True]  # so that the library looks into its cache at once

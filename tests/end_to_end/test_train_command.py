@@ -58,10 +58,7 @@ def test_what_a_run_leaves(finished):
         "model_index.json", "unet", "scheduler", *AlphaDDPMPipeline.shipped_files(), "README.md", "samples.png", "process.png",
         "samples", "training_config.yaml", "train.log", "metrics.jsonl", "checkpoints",
     }  # fmt: skip
-    assert [path.name for path in sorted((finished / "samples").iterdir())] == [
-        "step-00000004.png",
-        "step-00000008.png",
-    ]
+    assert [path.name for path in sorted((finished / "samples").iterdir())] == ["step-00000004.png", "step-00000008.png"]
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {"step-00000008", "step-00000012"}
     assert Image.open(finished / "samples.png").size == (108, 108)
     lines = metrics(finished)
@@ -94,9 +91,7 @@ def test_a_second_run_refuses_and_resume_and_overwrite_go_on(finished, options, 
     with pytest.raises(SystemExit) as stop:
         main()
     assert "--resume latest" in str(stop.value) and "--overwrite" in str(stop.value)
-    monkeypatch.setattr(
-        "sys.argv", ["train.py", *options, "--output_dir", str(finished), "--resume", "latest", "--seed", "9"]
-    )
+    monkeypatch.setattr("sys.argv", ["train.py", *options, "--output_dir", str(finished), "--resume", "latest", "--seed", "9"])
     with pytest.raises(SystemExit) as stop:
         main()
     assert "--seed was 0 and is 9" in str(stop.value)
@@ -175,10 +170,5 @@ def test_an_unknown_option_ends_the_command_with_the_nearest_one():
 
 
 def test_the_default_folder_is_named_after_the_data():
-    names = {
-        "digits": "ddpm-digits",
-        "org/flowers": "ddpm-flowers",
-        "data/cats/": "ddpm-cats",
-        "x/*.parquet": "ddpm-model",
-    }
+    names = {"digits": "ddpm-digits", "org/flowers": "ddpm-flowers", "data/cats/": "ddpm-cats", "x/*.parquet": "ddpm-model"}
     assert {dataset: default_output_dir(dataset) for dataset in names} == names

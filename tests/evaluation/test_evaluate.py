@@ -88,9 +88,7 @@ def test_likelihoods_are_those_of_each_image_with_its_own_noise(model, cache, re
 def test_quality_is_that_of_samples_with_seeds_of_their_own(model, cache, results):
     pipe = load_pipeline(str(model))
     data = load_images(DataOptions("digits", split=SPLIT, cache_dir=cache))
-    generators = [
-        torch.Generator().manual_seed(int(seed)) for seed in seeds(SEED, RandomStream.PREVIEW, 0, NUM_SAMPLES)
-    ]
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds(SEED, RandomStream.PREVIEW, 0, NUM_SAMPLES)]
     samples = [pipe(1, generator, num_inference_steps=12, output_type="pt").images for generator in generators]
     samples = torch.cat(samples).mul(255).round().to(torch.uint8)
     assert len({sample.numpy().tobytes() for sample in samples}) == NUM_SAMPLES
@@ -143,9 +141,7 @@ def test_two_processes_find_the_same(model, cache, results, tmp_path):
     two = json.loads(output.read_text())
     assert (results["processes"], two["processes"]) == (1, 2)
     differing = ("processes", "seconds")
-    assert {k: v for k, v in two.items() if k not in differing} == {
-        k: v for k, v in results.items() if k not in differing
-    }
+    assert {k: v for k, v in two.items() if k not in differing} == {k: v for k, v in results.items() if k not in differing}
 
 
 def test_another_sampler_and_an_estimated_bound(model, cache, tmp_path):
@@ -222,18 +218,7 @@ def test_command_prints_the_results_and_errors_in_one_line(model, cache, tmp_pat
         monkeypatch.setattr("sys.argv", ["evaluate.py", "--dataset", "digits", *flags])
         runpy.run_path(str(ROOT / "training" / "evaluate.py"), run_name="__main__")
 
-    flags = [
-        "--model",
-        str(model),
-        "--split",
-        SPLIT,
-        "--cache_dir",
-        cache,
-        "--num_images",
-        "0",
-        "--update_card",
-        "false",
-    ]
+    flags = ["--model", str(model), "--split", SPLIT, "--cache_dir", cache, "--num_images", "0", "--update_card", "false"]
     run(*flags, "--num_likelihood_images", "2", "--likelihood_steps", "2", "--output", str(tmp_path / "found.json"))
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "found.json").read_text()) and "quality" not in printed

@@ -14,12 +14,7 @@ from torch import nn
 import ddpm_pipeline.evaluation.quality as quality
 from ddpm_pipeline.evaluation.digits import fit_digits_classifier, load_digits_images
 from ddpm_pipeline.evaluation.features import InceptionFeatures, real_features
-from ddpm_pipeline.evaluation.quality import (
-    ImageQuality,
-    frechet_distance,
-    frechet_distance_of_halves,
-    precision_recall,
-)
+from ddpm_pipeline.evaluation.quality import ImageQuality, frechet_distance, frechet_distance_of_halves, precision_recall
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +83,7 @@ def test_kid_and_score_match_numpy(digits):
     score = np.exp((p * (np.log(p) - np.log(p.mean(axis=0)))).sum(axis=1).mean())
     assert result.kid_subset_size == 300
     torch.manual_seed(5)
-    assert (
-        measured(first, second, kid_subsets=400, kid_subset_size=300, splits=1).kid == result.kid
-    )  # no global generator
+    assert measured(first, second, kid_subsets=400, kid_subset_size=300, splits=1).kid == result.kid  # no global generator
     metric = ImageQuality(classifier, splits=1)
     metric.update(first, real=True)
     metric.update(second, real=False)

@@ -85,9 +85,7 @@ def test_two_processes_sample_the_same_images(options, expected, count):
 def test_parquet_holds_the_same_images(options, expected, tmp_path):
     folder = generate(options.with_values(format="parquet", batch_size=4))
     assert files(folder) == {}
-    rows = load_dataset(
-        "parquet", data_files=str(folder / "images.parquet"), split="train", cache_dir=str(tmp_path / "cache")
-    )
+    rows = load_dataset("parquet", data_files=str(folder / "images.parquet"), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows["number"] == list(range(COUNT))
     (tmp_path / "seven.png").write_bytes(expected["000007.png"])
     with Image.open(tmp_path / "seven.png") as image:
@@ -101,12 +99,7 @@ def test_folder_of_other_images_is_refused(options, tmp_path):
     folder = generate(options.with_values(num_images=2))
     before = files(folder)
     other_model = saved_model(tmp_path / "other", seed=1)
-    for other in (
-        {"seed": SEED + 1},
-        {"model": str(other_model)},
-        {"num_inference_steps": 6},
-        {"scheduler": "ddim"},
-    ):
+    for other in ({"seed": SEED + 1}, {"model": str(other_model)}, {"num_inference_steps": 6}, {"scheduler": "ddim"}):
         with pytest.raises(ConfigError, match="another model, sampler, number of steps or seed"):
             generate(options.with_values(**other))
     assert files(folder) == before

@@ -20,18 +20,7 @@ import hub_server
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline
 from ddpm_pipeline.hub import build_card, export, push
 from hub_fixtures import environment, run_checks
-from hub_models import (
-    CALLS,
-    KEPT,
-    OWN,
-    STEPS,
-    class_pipeline,
-    early_repository,
-    images,
-    scheduler,
-    text_pipeline,
-    tiny_unet,
-)
+from hub_models import CALLS, KEPT, OWN, STEPS, class_pipeline, early_repository, images, scheduler, text_pipeline, tiny_unet
 
 SCHEDULER, INDEX = "scheduler/scheduler_config.json", "model_index.json"
 # repositories with one file that cannot be meant, and a word of what is said of each
@@ -76,11 +65,7 @@ def published(hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> 
         with torch.no_grad():
             other.conv_out.bias.add_(1.0)
         moved = {"ddpm": AlphaDDPMPipeline(other, scheduler()), "text": text_pipeline(seed=1)}
-        pipes = {
-            "own": AlphaDDPMPipeline(tiny_unet(), scheduler(**OWN)),
-            "class": class_pipeline(),
-            "text": text_pipeline(),
-        }
+        pipes = {"own": AlphaDDPMPipeline(tiny_unet(), scheduler(**OWN)), "class": class_pipeline(), "text": text_pipeline()}
         for name, pipe in pipes.items():
             expected[name] = images(pipe, name)
             export(pipe, folder / name, build_card(pipe, name=name))

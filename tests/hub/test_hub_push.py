@@ -44,9 +44,7 @@ def pipe() -> AlphaDDPMPipeline:
 
 
 FIGURES = [
-    Measurement(
-        "bits/dim", 2.345678, 1797, "digits", standard_error=0.01, settings={"steps": 1000, "form": "exact KLs"}
-    ),
+    Measurement("bits/dim", 2.345678, 1797, "digits", standard_error=0.01, settings={"steps": 1000, "form": "exact KLs"}),
     Measurement("FID", 1.5, 1797, "digits", settings={"steps": 100, "scheduler": "AlphaDDPMScheduler"}),
 ]
 TRAINING = TrainingFacts("digits", 1797, "org/digits", {"updates": 7, "seed": 0}, "accelerate launch x")
@@ -63,13 +61,7 @@ def folder(pipe: AlphaDDPMPipeline, tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "samples.png").write_bytes(b"\x89PNG\0")
     export(pipe, folder, card_of(pipe, pictures={"samples.png": "samples"}, license="apache-2.0"))
-    for name in (
-        "checkpoints/step-1/optimizer.bin",
-        "logs/events",
-        "train.log",
-        "metrics.jsonl",
-        "training_config.yaml",
-    ):
+    for name in ("checkpoints/step-1/optimizer.bin", "logs/events", "train.log", "metrics.jsonl", "training_config.yaml"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("private\n")
     return folder
@@ -231,9 +223,7 @@ def test_folder_is_no_pipeline_before_its_export_is_complete(pipe, tmp_path: Pat
             replace(source, target)
 
         monkeypatch.setattr(os, "replace", place)
-        monkeypatch.setattr(
-            Path, "iterdir", lambda path: iter(sorted(iterdir(path), key=lambda one: one.name[0] != "m"))
-        )
+        monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(iterdir(path), key=lambda one: one.name[0] != "m")))
         with pytest.raises(KeyboardInterrupt):
             export(pipe, folder, card_of(pipe))
         monkeypatch.undo()

@@ -97,12 +97,7 @@ def test_pushes_go_one_at_a_time_and_never_block(hub, client: HfApi, pipe, tmp_p
 
 
 def test_failing_pushes_are_reported_once_and_the_last_one_catches_up(
-    hub,
-    client: HfApi,
-    pipe,
-    tmp_path: Path,
-    quick,
-    caplog,
+    hub, client: HfApi, pipe, tmp_path: Path, quick, caplog
 ) -> None:
     folder = tmp_path / "run"
     pusher = Pusher(hub_options("org/failing"), folder, client)
@@ -114,9 +109,7 @@ def test_failing_pushes_are_reported_once_and_the_last_one_catches_up(
     export(pipe, folder, card_of(pipe))
     pusher.finish()
     reports = [record for record in caplog.records if "failed" in record.getMessage()]
-    assert (
-        len(reports) == 1 and "HTTP 500" in reports[0].getMessage() and "Training continues" in reports[0].getMessage()
-    )
+    assert len(reports) == 1 and "HTTP 500" in reports[0].getMessage() and "Training continues" in reports[0].getMessage()
     assert hub.titles("org/failing") == ["Training done", "initial commit"]
 
 

@@ -247,18 +247,14 @@ def test_pushing_changes_nothing_in_the_training(runs: dict) -> None:
     for run in ("pushed", "stranded"):
         for name, tensor in weights(run).items():
             assert np.array_equal(tensor, quiet[name]), (run, name)
-        assert (runs["folder"] / run / "samples.png").read_bytes() == (
-            runs["folder"] / "quiet" / "samples.png"
-        ).read_bytes()
+        assert (runs["folder"] / run / "samples.png").read_bytes() == (runs["folder"] / "quiet" / "samples.png").read_bytes()
 
 
 def test_pushed_run_is_on_the_hub_with_its_card(hub: hub_server.Hub, runs: dict) -> None:
     assert hub.titles("org/trained")[0] == "Training done" and hub.repos["models", "org/trained"]["private"]
     files = hub.files("org/trained")
     assert {"samples.png", "process.png", "README.md", "unet/diffusion_pytorch_model.safetensors"} <= files
-    assert not any(
-        "checkpoint" in name or "optimizer" in name or name.endswith((".jsonl", ".log", ".yaml")) for name in files
-    )
+    assert not any("checkpoint" in name or "optimizer" in name or name.endswith((".jsonl", ".log", ".yaml")) for name in files)
     folder = runs["folder"] / "pushed"
     for name in ("unet/diffusion_pytorch_model.safetensors", "samples.png", "process.png"):
         assert hub.read("org/trained", name) == (folder / name).read_bytes()
@@ -270,9 +266,7 @@ def test_pushed_run_is_on_the_hub_with_its_card(hub: hub_server.Hub, runs: dict)
     for private in (str(runs["folder"]), "/home", hub_server.WRITE_TOKEN, "output_dir", "/tmp"):
         assert private not in text, private
     card = ModelCard(text)
-    assert (
-        card.data.license == "apache-2.0" and card.data.datasets == ["org/pictures"] and card.data.eval_results is None
-    )
+    assert card.data.license == "apache-2.0" and card.data.datasets == ["org/pictures"] and card.data.eval_results is None
 
 
 def test_printed_command_pushes_the_finished_run(hub: hub_server.Hub, runs: dict) -> None:

@@ -224,13 +224,7 @@ def test_an_images_bits_do_not_depend_on_the_batch():
     for options in ({}, {"num_evaluated": 7}, {"two_term": True}):
         results = [
             bits_per_dim(
-                unet,
-                scheduler,
-                images,
-                batch_size=size,
-                generator=[generator(i) for i in range(5)],
-                progress=False,
-                **options,
+                unet, scheduler, images, batch_size=size, generator=[generator(i) for i in range(5)], progress=False, **options
             )
             for size in (1, 2, 5)
         ]

@@ -59,9 +59,7 @@ def test_the_error_in_the_noise_is_that_in_the_clipped_x_0_times_the_snr():
     """z̃ - ε = √ᾱ (x_0 - x̂_0)/√(1-ᾱ): both are of the prediction that the chain uses."""
     scheduler = AlphaDDPMScheduler(prediction_type="sample", **SHORT)
     images = torch.randint(0, 256, (3, 1, 4, 4), generator=generator()) / 127.5 - 1
-    statistics = estimate_analytic_variance(
-        lambda x, t: 2 * x, scheduler, images, generator=generator(), progress=False
-    )
+    statistics = estimate_analytic_variance(lambda x, t: 2 * x, scheduler, images, generator=generator(), progress=False)
     a = signal(scheduler, torch.arange(12)).flatten()
     assert torch.allclose(statistics.noise_errors, a / (1 - a) * statistics.x0_errors, rtol=1e-9)
 
@@ -115,9 +113,7 @@ def test_predicted_bits_are_what_is_then_measured(variance_type, num_bins):
     again = generator(3)  # the draws of the statistics, once more
     noises = [torch.randn(images.shape, generator=again) for _ in range(12)]
     model = exact_noise(scheduler)
-    statistics = estimate_analytic_variance(
-        model, scheduler, images, num_bins=num_bins, generator=generator(3), progress=False
-    )
+    statistics = estimate_analytic_variance(model, scheduler, images, num_bins=num_bins, generator=generator(3), progress=False)
     if variance_type == "analytic":
         scheduler = with_analytic_variance(scheduler, statistics, from_errors=True)
     else:

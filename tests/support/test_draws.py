@@ -14,9 +14,7 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own():
     epochs = seen[: 8 * num_images].reshape(8, num_images)
     assert all(sorted(epoch) == list(range(num_images)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 8
-    assert not np.array_equal(
-        seen, np.concatenate([image_indices(4, num_images, step, batch_size) for step in range(25)])
-    )
+    assert not np.array_equal(seen, np.concatenate([image_indices(4, num_images, step, batch_size) for step in range(25)]))
 
 
 def test_batches_larger_than_the_data():
@@ -39,9 +37,7 @@ def test_draws_are_functions_of_seed_step_and_stream():
 def test_noise_is_each_images_own_and_standard_normal():
     image_seeds = seeds(0, RandomStream.NOISE, 0, 200)
     noise = noise_of(image_seeds, (3, 8, 8), torch.device("cpu"))
-    torch.testing.assert_close(
-        noise_of(image_seeds[50:60], (3, 8, 8), torch.device("cpu")), noise[50:60], atol=0, rtol=0
-    )
+    torch.testing.assert_close(noise_of(image_seeds[50:60], (3, 8, 8), torch.device("cpu")), noise[50:60], atol=0, rtol=0)
     assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-3
     assert np.corrcoef(noise[0].flatten(), noise[1].flatten())[0, 1] == pytest.approx(0, abs=0.3)
 

@@ -13,9 +13,7 @@ def test_grid_shows_each_image_enlarged_in_reading_order():
     side, gap = 48, pictures.GAP
     assert picture.shape == (2 * (side + gap) + gap, 3 * (side + gap) + gap)
     centres = [
-        picture[gap + row * (side + gap) + 24, gap + column * (side + gap) + 24]
-        for row in (0, 1)
-        for column in range(3)
+        picture[gap + row * (side + gap) + 24, gap + column * (side + gap) + 24] for row in (0, 1) for column in range(3)
     ]
     assert centres == [0, 51, 102, 153, 204, 255]
 

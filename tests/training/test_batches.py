@@ -83,10 +83,7 @@ def loader(data, rank=0, world_size=1, micro_batches=range(1000), state=None, co
     return batch_loader(data, divided, condition, micro_batches, options, state=state)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "workers"),
-    [([24, 24, 24, 24], 2), ([25, 31, 40], 2), ([96], 0), ([3] * 32, 2)],
-)
+@pytest.mark.parametrize(("sizes", "workers"), [([24, 24, 24, 24], 2), ([25, 31, 40], 2), ([96], 0), ([3] * 32, 2)])
 def test_two_processes_see_every_row_once_an_epoch(tmp_path, sizes, workers):
     """Files that divide evenly among the readers, files that do not, one, and many."""
     data = stream_of(write_numbered(tmp_path / "x", sizes))
@@ -145,9 +142,7 @@ def test_what_is_drawn_does_not_depend_on_the_kind_of_data(tmp_path):
             assert torch.equal(streamed[name], expected[name])
         assert streamed["pixels"].dtype == expected["pixels"].dtype and streamed["pixels"].is_contiguous()
         assert streamed["indices"].shape == (2,) and streamed["indices"].dtype == torch.int64
-        for pixels, before, flip in zip(
-            streamed["pixels"], unflipped["pixels"], plan.flips(plan.slice_of(k)), strict=True
-        ):
+        for pixels, before, flip in zip(streamed["pixels"], unflipped["pixels"], plan.flips(plan.slice_of(k)), strict=True):
             assert torch.equal(pixels, before.flip(-1) if flip else before)
 
 

@@ -42,9 +42,7 @@ def captioned(tmp_path_factory):
     """Twelve grey images with strange captions, some with several."""
     folder = tmp_path_factory.mktemp("captioned")
     images = [np.full((8, 8), 20 * i, dtype=np.uint8) for i in range(12)]
-    features = datasets.Features(
-        {"image": datasets.Array2D((8, 8), "uint8"), "text": datasets.List(datasets.Value("string"))}
-    )
+    features = datasets.Features({"image": datasets.Array2D((8, 8), "uint8"), "text": datasets.List(datasets.Value("string"))})
     texts = [[STRANGE[i % 6]] if i < 6 else ["a grey square", f"grey {i}"] for i in range(12)]
     datasets.Dataset.from_dict({"image": images, "text": texts}, features=features).save_to_disk(str(folder / "data"))
     return str(folder / "data")
@@ -218,10 +216,7 @@ def test_a_recipe_runs_resumes_bit_for_bit_and_leaves_a_model_that_draws(recipe,
         assert "class_labels='9'" in card
         with pytest.raises(ValueError, match="class_labels"):
             stock(num_inference_steps=2)
-        assert AlphaDDPMPipeline.from_pretrained(whole)(class_labels="7", num_inference_steps=2).images[0].size == (
-            8,
-            8,
-        )
+        assert AlphaDDPMPipeline.from_pretrained(whole)(class_labels="7", num_inference_steps=2).images[0].size == (8, 8)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

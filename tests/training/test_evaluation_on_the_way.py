@@ -31,9 +31,7 @@ def test_training_evaluates_on_the_way(tmp_path):
     )  # fmt: skip
     train(options.with_values(output_dir=str(tmp_path / "1")))
     debug_launcher(_train_in_a_fork, (options.with_values(output_dir=str(tmp_path / "2")),), num_processes=2)
-    logs = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in "12"
-    ]
+    logs = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in "12"]
     evaluated = [[entry["eval_bits_per_dim"] for entry in log if "eval_bits_per_dim" in entry] for log in logs]
     assert len(evaluated[0]) == 2
     for log in logs:

@@ -112,9 +112,7 @@ def test_a_damaged_checkpoint_is_done_anew(copied, options, finished):
 def test_no_whole_checkpoint_is_an_error_and_no_new_start(copied, options):
     for checkpoint in list_checkpoints(copied):
         (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(
-        ConfigError, match=r"none of the 3 checkpoints .* is whole .*model.safetensors is missing.*--overwrite"
-    ):
+    with pytest.raises(ConfigError, match=r"none of the 3 checkpoints .* is whole .*model.safetensors is missing.*--overwrite"):
         resume(options, copied)
     with pytest.raises(ConfigError, match=r"step-00000010 is damaged: model.safetensors is missing"):
         resume(options, copied, resume=str(copied / "checkpoints/step-00000010"))

@@ -149,9 +149,7 @@ def test_min_snr_weights_amount_to_one_weight_on_the_x0_error(prediction_type):
     batch = NoisedBatch(x_0, noise, timesteps, scheduler.add_noise(x_0, noise, timesteps))
     prediction = scheduler.training_target(x_0, noise, timesteps) + 0.1 * error
     loss = mean_squared_error(scheduler, prediction, batch)
-    x0_error = (
-        (scheduler.predict_original_sample(prediction, timesteps, batch.sample) - x_0).square().flatten(1).mean(1)
-    )
+    x0_error = (scheduler.predict_original_sample(prediction, timesteps, batch.sample) - x_0).square().flatten(1).mean(1)
     snr = scheduler.alphas_cumprod[timesteps] / (1 - scheduler.alphas_cumprod[timesteps])
     weighted = loss * min_snr_weights(scheduler, timesteps, gamma=5.0)
     torch.testing.assert_close(weighted.double(), snr.clamp(max=5).double() * x0_error, rtol=1e-3, atol=0)

@@ -129,6 +129,4 @@ def test_previews_and_evaluations_are_of_the_ema_weights(tmp_path, monkeypatch):
     raw = load_file(model / "checkpoints/step-00000004/model.safetensors")
     assert torch.equal(seen["evaluate"], at_end)
     assert not torch.equal(seen["preview"], at_end)
-    assert sorted(tensor.sum().item() for tensor in raw.values()) != sorted(
-        tensor.sum().item() for tensor in ema.values()
-    )
+    assert sorted(tensor.sum().item() for tensor in raw.values()) != sorted(tensor.sum().item() for tensor in ema.values())

@@ -171,9 +171,7 @@ def _load_parquet(files: list[Path], path: Path, options: DataOptions, streaming
 
 def _refuse_slices(split: str) -> None:
     if "[" in split:
-        raise DataError(
-            f"Streaming does not support split slices such as {split!r}. Use a whole split, or drop --streaming."
-        )
+        raise DataError(f"Streaming does not support split slices such as {split!r}. Use a whole split, or drop --streaming.")
 
 
 def _load_from_hub(name: str, options: DataOptions, streaming: bool) -> Source:

@@ -11,9 +11,7 @@ from ..hub import Measurement
 from ..likelihood import BitsPerDim, bits_per_dim
 
 
-def likelihood_of(
-    unet: Any, scheduler: Any, pixels: torch.Tensor, noise_seeds: Sequence[int], **options: Any
-) -> BitsPerDim:
+def likelihood_of(unet: Any, scheduler: Any, pixels: torch.Tensor, noise_seeds: Sequence[int], **options: Any) -> BitsPerDim:
     """`bits_per_dim` of images, uint8 [B, C, H, W], each with noise of its own, from its seed in `noise_seeds` [B]."""
     generators = [torch.Generator().manual_seed(int(seed)) for seed in noise_seeds]
     return bits_per_dim(unet, scheduler, to_model_range(pixels), generator=generators, **options)

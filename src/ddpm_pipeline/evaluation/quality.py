@@ -85,9 +85,7 @@ class ImageQuality(Metric):
         fewest, needed = min(len(real), len(generated)), self.num_neighbours + 2
         if fewest < needed:
             given = f"{len(real)} real and {len(generated)} generated images"
-            raise ValueError(
-                f"{given} are too few; give at least {needed} of each, and thousands for a figure to report."
-            )
+            raise ValueError(f"{given} are too few; give at least {needed} of each, and thousands for a figure to report.")
         if not (real.isfinite().all() and generated.isfinite().all()):
             raise ValueError("some features are NaN or infinite: the images or the extractor are broken.")
         if fewest <= real.shape[1]:

@@ -127,9 +127,7 @@ def _quality(
     batches = my_batches(options.quality.num_images, sampling.batch_size, accelerator)
     for batch in tqdm(batches, disable=not accelerator.is_main_process, desc="sampling"):
         quality.update(sample_uint8(pipe, batch, sampling.seed, steps).to(accelerator.device), real=False)
-    figures = {
-        name: value for name, value in quality.compute()._asdict().items() if not math.isnan(value)
-    }  # as in JSON
+    figures = {name: value for name, value in quality.compute()._asdict().items() if not math.isnan(value)}  # as in JSON
     return figures | {"steps": steps, "scheduler": type(pipe.scheduler).__name__, "features": type(extractor).__name__}
 
 

@@ -69,9 +69,7 @@ def sample_uint8(
     images = sample(pipe, numbers, seed, num_inference_steps, request).images
     if not images.isfinite().all():
         failure = f"produced NaN or infinite values when sampling this model in {num_inference_steps} steps"
-        remedy = (
-            "use fewer --num_inference_steps or another --scheduler (diffusers' multistep solvers do so at T steps)"
-        )
+        remedy = "use fewer --num_inference_steps or another --scheduler (diffusers' multistep solvers do so at T steps)"
         raise ConfigError(f"{type(pipe.scheduler).__name__} {failure}; {remedy}.")
     return images.float().mul(255).round().to(torch.uint8).cpu()
 

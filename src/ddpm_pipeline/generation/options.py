@@ -23,9 +23,7 @@ class SamplingOptions(OptionGroup):
     title: ClassVar[str] = "model and sampling"
 
     model: str = option(help="Folder or Hub repository of an unconditional DDPM pipeline.")
-    scheduler: str = option(
-        "keep", f"Sampler: keep (the model's own), {', '.join(SCHEDULERS)}.", one_of(("keep", *SCHEDULERS))
-    )
+    scheduler: str = option("keep", f"Sampler: keep (the model's own), {', '.join(SCHEDULERS)}.", one_of(("keep", *SCHEDULERS)))
     num_inference_steps: int | None = option(None, "Reverse steps per image. By default the full chain.", at_least(1))
     batch_size: int = option(64, "Images per network call of a process.", at_least(1))
     seed: int = option(0, "Seed of everything random. Image i depends on the seed and i alone.", at_least(0))

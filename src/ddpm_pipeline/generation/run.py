@@ -71,9 +71,7 @@ def _prepare(output: OutputOptions, settings: dict[str, Any]) -> list[int] | str
     path, whole = folder / SETTINGS_FILE, folder / PARQUET_FILE
     if path.is_file():
         if json.loads(path.read_text("utf-8")) != settings:
-            return (
-                f"--output_dir {folder} holds images of another model, sampler, number of steps or seed; name another."
-            )
+            return f"--output_dir {folder} holds images of another model, sampler, number of steps or seed; name another."
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         return f"--output_dir {folder} holds something that this command did not write; name a new folder."
     write_text(path, json.dumps(settings, indent=2) + "\n")

@@ -70,9 +70,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def stale_files(
-    present: Mapping[str, str | None], pushed: Mapping[str, str], old: Set[str], new: Set[str]
-) -> list[str]:
+def stale_files(present: Mapping[str, str | None], pushed: Mapping[str, str], old: Set[str], new: Set[str]) -> list[str]:
     """The files of a repository that belong to an earlier model and would be loaded, or mislead, beside what is pushed.
 
     In the folder of a component that the index no longer names, that is everything that saving wrote; in the others, what

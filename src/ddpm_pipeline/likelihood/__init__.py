@@ -1,13 +1,7 @@
 """How likely a model finds images: the variational bound of report §6 in bits per dimension, and what lowers it."""
 
 from .bound import BitsPerDim, bits_per_dim, bound_terms
-from .densities import (
-    discretized_gaussian_log_likelihood,
-    gaussian_kl,
-    gaussian_log_density,
-    log_decoder,
-    nats_to_bits_per_dim,
-)
+from .densities import discretized_gaussian_log_likelihood, gaussian_kl, gaussian_log_density, log_decoder, nats_to_bits_per_dim
 from .optimum import (
     RESIDUAL_EDGES,
     NoiseStatistics,

@@ -2,7 +2,6 @@
 
 Two evaluations of one bound share their network calls: the report's two-term form (6.10), a Monte-Carlo estimate along one
 sampled chain, and the three-term form of Ho et al. 2020 (eq. 5), whose terms are divergences between Gaussians in closed form.
-Imports torch, numpy, tqdm, diffusers, the scheduler and the densities.
 """
 
 import contextlib
@@ -16,10 +15,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES, AlphaDDPMScheduler, Moments, ReverseMoments
+from ..scheduling_alpha_ddpm import AlphaDDPMScheduler, Moments, ReverseMoments
+from ..tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, Generators, Timesteps, check_generators
 from .densities import gaussian_kl, gaussian_log_density, log_decoder, nats_to_bits_per_dim
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
 NoiseSource = Callable[[int, torch.Size], Tensor]
 Stratum = tuple[int, int, int]  # start and stop among the chain's positions, and the number of timesteps to draw
 
@@ -30,22 +29,20 @@ def bound_terms(
     log_variance: Tensor,
     original_samples: Tensor,
     sample: Tensor,
-    timesteps: int | Tensor,
+    timesteps: Timesteps,
     num_bins: int | None = 256,
 ) -> Tensor:
     """The bound's term for each image's timestep in the three-term form, [B] in bits per dimension.
 
-    KL(q(x_s|x_t,x_0) ‖ p_θ(x_s|x_t)), or -log p_θ(x_0|x_t) if s is clean data. `mean` and `log_variance` are those of
-    p_θ, x_0 and x_t are [B, C, H, W], `timesteps` an int or [B].
+    KL(q(x_s|x_t,x_0) ‖ p_θ(x_s|x_t)), or -log p_θ(x_0|x_t) if s is clean data. `mean` and `log_variance` are p_θ's.
     """
     posterior = scheduler.q_posterior(original_samples, sample, timesteps)
     at_data = torch.isinf(posterior.log_variance)  # the posterior is the point x_0 there
     finite = Moments(posterior.mean, posterior.variance, posterior.log_variance.masked_fill(at_data, 0.0))
-    model = Moments(mean, log_variance, log_variance)
-    if at_data.device.type == "cpu" and not at_data.any():  # on another device the question would synchronise
-        return nats_to_bits_per_dim(gaussian_kl(finite, model))
-    decoder = -log_decoder(original_samples, mean, log_variance, num_bins)
-    return nats_to_bits_per_dim(torch.where(at_data, decoder, gaussian_kl(finite, model)))
+    nats = gaussian_kl(finite, Moments(mean, log_variance, log_variance))
+    if at_data.device.type != "cpu" or at_data.any():  # on another device the question would synchronise
+        nats = torch.where(at_data, -log_decoder(original_samples, mean, log_variance, num_bins), nats)
+    return nats_to_bits_per_dim(nats)
 
 
 @dataclass(frozen=True)
@@ -98,24 +95,22 @@ def bits_per_dim(
         scheduler: ours or diffusers' own; its config determines prediction type, variance and clipping.
         images: [B, C, H, W] in [-1, 1], on the `num_bins` levels.
         generator: one for all images, or a list of one per image, whose result then does not depend on the others.
-        noise: instead of `generator`: called with a timestep and a shape [b, C, H, W], returns the noise.
+        noise: instead of `generator`, called with a timestep and a shape [b, C, H, W].
         model_kwargs: conditions; tensors with a first dimension of B are split into batches along with the images.
-        progress: show a progress bar.
         num_inference_steps, timesteps: the chain, as in `AlphaDDPMScheduler.set_timesteps`; the default is all T timesteps.
         num_evaluated: network calls per image, at least 3, to estimate the bound from timesteps drawn for each image in
             strata of equal fall of log-SNR; the default is the whole chain.
-        two_term: also estimate the report's two-term form, from the same network calls, with noise drawn along one chain
-            x_0 -> x_1 -> ... -> x_T; otherwise it is drawn independently for every timestep, mostly with less variance.
+        two_term: also estimate the report's two-term form from the same network calls, with noise along one chain
+            x_0 -> x_1 -> ... -> x_T; otherwise noise is independent at every timestep, mostly with less variance.
         num_bins: levels of a value, 256 (the default) for 8-bit images; None for the density of continuous values.
-        batch_size: images per network call; the default is 64.
+        batch_size, progress: images per network call, 64 by default; whether to show a progress bar.
 
-    Raises:
-        ValueError: for images off the levels, and arguments outside these ranges.
+    Raises ValueError for images off the levels, and arguments outside these ranges.
     """
     bound = BoundOptions(**options)
     chain = own_scheduler(scheduler, bound.num_inference_steps, bound.timesteps)
     check_images(images, bound.num_bins, generator)
-    strata = _strata_for(chain, bound, noise)
+    strata = _strata(chain, bound, noise)
     calls = len(chain.timesteps) if strata is None else bound.num_evaluated
     total = -(-len(images) // bound.batch_size) * calls
     parts = []
@@ -125,14 +120,14 @@ def bits_per_dim(
             if strata is None:
                 parts.append(evaluation.of_chain(batch, noise or batch.noise, bound.two_term))
             else:
-                parts.append(evaluation.of_subset(batch, strata, _uniform(generator, batch, len(chain.timesteps))))
+                parts.append(evaluation.of_subset(batch, strata))
     names = [name for name, value in vars(parts[0]).items() if value is not None]
     return BitsPerDim(**{name: torch.cat([getattr(part, name) for part in parts]).cpu() for name in names})
 
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """The bound of one model's chain on batches of images, in whole or from some of the chain's timesteps."""
+    """The bound of one model's chain on batches of images."""
 
     network: "Network"
     chain: AlphaDDPMScheduler
@@ -159,13 +154,13 @@ class _Evaluation:
         if two_term:
             log_prior = nats_to_bits_per_dim(gaussian_log_density(x_s, _standard_normal(x_s)))
             estimate = -(log_prior + torch.stack(log_ratios).sum(dim=0))
-        terms = torch.stack(terms, dim=1)  # n x [B] -> [B, n]
-        prior, timesteps = self._prior(x_0), ascending.expand(len(x_0), -1)
+        terms, prior = torch.stack(terms, dim=1), self._prior(x_0)  # n x [B] -> [B, n]
+        timesteps = ascending.expand(len(x_0), -1)
         return BitsPerDim(prior, terms[:, 1:].sum(dim=1), torch.zeros_like(prior), timesteps, terms, estimate)
 
-    def of_subset(self, batch: "Batch", strata: list[Stratum], keys: Tensor) -> BitsPerDim:
+    def of_subset(self, batch: "Batch", strata: list[Stratum]) -> BitsPerDim:
         """Stratified sampling without replacement: Σ_h N_h·mean_h, with variance Σ_h N_h² (1 - n_h/N_h) s_h²/n_h."""
-        x_0 = batch.x_0
+        x_0, keys = batch.x_0, batch.uniform(len(self.chain.timesteps))
         drawn = [torch.zeros(len(x_0), 1, dtype=torch.long)]  # the decoder always
         for start, stop, count in strata:
             drawn.append(start + keys[:, start:stop].argsort(dim=1)[:, :count].sort(dim=1).values)
@@ -173,16 +168,16 @@ class _Evaluation:
         noisy = ((t, self.chain.add_noise(x_0, batch.noise(-1, x_0.shape).to(x_0), t)) for t in timesteps.unbind(dim=1))
         terms = torch.stack([self._term(batch, x_t, t)[1] for t, x_t in noisy], dim=1)  # n x [B] -> [B, n]
         prior = self._prior(x_0)
-        diffusion, variance = torch.zeros_like(prior), torch.zeros_like(prior)
+        diffusion = variance = torch.zeros_like(prior)
         columns = terms[:, 1:].split([count for _, _, count in strata], dim=1)
         for (start, stop, count), values in zip(strata, columns, strict=True):
             size = stop - start
-            diffusion += size * values.mean(dim=1)
+            diffusion = diffusion + size * values.mean(dim=1)
             if size > count:
-                variance += size**2 * (1 - count / size) * values.var(dim=1) / count
+                variance = variance + size**2 * (1 - count / size) * values.var(dim=1) / count
         return BitsPerDim(prior, diffusion, variance.sqrt(), timesteps, terms)
 
-    def _term(self, batch: "Batch", x_t: Tensor, t: int | Tensor) -> tuple[ReverseMoments, Tensor]:
+    def _term(self, batch: "Batch", x_t: Tensor, t: Timesteps) -> tuple[ReverseMoments, Tensor]:
         p = self.chain.p_mean_variance(self.network(x_t, t, self.chain, batch.model_kwargs), t, x_t)
         self.bar.update()
         return p, bound_terms(self.chain, p.mean, p.log_variance, batch.x_0, x_t, t, self.num_bins)
@@ -198,26 +193,20 @@ def _standard_normal(like: Tensor) -> Moments:
     return Moments(zero, zero + 1, zero)
 
 
-def _strata_for(chain: AlphaDDPMScheduler, bound: BoundOptions, noise: NoiseSource | None) -> list[Stratum] | None:
-    """The strata of an estimate from a subset of timesteps; None if the whole chain is evaluated."""
-    count = bound.num_evaluated
-    if count is None or count >= len(chain.timesteps):
+def _strata(chain: AlphaDDPMScheduler, bound: BoundOptions, noise: NoiseSource | None) -> list[Stratum] | None:
+    """Strata of the ascending chain's positions 1..N-1, of equal fall of log-SNR: short where the bound's terms are large,
+    which fall about as it does. Each has at least two draws, for its variance. None if the whole chain is evaluated.
+    """
+    if bound.num_evaluated is None or bound.num_evaluated >= len(chain.timesteps):
         return None
     if bound.two_term:
         raise ValueError("two_term=True follows whole chains; leave out num_evaluated.")
-    if count < 3 or noise is not None:
-        raise ValueError(f"num_evaluated={count} must be at least 3, and takes a generator, not `noise`.")
-    return _strata(chain, count)
-
-
-def _strata(chain: AlphaDDPMScheduler, num_evaluated: int) -> list[Stratum]:
-    """Strata of the ascending chain's positions 1..N-1, of equal fall of log-SNR: short where the bound's terms are large,
-    which fall about as it does. Each has at least two draws, for its variance.
-    """
+    if bound.num_evaluated < 3 or noise is not None:
+        raise ValueError(f"num_evaluated={bound.num_evaluated} must be at least 3, and takes a generator, not `noise`.")
     like = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     log_snr = np.array([float(chain.log_snr(t, like)) for t in chain.timesteps.flip(0).tolist()])
     fall = np.cumsum(-np.diff(np.maximum(log_snr, -50)))  # of positions 1..N-1
-    positions, draws = len(log_snr), num_evaluated - 1
+    positions, draws = len(log_snr), bound.num_evaluated - 1
     count = max(1, draws // 2)
     strata, start = [], 1
     for index in range(count):
@@ -235,7 +224,7 @@ def _strata(chain: AlphaDDPMScheduler, num_evaluated: int) -> list[Stratum]:
 
 @contextlib.contextmanager
 def evaluating(unet: Callable) -> Iterator["Network"]:
-    """The network in evaluation mode and without gradients; back in its own mode after the block."""
+    """The network in evaluation mode without gradients; back in its own mode after the block."""
     was_training = isinstance(unet, torch.nn.Module) and unet.training
     if was_training:
         unet.eval()
@@ -251,32 +240,41 @@ class Network:
     """The noise predictor, in its own precision on its own device."""
 
     def __init__(self, unet: Callable):
-        self.unet = unet
-        parameter = next(unet.parameters(), None) if isinstance(unet, torch.nn.Module) else None
-        self.device = torch.device("cpu") if parameter is None else parameter.device
-        self.dtype = None if parameter is None else parameter.dtype
+        self.unet, self.device, self.dtype = unet, torch.device("cpu"), None
+        if isinstance(unet, torch.nn.Module) and (parameter := next(unet.parameters(), None)) is not None:
+            self.device, self.dtype = parameter.device, parameter.dtype
 
-    def __call__(
-        self, x_t: Tensor, timesteps: int | Tensor, scheduler: AlphaDDPMScheduler, kwargs: dict[str, Any]
-    ) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Timesteps, scheduler: AlphaDDPMScheduler, kwargs: dict[str, Any]) -> Tensor:
         """The prediction, with the variance half if the scheduler uses one, in the dtype of x_t."""
-        t = torch.as_tensor(timesteps, device=self.device)
+        t = torch.as_tensor(t, device=self.device)
         output = self.unet(x_t if self.dtype is None else x_t.to(self.dtype), t, **kwargs)
         output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-        learned = scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
-        if output.shape[1] == 2 * x_t.shape[1] and not learned:
+        if output.shape[1] == 2 * x_t.shape[1] and scheduler.config.variance_type not in LEARNED_VARIANCE_TYPES:
             output = output.chunk(2, dim=1)[0]  # [B, 2C, H, W] -> [B, C, H, W]
         return output.to(x_t.dtype)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images [b, C, H, W] on the network's device, in float64 if it has that, with their conditions and their noise."""
+    """Images [b, C, H, W] on the network's device, in float64 if it has that, with their conditions and generators."""
 
-    rows: slice
     x_0: Tensor
     model_kwargs: dict[str, Any]
-    noise: NoiseSource
+    generator: Generators
+
+    def noise(self, timestep: int, shape: torch.Size) -> Tensor:
+        """New standard normal noise, drawn in float32 whatever the computation uses."""
+        first = self.generator[0] if isinstance(self.generator, list) else self.generator
+        device = torch.device("cpu") if first is None else first.device
+        return randn_tensor(shape, generator=self.generator, device=device, dtype=torch.float32)
+
+    def uniform(self, length: int) -> Tensor:
+        """Numbers in [0, 1), [b, length], on the CPU; each row from its image's own generator if there are several."""
+        if isinstance(self.generator, list):
+            rows = [torch.rand(length, generator=each, device=each.device).cpu() for each in self.generator]
+            return torch.stack(rows)
+        device = None if self.generator is None else self.generator.device
+        return torch.rand(len(self.x_0), length, generator=self.generator, device=device).cpu()
 
 
 def batches(
@@ -287,7 +285,7 @@ def batches(
     generator: Generators,
     model_kwargs: Mapping[str, Any] | None,
 ) -> Iterator[Batch]:
-    """The images in order; tensors of `model_kwargs` with one row per image are split along with them."""
+    """The images in order, with the rows of `model_kwargs` that belong to them."""
     dtype = torch.float32 if network.device.type == "mps" else torch.float64
     for start in range(0, len(images), batch_size):
         rows = slice(start, start + batch_size)
@@ -297,7 +295,7 @@ def batches(
                 value = (value[rows] if value.ndim and len(value) == len(images) else value).to(network.device)
             kwargs[name] = value
         x_0 = _on_levels(images[rows], num_bins).to(network.device, dtype)
-        yield Batch(rows, x_0, kwargs, _noise_of(generator, rows))
+        yield Batch(x_0, kwargs, list(generator[rows]) if isinstance(generator, Sequence) else generator)
 
 
 def own_scheduler(
@@ -320,8 +318,7 @@ def check_images(images: Tensor, num_bins: int | None, generator: Generators) ->
         raise ValueError(f"images are {kind}; give floating-point [B, C, H, W] in [-1, 1].")
     if num_bins is not None and num_bins < 2:
         raise ValueError(f"num_bins={num_bins} must be at least 2, or None for continuous values.")
-    if isinstance(generator, Sequence) and len(generator) != len(images):
-        raise ValueError(f"{len(generator)} generators for {len(images)} images; give one, or a list of one per image.")
+    check_generators(generator, len(images))
 
 
 def _on_levels(images: Tensor, num_bins: int | None) -> Tensor:
@@ -332,26 +329,9 @@ def _on_levels(images: Tensor, num_bins: int | None) -> Tensor:
     levels = ((images + 1) * ((num_bins - 1) / 2)).round()
     exact = levels * (2 / (num_bins - 1)) - 1
     off = (images - exact).abs().max().item() * (num_bins - 1) / 2
-    if not off < 0.01 or levels.min() < 0 or levels.max() > num_bins - 1:  # NaN fails
+    if not off < 0.01 or levels.min() < 0 or levels.max() > num_bins - 1:  # also refuses NaN
         raise ValueError(
             f"images are up to {off:.2g} of a level off the {num_bins} levels of [-1, 1], or outside: {images.min():.4g} to "
             f"{images.max():.4g}. Give uint8 / 127.5 - 1 for num_bins=256, the right num_bins, or None for a density."
         )
     return exact
-
-
-def _noise_of(generator: Generators, rows: slice) -> NoiseSource:
-    """Noise from the generator, or from those of the images in `rows`; drawn in float32 whatever the computation uses."""
-    mine = list(generator[rows]) if isinstance(generator, Sequence) else generator
-    first = mine[0] if isinstance(mine, list) else mine
-    device = torch.device("cpu") if first is None else first.device
-    return lambda timestep, shape: randn_tensor(shape, generator=mine, device=device, dtype=torch.float32)
-
-
-def _uniform(generator: Generators, batch: Batch, length: int) -> Tensor:
-    """Numbers in [0, 1), [b, length], each row from its image's own generator if there are several."""
-    if isinstance(generator, Sequence):
-        rows = generator[batch.rows]
-        return torch.stack([torch.rand(length, generator=each, device=each.device).cpu() for each in rows])
-    device = generator.device if generator is not None else None
-    return torch.rand(len(batch.x_0), length, generator=generator, device=device).cpu()

@@ -1,7 +1,4 @@
-"""Gaussian densities and divergences, elementwise, in nats; the decoder's bins; and nats to bits per dimension.
-
-Imports torch and the scheduler's `Moments`.
-"""
+"""Gaussian densities and divergences, elementwise, in nats; the decoder's bins; and nats to bits per dimension."""
 
 import math
 
@@ -26,8 +23,8 @@ def gaussian_log_density(x: Tensor, moments: Moments) -> Tensor:
 def discretized_gaussian_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor, num_bins: int = 256) -> Tensor:
     """log of the probability of each value's bin under N(mean, variance), elementwise, in nats (Ho et al. 2020, eq. 13).
 
-    `x_0` lies on the `num_bins` levels -1..1; bins extend half a level to either side, the outer two to infinity.
-    Φ(b) - Φ(a) is computed in the lower tail, by symmetry, and in logarithms, so that it keeps its digits far from the mean.
+    `x_0` lies on the `num_bins` levels -1..1; bins extend half a level to either side, the outer two to infinity. Φ(b) - Φ(a)
+    is computed in the lower tail, by symmetry, and in logarithms, to keep its digits far from the mean.
     """
     half_bin = 1 / (num_bins - 1)
     inverse_std = torch.exp(-0.5 * log_variance)

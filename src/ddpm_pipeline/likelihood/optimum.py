@@ -1,7 +1,5 @@
 """What lowers the bound without training: the optimal variance (Bao et al. 2022, "Analytic-DPM") and the best timesteps for
 a number of steps (Watson et al. 2021), both from statistics of the noise predictor on data.
-
-Imports torch, numpy, tqdm, the scheduler, the bound and the densities.
 """
 
 import itertools
@@ -15,9 +13,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES, AlphaDDPMScheduler
-from .bound import Generators, batches, check_images, evaluating, own_scheduler
-from .densities import discretized_gaussian_log_likelihood, log_decoder
+from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
+from ..tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, Generators
+from .bound import batches, check_images, evaluating, own_scheduler
+from .densities import log_decoder
 
 RESIDUAL_EDGES = torch.logspace(-5, 1, 513, dtype=torch.float64)
 _RESIDUAL_CENTRES = (RESIDUAL_EDGES[:-1] * RESIDUAL_EDGES[1:]).sqrt()
@@ -27,9 +26,8 @@ _RESIDUAL_CENTRES = (RESIDUAL_EDGES[:-1] * RESIDUAL_EDGES[1:]).sqrt()
 class NoiseStatistics:
     """A model's noise predictor on data, for every timestep: all that optimal variances and timesteps need.
 
-    Means are over images and their values; standard errors treat the `num_images` images as independent. `noise_errors`
-    belongs to the noise implied by the predicted x_0, clipped as configured. `residuals` are fractions of values by
-    |x_0 - predicted x_0|, over RESIDUAL_EDGES, counted separately inside and on the outer two of `num_bins` levels.
+    Means are over images and their values, standard errors over images. `noise_errors` belong to the noise implied by the
+    predicted x_0, clipped as configured. `residuals` are fractions of values by |x_0 - predicted x_0| over RESIDUAL_EDGES.
     """
 
     num_images: int
@@ -40,7 +38,7 @@ class NoiseStatistics:
     noise_errors_error: Tensor  # [T]
     x0_errors: Tensor  # E‖x_0 - predicted x_0‖²/d, [T]
     data_second_moment: float  # E‖x_0‖²/d
-    residuals: Tensor  # [T, 2, bins]: inside, outer
+    residuals: Tensor  # [T, 2, bins], separately inside and on the outer two of `num_bins` levels
 
 
 def estimate_analytic_variance(
@@ -62,11 +60,10 @@ def estimate_analytic_variance(
     check_images(images, num_bins, generator)
     total, count = len(full), len(images)
     sums = torch.zeros(4, total, dtype=torch.float64)  # of ‖ε‖²/d, its square, ‖z̃ - ε‖²/d, its square
-    x0_sums = torch.zeros(total, dtype=torch.float64)
+    x0_sums, data_sum = torch.zeros(total, dtype=torch.float64), 0.0
     residuals = torch.zeros(total, 2, len(_RESIDUAL_CENTRES), dtype=torch.float64)
-    data_sum = 0.0
-    num_batches = -(-count // batch_size)
-    with evaluating(unet) as network, tqdm(total=num_batches * total, disable=not progress, desc="noise") as bar:
+    calls = -(-count // batch_size) * total
+    with evaluating(unet) as network, tqdm(total=calls, disable=not progress, desc="noise") as bar:
         for batch in batches(network, images, batch_size, num_bins, generator, model_kwargs):
             x_0 = batch.x_0
             data_sum += float(_mean_squares(x_0).sum())
@@ -96,23 +93,20 @@ def _mean_squares(values: Tensor) -> Tensor:
 
 
 def _implied_noise(scheduler: AlphaDDPMScheduler, x_0: Tensor, x_t: Tensor, timestep: int) -> Tensor:
-    """The noise that leads from x_0 to x_t: (x_t - √ᾱ_t x_0)/√(1-ᾱ_t)."""
+    """(x_t - √ᾱ_t x_0)/√(1-ᾱ_t)."""
     q = scheduler.q_mean_variance(x_0, timestep)
     return (x_t - q.mean) / q.variance.sqrt()
 
 
 def _residual_histogram(residual: Tensor, outer: Tensor) -> Tensor:
     """Counts of |residual| over RESIDUAL_EDGES, [2, bins]: of values inside, and on the outer levels."""
-    bins = len(_RESIDUAL_CENTRES)
-    low, high = math.log(RESIDUAL_EDGES[0]), math.log(RESIDUAL_EDGES[-1])
-    smallest = float(RESIDUAL_EDGES[0])
-    index = ((residual.abs().clamp(min=smallest).log() - low) * (bins / (high - low))).long().clamp(max=bins - 1)
+    bins, (low, high) = len(_RESIDUAL_CENTRES), map(math.log, RESIDUAL_EDGES[[0, -1]])
+    clamped = residual.abs().clamp(min=float(RESIDUAL_EDGES[0]))
+    index = ((clamped.log() - low) * (bins / (high - low))).long().clamp(max=bins - 1)
     return torch.bincount((index + bins * outer).flatten(), minlength=2 * bins).view(2, bins).double().cpu()
 
 
-def with_analytic_variance(
-    scheduler: Any, statistics: NoiseStatistics, *, from_errors: bool = False
-) -> AlphaDDPMScheduler:
+def with_analytic_variance(scheduler: Any, statistics: NoiseStatistics, *, from_errors: bool = False) -> AlphaDDPMScheduler:
     """A scheduler like the given one with variance_type="analytic" (Bao et al. 2022), its table in the config.
 
     The table is Γ_t, whose variance is optimal for a perfect noise predictor. `from_errors` uses 1 - E‖z̃ - ε_θ‖²/d instead,
@@ -122,15 +116,13 @@ def with_analytic_variance(
     return own_scheduler(scheduler, variance_type="analytic", noise_second_moments=table.tolist())
 
 
-def optimal_timesteps(
-    statistics: NoiseStatistics, scheduler: Any, num_steps: int | Sequence[int]
-) -> dict[str, list[int]]:
+def optimal_timesteps(statistics: NoiseStatistics, scheduler: Any, num_steps: int | Sequence[int]) -> dict[str, list[int]]:
     """For each number of steps the descending timesteps with the lowest bound, by dynamic programming.
 
     The bound of a chain is a sum over neighbouring pairs, so the best chain of k steps that ends at t is the best one of
-    k - 1 that ends at some s < t, and the step from s to t (Watson et al. 2021). Pairs are priced by `statistics`, for
-    the scheduler's variance_type. The result is a value for the config key `inference_timesteps`, by str(number).
-    Raises ValueError for numbers outside 1..T, and for learned variances, which no table can price.
+    k - 1 that ends at some s < t, and the step from s to t (Watson et al. 2021), priced by `statistics` for the scheduler's
+    variance_type. The result is a value for the config key `inference_timesteps`. Raises ValueError for numbers outside
+    1..T, and for learned variances.
     """
     costs = _PairCosts(statistics, scheduler)
     numbers = [num_steps] if isinstance(num_steps, int) else list(num_steps)
@@ -159,11 +151,7 @@ def predicted_bits_per_dim(statistics: NoiseStatistics, scheduler: Any, timestep
 
 
 class _PairCosts:
-    """The bound's terms for every pair s < t in bits per dimension, float64; infinite for s >= t.
-
-    `pairs` [s, t]: the divergence of the step from t to s; `prior` [t]: L_T of a chain that ends at t; `first` [t]: the
-    decoder of the chain of t alone; `opening` [s, t]: the decoder at s if t is next, whose variance may depend on both.
-    """
+    """The bound's terms for every pair s < t in bits per dimension, float64; infinite for s >= t."""
 
     def __init__(self, statistics: NoiseStatistics, scheduler: Any):
         full = own_scheduler(scheduler)
@@ -178,13 +166,13 @@ class _PairCosts:
         log_snr = np.array([float(full.log_snr(t, like)) for t in range(len(full))])
         log_signal, log_variance = -np.logaddexp(0, -log_snr), -np.logaddexp(0, log_snr)  # log ᾱ_t, log(1-ᾱ_t)
         later = np.triu(np.ones((len(full), len(full)), dtype=bool), k=1)  # [s, t] with s < t
-        log_alone = log_variance
         with np.errstate(all="ignore"):  # the lower triangle means nothing
             log_alpha = np.where(later, log_signal[None, :] - log_signal[:, None], -1.0)
             log_beta = np.log(-np.expm1(log_alpha))
             log_posterior = log_variance[:, None] - log_variance[None, :] + log_beta  # β̃
             log_slope = 0.5 * log_signal[:, None] + log_beta - log_variance[None, :]  # coefficient of x_0 in μ̃
             log_model = log_posterior if variance_type.startswith("fixed_small") else log_beta
+            log_alone = log_variance
             if variance_type == "analytic":
                 unexplained = np.clip(1 - np.array(full.noise_second_moments), 0, 1)
                 extra = np.exp(2 * log_beta - log_alpha - log_variance[None, :]) * unexplained
@@ -194,40 +182,28 @@ class _PairCosts:
             log_ratio = log_posterior - log_model
             mean_term = np.exp(2 * log_slope - log_model) * statistics.x0_errors.numpy()
             nats = 0.5 * (np.expm1(log_ratio) - log_ratio + mean_term)
-        self.pairs = np.where(later, nats / math.log(2), np.inf)
-        signal = np.exp(log_signal)
-        self.prior = 0.5 * (signal * (statistics.data_second_moment - 1) - log_variance) / math.log(2)
-        decoder = _DecoderCosts(statistics)
-        self.first = decoder(log_alone[:, None])[:, 0]
-        self.opening = np.broadcast_to(self.first[:, None], later.shape)
+        self.pairs = np.where(later, nats / math.log(2), np.inf)  # [s, t]: the divergence of the step from t to s
+        nats = 0.5 * (np.exp(log_signal) * (statistics.data_second_moment - 1) - log_variance)
+        self.prior = nats / math.log(2)  # [t]: L_T of a chain that ends at t
+        decoder = _decoder_costs(statistics)
+        self.first = decoder(log_alone[:, None])[:, 0]  # [t]: the decoder of the chain of t alone
+        self.opening = np.broadcast_to(self.first[:, None], later.shape)  # [s, t]: the decoder at s if t is next
         if variance_type.startswith("fixed_small"):
             self.opening = np.where(later, decoder(np.where(later, log_posterior, 0.0)), np.inf)
 
     def of_chain(self, timesteps: Sequence[int]) -> float:
-        """The bound of the chain of these descending timesteps."""
         ascending = list(timesteps)[::-1]
-        first, last = ascending[0], ascending[-1]
-        decoder = self.first[first] if len(ascending) == 1 else self.opening[first, ascending[1]]
-        return float(decoder + sum(self.pairs[s, t] for s, t in itertools.pairwise(ascending)) + self.prior[last])
+        decoder = self.first[ascending[0]] if len(ascending) == 1 else self.opening[ascending[0], ascending[1]]
+        steps = sum(self.pairs[s, t] for s, t in itertools.pairwise(ascending))
+        return float(decoder + steps + self.prior[ascending[-1]])
 
 
-class _DecoderCosts:
+def _decoder_costs(statistics: NoiseStatistics) -> Callable[[np.ndarray], np.ndarray]:
     """-log2 p_θ(x_0|x_t) per dimension for measured residuals, [T, n], as a function of log-variances [T, n]."""
-
-    def __init__(self, statistics: NoiseStatistics):
-        self.grid = torch.linspace(-40, 3, 1025, dtype=torch.float64)  # of log-variance
-        shares = statistics.residuals
-        residual, log_variance = _RESIDUAL_CENTRES[:, None], self.grid[None, :]
-        if statistics.num_bins is None:
-            inside = outer = log_decoder(residual, torch.zeros_like(residual), log_variance, None)
-        else:
-            half_bin = 1 / (statistics.num_bins - 1)
-            zero = torch.zeros_like(residual)
-            inside = discretized_gaussian_log_likelihood(zero, residual, log_variance, statistics.num_bins)
-            outer = torch.special.log_ndtr((half_bin - residual) * torch.exp(-0.5 * log_variance))
-        self.table = (-(shares[:, 0] @ inside + shares[:, 1] @ outer) / math.log(2)).numpy()  # [T, grid]
-
-    def __call__(self, log_variance: np.ndarray) -> np.ndarray:
-        grid = self.grid.numpy()
-        rows = zip(log_variance, self.table, strict=True)
-        return np.stack([np.interp(wanted, grid, row) for wanted, row in rows])
+    grid = torch.linspace(-40, 3, 1025, dtype=torch.float64)  # of log-variance
+    shares, num_bins, residual = statistics.residuals, statistics.num_bins, _RESIDUAL_CENTRES[:, None]
+    inside = outer = log_decoder(torch.zeros_like(residual), residual, grid, num_bins)
+    if num_bins is not None:
+        outer = torch.special.log_ndtr((1 / (num_bins - 1) - residual) * torch.exp(-0.5 * grid))
+    table = (-(shares[:, 0] @ inside + shares[:, 1] @ outer) / math.log(2)).numpy()  # [T, grid]
+    return lambda wanted: np.stack([np.interp(x, grid.numpy(), y) for x, y in zip(wanted, table, strict=True)])

@@ -6,13 +6,7 @@ from itertools import islice
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..pipeline_alpha_ddpm_text import MAX_TOKENS
 from ..support.errors import ConfigError
