@@ -206,6 +206,7 @@ def finish(run: Run) -> None:
     PushError if all is done but the last push.
     """
     run.checkpoints.close()
+    run.telemetry.bar.close()  # its rate is that of updates, not of sampling
     run.telemetry.summarize()
     run.accelerator.unwrap_model(run.state.model, keep_fp32_wrapper=False)  # samples show what the saved weights make
     if run.accelerator.is_main_process:
