@@ -155,8 +155,10 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         if unknown := sorted(set(own) - set(OWN_SETTINGS)):
             raise ValueError(f"the scheduler config has unknown settings {unknown}; upgrade ddpm-pipeline.")
         shared = {key: value for key, value in config_dict.items() if key not in (OWN_KEY, *OWN_SETTINGS)}
-        init_dict, *others = super().extract_init_dict(shared, **kwargs)
-        return init_dict | own, *others
+        init_dict, unused, hidden = super().extract_init_dict(shared, **kwargs)
+        if "_use_default_values" in config_dict:  # the config of a scheduler rather than of a file: so is that of the new one
+            hidden = hidden | {"_use_default_values": []}
+        return init_dict | own, unused, hidden
 
     def to_json_string(self) -> str:
         """The config as JSON under the stock class name, so that a saved scheduler loads with diffusers alone."""
