@@ -1,7 +1,7 @@
 """Pipeline folders that load with diffusers alone, and carry our code for those who want it.
 
 A folder's `model_index.json` names stock classes; `pipeline.py` and the modules it imports lie beside it. On loading, its
-configs are checked before anything is built from them. Travels inside model repositories; imports no sibling.
+configs are checked before anything is built from them. Travels inside model repositories.
 """
 
 import inspect
@@ -25,6 +25,8 @@ import torch
 import transformers
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from .tables_alpha_ddpm import warn
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}  # of components that need no custom code
 INDEX = "model_index.json"
@@ -174,10 +176,8 @@ def _tidy_configs(folder: Path) -> None:
 
 def _warn_of_pickles(safe_serialization: bool) -> None:
     if not safe_serialization:
-        problem = "a pickle can run any code when it is opened"
-        warnings.warn(
-            f"safe_serialization=False is ignored: weights are saved as safetensors, because {problem}.", stacklevel=3
-        )
+        reason = "a pickle can run any code when it is opened"
+        warn(f"safe_serialization=False is ignored: weights are saved as safetensors, because {reason}.", stacklevel=3)
 
 
 def _pickles_of(folder: Path) -> list[str]:
