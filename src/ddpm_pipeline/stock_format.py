@@ -184,7 +184,8 @@ def _pickles_of(folder: Path) -> list[str]:
     """Pickled weights of components that have no safetensors."""
     places = [folder, *folder.glob("*/")] if folder.is_dir() else []
     lacking = [place for place in places if not any(place.glob("*.safetensors"))]
-    return sorted(str(file.relative_to(folder)) for place in lacking for file in place.iterdir() if file.suffix in PICKLED)
+    files = [file for place in lacking for file in place.glob("*model*") if file.suffix in PICKLED]
+    return sorted(file.relative_to(folder).as_posix() for file in files)
 
 
 def _check_place(folder: Path, components: list[str]) -> None:
