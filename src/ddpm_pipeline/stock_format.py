@@ -34,6 +34,7 @@ MAX_CONFIG_BYTES = 32 * 2**20
 MAX_INTEGER = 2**24
 # Larger values, by a part of their name, would hang or exhaust the memory long before they are compared with the weights
 LIMITS = {"num_train_timesteps": 100_000, "layers": 1_000, "sample_size": 16_384, "channels": 2**16, "groups": 2**16}
+POSITIVE = ("sample_size", "in_channels", "out_channels")
 # What a model may have for each byte of its weights, and in addition: a number takes at least one byte, and a tensor about 64
 # in the header. Weights that are shared, which are stored once, stay within.
 MOST_NUMBERS, MOST_TENSORS = (4, 2**20), (1 / 16, 1_000)
@@ -275,14 +276,7 @@ def _component_class(index_path: Path, folder: Path, name: str, value: Any) -> t
 
 def _check_config(path: Path, component_class: type, scheduler_class: type | None) -> None:
     config, name_of_class = read_json(path), component_class.__name__
-    is_scheduler = issubclass(component_class, diffusers.SchedulerMixin)
-    of_ddpm = inspect.signature(diffusers.DDPMScheduler.__init__).parameters
-    for name, value in _leaves(config):
-        limit = min((limit for part, limit in LIMITS.items() if part in name), default=MAX_INTEGER)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        may_be_infinite = is_scheduler and name not in of_ddpm  # such as DPM-Solver's lambda_min_clipped
-        if is_number and not abs(value) <= limit and not (may_be_infinite and math.isinf(value)):
-            raise ValueError(f"{path}: {name}={value!r} exceeds the largest supported value, {limit}.")
+    _check_numbers(path, config, issubclass(component_class, diffusers.SchedulerMixin))
     parameters = inspect.signature(component_class.__init__).parameters
     known = {name: config[name] for name in parameters if name in config}
     if hasattr(component_class, "load_config"):  # of diffusers
@@ -302,6 +296,19 @@ def _check_config(path: Path, component_class: type, scheduler_class: type | Non
                 scheduler_class.from_config(config)
     except Exception as error:  # whatever a class raises for settings that do not fit together
         raise ValueError(f"{path}: {error}") from error
+
+
+def _check_numbers(path: Path, config: dict[str, Any], is_scheduler: bool) -> None:
+    of_ddpm = inspect.signature(diffusers.DDPMScheduler.__init__).parameters
+    for name, value in _leaves(config):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        limit = min((limit for part, limit in LIMITS.items() if part in name), default=MAX_INTEGER)
+        may_be_infinite = is_scheduler and name not in of_ddpm  # such as DPM-Solver's lambda_min_clipped
+        if not abs(value) <= limit and not (may_be_infinite and math.isinf(value)):
+            raise ValueError(f"{path}: {name}={value!r} exceeds the largest supported value, {limit}.")
+        if name in POSITIVE and value < 1:
+            raise ValueError(f"{path}: {name}={config.get(name)!r} must be at least 1.")
 
 
 def _check_size(path: Path, build: Callable[[], Any]) -> None:
@@ -347,5 +354,8 @@ def _fits(value: Any, annotation: Any) -> bool:
         return isinstance(value, int if annotation is int else int | float) and not isinstance(value, bool)
     if annotation in (list, tuple) or typing.get_origin(annotation) in (list, tuple):
         items = [argument for argument in typing.get_args(annotation) if argument is not Ellipsis]
-        return isinstance(value, list) and all(any(_fits(entry, item) for item in items or [Any]) for entry in value)
+        fixed_length = typing.get_origin(annotation) is tuple and len(items) > 1  # one is written where any number is meant
+        if not isinstance(value, list) or (fixed_length and len(value) != len(items)):
+            return False
+        return all(any(_fits(entry, item) for item in items or [Any]) for entry in value)
     return True
