@@ -29,6 +29,7 @@ from ..support.pictures import grid, save_picture
 from .batches import BatchLoader
 from .checkpoints import Checkpoints
 from .conditions import Condition
+from .export import describe_run
 from .options import TrainingOptions
 from .output_folder import OPTIONS_FILE
 from .pusher import Pusher
@@ -172,7 +173,7 @@ def save_checkpoint(run: Run, done: int) -> None:
         if not run.state.weights_are_finite():
             raise run.numerical_error(f"the weights after {done} updates are not finite")
         note_skipped_rows(run)  # a resumed run does not meet those before a checkpoint again
-        run.checkpoints.save(run.state, done, own=run.batches.state_dict())
+        run.checkpoints.save(run.state, done, run.batches.state_dict(), partial(describe_run, run, done))
     run.telemetry.restart_clock()
 
 
@@ -185,6 +186,7 @@ def begin(run: Run, previews: Every) -> None:
     """Write down what the run is, and make the preview that an earlier attempt was stopped before, if it is missing."""
     data, accelerator, options = run.data, run.accelerator, run.options
     if accelerator.is_main_process:
+        run.checkpoints.set_aside(run.first, options.run.resume)
         write_text(run.folder / OPTIONS_FILE, options.to_yaml())
         run.telemetry.skipped.add(data.skipped)
     accelerator.init_trackers("ddpm-pipeline", {name: value for name, value in options.flat().items() if value})
