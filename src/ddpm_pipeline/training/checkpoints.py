@@ -104,7 +104,7 @@ def _compare_identity(checkpoint: Path, identity: dict[str, Any], accept_changed
     if not (checkpoint / IDENTITY_FILE).is_file():
         logger.warning("%s is of an earlier version and does not say what it was trained on", checkpoint)
         return
-    stored = json.loads((checkpoint / IDENTITY_FILE).read_text("utf-8"))
+    stored = _read_json(checkpoint / IDENTITY_FILE)
     own = {name: value for name, value in identity.items() if name not in (DATA, STREAM)}
     if changed := "; ".join(islice(changes(stored, own), CHANGES_SHOWN)):
         raise ConfigError(
@@ -133,14 +133,21 @@ def _another_run(checkpoint: Path) -> str:
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
     """Raises ConfigError unless the counters are numbers of updates."""
+    stored = _read_json(checkpoint / STATE_FILE)
+    counts = stored.get("step"), stored.get("ema_step") or 0
+    if not all(type(count) is int and count >= 0 for count in counts) or not isinstance(stored.get("processes"), list):
+        raise ConfigError(f"{checkpoint / STATE_FILE} does not say how many updates were done; use another checkpoint.")
+    return stored
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        stored = json.loads((checkpoint / STATE_FILE).read_text("utf-8"))
-        counts = stored["step"], stored["ema_step"] or 0
-        if all(type(count) is int and count >= 0 for count in counts) and isinstance(stored["processes"], list):
-            return stored
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise ConfigError(f"{checkpoint / STATE_FILE} does not say how many updates were done; resume from another checkpoint.")
+        stored = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {describe_exception(error)}. Use another checkpoint.") from error
+    if not isinstance(stored, dict):
+        raise ConfigError(f"{file} must hold a JSON object, not a {type(stored).__name__}; use another checkpoint.")
+    return stored
 
 
 def _newest_whole(folder: Path) -> Path | None:
