@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from ..support.atomic import remove_folder, remove_leftovers, replace_folder, sync_folder, temporary_beside
 from ..support.errors import CheckpointError, ConfigError
 from ..support.exceptions import describe_exception
-from .identity import DATA, STREAM, changes
+from .identity import DATA, changes
 from .options import TrainingOptions
 from .output_folder import OPTIONS_FILE
 from .state import TrainingState
@@ -100,12 +100,12 @@ def _compare_options(checkpoint: Path, options: TrainingOptions) -> None:
 
 
 def _compare_identity(checkpoint: Path, identity: dict[str, Any], accept_changed_data: bool) -> None:
-    """Raises ConfigError if the run is of something else now. Changed images can be accepted, and of a stream nobody knows."""
+    """Raises ConfigError if the run is of something else now. Changed images can be accepted."""
     if not (checkpoint / IDENTITY_FILE).is_file():
         logger.warning("%s is of an earlier version and does not say what it was trained on", checkpoint)
         return
     stored = _read_json(checkpoint / IDENTITY_FILE)
-    own = {name: value for name, value in identity.items() if name not in (DATA, STREAM)}
+    own = {name: value for name, value in identity.items() if name != DATA}
     if changed := "; ".join(islice(changes(stored, own), CHANGES_SHOWN)):
         raise ConfigError(
             f"{checkpoint} belongs to another run: {changed}. Restore what was there, or {_another_run(checkpoint)}."
@@ -118,8 +118,6 @@ def _compare_identity(checkpoint: Path, identity: dict[str, Any], accept_changed
                 f"--accept_changed_data, or {_another_run(checkpoint)}."
             )
         logger.warning("resuming on changed data: %s", what)
-    elif stored.get(STREAM) != identity.get(STREAM):
-        logger.warning("the files of the stream are others or have other times than before %s", checkpoint.name)
 
 
 def export_command(checkpoint: Path | str) -> str:

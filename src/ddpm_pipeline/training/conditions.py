@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ..data.mapped import ImageSet
 from ..generation.drawing import UNCONDITIONAL, Request
 from ..pipeline_alpha_ddpm import AlphaDDPMPipeline
-from ..pipeline_alpha_ddpm_text import AlphaDDPMTextToImagePipeline, tokenize
+from ..pipeline_alpha_ddpm_text import MAX_TOKENS, AlphaDDPMTextToImagePipeline, tokenize
 from ..sampling_alpha_ddpm import describe_conditions
 from ..support.draws import BatchSlice, RandomStream
 from ..support.errors import ConfigError
@@ -60,6 +60,10 @@ class Condition:
 
     def inputs(self, drawn: Any, device: torch.device) -> dict[str, Tensor]:
         """Those as arguments of the network, on the device."""
+        return {}
+
+    def probe(self, count: int) -> dict[str, Tensor]:
+        """Arguments of the UNet for so many images, of the right shapes and types."""
         return {}
 
     def network(self, unet: nn.Module) -> nn.Module:
@@ -102,6 +106,9 @@ class ClassCondition(Condition):
     def draw(self, values: Sequence[int], where: BatchSlice) -> Tensor:
         dropped = torch.from_numpy(_dropped(where, self.options))
         return torch.as_tensor(values, dtype=torch.int64).masked_fill(dropped, len(self.names))
+
+    def probe(self, count: int) -> dict[str, Tensor]:
+        return {"class_labels": torch.zeros(count, dtype=torch.int64)}
 
     def inputs(self, drawn: Tensor, device: torch.device) -> dict[str, Tensor]:
         return {"class_labels": drawn.to(device, non_blocking=True)}
@@ -172,6 +179,9 @@ class TextCondition(Condition):
     @cached_property
     def _frozen_digest(self) -> str:
         return weights_digest(self.text_encoder)
+
+    def probe(self, count: int) -> dict[str, Tensor]:
+        return {"encoder_hidden_states": torch.zeros(count, MAX_TOKENS, self.unet_config()["cross_attention_dim"])}
 
     def draw(self, values: Sequence[Any], where: BatchSlice) -> list[str]:
         return self.captions.draw(values, where, _dropped(where, self.options))

@@ -12,16 +12,16 @@ from ..tables_alpha_ddpm import OWN_KEY
 if TYPE_CHECKING:
     from .conditions import Condition
 
-DATA, STREAM = "data", "stream"  # what may change, if the user accepts it, and what may have changed
+DATA = "data"  # what may change if the user accepts it
 
 
 def identity_of(data: ImageSet, condition: "Condition", unet: Any, scheduler: AlphaDDPMScheduler) -> dict[str, Any]:
     """What has to be the same on resuming, as JSON values by the names that messages use."""
-    images = {STREAM: data.fingerprint} if data.num_images is None else {DATA: f"{data.num_images} images, {data.fingerprint}"}
+    images = "a stream" if data.num_images is None else f"{data.num_images} images"
     unet_config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     schedule = {name: value for name, value in scheduler.config.items() if not name.startswith("_") or name == OWN_KEY}
     return {
-        **images,
+        DATA: f"{images}, {data.fingerprint}",
         "image column": data.roles.image,
         "condition's column": data.roles.needed,
         **condition.identity(),
