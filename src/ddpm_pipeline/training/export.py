@@ -8,7 +8,8 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from ..hub import export
 from ..pipeline_alpha_ddpm import AlphaDDPMPipeline
 from ..pipeline_alpha_ddpm_text import AlphaDDPMTextToImagePipeline
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
+from ..stock_format import build_within
 from ..support.errors import ConfigError, reported_errors
 from ..support.exceptions import describe_exception
 from ..support.provenance import weights_digest
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MOST_PARAMETERS, MOST_TENSORS = 2**33, 10_000  # of a network; the UNet of Stable Diffusion XL has 2.6e9 in 1,680
 MODEL, CARD, ENCODER = "model", "README.md", "text_encoder"
 
 
@@ -47,6 +50,7 @@ def describe_run(run: "Run", done: int, folder: Path) -> None:
     (folder / OPTIONS_FILE).write_text(run.options.to_yaml(), "utf-8")
     for name, part in run.pipe.components.items():
         if name == ENCODER:
+            part.config.architectures = [type(part).__name__]  # as saving the encoder itself does
             part.config.save_pretrained(folder / MODEL / name)
         else:
             save = getattr(part, "save_config", None) or part.save_pretrained
@@ -82,7 +86,7 @@ def _read_pipeline(checkpoint: Path) -> DiffusionPipeline:
     model = checkpoint / MODEL
     scheduler = AlphaDDPMScheduler.from_config(AlphaDDPMScheduler.load_config(model / "scheduler"))
     unet_class = UNet2DConditionModel if (model / ENCODER).is_dir() else UNet2DModel
-    unet = unet_class.from_config(unet_class.load_config(model / "unet"))
+    unet = built(partial(unet_class.from_config, unet_class.load_config(model / "unet")))
     if unet_class is UNet2DModel:
         _load_weights(checkpoint, unet)
         return AlphaDDPMPipeline(unet=unet.eval(), scheduler=scheduler)
@@ -91,12 +95,21 @@ def _read_pipeline(checkpoint: Path) -> DiffusionPipeline:
         encoder = _frozen_encoder(checkpoint, frozen)
         _load_weights(checkpoint, unet)
     else:
-        config = transformers.AutoConfig.from_pretrained(model / ENCODER)
-        encoder = getattr(transformers, config.architectures[0])(config)
+        config = transformers.AutoConfig.from_pretrained(model / ENCODER, trust_remote_code=False)
+        encoder_class = getattr(transformers, config.architectures[0])
+        if not issubclass(encoder_class, transformers.PreTrainedModel):
+            raise ValueError(f"{config.architectures[0]} is not a model of transformers")
+        encoder = built(partial(encoder_class, config))
         _load_weights(checkpoint, nn.ModuleDict({"unet": unet, ENCODER: encoder}))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model / "tokenizer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model / "tokenizer", trust_remote_code=False)
     parts = {ENCODER: encoder.eval(), "tokenizer": tokenizer}
     return AlphaDDPMTextToImagePipeline(unet=unet.eval(), scheduler=scheduler, **parts)
+
+
+def built(build: Callable[[], Any]) -> Any:
+    """What `build` makes, unless it is too large to be a model of ours."""
+    build_within(build, MOST_PARAMETERS, MOST_TENSORS, "training takes")
+    return build()
 
 
 def _frozen_encoder(checkpoint: Path, digest: str) -> Any:

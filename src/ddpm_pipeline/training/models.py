@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,14 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from ..scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES, AlphaDDPMScheduler
-from ..stock_format import build_within
 from ..support.errors import ConfigError
 from ..support.exceptions import describe_exception
 from ..tables_alpha_ddpm import OWN_KEY
 from .conditions import ClassCondition, Condition
-from .export import is_checkpoint, pipeline_of
+from .export import built, is_checkpoint, pipeline_of
 from .options import DiffusionOptions, ModelOptions
 
 logger = logging.getLogger(__name__)
-
-MOST_PARAMETERS, MOST_TENSORS = 2**33, 10_000  # of a UNet; that of Stable Diffusion XL has 2.6e9 in 1,680
 
 
 def _blocks(*channels: int, attention: int | None = None, **config: Any) -> dict[str, Any]:
@@ -60,9 +58,7 @@ def build_model(
         else:
             outputs = channels * (1 + (diffusion.variance_type in LEARNED_VARIANCE_TYPES))
             images = {"sample_size": resolution, "in_channels": channels, "out_channels": outputs}
-            config = _unet_config(model, images, condition)
-            build_within(lambda: condition.unet_class.from_config(config), MOST_PARAMETERS, MOST_TENSORS, "training takes")
-            unet = condition.unet_class.from_config(config)
+            unet = built(partial(condition.unet_class.from_config, _unet_config(model, images, condition)))
             scheduler = AlphaDDPMScheduler(**diffusion.schedule)
         _check_fits(unet.config, scheduler.config.variance_type, resolution, channels)
         needs = {"num_class_embeds": None, "class_embed_type": None, **condition.unet_config()}
