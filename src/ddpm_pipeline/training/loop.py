@@ -18,6 +18,7 @@ from ..support.draws import noise_of
 from .batches import BatchLoader, BatchPlan, batch_loader
 from .checkpoints import find_checkpoint, load_checkpoint
 from .conditions import Condition, build_condition
+from .identity import identity_of
 from .jobs import Every, Run, begin, evaluate, finish, preview, push_snapshot, report, save_checkpoint, stopped
 from .models import build_model, objective_for
 from .objectives import NoisedBatch, min_snr_weights, per_image_loss
@@ -53,7 +54,8 @@ def train(options: TrainingOptions) -> Path:
         # What it learns
         unet, scheduler = build_model(options.model, options.diffusion, data.resolution, data.channels, condition)
         options = resolved(options, data, scheduler)
-        checkpoint = find_checkpoint(folder, options, accelerator) if options.run.resume else None
+        identity = identity_of(data, condition, unet, scheduler)
+        checkpoint = find_checkpoint(folder, options, accelerator, identity) if options.run.resume else None
         state = build_state(accelerator, unet, condition.network(unet), options)
         first, position = load_checkpoint(accelerator, state, checkpoint) if checkpoint else (0, None)
         batches = open_batches(data, condition, options, accelerator, first, position)

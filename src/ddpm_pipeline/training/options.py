@@ -192,6 +192,9 @@ class RunOptions(OptionGroup):
     resume: str | None = option(
         None, "Resume from 'latest' or from a checkpoint folder. If there is no checkpoint yet, 'latest' starts a new run.",
         on_resume="allow", in_recipe=False)
+    accept_changed_data: bool = option(
+        False, "Resume although images, labels or captions are not those of the checkpoint.", on_resume="allow",
+        in_recipe=False)
     max_train_time: float | None = _free(
         None, "Minutes after which the run writes a checkpoint and stops, as it does on a signal (docs/training.md).",
         Allowed("a number of minutes above 0", POSITIVE.holds))
