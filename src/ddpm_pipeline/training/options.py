@@ -109,9 +109,6 @@ class DiffusionOptions(OptionGroup):
                 f"--variance_type {self.variance_type} is not one of {', '.join(TRAINABLE_VARIANCES)}; 'analytic' is measured "
                 "after training, by ddpm_pipeline.likelihood.estimate_analytic_variance."
             )
-        for name in ("beta_start", "beta_end"):
-            if getattr(self, name) is not None and self.beta_schedule in ("squaredcos_cap_v2", "laplace"):
-                raise ConfigError(f"--{name} has no effect on --beta_schedule {self.beta_schedule}; drop one.")
         if self.objective == "bound" and self.snr_gamma is not None:
             raise ConfigError("--snr_gamma weights the squared error, which --objective bound does not use; drop one.")
 
