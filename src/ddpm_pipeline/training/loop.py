@@ -92,7 +92,6 @@ def train(options: TrainingOptions) -> Path:
                 begin(run, previews)
                 for done in range(first + 1, run.total + 1):
                     stopping = update(run, objective, done - 1)
-                    run.note_progress(done)
                     for job in jobs:
                         if job.is_due(done, run.total, stopping):
                             stopping = bool(job.run(done)) or stopping
@@ -155,7 +154,7 @@ def update(run: Run, objective: Callable[..., torch.Tensor], step: int) -> bool:
             observed.append(accelerator.gather((timesteps, losses.detach())))
     with timer("optimizer"):
         grad_norm, stopping = state.updater(step, torch.cat(image_losses), indices, stop=run.stop.reason is not None)
-    run.telemetry.bar.update()
+    run.note_progress(step + 1)
     if grad_norm is not None:
         run.telemetry.note_update(torch.stack(mean_losses).mean(), grad_norm)
         for observation in observed:  # after the last draw, which so does not depend on how the update was divided
