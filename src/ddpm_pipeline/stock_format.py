@@ -314,7 +314,13 @@ def _check_numbers(path: Path, config: dict[str, Any], is_scheduler: bool) -> No
 def _check_size(path: Path, build: Callable[[], Any]) -> None:
     """Build a model without memory for its weights; ValueError as soon as it is out of proportion to those stored beside."""
     stored = sum(file.stat().st_size for file in path.parent.glob("*.safetensors"))
-    most_numbers, most_tensors = (per_byte * stored + more for per_byte, more in (MOST_NUMBERS, MOST_TENSORS))
+    if stored:  # otherwise diffusers says that there are no weights, before it builds anything
+        most = (per_byte * stored + more for per_byte, more in (MOST_NUMBERS, MOST_TENSORS))
+        build_within(build, *most, f"go with weights of {stored} bytes")
+
+
+def build_within(build: Callable[[], Any], most_numbers: float, most_tensors: float, what: str) -> None:
+    """Build a model without memory for its weights; ValueError as soon as it has more parameters than `what` says."""
     thread, numbers, tensors = threading.get_ident(), 0, 0
 
     def count(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
@@ -323,12 +329,10 @@ def _check_size(path: Path, build: Callable[[], Any]) -> None:
             return
         numbers, tensors = numbers + parameter.numel(), tensors + 1
         if numbers > most_numbers or tensors > most_tensors:
-            problem = f"at least {numbers} parameters in {tensors} tensors, but its weights have {stored} bytes"
-            raise ValueError(f"it describes a model with {problem}; the two do not belong together.")
+            raise ValueError(f"it describes a model with at least {numbers} parameters in {tensors} tensors, more than {what}.")
 
-    if stored:  # otherwise diffusers says that there are no weights, before it builds anything
-        with register_module_parameter_registration_hook(count), torch.device("meta"):
-            build()
+    with register_module_parameter_registration_hook(count), torch.device("meta"):
+        build()
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
