@@ -136,7 +136,7 @@ def labelled(path, **columns):
     [
         ({}, {}),
         ({"condition": "class", "label_column": "label"}, {2: "the label -1", 3: "no label"}),
-        ({"condition": "class", "label_column": "number"}, {2: "the label -3", 3: "no label"}),
+        ({"condition": "class", "label_column": "number"}, {3: "no label"}),
         ({"condition": "text", "label_column": "label"}, {2: "the label -1", 3: "no label"}),
         ({"condition": "text", "text_column": "text"}, {2: "no caption"}),
         ({"condition": "text", "text_column": "texts"}, {1: "no caption", 2: "no caption", 3: "no caption"}),
