@@ -4,6 +4,7 @@ A file in an archive has a path such as "zip://cat/1.png::/data/pets.zip", as in
 `images`.
 """
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -12,11 +13,12 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
+from huggingface_hub import get_session
 
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
@@ -24,6 +26,7 @@ from .images import BadImage
 
 MAX_FILE_BYTES = 2**30  # of one image; the largest that is decoded (64 million pixels of 16 bytes) fits
 MAX_REMOTE_BYTES = 2**28  # of one that another machine sends, or a service that never ends
+TIMEOUT = 30  # seconds without an answer
 SAMPLE_BYTES = 2**13  # of either end of a file, for the fingerprint: small files whole, and the footer of a table
 SAMPLING_THREADS = 16  # since files may lie on a network
 ARCHIVES = (".zip", ".tar")
@@ -126,18 +129,18 @@ def _members(path: str) -> list[str]:
             if any(info.flag_bits & 1 for info in members):
                 raise ValueError("it is encrypted")
             return [info.filename for info in members]
-    return list(_tar_index(path, os.stat(path).st_mtime_ns))
+    return list(_tar_index(path, _stamp(os.stat(path))))
 
 
 @lru_cache(maxsize=16)
-def _tar_index(path: str, _: int) -> dict[str, tuple[int, int]]:
+def _tar_index(path: str, _: tuple[int, ...]) -> dict[str, tuple[int, int]]:
     """Where each file of a tar begins, and its size."""
     with tarfile.open(path, "r:") as archive:
         return {member.name: (member.offset_data, member.size) for member in archive if member.isreg()}
 
 
 @lru_cache(maxsize=16)
-def _zip(path: str, *_: int) -> zipfile.ZipFile:
+def _zip(path: str, *_: Any) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
@@ -159,11 +162,11 @@ def read_bytes(path: str, limit: int = MAX_FILE_BYTES) -> bytes:
             raise DataError("it is no ordinary file")
         return _limited(path, status.st_size, limit)
     member, archive = found
-    status = os.stat(archive)
+    state = _stamp(os.stat(archive))
     if path.startswith("tar"):
-        start, size = _tar_index(archive, status.st_mtime_ns)[member]
+        start, size = _tar_index(archive, state)[member]
         return _limited(archive, size, limit, start)
-    opened = _zip(archive, status.st_mtime_ns, os.getpid())  # a forked process must not share the file's position
+    opened = _zip(archive, state, os.getpid())  # a forked process must not share the file's position
     if opened.getinfo(member).file_size > limit:
         raise DataError(f"it has more than {limit:,} bytes")
     return opened.read(member)
@@ -219,11 +222,29 @@ class Reach:
             )
         if hops[-1:] in (["file"], ["local"]):  # which may name a device
             return read_bytes(path.rpartition("://")[2])
-        with fsspec.open(path, "rb") as file:
-            content = file.read(MAX_REMOTE_BYTES + 1)
-        if len(content) > MAX_REMOTE_BYTES:
-            raise DataError(f"it has more than {MAX_REMOTE_BYTES:,} bytes")
-        return content
+        return _download(path)
+
+
+def _download(address: str) -> bytes:
+    """What is there, by the Hub's client if it is on the web. Raises DataError if it does not end."""
+    content = bytearray()
+    with contextlib.ExitStack() as stack:
+        if address.startswith(("http://", "https://")):
+            answer = stack.enter_context(get_session().stream("GET", address, follow_redirects=True, timeout=TIMEOUT))
+            answer.raise_for_status()
+            chunks = answer.iter_bytes()
+        else:
+            file = stack.enter_context(fsspec.open(address, "rb"))
+            chunks = iter(partial(file.read, 2**20), b"")
+        for chunk in chunks:
+            content += chunk
+            if len(content) > MAX_REMOTE_BYTES:
+                raise DataError(f"it has more than {MAX_REMOTE_BYTES:,} bytes")
+    return bytes(content)
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def stamps(paths: Iterable[str | None]) -> Iterator[tuple[int, ...] | None]:
@@ -232,8 +253,7 @@ def stamps(paths: Iterable[str | None]) -> Iterator[tuple[int, ...] | None]:
     for path in paths:
         if path not in known:
             try:
-                status = os.stat(path)
-                known[path] = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+                known[path] = _stamp(os.stat(path))
             except OSError:
                 known[path] = None
         yield known[path]

@@ -60,7 +60,7 @@ class Source:
 
     def state(self, image_column: str) -> str:
         """The identity of rows and of the files that they name: changes when an image is replaced by one of the same name."""
-        return hash_of(self.identity, list(stamps(self.linked(image_column))))
+        return hash_of(self.identity, self.reach.anywhere, list(stamps(self.linked(image_column))))
 
     def content(self, image_column: str) -> str:
         """A hash of names and content, wherever the files lie; for data on the Hub, of the commit."""
