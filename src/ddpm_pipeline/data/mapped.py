@@ -70,7 +70,6 @@ class ImageSet:
     resolution: int
     channels: int
     roles: ColumnRoles
-    reading: str  # what the source was taken for, and what was left out: one line
 
     @property
     def values_per_image(self) -> int:
@@ -205,7 +204,7 @@ def load_images(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
         width, height, native = (scanned.data.column(name).to_numpy() for name in ("width", "height", "channels"))
         resolution = resolution or _own_resolution(options.dataset, np.stack([width, height], axis=1)[width > 0])
         channels = channels or int(native.max())
-    images = ImageSet(source.name, resolution, channels, roles, source.reading)
+    images = ImageSet(source.name, resolution, channels, roles)
     kept = kept_columns(source.dataset.features)
     key = cache_key("pixels", state, roles.image, resolution, channels)
     features, batch_size = cache_features(kept, images.values_per_image), BATCH_BYTES // images.values_per_image
@@ -231,7 +230,7 @@ def usable_images(
     content = hashlib.blake2b((digests if rows is None else digests[rows]).tobytes(), digest_size=16).hexdigest()
     features = {name: str(feature) for name, feature in cached.features.items() if name not in (REASON, FILE)}
     fingerprint = hash_of(of.resolution, of.channels, features, content)
-    about = (of.name, of.resolution, of.channels, of.roles, of.reading)
+    about = (of.name, of.resolution, of.channels, of.roles)
     return ImageData(*about, cached, class_names, fingerprint, rows, skipped)
 
 

@@ -40,7 +40,6 @@ class Source:
     dataset: Dataset | IterableDataset
     name: str  # a name only, never a path: of the bundled or Hub data set, or of the folder or file when it was opened
     identity: str  # changes when the files do; part of the keys of caches
-    reading: str  # what the data were taken for, and what was left out: one line
     reach: Reach = Reach()  # noqa: RUF009 (it is frozen)
     files: tuple[str, ...] = ()  # local files that hold the rows
     rows: str = ""  # which rows of these files, or a hash of what is known of the images that the rows name
@@ -82,7 +81,7 @@ def load_source(options: DataOptions, streaming: bool = False) -> Source:
         if path.exists():
             logger.warning("--dataset %s is the bundled data set; for the local %s, use ./%s", name, name, name)
         rows = _select_split({"train": BUNDLED[name]()}, split, name)
-        source = Source(rows, name, hash_of(name, split), f"{name!r}: {len(rows):,} images that come with the package")
+        source = Source(rows, name, hash_of(name, split))
     elif not found:
         raise DataError(
             f"--dataset {name!r}: there is no such folder or parquet file, nor a match of a pattern. Quote patterns."
@@ -137,8 +136,8 @@ def _load_folder(path: Path, options: DataOptions, streaming: bool) -> Source:
     dataset = _select_split(splits, options.split, path)
     files = tuple(file["filename"] for file in dataset.cache_files)
     identity = hash_of(dataset._fingerprint, list(stamps(files)))  # a folder may be saved anew with the same fingerprint
-    reading = _reading(path, "a data set saved by Dataset.save_to_disk", _lengths(splits), options.split, Account())
-    return Source(dataset, path.name, identity, reading, _reach(path, options), files, options.split)
+    _say(path, "a data set saved by Dataset.save_to_disk", _lengths(splits), options.split, Account())
+    return Source(dataset, path.name, identity, _reach(path, options), files, options.split)
 
 
 def _reach(folder: Path, options: DataOptions) -> Reach:
@@ -159,8 +158,8 @@ def _load_images(path: Path, options: DataOptions) -> Source:
     root = path if path.is_dir() else path.parent
     rows = json.dumps(dataset.to_dict(), default=str, ensure_ascii=False).replace(str(root), "")
     rows = hash_of(rows, str(dataset.features))
-    reading = _reading(path, folder.kind, _lengths(folder.splits), options.split, folder.account)
-    return Source(dataset, path.name, rows, reading, _reach(root, options), rows=rows)
+    _say(path, folder.kind, _lengths(folder.splits), options.split, folder.account)
+    return Source(dataset, path.name, rows, _reach(root, options), rows=rows)
 
 
 def _select_split(splits: dict[str, Dataset], split: str, name: str | Path) -> Dataset:
@@ -175,13 +174,12 @@ def _lengths(splits: Mapping[str, Dataset]) -> dict[str, int]:
     return {name: len(dataset) for name, dataset in splits.items()}
 
 
-def _reading(path: Path, kind: str, splits: Mapping[str, int], split: str, account: Account) -> str:
-    """One line of what the data were taken for, which is logged: with a warning if it leaves out what may be data."""
+def _say(path: Path, kind: str, splits: Mapping[str, int], split: str, account: Account) -> None:
+    """One line in the log of what the data were taken for; a warning if what is left out may be data."""
     others = f"; splits: {', '.join(f'{name} {count:,}' for name, count in splits.items())}" if len(splits) > 1 else ""
     left_out = f". Left out: {account}" if account.names else ""
-    reading = f"{path.name!r} is read as {kind}{others}; reading the split {split!r}{left_out}"
-    logger.log(logging.WARNING if set(account.names) - set(EXPECTED) else logging.INFO, reading)
-    return reading
+    level = logging.WARNING if set(account.names) - set(EXPECTED) else logging.INFO
+    logger.log(level, "%r is read as %s%s; reading the split %r%s", path.name, kind, others, split, left_out)
 
 
 def _load_tables(files: list[File], path: Path, options: DataOptions, streaming: bool, account: Account) -> Source:
@@ -221,8 +219,8 @@ def _load_tables(files: list[File], path: Path, options: DataOptions, streaming:
             cache = cache_folder(options.cache_dir) / f"tables-{hash_of(builder, escaped, identity)}"
             dataset = datasets.load_dataset(**given, cache_dir=str(cache))
     kind = f"{len(read)} {builder} file{'s' if len(read) > 1 else ''}"
-    reading = _reading(path, kind, {split: len(found) for split, found in splits.items()}, options.split, account)
-    return Source(dataset, name, identity, reading, _reach(root, options), read, options.split)
+    _say(path, kind, {split: len(found) for split, found in splits.items()}, options.split, account)
+    return Source(dataset, name, identity, _reach(root, options), read, options.split)
 
 
 def _refuse_slices(split: str) -> None:
@@ -243,7 +241,7 @@ def _load_from_hub(name: str, options: DataOptions, streaming: bool) -> Source:
     except Exception as error:  # the HTTP client and its exceptions differ between versions of the library
         logger.warning("The Hub cannot be reached (%s); looking for %s in the cache.", describe_exception(error), name)
         reachable = False
-    reading, given = f"{name!r} is read from the Hub; reading the split {split!r}", {"split": split, "trust_remote_code": False}
+    given = {"split": split, "trust_remote_code": False}
     caches = datasets.config.HF_CACHE_HOME, huggingface_hub.constants.HF_HUB_CACHE, cache_folder(options.cache_dir).parent
     reach = Reach(tuple(os.path.abspath(cache) for cache in caches), remote=True, anywhere=options.follow_paths)
     try:
@@ -254,8 +252,8 @@ def _load_from_hub(name: str, options: DataOptions, streaming: bool) -> Source:
         else:
             dataset = datasets.load_dataset(name, config, cache_dir=options.cache_dir, **given)
             identity = hash_of(dataset._fingerprint, list(stamps(file["filename"] for file in dataset.cache_files)))
-        logger.info(reading)
-        return Source(dataset, name, identity, reading, reach)
+        logger.info("%r is read from the Hub; reading the split %r", name, split)
+        return Source(dataset, name, identity, reach)
     except Exception as error:
         here = f"--dataset {name!r} is no local folder or file"
         if config is None and (configs := _configurations(name, reachable)):

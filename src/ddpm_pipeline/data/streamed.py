@@ -166,7 +166,7 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
     with as_data_error(f"the files of {source.name!r}"):
         content = source.content(roles.image)
     fingerprint = hash_of(content, roles.image, resolution, channels, roles.needed, class_names)
-    about = (source.name, resolution, channels, roles, source.reading)
+    about = (source.name, resolution, channels, roles)
     limit = options.max_bad_fraction
     return StreamData(*about, stream, kept, class_names, classes, source.reach, fingerprint, limit)
 
