@@ -74,6 +74,8 @@ def list_files(root: Path, leave_out: Callable[[str, str], None]) -> list[File]:
             name = "/".join([*names, entry.name])
             if entry.name.startswith(".") or entry.name in HIDDEN:
                 leave_out("hidden", name)
+            elif not _is_text(entry.name):
+                leave_out("name that is no text", ascii(name))
             elif entry.is_dir():
                 links.append((entry.path, names, name)) if entry.is_symlink() else enter(entry.path, (*names, entry.name))
             elif entry.is_file():
@@ -90,6 +92,13 @@ def list_files(root: Path, leave_out: Callable[[str, str], None]) -> list[File]:
         else:
             enter(path, (*names, os.path.basename(path)))
     return sorted(files, key=lambda file: file.name)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name is more than bytes that no encoding explains: tables cannot hold such."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return bool(name.encode())
+    return False
 
 
 def _entries(folder: str) -> list[os.DirEntry]:

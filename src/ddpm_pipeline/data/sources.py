@@ -176,10 +176,10 @@ def _lengths(splits: Mapping[str, Dataset]) -> dict[str, int]:
 
 def _say(path: Path, kind: str, splits: Mapping[str, int], split: str, account: Account) -> None:
     """One line in the log of what the data were taken for; a warning if what is left out may be data."""
-    others = f"; splits: {', '.join(f'{name} {count:,}' for name, count in splits.items())}" if len(splits) > 1 else ""
+    counts = ", ".join(f"{name} {count:,}" for name, count in splits.items())
     left_out = f". Left out: {account}" if account.names else ""
     level = logging.WARNING if set(account.names) - set(EXPECTED) else logging.INFO
-    logger.log(level, "%r is read as %s%s; reading the split %r%s", path.name, kind, others, split, left_out)
+    logger.log(level, "%r is read as %s: %s; reading the split %r%s", path.name, kind, counts, split, left_out)
 
 
 def _load_tables(files: list[File], path: Path, options: DataOptions, streaming: bool, account: Account) -> Source:
@@ -214,7 +214,8 @@ def _load_tables(files: list[File], path: Path, options: DataOptions, streaming:
     with as_data_error(f"the {builder} files {str(path)!r}"):
         if streaming:
             _refuse_slices(options.split)
-            dataset = datasets.load_dataset(**given, streaming=True, batch_size=STREAMED_ROWS)
+            batches = {"batch_size": STREAMED_ROWS} if builder == "parquet" else {}
+            dataset = datasets.load_dataset(**given, streaming=True, **batches)
         else:  # the library would take a file of the same name and time for the same file
             cache = cache_folder(options.cache_dir) / f"tables-{hash_of(builder, escaped, identity)}"
             dataset = datasets.load_dataset(**given, cache_dir=str(cache))
