@@ -32,7 +32,14 @@ SPLIT_NAMES = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }  # words in the names of folders and files -> the split; the same words as in the `datasets` library
-IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages")  # hold the images; masks and annotations lie beside them
+IMAGE_FOLDERS = (
+    "images",
+    "image",
+    "imgs",
+    "img",
+    "jpegimages",
+    "leftimg8bit",
+)  # hold the images; masks and annotations lie beside them
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 CAPTIONS = (".txt", ".caption")
 TABLES = (".parquet", ".arrow")
@@ -110,15 +117,20 @@ class Folder:
 
 
 def read_folder(path: Path) -> Folder:
-    """Decides what a folder, or an archive of images, is, and reads what describes the images. The path must be absolute.
+    """Decides what a folder is, and reads what describes its images. The path must be absolute.
 
     Raises DataError for a folder without images, and for files that describe images and cannot be read.
     """
     account = Account()
-    if path.is_dir():
-        contents = Contents.of(list_files(path, account.add))
-    else:
-        contents = Contents(archives=[File(path.name, str(path), ())])
+    return _read(Contents.of(list_files(path, account.add)), path, account)
+
+
+def read_archives(path: Path, archives: list[File]) -> Folder:
+    """The same for archives, as if each were a folder."""
+    return _read(Contents(archives=archives), path, Account())
+
+
+def _read(contents: Contents, path: Path, account: Account) -> Folder:
     kind, contents = _most(contents, path, account)
     if kind == "tables":
         return Folder(account, tables=contents.tables)
@@ -186,7 +198,7 @@ def _nothing(contents: list[Contents], path: Path, account: Account) -> None:
     found = Counter(file.suffix or "no ending" for file in files)
     holds = "It holds " + ", ".join(f"{count} x {ending}" for ending, count in found.most_common(6)) if found else "It is empty"
     left_out = f" but for {account}" if account.names else ""
-    packed = any(file.suffix in PACKED for file in files)
+    packed = any(each.archives for each in contents)
     fix = " Unpack the archives (compressed ones cannot be read in any order) and name the folder." if packed else ""
     raise DataError(
         f"{str(path)!r} holds no images (.png, .jpg, .jpeg, .webp, .avif, .gif, .bmp, .tif, ...; sub-folders and zip and tar "
@@ -307,16 +319,18 @@ def _listed(contents: Contents, files: list[File], account: Account) -> dict[Fil
     ends = Counter(end for file in files for end in set(_ends(file.name)))
     by_name = {end: file for file in files for end in _ends(file.name) if ends[end] == 1}
     found: dict[File, str] = {}
-    for group in lists.values():
+    used = ""
+    for folder, group in lists.items():
         here: dict[File | None, str] = {}
         for listing in group:
             split = SPLIT_NAMES[PurePosixPath(listing.name).stem]
             for line in filter(str.strip, (_text(listing, MAX_LIST_BYTES) or "").splitlines()):
                 here[next((by_name[end] for end in reversed(_ends(line)) if end in by_name), None)] = split
         if None not in here and len(here) > len(found):
-            found = here
+            found, used = here, folder
     if "train" not in found.values():
         return None
+    contents.others = [file for file in contents.others if file not in lists[used]]
     _leave_out(account, "image in no list of a split", (file for file in files if file not in found))
     return found
 
