@@ -15,6 +15,7 @@ from ddpm_pipeline.data.images import (
     MAX_PIXELS,
     BadImage,
     array_to_image,
+    image_extensions,
     image_size_and_channels,
     native_channels,
     open_image,
@@ -485,6 +486,16 @@ def test_the_largest_image_takes_little_more_than_its_pixels(watched):
     for width, height, channels, grown in watched["large"].values():
         assert (width, height, channels) == (side, side, 3)
         assert 64 < grown / 1024 < 6 * 64
+
+
+def test_the_endings_are_those_of_files_that_give_pixels():
+    """Of what PIL writes, all raster formats; and nothing that it opens as a stub or by running another program."""
+    assert {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".pgm"} <= image_extensions()
+    assert not {".eps", ".ps", ".pdf", ".h5", ".hdf", ".grib", ".mpg", ".wmf"} & image_extensions()
+    modes = {"BLP": "P", "MSP": "1", "QOI": "RGB", "XBM": "1"}
+    for format in {Image.registered_extensions()[ending] for ending in image_extensions()} & Image.SAVE.keys() - {"IM"}:
+        data = encoded(Image.new(modes.get(format, "L"), (32, 32)), format)
+        assert (to_array(open_image(data), 32, 1) == 0).all(), format
 
 
 # Native channels

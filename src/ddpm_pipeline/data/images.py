@@ -22,11 +22,20 @@ MAX_PIXELS = 2**26
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # grey beyond 8 bits; PIL's own conversion clips them
 GREY_MODES = ("1", "L", "LA", "La", *DEEP_MODES)
 
+# What PIL knows by name but gives no pixels of: stubs for formats of other libraries, and pages, for which it would run another
+# program.
+NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PALM", "PDF", "WMF"})
+
 ImageSource = bytes | str | Path
 
 
 class BadImage(ValueError):
     """This image cannot be used. The message gives the reason, but not the file."""
+
+
+def image_extensions() -> frozenset[str]:
+    """The endings of the files that can be read as pictures, in lower case and with the dot, such as ".png" and ".avif"."""
+    return frozenset(ending for ending, format in Image.registered_extensions().items() if format not in NO_PICTURES)
 
 
 def open_image(source: ImageSource) -> Image.Image:
