@@ -158,6 +158,8 @@ UNREADABLE = {
     "F below 0": Image.fromarray(grey(-1, 1, dtype=np.float32)), "F above 1": Image.fromarray(grey(0, 1.02, dtype=np.float32)),
     "TIFF of int8": opened(tiff(grey(0, 100, dtype=np.int64), 8, 1, 2)), "no size": Image.new("L", (0, 8)),
     "TIFF of int16": opened(tiff(grey(0, 9999, dtype=np.int64), 16, 1, 2)), "TIFF of 2": opened(tiff(grey(0, 2.0), 32, 0, 3)),
+    "bytes that PIL swaps": opened(tiff(grey(0, 1), 32, 1, 3, ">", deflate=True)),
+    "bytes that PIL leaves out": opened(tiff(grey(0, 65535, 9, shape=(SIDE, SIDE, 3)), 16, 2, separate=True)),
     "truncated": opened(encoded(grey(7, dtype=np.uint8))[:-30]),
     "EPS": opened(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"),
 }  # fmt: skip
