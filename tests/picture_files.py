@@ -211,8 +211,8 @@ ARRAYS: dict[str, tuple[Callable[[np.ndarray], Any], float]] = {
     **{f"torch {name}": (lambda p, t=name: torch.from_numpy(p / 255).to(getattr(torch, t)), off) for name, off in (
         ("float16", 5e-4), ("bfloat16", 2e-3), ("float32", 0), ("float64", 0))},
     "torch uint16": (lambda p: torch.from_numpy(_sixteen(p)), 0), "torch bool": (lambda p: torch.from_numpy(p > 127), 0.5),
-    "[C, H, W]": (lambda p: torch.from_numpy(_rgb(p)).movedim(-1, 0), 0),
-    "[1, C, H, W]": (lambda p: torch.from_numpy(p)[None, None], 0),
+    "[1, H, W]": (lambda p: torch.from_numpy(p)[None], 0), "[1, 1, H, W]": (lambda p: torch.from_numpy(p)[None, None], 0),
+    "[1, 3, H, W]": (lambda p: torch.from_numpy(_rgb(p)).movedim(-1, 0)[None], 0),
     "gradient": (lambda p: torch.from_numpy(p / 255).requires_grad_(), 0),
     "tensors": (lambda p: [torch.from_numpy(p)[None]], 0),
 }  # fmt: skip

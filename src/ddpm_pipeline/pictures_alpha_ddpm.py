@@ -127,7 +127,7 @@ def read_pictures(pictures: Images, what: str, channels: int | None = None) -> T
     Raises BadImage, with `what` in its message.
     """
     with _named(what):
-        found = _all_pixels(pictures)
+        found = _all_pixels(pictures, channels)
         channels = channels or max(pixels.channels for pixels in found)
         values = [pixels.with_channels(channels).floats() for pixels in found]
         return torch.from_numpy(_one_batch(values)).movedim(-1, -3).contiguous()
@@ -136,7 +136,7 @@ def read_pictures(pictures: Images, what: str, channels: int | None = None) -> T
 def read_masks(masks: Images, what: str) -> Tensor:
     """Where masks are white, bool [N, 1, H, W]. Raises BadImage, with `what` in its message."""
     with _named(what):
-        return torch.from_numpy(_one_batch([_white(pixels) for pixels in _all_pixels(masks)])).movedim(-1, -3)
+        return torch.from_numpy(_one_batch([_white(pixels) for pixels in _all_pixels(masks, 1)])).movedim(-1, -3)
 
 
 def read_image(image: Image.Image) -> Pixels:
@@ -171,8 +171,8 @@ def read_array(values: np.ndarray) -> Pixels:
         if low >= 0 and (high <= 1 or DIMMEST <= high <= 255):  # neither is true of NaN
             kept = values.dtype if values.dtype in (np.float32, np.float64) else np.float32
             return Pixels(values.astype(kept, copy=False), 1 if high <= 1 else 255)
-        allowed = "floats must be in [0, 1], or in [0, 255] with a largest value of at least"
-        raise BadImage(f"its values go from {low:.4g} to {high:.4g}; {allowed} {DIMMEST}")
+        allowed = f"floats must be in [0, 1] (x / 2 + 0.5 for x in [-1, 1]), or in [0, 255] with at least one from {DIMMEST} on"
+        raise BadImage(f"its values go from {low:.4g} to {high:.4g}; {allowed}")
     if not (low >= 0 and high <= 255):
         allowed = "only uint16 goes beyond 0..255, to 65535; convert it, or give floats in [0, 1]"
         raise BadImage(f"its values go from {low} to {high} in {values.dtype}; {allowed}")
@@ -291,9 +291,12 @@ def _deep_pixels(image: Image.Image) -> Pixels:
     return Pixels(np.concatenate([np.repeat(grey.in_8_bits().values, 3, axis=-1), alpha], axis=-1), 255)
 
 
-def _all_pixels(pictures: Images) -> list[Pixels]:
-    """A picture's or a batch's pixels, or those of each picture in a list."""
+def _all_pixels(pictures: Images, channels: int | None) -> list[Pixels]:
+    """A picture's or a batch's pixels, or those of each picture in a list, of which `channels` are needed."""
     if not isinstance(pictures, list | tuple):
+        if isinstance(pictures, Tensor) and pictures.ndim == 3 and len(pictures) not in (1, channels or len(pictures)):
+            either = f"one picture of {len(pictures)} channels or so many of one"
+            raise BadImage(f"its shape {tuple(pictures.shape)} may mean {either}; give a tensor [N, C, H, W]")
         return [_any_pixels(pictures, 4)]
     if not pictures:
         raise BadImage("the list is empty; give at least one picture")
@@ -339,16 +342,15 @@ def _white(mask: Pixels) -> np.ndarray:
     values, top = mask.values, mask.top
     if mask.channels not in PIL_MODES:
         raise BadImage(f"it has {mask.channels} channels; a mask has one")
-    if mask.channels == 4:
-        if (values[..., 3] < top).any():
-            raise BadImage("it is transparent in places, which may mean white or black; give a mask in black and white")
-        values = values[..., :3]
-    if values.dtype.kind == "u" and values.max() <= 1:
+    if mask.channels == 4 and (values[..., 3] < top).any():
+        raise BadImage("it is transparent in places, which may mean white or black; give a mask in black and white")
+    if values.dtype.kind == "u" and values[..., :3].max() <= 1:
         top = 1
-    white = values >= top / 2
-    if (white != white[..., :1]).any():
+    if (np.ptp(values[..., :3], axis=-1) > top / 8).any():  # more than lossy files make of grey
         raise BadImage("it has colours; give a mask in black and white")
+    values = mask.with_channels(1).values
+    white = values >= top / 2
     one_mask = (-3, -2, -1)
     if (values.any(one_mask) & ~white.any(one_mask)).any():
         raise BadImage(f"it has no white, of {top}, but is not all 0 either; its largest value is {values.max():.4g}")
-    return white[..., :1]
+    return white
