@@ -26,7 +26,7 @@ from .options import UNCONDITIONAL, ConditionColumns, DataOptions
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
 from .sources import cache_folder, hash_of, load_source
 
-PREPROCESSING_VERSION = 2  # part of the cache's key: raise it when the same options give other pixels
+PREPROCESSING_VERSION = 3  # part of the cache's key: raise it when the same options give other pixels
 BATCH_BYTES = 2**25  # of pixels preprocessed at a time
 
 PIXELS, DIGEST, REASON, FILE = RESERVED
