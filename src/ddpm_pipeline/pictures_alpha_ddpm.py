@@ -171,7 +171,7 @@ def read_array(values: np.ndarray) -> Pixels:
             kept = values.dtype if values.dtype in (np.float32, np.float64) else np.float32
             return Pixels(values.astype(kept, copy=False), 1 if high <= 1 else 255)
         allowed = f"floats must be in [0, 1] (x / 2 + 0.5 for x in [-1, 1]), or in [0, 255] with at least one from {DIMMEST} on"
-        raise BadImage(f"its values go from {low:.4g} to {high:.4g}; {allowed}")
+        raise BadImage(f"its values go from {low:.7g} to {high:.7g}; {allowed}")
     if not (low >= 0 and high <= 255):
         allowed = "only uint16 goes beyond 0..255, to 65535; convert it, or give floats in [0, 1]"
         raise BadImage(f"its values go from {low} to {high} in {values.dtype}; {allowed}")
