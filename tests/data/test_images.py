@@ -4,7 +4,6 @@ import colorsys
 import json
 import struct
 import sys
-import zlib
 
 import numpy as np
 import pytest
@@ -22,23 +21,13 @@ from ddpm_pipeline.data.images import (
     to_array,
 )
 from helpers import ROOT, run_command
+from picture_files import png
 
 SIDE = 16
 
 
 def noise(*shape: int, high: int = 256, dtype: str = "uint8", seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, high, shape).astype(dtype)
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(width: int, height: int, bits: int, colour: int, rows: bytes, transparent: bytes | None = None) -> bytes:
-    """A PNG made by hand: depths and colour keys that PIL cannot write."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
-    key = b"" if transparent is None else chunk(b"tRNS", transparent)
-    return b"\x89PNG\r\n\x1a\n" + header + key + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def on_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
