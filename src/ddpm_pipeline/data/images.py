@@ -24,16 +24,7 @@ MAX_PIXELS = 2**26
 
 GREY_MODES = ("1", "L", "LA", "La", *DEEP_MODES)
 
-# What PIL knows by name but gives no pixels of: stubs for formats of other libraries, and pages, for which it would run another
-# program.
-NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PALM", "PDF", "WMF"})
-
 ImageSource = bytes | str | Path
-
-
-def image_extensions() -> frozenset[str]:
-    """The endings of the files that can be read as pictures, in lower case and with the dot, such as ".png" and ".avif"."""
-    return frozenset(ending for ending, format in Image.registered_extensions().items() if format not in NO_PICTURES)
 
 
 def image_extensions() -> frozenset[str]:
