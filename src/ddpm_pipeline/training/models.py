@@ -68,6 +68,7 @@ def build_model(
                     f"{model.init_from or model.model}: the UNet has {name}={has}, and this --condition with these data needs "
                     f"{need}."
                 )
+        _check_timesteps(unet.config, len(scheduler))
         _check_runs(unet, (channels, resolution, resolution), condition)
     except ConfigError:
         raise
@@ -165,6 +166,11 @@ def _unet_config(model: ModelOptions, images: dict[str, int], condition: Conditi
         raise ConfigError(f"--model {path} is not a JSON file: {error}") from error
     if not isinstance(stored, dict):
         raise ConfigError(f"--model {path} must hold the config of a {condition.unet_class.__name__}, a JSON object.")
+    if (made_for := stored.get("_class_name", condition.unet_class.__name__)) != condition.unet_class.__name__:
+        raise ConfigError(f"--model {path} is of a {made_for}, and this --condition needs a {condition.unet_class.__name__}.")
+    stored = {name: value for name, value in stored.items() if value is not None or name not in images}
+    if stored.get("sample_size") in (size := images["sample_size"], [size, size]):
+        stored["sample_size"] = size  # in the form that pipelines take
     return {**images, **condition.unet_config(), **stored, **dropout}
 
 
@@ -188,6 +194,16 @@ def _check_runs(unet: UNet, image: tuple[int, int, int], condition: Condition) -
         raise ConfigError(f"the UNet makes images of {shape[2:]} pixels from {image[1:]}; use a --model that keeps the size.")
 
 
+def _check_timesteps(config: Any, num_train_timesteps: int) -> None:
+    """Raises ConfigError if the UNet's embedding does not take the timesteps 0..T-1: "fourier" takes their logarithm."""
+    kind, most = config.get("time_embedding_type"), config.get("num_train_timesteps") or 0
+    if kind == "fourier" or (kind == "learned" and most < num_train_timesteps):
+        raise ConfigError(
+            f"time_embedding_type={kind} of the UNet{f' for {most} timesteps' if kind == 'learned' else ''} does not take the "
+            f"timesteps 0 to {num_train_timesteps - 1}; use 'positional'."
+        )
+
+
 def _check_fits(config: Any, variance_type: str, resolution: int, channels: int) -> None:
     """Raises ConfigError if a UNet with this config does not fit the images or the variance."""
     levels = len(config.block_out_channels) - 1
@@ -200,9 +216,10 @@ def _check_fits(config: Any, variance_type: str, resolution: int, channels: int)
     if (taken := config.in_channels) != channels:
         raise ConfigError(f"the images have {channels} channels and the UNet takes {taken}; use --channels {taken}.")
     size = config.sample_size
-    size = (size, size) if isinstance(size, int) else size
-    if size is not None and tuple(size) != (resolution, resolution):
-        raise ConfigError(f"the UNet is made for images of {size[0]}x{size[1]} pixels; use --resolution {size[0]}.")
+    size = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if size not in ((None, None), (resolution, resolution)):
+        fix = f"use --resolution {size[0]}" if len(set(size)) == 1 else "only square images can be trained on"
+        raise ConfigError(f"the UNet is made for images of {'x'.join(map(str, size))} pixels, not {resolution}; {fix}.")
     learned = variance_type in LEARNED_VARIANCE_TYPES
     if config.out_channels != channels * (1 + learned):
         raise ConfigError(

@@ -19,6 +19,7 @@ from .stop import StopRequest, in_background
 
 logger = logging.getLogger(__name__)
 
+NEVER = StopRequest(None, 0.0)  # no request to stop
 SNAPSHOT = ".push"  # the folder, in the output folder, that a push during training reads
 
 
@@ -89,12 +90,12 @@ class Pusher:
         self._under_way = in_background(self._push, snapshot, f"Training in progress, step {step}", 3)
         return True
 
-    def abandon(self, stop: StopRequest) -> None:
+    def abandon(self, stop: StopRequest = NEVER) -> None:
         """Wait for the push under way, and give it up if the run was asked to stop and it does not end soon."""
         if self._under_way is not None and not stop.waits_for(self._under_way):
             logger.warning("the push under way is given up; to repeat it:\n  %s", self._command(self.folder / SNAPSHOT))
 
-    def finish(self, stop: StopRequest) -> str:
+    def finish(self, stop: StopRequest = NEVER) -> str:
         """Push the finished folder and return the commit's URL. Raises PushError with the command that pushes it later."""
         self.abandon(stop)
         self._report()
