@@ -305,7 +305,7 @@ def test_an_image_outside_of_class_folders_is_left_out_where_a_class_is_needed(l
         write_image(tmp_path / "pets" / name, rgb(seed))
     load = load if read == "mapped" else partial(stream_of, resolution=8, channels=3)
     images = load(tmp_path / "pets", condition="class", max_bad_fraction=0.0)
-    assert "in no class: 1 image" in caplog.text
+    assert "in no class: 1" in caplog.text
     assert len(images.examples(9, seed=0)) == 2 and images.class_names == ["cat", "dog"]
     assert len(load(tmp_path / "pets").examples(9, seed=0)) == 3
     make_only = tmp_path / "none"

@@ -53,7 +53,7 @@ class Source:
         kept = pc.indices_nonzero(pc.is_valid(labels)).to_pylist()
         if len(kept) in (0, len(labels)) or not isinstance(self.dataset.features[roles.label], ClassLabel):
             return self
-        logger.warning("Left out of %r, since they are in no class: %d images", self.name, len(labels) - len(kept))
+        logger.warning("Left out of %r, in no class: %d", self.name, len(labels) - len(kept))
         return replace(self, dataset=self.dataset.select(kept), identity=hash_of(self.identity, "classes"))
 
     def linked(self, image_column: str) -> list[str]:
