@@ -1,6 +1,7 @@
 """Images side by side, and diffusion step by step: the report's figures 3.3 and 3.4 as a PNG strip and a GIF."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..pictures_alpha_ddpm import read_pictures
 from .atomic import atomic_file
 
 SMALLEST_SIDE = 48  # pixels that an image takes in a picture at least, so that a person sees it
@@ -15,8 +17,11 @@ GAP = 4
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def grid(images: Tensor, columns: int | None = None) -> Image.Image:
-    """Images in [0, 1], [N, C, H, W], as one picture on white, each enlarged by a whole factor to be seen."""
+def grid(images: Tensor | Sequence[Image.Image] | np.ndarray, columns: int | None = None) -> Image.Image:
+    """Images in [0, 1], [N, C, H, W], or in any way that a pipeline returns them, as one picture on white, each enlarged by a
+    whole factor to be seen.
+    """
+    images = images if isinstance(images, Tensor) else read_pictures(images, "images")
     count, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
