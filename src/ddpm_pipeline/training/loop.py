@@ -64,8 +64,7 @@ def train(options: TrainingOptions) -> Path:
         # What it learns
         unet, scheduler = build_model(options.model, options.diffusion, data.resolution, data.channels, condition)
         options = resolved(options, data, scheduler)
-        identity = partial(identity_of, data, condition, unet, scheduler)
-        checkpoint = find_checkpoint(folder, options, accelerator, identity) if options.run.resume else None
+        checkpoint = find_checkpoint(folder, options, accelerator, partial(identity_of, data, condition, unet, scheduler))
         state = build_state(accelerator, unet, condition.network(unet), options)
         first, position = load_checkpoint(accelerator, state, checkpoint) if checkpoint else (0, None)
         batches = open_batches(data, condition, options, accelerator, first, position)
