@@ -1,6 +1,7 @@
 """The card: what it says is true, what others wrote in it stays, and nothing in it is more than text."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from ddpm_pipeline.hub import Measurement, TrainingFacts, build_card, push, record_evaluation, refresh_card
-from hub_models import FIGURES, card_of
+from ddpm_pipeline.hub.readme import metadata, private_lines
+from hub_models import FIGURES, TRAINING, card_of
 
 
 def test_card_says_what_is_known_and_passes_the_hub_s_validation(hub, client: HfApi, pipe, monkeypatch) -> None:
@@ -24,7 +26,7 @@ def test_card_says_what_is_known_and_passes_the_hub_s_validation(hub, client: Hf
     assert again.data.datasets == ["org/digits"] and again.data.license == "apache-2.0"
     results = again.data.eval_results
     assert [(one.metric_name, one.metric_value) for one in results] == [("bits/dim", 2.345678), ("FID", 1.5)]
-    assert results[0].metric_args == {"num_images": 1797, "steps": 1000, "form": "exact KLs"}
+    assert results[0].metric_args == {"num_images": 1797, "standard_error": 0.01, "steps": 1000, "form": "exact KLs"}
     assert not results[0].source_url and "pypi.org" not in text.split("---")[1]
     assert model_index_to_eval_results(again.data.to_dict()["model-index"])[0] == "ddpm"
 
@@ -69,11 +71,130 @@ def test_example_of_a_card_outlives_pushes(hub, client: HfApi, folder: Path) -> 
     assert "pipe(num_inference_steps=20)" in card and "nine" not in card
 
 
-def test_card_with_a_token_or_a_local_path_is_refused(pipe) -> None:
-    with pytest.raises(ValueError, match="token"):
-        card_of(pipe, training=TrainingFacts(facts={"seed": 0}, command="train --token hf_" + "x" * 30))
-    with pytest.raises(ValueError, match="local path"):
-        card_of(pipe, training=TrainingFacts(facts={"data": str(Path.home() / "pictures")}))
+TOKEN = "hf_" + "x" * 30
+
+
+def test_card_leaves_out_what_looks_private_and_says_where(pipe, caplog) -> None:
+    home = str(Path.home())
+    facts = {"seed": 0, "data": f"{home}/pictures", "note": TOKEN}
+    figure = replace(FIGURES[1], dataset=TOKEN, settings={"features": f"'{home}/x.py'"})
+    training = TrainingFacts(TOKEN, 3, f"org/{TOKEN}", facts, f"train --token {TOKEN}", TOKEN, f"org/{TOKEN}")
+    private = {"training": training, "pictures": {"samples.png": TOKEN}, "evaluation": [figure]}
+    text = str(card_of(pipe, example=f"class_labels='{TOKEN}'", name=TOKEN, repo_id=f"org/{TOKEN}", **private))
+    assert not private_lines(text) and TOKEN not in caplog.text
+    assert "| seed | 0 |" in text and "| FID | 1.5 | 1,797 |" in text
+    for place in ("the training command", "'data' of the training", "'note' of the training", "the example", "the name"):
+        assert place in caplog.text, place
+
+
+@pytest.mark.parametrize("home", ["/train", "/project", "/home/me", "/unet"])
+def test_card_may_hold_words_that_are_a_home_folder(pipe, monkeypatch, caplog, home: str) -> None:
+    monkeypatch.setattr(Path, "home", lambda: Path(home))
+    text = str(card_of(pipe, training=replace(TRAINING, command="accelerate launch training/train.py --dataset org/project")))
+    assert "accelerate launch training/train.py --dataset org/project" in text and not caplog.records
+    harmless = f"see https://example.org{home}/x, data{home}, x{home}/y and {home}-2/z"
+    assert not private_lines(harmless)
+    for line in (f"read from {home}/cats.", f"`{home}/cats`", f"file://{home}/x", f'"{home}/.cache"'):
+        assert private_lines(f"first\n{line}") == {2: "a path in the home folder"}, line
+
+
+@pytest.mark.parametrize("addition", [f"token: {TOKEN}", f"My data: {Path.home()}/cats"])
+def test_doubt_about_a_readme_keeps_back_the_readme_and_not_the_model(hub, client, folder: Path, caplog, addition: str) -> None:
+    readme = (folder / "README.md").read_text() + f"\n{addition}\n"
+    (folder / "README.md").write_text(readme)
+    repo_id = f"org/doubt-{len(addition)}"
+    push(folder, repo_id, api=client)
+    assert "unet/diffusion_pytorch_model.safetensors" in hub.files(repo_id)
+    assert not private_lines(hub.read(repo_id, "README.md").decode())
+    assert f"line {len(readme.splitlines())}" in caplog.text and TOKEN not in caplog.text
+    assert (folder / "README.md").read_text() == readme
+
+
+# ---- what others wrote ----------------------------------------------------------------------------
+
+FORM = """---
+# filled in on the web page
+license: cc-by-4.0  # as the data
+datasets:
+- owner/pictures
+tags: [medical, mine]
+language:
+- en
+
+x-unknown: {kept: true}
+extra_gated_prompt: |
+  ---
+  Please be kind
+---
+"""
+KEPT = {"license": "cc-by-4.0", "language": ["en"], "x-unknown": {"kept": True}, "extra_gated_prompt": "---\nPlease be kind\n"}
+ENCODINGS = {
+    "UTF-8": str.encode, "CRLF": lambda text: text.replace("\n", "\r\n").encode(), "BOM": lambda text: text.encode("utf-8-sig"),
+    "UTF-16": lambda text: text.encode("utf-16"), "Latin-1": lambda text: text.encode("latin-1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("marked", [False, True])
+def test_push_keeps_every_key_of_front_matter_written_elsewhere(hub, client, folder: Path, encoding: str, marked: bool) -> None:
+    form = FORM.replace("be kind", "be très kind") + ("\n# À moi\n" + EDITED.split("# My title\n")[1] if marked else "")
+    repo_id = f"org/form-{encoding}-{marked}"
+    hub.write(repo_id, {"README.md": ENCODINGS[encoding](form)})
+    push(folder, repo_id, api=client)
+    readme = hub.read(repo_id, "README.md").decode()
+    data = metadata(readme)
+    assert data | KEPT | {"extra_gated_prompt": "---\nPlease be très kind\n"} == data
+    assert data["datasets"] == (["owner/pictures"] if marked else ["owner/pictures", "org/digits"])
+    assert data["tags"] == (["medical", "mine"] if marked else ["medical", "mine", "ddpm", "ddpm-pipeline", "pytorch"])
+    for comment in ("# filled in on the web page", "cc-by-4.0  # as the data"):
+        assert comment in readme
+    assert ("# À moi" in readme) == marked and "8x8" in readme
+    assert encoding != "CRLF" or readme.count("\r\n") == readme.count("\n")
+    again = push(folder, repo_id, api=client)
+    assert hub.read(repo_id, "README.md").decode() == readme and again.endswith(
+        hub.repos["models", repo_id]["branches"]["main"]
+    )
+
+
+ODD_FRONT_MATTER = {
+    "one line": "{license: mit, tags: [a]}", "anchors": "license: &l mit\ntags: &t [a]\nother: {is: *t}", "empty": "",
+    "quoted keys": "'license': mit\n\"tags\": [a]", "a key twice": "license: apache-2.0\nlicense: mit\ntags: a",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("front", ODD_FRONT_MATTER)
+def test_front_matter_in_any_style_takes_our_keys(pipe, front: str) -> None:
+    theirs = metadata(f"---\n{ODD_FRONT_MATTER[front]}\n---\n")
+    data = metadata(refresh_card(f"---\n{ODD_FRONT_MATTER[front]}\n---\n", card_of(pipe, license="bsd")))
+    assert data["license"] == theirs.get("license", "bsd") and data["library_name"] == "diffusers"
+    assert data["tags"] == ["a"] * bool(theirs) + ["ddpm", "ddpm-pipeline", "pytorch"]
+    assert {**data, **theirs, "tags": data["tags"]} == data
+
+
+@pytest.mark.parametrize("front", ["license: [mit", "just words", "- a\n- b", "license: mit\n\ttabs: bad", "day: 2024-13-45"])
+def test_broken_front_matter_stays_and_ends_nothing(hub, client, pipe, folder: Path, caplog, front: str) -> None:
+    broken = EDITED.replace("license: mit  # chosen by hand\ntags:\n- mine", front)
+    refreshed = refresh_card(broken, card_of(pipe, evaluation=FIGURES))
+    assert refreshed.startswith(f"---\n{front}\n---\n") and "| FID | 1.5 |" in refreshed
+    repo_id = f"org/broken-{sum(front.encode())}"
+    (folder / "README.md").write_text(broken)
+    push(folder, repo_id, api=client)  # with a card of the configs alone
+    assert metadata(hub.read(repo_id, "README.md").decode())["library_name"] == "diffusers"
+    hub.write(repo_id, {"README.md": broken.encode(), "unet/config.json": b"{}"})
+    push(folder, repo_id, api=client)
+    assert hub.read(repo_id, "README.md").decode() == broken and hub.read(repo_id, "unet/config.json") != b"{}"
+    assert caplog.text.count("front matter") >= 2
+
+
+def test_marks_are_marks_on_lines_of_their_own_outside_of_code(pipe) -> None:
+    quoted = "<!-- ddpm-pipeline: summary -->\nquoted\n<!-- /ddpm-pipeline: summary -->\n"
+    for around in ("```html\n{}```\n", "~~~~\n```\n{}~~~~\n", "> `a` {}", "text {}"):
+        other = around.format(quoted if around[0] in "`~" else quoted.replace("\n", " "))
+        existing = EDITED.replace("My introduction", other + "\nMy introduction")
+        refreshed = refresh_card(existing, card_of(pipe))
+        assert other in refreshed and refreshed.count("8x8") == 1, around
+    crossed = "<!-- ddpm-pipeline: summary -->\na\n<!-- ddpm-pipeline: limits -->\nb\n<!-- /ddpm-pipeline: summary -->\n"
+    assert refresh_card(crossed, card_of(pipe)) == crossed
 
 
 EDITED = """---

@@ -17,7 +17,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..support.atomic import write_text
 from .files import INDEX, read_object
-from .readme import decoded, metadata, private_lines, section_texts, with_metadata, with_sections
+from .readme import decoded, metadata, private_lines, section_texts, with_line_ends_of, with_metadata, with_sections
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -48,8 +48,14 @@ class Measurement:
         data = {"dataset_type": name, "dataset_name": name, "dataset_split": self.split}
         metric = {"metric_type": re.sub(r"\W+", "-", self.metric.lower()), "metric_name": self.metric}
         error = {} if self.standard_error is None else {"standard_error": self.standard_error}
-        settings = {"metric_config": OURS, "metric_args": {"num_images": self.num_images, **error, **self.settings}}
+        settings = {"metric_config": OURS, "metric_args": {"num_images": self.num_images, **error, **self.how}}
         return EvalResult(metric_value=self.value, **task, **data, **metric, **settings)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The settings as a card shows them."""
+        shown = {name: _shown(value, name) if isinstance(value, str) else value for name, value in self.settings.items()}
+        return {name: value for name, value in shown.items() if value != ""}
 
 
 @dataclass(frozen=True)
@@ -253,10 +259,10 @@ def _evaluation_text(evaluation: Sequence[Measurement] | None) -> str:
     lines = ["| metric | value | images | data | how |", "|---|---|---|---|---|"]
     for one in evaluation:
         error = "" if one.standard_error is None else f" ± {one.standard_error:.2g}"
-        how = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in one.settings.items())
+        how = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in one.how.items())
         data = _prose(_shown(one.dataset, "the name of the data")) + (f" ({_prose(one.split)})" if one.split else "")
         figure = f"| {_prose(one.metric)} | {one.value:.4g}{error} | {one.num_images:,} |"
-        lines.append(f"{figure} {data} | {_prose(_shown(how, 'how it was measured'))} |")
+        lines.append(f"{figure} {data} | {_prose(how)} |")
     if any(one.standard_error is not None for one in evaluation):
         lines += ["", "± is one standard error of the mean over images."]
     return "\n".join(lines)
@@ -275,7 +281,8 @@ def refresh_card(existing: str, new: ModelCard | str, only: Sequence[str] | None
         if not _is_blank(existing):
             return existing
         front, keys = REGEX_YAML_BLOCK.match(existing), None
-        refreshed = front[0] + new[REGEX_YAML_BLOCK.match(new).end() :] if front else new
+        body = new[REGEX_YAML_BLOCK.match(new).end() :]
+        refreshed = front[0] + with_line_ends_of(existing, body) if front else new
     else:
         texts = {name: text for name, text in section_texts(new).items() if text.strip() and name in marked}
         texts = {name: text for name, text in texts.items() if only is None or name in only}

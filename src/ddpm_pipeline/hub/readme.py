@@ -64,19 +64,20 @@ def with_sections(readme: str, texts: Mapping[str, str]) -> str:
     """The README with these texts, whose lines end in a line feed, between its marks."""
     for name, start, end in reversed(sections(readme)):
         if name in texts:
-            readme = readme[:start] + texts[name].replace("\n", _line_end(readme)) + readme[end:]
+            readme = readme[:start] + with_line_ends_of(readme, texts[name]) + readme[end:]
     return readme
 
 
-def _line_end(text: str) -> str:
-    return "\r\n" if re.match(r"[^\n]*\r\n", text) else "\n"
+def with_line_ends_of(readme: str, text: str) -> str:
+    """A text whose lines end in a line feed, with those that the README begins with."""
+    return text.replace("\n", "\r\n") if re.match(r"[^\n]*\r\n", readme) else text
 
 
 def metadata(readme: str) -> dict[str, Any]:
     """The front matter; {} if there is none. Raises ValueError if it is not a YAML mapping."""
     front = REGEX_YAML_BLOCK.match(readme)
     try:
-        content = yaml.safe_load(front[2]) if front else None
+        content = yaml.safe_load(f"{front[2]}\n") if front else None  # a text block ends in the line end
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates such as 2024-13-45
         raise ValueError(f"its front matter is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict | None):
@@ -93,7 +94,7 @@ def with_metadata(readme: str, changes: Mapping[str, Any]) -> str:
     if front is None:
         return f"---\n{yaml_dump(after, sort_keys=False)}---\n\n{readme}"
     for block in (_edited(front[2], changes), yaml_dump(after, sort_keys=False)):
-        edited = front[1] + block.rstrip("\n").replace("\n", _line_end(front[0])) + front[3] + readme[front.end() :]
+        edited = front[1] + with_line_ends_of(readme, block.rstrip("\n")) + front[3] + readme[front.end() :]
         try:
             if metadata(edited) == after:
                 return edited
@@ -127,7 +128,7 @@ def private_lines(text: str) -> dict[int, str]:
     """What in a text should not leave the machine: by number of the line, what it looks like."""
     home = str(Path.home())
     # of a home such as /train the name alone is no secret, and common in prose
-    follows = r"(?![\w.-])" if home.count("/") + home.count("\\") > 1 else r"(?=[/\\]\w)"
+    follows = r"(?![\w.-])" if home.count("/") + home.count("\\") > 1 else r"(?=[/\\][\w.])"
     local = re.compile(rf"(?:(?<![\w./~:-])|(?<=file://)){re.escape(home)}{follows}")
     found = {}
     for number, line in enumerate(text.split("\n"), start=1):
