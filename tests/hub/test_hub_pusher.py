@@ -1,9 +1,15 @@
 """Pushes during training: one at a time, never in the way, reported once if they fail; and the command in the card."""
 
 import itertools
+import signal
+import subprocess
+import sys
+import threading
 import time
+from concurrent.futures.thread import _threads_queues
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import HfApi
@@ -11,12 +17,14 @@ from huggingface_hub import HfApi
 import hub_server
 from ddpm_pipeline import AlphaDDPMPipeline
 from ddpm_pipeline.hub import TrainingFacts, build_card, export, push
-from ddpm_pipeline.support.errors import ConfigError
+from ddpm_pipeline.support.errors import ConfigError, PushError, Stopped
 from ddpm_pipeline.training import pusher
 from ddpm_pipeline.training.options import HubOptions, TrainingOptions
 from ddpm_pipeline.training.pusher import Pusher
 from ddpm_pipeline.training.record import public, recipe_command
+from ddpm_pipeline.training.stop import StopRequest
 from helpers import tiny_unet
+from hub_fixtures import environment
 from hub_models import scheduler
 
 COMMIT = r"/commit/main"
@@ -113,14 +121,96 @@ def test_failing_pushes_are_reported_once_and_the_last_one_catches_up(
     assert hub.titles("org/failing") == ["Training done", "initial commit"]
 
 
+def test_snapshot_that_cannot_be_written_is_reported_once_and_ends_nothing(hub, client, pipe, tmp_path, caplog) -> None:
+    pusher = Pusher(hub_options("org/full"), tmp_path / "run", client)
+    for error in (OSError(28, "No space left on device"), OSError(5, "Input/output error"), ValueError("a doubt")):
+        assert not pusher.push_soon(1, Mock(side_effect=error))
+        assert not (tmp_path / "run" / ".push").exists(), "what is left of it takes room"
+    assert len(caplog.records) == 1 and "No space left on device" in caplog.text
+    with pytest.raises(Stopped):
+        pusher.push_soon(1, Mock(side_effect=Stopped("SIGTERM")))
+    assert pusher.push_soon(2, lambda snapshot: export(pipe, snapshot, card_of(pipe)))
+    assert pusher._under_way.exception() is None
+
+
+def test_private_run_does_not_begin_with_a_public_repository(hub, client: HfApi, tmp_path: Path) -> None:
+    client.create_repo("org/public-before")
+    with pytest.raises(ConfigError, match=r"--hub_private.*is public"):
+        Pusher(hub_options("org/public-before", hub_private=True), tmp_path / "run", client)
+
+
+def test_stalled_push_is_given_up_after_a_signal(hub, client: HfApi, pipe, tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(pusher, "PATIENCE", 0.3)
+    folder, stop = tmp_path / "run", StopRequest(None, 0.0)
+
+    def save(target: Path) -> None:
+        export(pipe, target, card_of(pipe))
+        for name in ("samples.png", "process.png"):  # several files, which the client uploads in threads of its own
+            (target / name).write_bytes(b"\x89PNG\0" + name.encode() * 100)
+
+    save(folder)
+    stalled = Pusher(hub_options("org/stalled", hub_private=True, push_logs=True), folder, client)
+    hub.fail("PUT", "/_lfs/", stall=3.0, status=500, times=100)
+    before = set(threading.enumerate())
+    stop._on_signal(signal.SIGTERM, None)
+    for push_before in (False, True):
+        if push_before:
+            stalled.push_soon(1, save)
+        began = time.monotonic()
+        with pytest.raises(PushError, match=r"given up(.|\n)*push \S+/run org/stalled --private --message 'Training done'"):
+            stalled.finish(stop)
+        assert time.monotonic() - began < 1.5
+    stalled.push_soon(2, save)
+    stalled.close()
+    assert "push it later with\n" in caplog.text and f"{folder / '.push'} org/stalled" in caplog.text
+    assert (folder / ".push" / "model_index.json").is_file()
+    left = {thread for thread in set(threading.enumerate()) - before if "process_request" not in thread.name}
+    assert left and not any(thread in _threads_queues or not thread.daemon for thread in left), "Python would wait for them"
+
+
+STALLED = """
+import sys
+from pathlib import Path
+from shutil import copytree
+from huggingface_hub import HfApi
+from ddpm_pipeline.training import pusher
+from ddpm_pipeline.training.options import HubOptions
+pusher.PATIENCE = 0.5
+url, token, folder = sys.argv[1:]
+pushing = pusher.Pusher(HubOptions(push_to_hub=True, hub_model_id="org/hanging"), Path(folder), HfApi(url, token))
+pushing.push_soon(1, lambda snapshot: copytree(Path(folder, "model"), snapshot, dirs_exist_ok=True))
+sys.stdin.read()  # until the upload is stalled
+pushing.close()
+"""
+
+
+@pytest.mark.slow
+def test_process_ends_while_its_uploads_are_stalled(hub, client: HfApi, pipe, tmp_path: Path) -> None:
+    """Also where the client's own threads wait for the answer, which Python would join."""
+    export(pipe, tmp_path / "model", card_of(pipe))
+    for name in ("one.png", "two.png"):
+        (tmp_path / "model" / name).write_bytes(b"\x89PNG\0" + name.encode() * 100)
+    hub.fail("PUT", "/_lfs/", stall=60.0, times=100)
+    command = [sys.executable, "-c", STALLED, hub.url, hub_server.WRITE_TOKEN, str(tmp_path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment(hub, tmp_path / "home"))
+    try:
+        while not any(method == "PUT" for method, _ in hub.requests):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.communicate(timeout=20)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+
+
 def test_command_in_the_card_names_the_recipe_and_no_place() -> None:
     config = TrainingOptions(
         dataset="/home/somebody/cats", output_dir="/scratch/x", learning_rate=2e-4, random_flip=True, push_to_hub=True,
         hub_model_id="org/x", resolution=64,
     )  # fmt: skip
     command = "accelerate launch --num_processes 2 training/train.py --dataset cats --resolution 64 --random_flip True"
-    assert recipe_command(config, 2) == f"{command} --learning_rate 0.0002"
-    assert recipe_command(TrainingOptions()) == "accelerate launch training/train.py --dataset digits"
+    assert recipe_command(config, "cats", 2) == f"{command} --learning_rate 0.0002"
+    assert recipe_command(TrainingOptions(), "digits") == "accelerate launch training/train.py --dataset digits"
     assert [public(value) for value in ("data/*.parquet", "~/x/faces", "org/name", "cosine")] == [
         "*.parquet", "faces", "org/name", "cosine",
     ]  # fmt: skip

@@ -32,7 +32,7 @@ from .conditions import Condition
 from .options import TrainingOptions
 from .output_folder import OPTIONS_FILE
 from .pusher import Pusher
-from .record import model_card
+from .record import model_card, origin_of
 from .state import TrainingState
 from .stop import StopRequest, in_any_process
 from .telemetry import Telemetry
@@ -79,6 +79,7 @@ class Run:
     def __post_init__(self) -> None:
         options, watching, optimisation = self.options, self.options.watching, self.options.optimisation
         self.total = optimisation.max_train_steps  # updates in all
+        self.origin = origin_of(options, self.data.name, self.data.num_images, self.accelerator.num_processes)
         self.batch_size = optimisation.batch_size // optimisation.gradient_accumulation_steps  # of images to sample
         self.checkpoints = Checkpoints(self.accelerator, self.folder, options.run.checkpoints_total_limit)
         # with a scheduler of its own: previews choose shorter chains, and the bound is that of the full one
@@ -219,4 +220,4 @@ def finish(run: Run) -> None:
         seconds = time.monotonic() - run.began
         logger.info("done in %.0f s: the model, its card and samples.png are in %s", seconds, run.folder)
         if run.pusher is not None:
-            logger.info("pushed: %s", run.pusher.finish())
+            logger.info("pushed: %s", run.pusher.finish(run.stop))

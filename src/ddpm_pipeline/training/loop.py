@@ -180,6 +180,8 @@ def close(run: Run) -> None:
     """
     run.batches.close()
     run.telemetry.bar.close()
+    if run.pusher is not None:
+        run.pusher.close()
     run.state.model = None
     run.accelerator.free_memory()
     run.accelerator.end_training()

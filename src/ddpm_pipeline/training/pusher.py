@@ -2,23 +2,28 @@
 
 import logging
 import shutil
+import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent import futures
+from concurrent.futures.thread import _threads_queues  # the threads that Python waits for at its end, daemons included
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import HFValidationError, LocalTokenNotFoundError, validate_repo_id
 
-from ..hub import PushOptions, push
-from ..hub.upload import ATTEMPTS
-from ..support.errors import ConfigError, PushError
+from ..hub import PushOptions, push, push_command
+from ..hub.upload import ATTEMPTS, PublicRepositoryError, create_repository
+from ..support.errors import ConfigError, PushError, Stopped
 from ..support.exceptions import describe_exception
 from .options import HubOptions
+from .stop import StopRequest
 
 logger = logging.getLogger(__name__)
 
 SNAPSHOT = ".push"  # the folder, in the output folder, that a push during training reads
+PATIENCE = 10.0  # seconds that a push may take after the run was asked to end
 
 
 class Pusher:
@@ -32,7 +37,8 @@ class Pusher:
         self.api, self.folder, self.private = api or HfApi(), folder, options.hub_private or None
         self.include = ("metrics.jsonl",) if options.push_logs else ()
         self.repo_id = self._prepare(options.hub_model_id)
-        self._under_way: Future | None = None
+        self._under_way: futures.Future | None = None
+        self._message = ""  # of the commit under way
         self._reported = False
 
     def _prepare(self, repo_id: str | None) -> str:
@@ -41,8 +47,10 @@ class Pusher:
             user = self.api.whoami()["name"]
             repo_id = repo_id or f"{user}/{self.folder.resolve().name}"
             validate_repo_id(repo_id)
-            repo_id = self.api.create_repo(repo_id, private=self.private, exist_ok=True).repo_id
+            repo_id = create_repository(self.api, repo_id, self.private)
             self.api.auth_check(repo_id, write=True)
+        except PublicRepositoryError as error:
+            raise ConfigError(f"--hub_private: {error}.") from error
         except LocalTokenNotFoundError as error:
             raise ConfigError(
                 "--push_to_hub needs a Hub token with write access: run `hf auth login`, or set HF_TOKEN."
@@ -80,30 +88,83 @@ class Pusher:
             logger.info("the previous push is still under way; step %d is not pushed", step)
             return False
         snapshot = self.folder / SNAPSHOT
-        shutil.rmtree(snapshot, ignore_errors=True)
-        snapshot.mkdir(parents=True)
-        if previews := sorted((self.folder / "samples").glob("step-*.png")):
-            shutil.copyfile(previews[-1], snapshot / "samples.png")
-        write_snapshot(snapshot)
-        self._under_way = self.api.run_as_future(self._push, snapshot, f"Training in progress, step {step}", 3)
+        try:
+            shutil.rmtree(snapshot, ignore_errors=True)
+            snapshot.mkdir(parents=True)
+            if previews := sorted((self.folder / "samples").glob("step-*.png")):
+                shutil.copyfile(previews[-1], snapshot / "samples.png")
+            write_snapshot(snapshot)
+        except Stopped:
+            raise
+        except Exception as error:  # a full disk, say: what is needed there is needed by checkpoints
+            shutil.rmtree(snapshot, ignore_errors=True)
+            self._report_failure(error)
+            return False
+        self._begin(snapshot, f"Training in progress, step {step}", 3)
         return True
 
-    def finish(self) -> str:
-        """Push the finished folder and return the commit's URL. Raises PushError with the command that pushes it later."""
-        if self._under_way is not None:
-            self._under_way.exception()  # waits
+    def finish(self, stop: StopRequest | None = None) -> str:
+        """Push the finished folder and return the commit's URL. Raises PushError with the command that pushes it later, also
+        where a signal has come and the push does not end within PATIENCE.
+        """
+        if self._ends(stop):
             self._report()
-        shutil.rmtree(self.folder / SNAPSHOT, ignore_errors=True)
-        return self._push(self.folder, "Training done")
+            shutil.rmtree(self.folder / SNAPSHOT, ignore_errors=True)
+            self._begin(self.folder, "Training done", ATTEMPTS)
+            if self._ends(stop):
+                return self._under_way.result()
+        raise PushError(self._give_up(self.folder, "Training done"))
 
-    def _push(self, folder: Path, message: str, attempts: int = ATTEMPTS) -> str:
-        options = PushOptions(self.private, commit_message=message, include=self.include, attempts=attempts)
-        return push(folder, self.repo_id, options, api=self.api)
+    def close(self) -> None:
+        """At the end of a run that did not finish: give the push that is under way PATIENCE, then give it up."""
+        if self.busy and not futures.wait([self._under_way], PATIENCE).done:
+            logger.warning(self._give_up(self.folder / SNAPSHOT, self._message))
+
+    def _options(self, message: str, attempts: int = ATTEMPTS) -> PushOptions:
+        return PushOptions(self.private, commit_message=message, include=self.include, attempts=attempts)
+
+    def _begin(self, folder: Path, message: str, attempts: int) -> None:
+        """Push in a daemon, which does not keep the process from ending. Its threads are daemons too."""
+        options, self._message = self._options(message, attempts), message
+        self._under_way = done = futures.Future()
+
+        def work() -> None:
+            try:
+                done.set_result(push(folder, self.repo_id, options, api=self.api))
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
+
+    def _ends(self, stop: StopRequest | None) -> bool:
+        """Wait for the push under way; False if a signal came and PATIENCE has passed since."""
+        deadline = None
+        while self.busy:
+            if stop is not None and stop.signalled:
+                deadline = deadline or time.monotonic() + PATIENCE
+                if time.monotonic() >= deadline:
+                    return False
+            futures.wait([self._under_way], 0.1)
+        return True
+
+    def _give_up(self, folder: Path, message: str) -> str:
+        """Let the process end without the push under way; what to say of it."""
+        self._under_way = None
+        for thread in [each for each in _threads_queues if each.daemon]:  # where a stalled upload waits for an answer
+            _threads_queues.pop(thread, None)
+        later = push_command(folder, self.repo_id, self._options(message))
+        return (
+            f"the push to {self.repo_id} was given up: it had not ended {PATIENCE:g} s after the run was asked to. {folder} is "
+            f"complete; push it later with\n  {later}"
+        )
 
     def _report(self) -> None:
         error = self._under_way.exception() if self._under_way is not None and self._under_way.done() else None
-        if error is not None and not self._reported:
+        if error is not None:
+            self._report_failure((error.__cause__ if isinstance(error, PushError) else None) or error)
+
+    def _report_failure(self, error: BaseException) -> None:
+        if not self._reported:
             self._reported = True
-            cause = describe_exception((error.__cause__ if isinstance(error, PushError) else None) or error)
             what = "Training continues and later pushes try again; their failures are not reported."
-            logger.warning("pushing to %s failed (%s). %s", self.repo_id, cause, what)
+            logger.warning("pushing to %s failed (%s). %s", self.repo_id, describe_exception(error), what)

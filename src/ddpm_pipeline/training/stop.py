@@ -37,6 +37,11 @@ class StopRequest:
         late = self.max_minutes is not None and time.monotonic() >= self.began + 60 * self.max_minutes
         return f"--max_train_time {self.max_minutes:g}" if late else None
 
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal asked, which grants less time than the clock does."""
+        return self._signal is not None
+
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Within, signals are requests, and Stopped says how to continue. Earlier handlers are restored at the end."""
