@@ -1,4 +1,4 @@
-"""Pushes during training: one at a time, never in the way, reported once if they fail; and the command in the card."""
+"""Pushes during training: one at a time, never in the way, reported once if they fail, given up where they stall."""
 
 import itertools
 import signal
@@ -21,7 +21,6 @@ from ddpm_pipeline.support.errors import ConfigError, PushError, Stopped
 from ddpm_pipeline.training import pusher
 from ddpm_pipeline.training.options import HubOptions, TrainingOptions
 from ddpm_pipeline.training.pusher import Pusher
-from ddpm_pipeline.training.record import public, recipe_command
 from ddpm_pipeline.training.stop import StopRequest
 from helpers import tiny_unet
 from hub_fixtures import environment
@@ -201,16 +200,3 @@ def test_process_ends_while_its_uploads_are_stalled(hub, client: HfApi, pipe, tm
         assert process.returncode == 0
     finally:
         process.kill()
-
-
-def test_command_in_the_card_names_the_recipe_and_no_place() -> None:
-    config = TrainingOptions(
-        dataset="/home/somebody/cats", output_dir="/scratch/x", learning_rate=2e-4, random_flip=True, push_to_hub=True,
-        hub_model_id="org/x", resolution=64,
-    )  # fmt: skip
-    command = "accelerate launch --num_processes 2 training/train.py --dataset cats --resolution 64 --random_flip True"
-    assert recipe_command(config, "cats", 2) == f"{command} --learning_rate 0.0002"
-    assert recipe_command(TrainingOptions(), "digits") == "accelerate launch training/train.py --dataset digits"
-    assert [public(value) for value in ("data/*.parquet", "~/x/faces", "org/name", "cosine")] == [
-        "*.parquet", "faces", "org/name", "cosine",
-    ]  # fmt: skip
