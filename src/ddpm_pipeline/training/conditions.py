@@ -63,6 +63,10 @@ class Condition:
         """A request for about `count` images, and the columns of their grid, with one row per condition."""
         return UNCONDITIONAL, None
 
+    def row_names(self, request: Request, columns: int | None) -> list[str]:
+        """What each row of such a grid shows: the names of classes, or prompts."""
+        return [str(value) for value in request.values[::columns]]
+
     def facts(self) -> dict[str, str]:
         """For the model card."""
         return {}
@@ -99,6 +103,9 @@ class ClassCondition(Condition):
 
     def preview(self, count: int) -> tuple[Request, int | None]:
         return _rows("class_labels", list(range(len(self.names))), count, self.options)
+
+    def row_names(self, request: Request, columns: int | None) -> list[str]:
+        return [self.names[label] for label in request.values[::columns]]
 
     def facts(self) -> dict[str, str]:
         dropout = f"{self.options.condition_dropout:.0%} of the labels"

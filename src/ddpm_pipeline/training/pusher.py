@@ -2,11 +2,8 @@
 
 import logging
 import shutil
-import threading
-import time
 from collections.abc import Callable
-from concurrent import futures
-from concurrent.futures.thread import _threads_queues  # the threads that Python waits for at its end, daemons included
+from concurrent.futures import Future
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -18,12 +15,11 @@ from ..hub.upload import ATTEMPTS, PublicRepositoryError, create_repository
 from ..support.errors import ConfigError, PushError, Stopped
 from ..support.exceptions import describe_exception
 from .options import HubOptions
-from .stop import StopRequest
+from .stop import StopRequest, in_background
 
 logger = logging.getLogger(__name__)
 
 SNAPSHOT = ".push"  # the folder, in the output folder, that a push during training reads
-PATIENCE = 10.0  # seconds that a push may take after the run was asked to end
 
 
 class Pusher:
@@ -37,7 +33,7 @@ class Pusher:
         self.api, self.folder, self.private = api or HfApi(), folder, options.hub_private or None
         self.include = ("metrics.jsonl",) if options.push_logs else ()
         self.repo_id = self._prepare(options.hub_model_id)
-        self._under_way: futures.Future | None = None
+        self._under_way: Future | None = None
         self._message = ""  # of the commit under way
         self._reported = False
 
@@ -103,60 +99,40 @@ class Pusher:
         self._begin(snapshot, f"Training in progress, step {step}", 3)
         return True
 
-    def finish(self, stop: StopRequest | None = None) -> str:
-        """Push the finished folder and return the commit's URL. Raises PushError with the command that pushes it later, also
-        where a signal has come and the push does not end within PATIENCE.
+    def abandon(self, stop: StopRequest) -> bool:
+        """Wait for the push under way, and give it up if the run was asked to stop and it does not end soon. Returns whether it
+        has ended.
         """
-        if self._ends(stop):
+        if self._under_way is None or stop.waits_for(self._under_way):
+            return True
+        command = push_command(self.folder / SNAPSHOT, self.repo_id, self._options(self._message))
+        logger.warning("the push under way is given up; to repeat it:\n  %s", command)
+        return False
+
+    def finish(self, stop: StopRequest) -> str:
+        """Push the finished folder and return the commit's URL. Raises PushError with the command that pushes it later, also
+        where the run is asked to stop and the push does not end soon.
+        """
+        message = "Training done"
+        if self.abandon(stop):
             self._report()
             shutil.rmtree(self.folder / SNAPSHOT, ignore_errors=True)
-            self._begin(self.folder, "Training done", ATTEMPTS)
-            if self._ends(stop):
+            self._begin(self.folder, message, ATTEMPTS)
+            if stop.waits_for(self._under_way):
                 return self._under_way.result()
-        raise PushError(self._give_up(self.folder, "Training done"))
-
-    def close(self) -> None:
-        """At the end of a run that did not finish: give the push that is under way PATIENCE, then give it up."""
-        if self.busy and not futures.wait([self._under_way], PATIENCE).done:
-            logger.warning(self._give_up(self.folder / SNAPSHOT, self._message))
+        why = f"the push to {self.repo_id} is given up, since {stop.reason} asked the run to end"
+        command = push_command(self.folder, self.repo_id, self._options(message))
+        raise PushError(f"{why}. {self.folder} is complete; push it later with\n  {command}")
 
     def _options(self, message: str, attempts: int = ATTEMPTS) -> PushOptions:
         return PushOptions(self.private, commit_message=message, include=self.include, attempts=attempts)
 
     def _begin(self, folder: Path, message: str, attempts: int) -> None:
-        """Push in a daemon, which does not keep the process from ending. Its threads are daemons too."""
-        options, self._message = self._options(message, attempts), message
-        self._under_way = done = futures.Future()
+        self._message = message
+        self._under_way = in_background(self._push, folder, self._options(message, attempts))
 
-        def work() -> None:
-            try:
-                done.set_result(push(folder, self.repo_id, options, api=self.api))
-            except BaseException as error:
-                done.set_exception(error)
-
-        threading.Thread(target=work, daemon=True).start()
-
-    def _ends(self, stop: StopRequest | None) -> bool:
-        """Wait for the push under way; False if a signal came and PATIENCE has passed since."""
-        deadline = None
-        while self.busy:
-            if stop is not None and stop.signalled:
-                deadline = deadline or time.monotonic() + PATIENCE
-                if time.monotonic() >= deadline:
-                    return False
-            futures.wait([self._under_way], 0.1)
-        return True
-
-    def _give_up(self, folder: Path, message: str) -> str:
-        """Let the process end without the push under way; what to say of it."""
-        self._under_way = None
-        for thread in [each for each in _threads_queues if each.daemon]:  # where a stalled upload waits for an answer
-            _threads_queues.pop(thread, None)
-        later = push_command(folder, self.repo_id, self._options(message))
-        return (
-            f"the push to {self.repo_id} was given up: it had not ended {PATIENCE:g} s after the run was asked to. {folder} is "
-            f"complete; push it later with\n  {later}"
-        )
+    def _push(self, folder: Path, options: PushOptions) -> str:
+        return push(folder, self.repo_id, options, api=self.api)
 
     def _report(self) -> None:
         error = self._under_way.exception() if self._under_way is not None and self._under_way.done() else None

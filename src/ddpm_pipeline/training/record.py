@@ -60,10 +60,8 @@ def origin_of(options: TrainingOptions, data_name: str, num_images: int | None, 
 def training_facts(options: TrainingOptions, num_parameters: int, done: int) -> dict[str, Any]:
     """What the model card says of a training with these resolved options after `done` updates."""
     optimisation = options.optimisation
-    schedule, total = (
-        f"{optimisation.lr_scheduler}, {optimisation.lr_warmup_steps} warm-up updates",
-        optimisation.max_train_steps,
-    )
+    schedule = f"{optimisation.lr_scheduler}, {optimisation.warmup_steps} warm-up updates"
+    total = optimisation.max_train_steps
     return {
         "parameters": f"{num_parameters / 1e6:.2f} M",
         "objective": options.diffusion.objective,
