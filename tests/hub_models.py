@@ -73,6 +73,13 @@ def class_pipeline() -> AlphaDDPMPipeline:
     return AlphaDDPMPipeline(unet, scheduler(inference_timesteps=TIMESTEPS))
 
 
+def rgba_pipeline() -> AlphaDDPMPipeline:
+    """Of images that are twice as wide as high, over a chain of more steps than examples take."""
+    torch.manual_seed(0)
+    unet = UNet2DModel.from_config(smallest_pipeline().unet.config, sample_size=(8, 16), in_channels=4, out_channels=4)
+    return AlphaDDPMPipeline(unet, AlphaDDPMScheduler(120))
+
+
 def text_pipeline(seed: int = 0) -> AlphaDDPMTextToImagePipeline:
     learned = scheduler(variance_type="learned_range", inference_timesteps=TIMESTEPS)
     return make(dropout=0.2, scheduler=learned, seed=seed)
