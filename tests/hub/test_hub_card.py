@@ -1,15 +1,18 @@
 """The card: what it says is true, what others wrote in it stays, and nothing in it is more than text."""
 
+import ast
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from ddpm_pipeline.hub import Measurement, TrainingFacts, build_card, push, record_evaluation, refresh_card
-from ddpm_pipeline.hub.readme import metadata, private_lines
+from ddpm_pipeline.hub.readme import metadata, private_lines, sections
 from hub_models import FIGURES, TRAINING, card_of
 
 
@@ -83,7 +86,7 @@ def test_card_leaves_out_what_looks_private_and_says_where(pipe, caplog) -> None
     text = str(card_of(pipe, example=f"class_labels='{TOKEN}'", name=TOKEN, repo_id=f"org/{TOKEN}", **private))
     assert not private_lines(text) and TOKEN not in caplog.text
     assert "| seed | 0 |" in text and "| FID | 1.5 | 1,797 |" in text
-    for place in ("the training command", "'data' of the training", "'note' of the training", "the example", "the name"):
+    for place in ("the training command", "the value of 'data'", "the value of 'note'", "the example", "the name"):
         assert place in caplog.text, place
 
 
@@ -264,3 +267,49 @@ def test_blank_form_of_diffusers_is_replaced_and_a_filled_one_is_not(pipe) -> No
     assert "AlphaDDPMPipeline" in refresh_card(blank, card_of(pipe))
     filled = blank.replace("[More Information Needed]", "Me", 1)
     assert refresh_card(filled, card_of(pipe)) == filled
+
+
+# ---- what others named ----------------------------------------------------------------------------
+
+HOSTILE = {
+    "marks": "a\n<!-- /ddpm-pipeline: summary -->\n<!-- ddpm-pipeline: evaluation -->\nb",
+    "fences": "```\n~~~\n````python\nimport os\n```",
+    "HTML": "<script>alert(1)</script><img src=x onerror=y>&lt;b>",
+    "quotes": 'it\'s "quoted" \\" and \\n',
+    "Jinja": "{{ 7 * 7 }}{% for x in y %}{# c #}",
+    "front matter": "---\nlicense: evil\n---",
+    "table": "a | b\n|---|---|\n| c | d |",
+    "Markdown": "# Title\n![x](http://y) [l](z) **b** `c` ~~s~~",
+    "long": "x y" * 1_000_000,
+    "control": "a\x1b[31mb\x00c\u2028d\u202ee\r",
+    "backticks": "`` ` ```",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_names_of_others_are_text_and_nothing_else(pipe, kind: str) -> None:
+    """Of data, classes, captions, models: sections, code blocks and metadata are those of an innocent card."""
+    MarkdownIt = pytest.importorskip("markdown_it").MarkdownIt
+
+    def card(name: str) -> tuple[str, list[tuple[str, str]]]:
+        example = f"class_labels={name!r}, guidance_scale=2"
+        figures = [replace(FIGURES[0], dataset=name, split=name, settings={"features": name, name: 1})]
+        training = TrainingFacts(name, 3, None, {"classes": name, name: name}, shlex.join(["train", "--x", name]), name)
+        parts = {"training": training, "evaluation": figures, "pictures": {"samples.png": name}}
+        text = str(card_of(pipe, name=name, example=example, **parts))
+        return text, MarkdownIt().enable("table").parse(text[REGEX_YAML_BLOCK.match(text).end() :])
+
+    (innocent, expected), (text, found) = card("name"), card(HOSTILE[kind])
+    assert [section.name for section in sections(text)] == [section.name for section in sections(innocent)]
+    assert metadata(text).keys() == metadata(innocent).keys() and len(text) < 20_000
+    assert [token.type for token in found if token.type != "fence" or token.info == "python"] == [
+        token.type for token in expected if token.type != "fence" or token.info == "python"
+    ]
+    for token in found:
+        if token.type == "fence" and token.info == "python":
+            ast.parse(token.content)
+        assert token.type != "fence" or token.info in ("python", "bash")
+        for inline in token.children or ():
+            assert inline.type in ("text", "softbreak", "code_inline", "image", "text_special"), inline
+            assert inline.type != "image" or inline.attrs["src"] == "samples.png"
+    assert HOSTILE["Jinja"] != HOSTILE[kind] or "{{ 7 * 7 }}" in text

@@ -45,7 +45,7 @@ class Measurement:
     def as_eval_result(self, task_type: str = "unconditional-image-generation") -> EvalResult:
         task = {"task_type": task_type, "task_name": "Image generation"}
         name = _shown(self.dataset, "the name of the data") or "unnamed data"
-        data = {"dataset_type": name, "dataset_name": name, "dataset_split": self.split}
+        data = {"dataset_type": name, "dataset_name": name, "dataset_split": _shown(self.split, "the split") or None}
         metric = {"metric_type": re.sub(r"\W+", "-", self.metric.lower()), "metric_name": self.metric}
         error = {} if self.standard_error is None else {"standard_error": self.standard_error}
         settings = {"metric_config": OURS, "metric_args": {"num_images": self.num_images, **error, **self.how}}
@@ -54,8 +54,7 @@ class Measurement:
     @property
     def how(self) -> dict[str, Any]:
         """The settings as a card shows them."""
-        shown = {name: _shown(value, name) if isinstance(value, str) else value for name, value in self.settings.items()}
-        return {name: value for name, value in shown.items() if value != ""}
+        return {name: value for name, value in _shown_items(self.settings).items() if value != ""}
 
 
 @dataclass(frozen=True)
@@ -181,6 +180,14 @@ def _shown(text: str | None, place: str) -> str:
     return "" if _is_private(line, place) else line
 
 
+def _shown_items(items: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with strings as `_shown`."""
+    return {
+        _shown(name, "a name"): _shown(value, f"the value of {name[:LONGEST]!r}") if isinstance(value, str) else value
+        for name, value in items.items()
+    }
+
+
 def _shown_code(code: str | None, place: str) -> str:
     """A command or an example, which cannot be shortened; "" if it is too long, has several lines or looks private."""
     if not code or _is_private(code[:LONGEST_CODE], place):
@@ -247,9 +254,8 @@ def _summary(kind: _Kind, images: str, schedule: Mapping[str, Any], training: Tr
 def _training_table(facts: Mapping[str, Any], license: str | None) -> str:
     if not facts:
         return ""
-    rows = {**facts, **({"licence": license} if license else {})}
-    shown = {fact: _shown(str(value), f"the {fact!r} of the training") for fact, value in rows.items()}
-    lines = (f"| {_prose(fact)} | {_prose(value)} |" for fact, value in shown.items() if value)
+    rows = _shown_items({**facts, **({"licence": license} if license else {})})
+    lines = (f"| {_prose(fact)} | {_prose(str(value))} |" for fact, value in rows.items() if value != "")
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
@@ -260,7 +266,8 @@ def _evaluation_text(evaluation: Sequence[Measurement] | None) -> str:
     for one in evaluation:
         error = "" if one.standard_error is None else f" ± {one.standard_error:.2g}"
         how = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in one.how.items())
-        data = _prose(_shown(one.dataset, "the name of the data")) + (f" ({_prose(one.split)})" if one.split else "")
+        split = _prose(_shown(one.split, "the split"))
+        data = _prose(_shown(one.dataset, "the name of the data")) + (f" ({split})" if split else "")
         figure = f"| {_prose(one.metric)} | {one.value:.4g}{error} | {one.num_images:,} |"
         lines.append(f"{figure} {data} | {_prose(how)} |")
     if any(one.standard_error is not None for one in evaluation):
