@@ -123,22 +123,12 @@ def build_card(
     name = _shown(name, "the name") or "DDPM"
     address = _shown(repo_id, "the repository's name") or name
     command = _shown_code(training.command, "the training command")
-    hub_dataset = _shown(training.hub_dataset, "the name of the data")
     # DDPMPipeline takes 1000 steps by default, however many there are
     calls = {"plain_call": _example_call(example, total), "our_call": _example_call(example, min(100, total))}
     if kind.why_plain_cannot_sample:
         calls["plain_call"] = ""
     return ModelCard.from_template(
-        ModelCardData(
-            library_name="diffusers",
-            pipeline_tag=kind.pipeline_tag,
-            tags=["ddpm", OURS, "pytorch", *(["class-conditional"] if kind is CLASS else [])],
-            license=license,
-            base_model=_shown(training.hub_base_model, "the base model") or None,
-            datasets=[hub_dataset] if hub_dataset else None,
-            model_name=name if evaluation else None,
-            eval_results=[one.as_eval_result(kind.pipeline_tag) for one in evaluation or ()] or None,
-        ),
+        _card_data(kind, name, license, training, evaluation or ()),
         template_path=str(TEMPLATE),
         name=_prose(name),
         repo=json.dumps(address, ensure_ascii=False),
@@ -155,6 +145,23 @@ def build_card(
         command=command,
         evaluation=_evaluation_text(evaluation),
         resolution=images,
+    )
+
+
+def _card_data(
+    kind: _Kind, name: str, license: str | None, training: TrainingFacts, evaluation: Sequence[Measurement]
+) -> ModelCardData:
+    """The front matter."""
+    hub_dataset = _shown(training.hub_dataset, "the name of the data")
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=kind.pipeline_tag,
+        tags=["ddpm", OURS, "pytorch", *(["class-conditional"] if kind is CLASS else [])],
+        license=license,
+        base_model=_shown(training.hub_base_model, "the base model") or None,
+        datasets=[hub_dataset] if hub_dataset else None,
+        model_name=name if evaluation else None,
+        eval_results=[one.as_eval_result(kind.pipeline_tag) for one in evaluation] or None,
     )
 
 
