@@ -93,7 +93,7 @@ def test_pushes_go_one_at_a_time_and_never_block(hub, client: HfApi, pipe, tmp_p
     assert hub.files("org/going") == MODEL_FILES and hub.read("org/going", "samples.png") == b"\x89PNG\0 preview"
     assert pusher.push_soon(4, save)
     save(folder)
-    pusher.finish(StopRequest(None, 0.0))
+    pusher.finish()
     assert hub.titles("org/going")[:2] == ["Training done", "Training in progress, step 4"]
     assert not (folder / ".push").exists()
 
@@ -109,7 +109,7 @@ def test_failing_pushes_are_reported_once_and_the_last_one_catches_up(
         assert pusher.push_soon(step, save)
         pusher._under_way.exception()
     export(pipe, folder, card_of(pipe))
-    pusher.finish(StopRequest(None, 0.0))
+    pusher.finish()
     reports = [record for record in caplog.records if "failed" in record.getMessage()]
     assert len(reports) == 1 and "HTTP 500" in reports[0].getMessage() and "Training continues" in reports[0].getMessage()
     assert hub.titles("org/failing") == ["Training done", "initial commit"]

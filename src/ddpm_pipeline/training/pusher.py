@@ -19,6 +19,7 @@ from .stop import StopRequest, in_background
 
 logger = logging.getLogger(__name__)
 
+NEVER = StopRequest(None, 0.0)  # no request to stop
 SNAPSHOT = ".push"  # the folder, in the output folder, that a push during training reads
 
 
@@ -99,7 +100,7 @@ class Pusher:
         self._begin(snapshot, f"Training in progress, step {step}", 3)
         return True
 
-    def abandon(self, stop: StopRequest) -> bool:
+    def abandon(self, stop: StopRequest = NEVER) -> bool:
         """Wait for the push under way, and give it up if the run was asked to stop and it does not end soon. Returns whether it
         has ended.
         """
@@ -109,7 +110,7 @@ class Pusher:
         logger.warning("the push under way is given up; to repeat it:\n  %s", command)
         return False
 
-    def finish(self, stop: StopRequest) -> str:
+    def finish(self, stop: StopRequest = NEVER) -> str:
         """Push the finished folder and return the commit's URL. Raises PushError with the command that pushes it later, also
         where the run is asked to stop and the push does not end soon.
         """
