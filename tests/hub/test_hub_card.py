@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from ddpm_pipeline.evaluation.figures import measurements
 from ddpm_pipeline.hub import Measurement, TrainingFacts, build_card, push, record_evaluation, refresh_card
 from ddpm_pipeline.hub.readme import metadata, private_lines, sections
 from hub_models import FIGURES, TRAINING, card_of
@@ -244,6 +245,37 @@ def test_evaluation_replaces_ours_and_keeps_theirs(pipe) -> None:
     reset = refresh_card(refreshed, card_of(pipe, evaluation=[]))  # trained further: the figures are of other weights
     assert [one.metric_value for one in ModelCard(reset).data.eval_results] == [3.0]
     assert "Not measured yet." in reset
+
+
+def test_card_has_each_figure_of_an_evaluation_under_its_own_name(folder: Path) -> None:
+    """Read back from the table and from the metadata, with what each is an estimate from."""
+    quality = {"fid": 11.25, "kid": 0.125, "kid_std": 0.0625, "precision": 0.75, "recall": 0.375, "num_generated": 64,
+               "num_real": 1797, "steps": 100, "scheduler": "DDIMScheduler", "features": "Sequential"}  # fmt: skip
+    bits = {"total": 3.5, "total_standard_error": 0.21, "num_images": 48, "steps": 1000, "network_calls": 20}
+    results = {"dataset": "held-out", "split": "test", "seed": 7, "quality": quality, "bits_per_dim": bits}
+    record_evaluation(folder, measurements(results))
+    text = (folder / "README.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if " images | " not in line]
+    table = {row[0]: row for row in rows if len(row) == 5 and row[0] in ("bits/dim", "FID", "KID", "precision", "recall")}
+    indexed = {one.metric_name: one for one in ModelCard(text).data.eval_results}
+    given = {"bits/dim": bits["total"]} | {name: quality[name.lower()] for name in ("FID", "KID", "precision", "recall")}
+    assert table.keys() == indexed.keys() == given.keys()
+    for name, value in given.items():
+        _, shown, images, data, how = table[name]
+        assert float(shown.split(" ±")[0]) == indexed[name].metric_value == value, name
+        assert int(images) == indexed[name].metric_args["num_images"] == (48 if name == "bits/dim" else 64)
+        assert data == "held-out (test)" and indexed[name].dataset_split == "test" and "seed 7" in how
+
+
+def test_card_says_how_certain_a_figure_is(pipe) -> None:
+    estimate = Measurement(
+        "bits/dim", 3.5, 48, "held-out", None, 0.21, {"steps": 1000, "network_calls": "20 of 1000 per image"}
+    )
+    text = str(card_of(pipe, evaluation=[estimate, FIGURES[1]]))
+    assert "| bits/dim | 3.5 ± 0.21 | 48 | held-out | steps 1000, network calls 20 of 1000 per image |" in text
+    assert "standard error" in text and "| FID | 1.5 | 1,797 |" in text and "None" not in text
+    (result, _) = ModelCard(text).data.eval_results
+    assert result.metric_args["standard_error"] == 0.21 and result.dataset_split is None
 
 
 def test_evaluation_goes_into_a_folder_and_on_to_an_edited_card(hub, client: HfApi, folder: Path) -> None:
