@@ -134,7 +134,6 @@ def build_card(
         repo=json.dumps(address, ensure_ascii=False),
         # diffusers names a module after the repository, which a dot in it would split
         is_importable="." not in address,
-        fence="`" * max(3, 1 + _longest_run("`", f"{command}{example}{address}")),
         summary=_summary(kind, images, schedule, training),
         pictures={file: _prose(_shown(caption, "a caption")) for file, caption in (pictures or {}).items()},
         plain_note=kind.why_plain_cannot_sample,
@@ -218,13 +217,9 @@ def _prose(text: str) -> str:
 
 def _code(text: str) -> str:
     """Text as Markdown's inline code (CommonMark 6.1)."""
-    ticks = "`" * (1 + _longest_run("`", text))
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if "`" in text else ""
     return f"{ticks}{space}{text}{space}{ticks}"
-
-
-def _longest_run(character: str, text: str) -> int:
-    return max(map(len, re.findall(f"{character}+", text)), default=0)
 
 
 def _example_call(arguments: str, steps: int) -> str:

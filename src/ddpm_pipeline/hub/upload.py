@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
 
 from ..support.atomic import remove_leftovers, sync, sync_folder, temporary_beside, write_text
 from ..support.errors import PushError
@@ -128,9 +128,9 @@ def _push(folder: Path, repo_id: str, options: PushOptions, api: HfApi, again: s
 
 def _refusal(error: Exception, repo_id: str, options: PushOptions) -> str | None:
     """What to do where trying again does not help; None where it may."""
-    if isinstance(error, PublicRepositoryError):
+    if isinstance(error, PublicRepositoryError | OfflineModeIsEnabled):
         return ""
-    if not isinstance(error, HfHubHTTPError) or error.response.request.method == "PUT":  # a signed address of storage expires
+    if not isinstance(error, HfHubHTTPError):
         return None
     if isinstance(error, RevisionNotFoundError) and options.revision:
         return f"Create the branch with `hf repos branch create {repo_id} {options.revision}`, or name another. "
