@@ -34,7 +34,7 @@ from .export import describe_run
 from .options import TrainingOptions
 from .output_folder import OPTIONS_FILE, TRACKER_PROJECT, OutputFolder
 from .pusher import Pusher
-from .record import model_card
+from .record import model_card, origin_of
 from .state import TrainingState
 from .stop import StopRequest, in_any_process
 from .telemetry import Telemetry
@@ -82,6 +82,7 @@ class Run:
     def __post_init__(self) -> None:
         options, watching, optimisation = self.options, self.options.watching, self.options.optimisation
         self.total = optimisation.max_train_steps  # updates in all
+        self.origin = origin_of(options, self.data.name, self.data.num_images, self.accelerator.num_processes)
         self.batch_size = optimisation.batch_size // optimisation.gradient_accumulation_steps  # of images to sample
         self.preview_steps = min(watching.preview_inference_steps, len(self.scheduler))
         self.checkpoints = Checkpoints(self.accelerator, self.folder, options.run.checkpoints_total_limit)
