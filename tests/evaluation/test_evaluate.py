@@ -311,7 +311,8 @@ FUNCTIONS = re.findall(r"^(\w+)[, \w]* = ", MODULE, flags=re.MULTILINE)
 def module_here(tmp_path, monkeypatch) -> str:
     """A module of extractors in the current folder, where Python does not search."""
     name = f"extractors_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(MODULE)
+    (tmp_path / f"{name}.py").write_text(f"import {name}_beside\n{MODULE}")
+    (tmp_path / f"{name}_beside.py").write_text("")
     (tmp_path / f"{name}_broken.py").write_text("def f(:")
     monkeypatch.chdir(tmp_path)
     return name

@@ -3,13 +3,14 @@
 An extractor is a module from images [B, C, H, W] in [-1, 1] to features [B, F].
 """
 
+import contextlib
 import hashlib
 import importlib
-import importlib.machinery
-import importlib.util
 import sys
+from collections.abc import Iterator, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import datasets
 import torch
@@ -23,6 +24,7 @@ from ..support.exceptions import describe_exception
 from ..support.extras import needs_extra
 from ..support.provenance import weights_digest
 from .digits import fit_digits_classifier
+from .options import FEWEST_IMAGES
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
@@ -87,45 +89,45 @@ def feature_extractor(name: str, dataset: str, inception_weights: str | None, op
 
 
 def _made_by_the_user(name: str) -> nn.Module:
-    """What FUNCTION in MODULE gives. MODULE is installed, or lies in the current folder, which scripts do not search."""
+    """What FUNCTION in MODULE gives."""
     module_name, _, function_name = name.partition(":")
     if not (module_name and function_name):
         raise ConfigError("it is no name of an extractor")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name != module_name.partition(".")[0]:
-            raise
-        module = _module_in_the_current_folder(module_name)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ConfigError(f"{module_name} has no function {function_name}")
-    extractor = function()
+    with _current_folder_searched():
+        function = getattr(importlib.import_module(module_name), function_name, None)
+        if not callable(function):
+            raise ConfigError(f"{module_name} has no function {function_name}")
+        extractor = function()
     if not isinstance(extractor, nn.Module):
         raise ConfigError(f"{function_name}() returned a {type(extractor).__name__}, not a torch module")
     return extractor.eval()
 
 
-def _module_in_the_current_folder(name: str) -> ModuleType:
-    top = name.partition(".")[0]
-    spec = importlib.machinery.PathFinder.find_spec(top, [str(Path.cwd())])
-    if spec is None:
-        raise ConfigError(f"there is no module {top}, neither installed nor in the current folder")
-    sys.modules[top] = module = importlib.util.module_from_spec(spec)
+@contextlib.contextmanager
+def _current_folder_searched() -> Iterator[None]:
+    """Within, modules that are found nowhere else are looked for in the current folder, which scripts do not search."""
+
+    class Here:
+        @staticmethod
+        def find_spec(name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+            return PathFinder.find_spec(name, path or [str(Path.cwd())], target)
+
+    sys.meta_path.append(Here)
     try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[top]
-        raise
-    return importlib.import_module(name)
+        yield
+    finally:
+        sys.meta_path.remove(Here)
 
 
-def try_extractor(extractor: nn.Module, shape: tuple[int, int, int], option: str) -> None:
-    """Extract the features of two images of noise, [C, H, W], and of one alone, so that what fails does so before a run.
-
-    Raises ConfigError, which names the `option`, if that fails or the features are not finite.
+def try_extractor(extractor: nn.Module, data: ImageData, option: str) -> None:
+    """Extract the features of two images of noise like those of the data, and of one alone, so that what fails does so before a
+    run. Raises ConfigError, which names the `option`, then, and for features that are not finite, and for too few data.
     """
-    noise = torch.randint(0, 256, (2, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    if len(data) < FEWEST_IMAGES:
+        needed = f"sample quality needs at least {FEWEST_IMAGES}, and thousands for a figure to report"
+        raise ConfigError(f"{option}: {data.name} has {len(data)} images; {needed}. Evaluate the likelihood alone.")
+    shape = (2, data.channels, data.resolution, data.resolution)
+    noise = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     try:
         for images in (noise, noise[:1]):
             _finite_features(extractor, images)

@@ -27,7 +27,7 @@ from ..support.sharing import my_batches
 from .conditions import DataConditions, columns_of
 from .features import feature_extractor, real_features, try_extractor
 from .figures import likelihood_of, summary
-from .options import CHANNELS, FEWEST_IMAGES, EvaluationOptions
+from .options import CHANNELS, EvaluationOptions
 from .quality import ImageQuality
 from .results import check_destinations, split_name, write_results
 
@@ -98,11 +98,8 @@ def _open(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelerator) 
     my_batches(quality.num_images or accelerator.num_processes, options.sampling.batch_size, accelerator)  # for its errors
     reference = None
     if extractor is not None:
-        if len(data) < FEWEST_IMAGES:
-            needed = f"sample quality needs at least {FEWEST_IMAGES}, and thousands for a figure to report"
-            raise ConfigError(f"{data.name} has {len(data)} images; {needed}. For the likelihood alone, use --num_images 0.")
         extractor = extractor.to(accelerator.device)
-        try_extractor(extractor, (data.channels, data.resolution, data.resolution), f"--features {quality.features}")
+        try_extractor(extractor, data, f"--features {quality.features}")
         with accelerator.main_process_first():
             reference = real_features(data, extractor, options.data.cache_dir)
     return Subject(pipe, data, conditions, sampler, extractor, reference)
