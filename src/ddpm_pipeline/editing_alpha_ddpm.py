@@ -8,25 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch import Tensor
 
+from .pictures_alpha_ddpm import Images, read_masks, read_pictures
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .tables_alpha_ddpm import Generators, check_generators, check_integer
-
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
-
-Images = Image.Image | np.ndarray | Tensor | Sequence[Image.Image]
 
 
 @dataclass(frozen=True)
 class Edit:
     """The arguments of a call that start it from an image. Raises ValueError if they do not fit one another."""
 
-    image: Images | None = None  # PIL, array [B, H, W, C] or tensor [B, C, H, W] in [0, 1]; one, or one per image
+    image: Images | None = None  # PIL, array [B, H, W, C] or tensor [B, C, H, W]; one, or one per image
     strength: float | None = None  # fraction of the chain to run; by default 0.5, or 1 with a mask
     mask_image: Images | None = None  # white (1) is painted anew, black (0) is kept
     num_resamples: int = 1  # passes per step, with a mask
@@ -108,7 +103,7 @@ class AlphaDDPMEditing:
     def _images_in(self, images: Images, batch_size: int | None = None) -> Tensor:
         """[B, C, H, W] in [-1, 1] on the device; a single image is repeated for the batch."""
         _, channels, height, width = self._shape(1)
-        x = _pixels(images, "image", channels)
+        x = read_pictures(images, "image", channels)
         if x.shape[1:] != (channels, height, width):
             needed = f"this model needs {(channels, height, width)} as (channels, height, width)"
             raise ValueError(f"image has shape {tuple(x.shape[1:])}; {needed}: resize or crop it first.")
@@ -116,10 +111,10 @@ class AlphaDDPMEditing:
 
     def _kept_pixels(self, mask: Images, batch_size: int) -> Tensor:
         """Where pixels are kept, bool [B, 1, H, W]: black (0) is kept and white (1) is painted."""
-        painted, needed = _pixels(mask, "mask_image", 1), (1, *self._shape(1)[2:])
+        painted, needed = read_masks(mask, "mask_image"), (1, *self._shape(1)[2:])
         if painted.shape[1:] != needed:
             raise ValueError(f"mask_image has shape {tuple(painted.shape[1:])}, not {needed}.")
-        return expanded(painted < 0.5, batch_size, "masks").to(self._execution_device)
+        return expanded(~painted, batch_size, "masks").to(self._execution_device)
 
     @torch.no_grad()
     def interpolate(
@@ -195,36 +190,3 @@ def expanded(batch: Tensor, batch_size: int, what: str) -> Tensor:
     if len(batch) not in (1, batch_size):
         raise ValueError(f"{len(batch)} {what} for a batch of {batch_size}; give 1 or {batch_size}.")
     return batch.expand(batch_size, *batch.shape[1:])
-
-
-def _pixels(images: Images, what: str, channels: int) -> Tensor:
-    """[N, C, H, W] in [0, 1] from PIL images, arrays and tensors: integers 0..255, booleans, or floats in [0, 1]."""
-    if isinstance(images, Image.Image):
-        images = [images]
-    if isinstance(images, (list, tuple)):
-        images = _array_of(images, what, channels)
-    if not isinstance(images, np.ndarray | Tensor):
-        raise ValueError(f"{what} is a {type(images).__name__}; give PIL images, an array or a tensor.")
-    if not 2 <= images.ndim <= 4:
-        shapes = "a tensor is [N, C, H, W], [C, H, W] or [H, W], an array [N, H, W, C], [H, W, C] or [H, W]"
-        raise ValueError(f"{what} has shape {tuple(images.shape)}; {shapes}.")
-    if isinstance(images, np.ndarray):
-        images = torch.from_numpy(np.ascontiguousarray(images))
-        images = images.movedim(-1, -3) if images.ndim > 2 else images  # [..., H, W, C] -> [..., C, H, W]
-    images = images[(None,) * (4 - images.ndim)]
-    if not images.is_floating_point():
-        return images.float() / (1 if images.dtype == torch.bool else 255)
-    if not (images.min() >= 0 and images.max() <= 1):  # also refuses NaN
-        values = f"values from {images.min():.3g} to {images.max():.3g}"
-        raise ValueError(f"{what} holds {values}; floats must be in [0, 1], as output_type='pt' and 'np' return them.")
-    return images
-
-
-def _array_of(pictures: Sequence[Image.Image], what: str, channels: int) -> np.ndarray:
-    """PIL images of one size as uint8 [N, H, W, C]."""
-    if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
-        raise ValueError(f"{what} as a list must hold PIL images; give arrays or tensors as one batch.")
-    if len(sizes := {picture.size for picture in pictures}) > 1:
-        raise ValueError(f"{what}: the images have different sizes, {sorted(sizes)}.")
-    array = np.stack([np.asarray(picture.convert(PIL_MODES[channels])) for picture in pictures])
-    return array[..., None] if channels == 1 else array

@@ -17,6 +17,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from .editing_alpha_ddpm import AlphaDDPMEditing, Edit
+from .pictures_alpha_ddpm import PIL_MODES
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, OWN_KEY, Generators, check_generators
 
@@ -136,6 +137,8 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
     ) -> AlphaDDPMOutput | tuple:
         """The reverse chain, from noise or from a noised image, to images."""
         check_generators(generator, batch_size)
+        if output.type == "pil" and (channels := self.unet.config.in_channels) not in PIL_MODES:
+            raise ValueError(f"output_type='pil' has no mode for the {channels} channels of this model; use 'np' or 'pt'.")
         total = self.scheduler.config.num_train_timesteps
         self.scheduler.set_timesteps(total if num_inference_steps is None else num_inference_steps)
         timesteps = self.scheduler.timesteps

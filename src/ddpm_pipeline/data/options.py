@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from ..support.errors import ConfigError
 from ..support.options import BELOW_ONE, OptionGroup, at_least, one_of, option
-from .images import CHANNELS
+
+CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 
 # fmt: off
 
