@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ..data.images import array_to_image
+from ..pictures_alpha_ddpm import PIL_MODES
 from ..support.errors import ConfigError
 from ..support.exceptions import describe_exception
-from ..support.pictures import MODES, save_picture
+from ..support.pictures import save_picture
 from ..support.provenance import weights_digest
 from .drawing import UNCONDITIONAL, Request, sample_uint8, step_bar
 from .folder import image_path, prepare, to_parquet
@@ -35,7 +36,7 @@ def generate(options: GenerationOptions) -> Path:
     pipe = load_pipeline(sampling.model).to(accelerator.device)
     pipe.scheduler = scheduler_for(pipe, sampling.scheduler)
     steps, request = default_steps(pipe, sampling.num_inference_steps), request_of(pipe, options)
-    if pipe.unet.config.in_channels not in MODES:
+    if pipe.unet.config.in_channels not in PIL_MODES:
         raise ConfigError(
             f"--model {sampling.model} samples {pipe.unet.config.in_channels} channels; PNG files hold 1, 3 or 4."
         )
