@@ -25,26 +25,32 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def tiff(levels: np.ndarray, bits: int, photometric: int, kind: int = 1, order: str = "<", colours: Any = None) -> bytes:
-    """A TIFF made by hand, of values [H, W] or [H, W, C] as stored: unsigned (`kind` 1), signed (2) or floats (3)."""
-    height, width, *rest = levels.shape
-    samples = rest[0] if rest else 1
-    data = _packed(levels, bits) if bits in (1, 2, 4, 12) else levels.astype(f"{order}{'?uif'[kind]}{bits // 8}").tobytes()
-    tags = {256: [width], 257: [height], 258: [bits] * samples, 259: [1], 262: [photometric], 273: [0], 277: [samples]}
-    tags |= {278: [height], 279: [len(data)], 339: [kind] * samples}
-    if colours is not None:
-        tags[320] = np.asarray(colours).T.ravel().tolist()  # [entries, 3] -> all reds, greens, blues
+def tiff(levels: np.ndarray, bits: int, photometric: int, kind: int = 1, order: str = "<", **options: Any) -> bytes:
+    """A TIFF made by hand, of values [H, W] or [H, W, C] as stored: unsigned (`kind` 1), signed (2) or floats (3).
+
+    Options: `colours`, a map [entries, 3]; `deflate`; `separate`, for channels one after the other.
+    """
+    height, width, samples = (*levels.shape, 1)[:3]
+    planes = np.moveaxis(levels, -1, 0) if options.get("separate") else [levels]
+    kinds = f"{order}{'?uif'[kind]}{bits // 8}"
+    strips = [_packed(plane, bits) if bits in (1, 2, 4, 12) else plane.astype(kinds).tobytes() for plane in planes]
+    strips = [zlib.compress(strip) for strip in strips] if options.get("deflate") else strips
+    tags = {256: [width], 257: [height], 258: [bits] * samples, 259: [8 if options.get("deflate") else 1], 262: [photometric]}
+    tags |= {273: [0] * len(strips), 277: [samples], 278: [height], 279: [*map(len, strips)]}
+    tags |= {284: [2 if options.get("separate") else 1], 339: [kind] * samples}
+    if "colours" in options:
+        tags[320] = options["colours"].T.ravel().tolist()  # all reds, greens, blues
     long = 8 + 2 + 12 * len(tags) + 4  # where the values begin that do not fit into an entry
     values, entries = b"", b""
     end = long + sum(len(value) * 2 for value in tags.values() if len(value) > 2)
-    tags[273] = [end]
+    tags[273] = [end + sum(map(len, strips[:place])) for place in range(len(strips))]
     for tag, value in sorted(tags.items()):
         packed = struct.pack(f"{order}{len(value)}H", *value)
         if len(packed) > 4:
             packed, values = struct.pack(f"{order}I", long + len(values)), values + packed
         entries += struct.pack(f"{order}HHI", tag, 3, len(value)) + packed.ljust(4, b"\0")
     magic = b"II*\0" if order == "<" else b"MM\0*"
-    return magic + struct.pack(f"{order}IH", 8, len(tags)) + entries + bytes(4) + values + data
+    return magic + struct.pack(f"{order}IH", 8, len(tags)) + entries + bytes(4) + values + b"".join(strips)
 
 
 def _packed(levels: np.ndarray, bits: int) -> bytes:
@@ -151,6 +157,9 @@ FILES: dict[str, tuple[Callable[[np.ndarray], bytes], float]] = {
     "TIFF float 0..255 I": (lambda p: tiff(255.0 - p, 32, 0, 3), 0),
     "TIFF I": (lambda p: encoded(_sixteen(p).astype(np.int32), "TIFF"), 0),
     "TIFF RGB 16": (lambda p: tiff(_rgb(_sixteen(p)), 16, 2), 0),
+    "TIFF RGB separate": (lambda p: tiff(_rgb(p), 8, 2, separate=True), 0),
+    "TIFF float deflated": (lambda p: tiff(p / 255, 32, 1, 3, deflate=True), 0),
+    "TIFF 16 > deflated": (lambda p: tiff(_sixteen(p), 16, 1, order=">", deflate=True), 0),
     "TIFF map of 16 bits": (lambda p: tiff(255 - p, 8, 3, colours=_rgb(np.arange(65535, -1, -257))), 0),
     "TIFF map of 8 bits": (lambda p: tiff(255 - p, 8, 3, colours=_rgb(np.arange(255, -1, -1))), 0),
     "TIFF CMYK": (lambda p: encoded(_cmyk(p), "TIFF"), 0),
@@ -202,8 +211,8 @@ ARRAYS: dict[str, tuple[Callable[[np.ndarray], Any], float]] = {
     **{f"torch {name}": (lambda p, t=name: torch.from_numpy(p / 255).to(getattr(torch, t)), off) for name, off in (
         ("float16", 5e-4), ("bfloat16", 2e-3), ("float32", 0), ("float64", 0))},
     "torch uint16": (lambda p: torch.from_numpy(_sixteen(p)), 0), "torch bool": (lambda p: torch.from_numpy(p > 127), 0.5),
-    "[C, H, W]": (lambda p: torch.from_numpy(_rgb(p)).movedim(-1, 0), 0),
-    "[1, C, H, W]": (lambda p: torch.from_numpy(p)[None, None], 0),
+    "[1, H, W]": (lambda p: torch.from_numpy(p)[None], 0), "[1, 1, H, W]": (lambda p: torch.from_numpy(p)[None, None], 0),
+    "[1, 3, H, W]": (lambda p: torch.from_numpy(_rgb(p)).movedim(-1, 0)[None], 0),
     "gradient": (lambda p: torch.from_numpy(p / 255).requires_grad_(), 0),
     "tensors": (lambda p: [torch.from_numpy(p)[None]], 0),
 }  # fmt: skip

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import OPEN_INFO
 from torch import Tensor
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
@@ -43,8 +44,9 @@ NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PALM", 
 
 DIMMEST = 32  # largest value that floats of 0..255 have at least; below, they may be floats of 0..1 that overshoot, or HDR
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
-BITS_PER_SAMPLE, PHOTOMETRIC, COLOUR_MAP, SAMPLE_FORMAT = 258, 262, 320, 339  # tags of TIFF
-WHITE_IS_ZERO, SIGNED = 0, 2  # values of the tags PHOTOMETRIC and SAMPLE_FORMAT
+# Tags of TIFF, and values of COMPRESSION, PHOTOMETRIC, PLANAR_CONFIGURATION and SAMPLE_FORMAT
+BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC, PLANAR_CONFIGURATION, COLOUR_MAP, SAMPLE_FORMAT = 258, 259, 262, 284, 320, 339
+UNCOMPRESSED, WHITE_IS_ZERO, SEPARATE, SIGNED = 1, 0, 2, 2
 
 Picture = Image.Image | np.ndarray | Tensor
 Images = Picture | Sequence[Picture]
@@ -119,17 +121,22 @@ class Pixels:
         return Pixels(values.astype(self.values.dtype, copy=False).reshape(*self.values.shape[:-1], -1), self.top)
 
 
-def read_pictures(pictures: Images, what: str, channels: int) -> Tensor:
-    """One picture, a batch or a list as [N, channels, H, W] in [0, 1]. Raises BadImage, with `what` in its message."""
+def read_pictures(pictures: Images, what: str, channels: int | None = None) -> Tensor:
+    """One picture, a batch or a list as [N, channels, H, W] in [0, 1]; by default with the most channels that one of them has.
+
+    Raises BadImage, with `what` in its message.
+    """
     with _named(what):
-        values = [pixels.with_channels(channels).floats() for pixels in _all_pixels(pictures)]
+        found = _all_pixels(pictures, channels)
+        channels = channels or max(pixels.channels for pixels in found)
+        values = [pixels.with_channels(channels).floats() for pixels in found]
         return torch.from_numpy(_one_batch(values)).movedim(-1, -3).contiguous()
 
 
 def read_masks(masks: Images, what: str) -> Tensor:
     """Where masks are white, bool [N, 1, H, W]. Raises BadImage, with `what` in its message."""
     with _named(what):
-        return torch.from_numpy(_one_batch([_white(pixels) for pixels in _all_pixels(masks)])).movedim(-1, -3)
+        return torch.from_numpy(_one_batch([_white(pixels) for pixels in _all_pixels(masks, 1)])).movedim(-1, -3)
 
 
 def read_image(image: Image.Image) -> Pixels:
@@ -164,8 +171,8 @@ def read_array(values: np.ndarray) -> Pixels:
         if low >= 0 and (high <= 1 or DIMMEST <= high <= 255):  # neither is true of NaN
             kept = values.dtype if values.dtype in (np.float32, np.float64) else np.float32
             return Pixels(values.astype(kept, copy=False), 1 if high <= 1 else 255)
-        allowed = "floats must be in [0, 1], or in [0, 255] with a largest value of at least"
-        raise BadImage(f"its values go from {low:.4g} to {high:.4g}; {allowed} {DIMMEST}")
+        allowed = f"floats must be in [0, 1] (x / 2 + 0.5 for x in [-1, 1]), or in [0, 255] with at least one from {DIMMEST} on"
+        raise BadImage(f"its values go from {low:.4g} to {high:.4g}; {allowed}")
     if not (low >= 0 and high <= 255):
         allowed = "only uint16 goes beyond 0..255, to 65535; convert it, or give floats in [0, 1]"
         raise BadImage(f"its values go from {low} to {high} in {values.dtype}; {allowed}")
@@ -215,10 +222,13 @@ def refuse_by_format(image: Image.Image) -> None:
     """Raises BadImage for an opened image whose format gives no pixels, or such that mean something else than PIL reads."""
     if image.format in NO_PICTURES:
         raise BadImage(f"the format {image.format} is not accepted: decoding it would run another program, or give no pixels")
-    bits = image.tag_v2.get(BITS_PER_SAMPLE, (1,)) if image.format == "TIFF" else (16,)
-    signed = image.format == "TIFF" and SIGNED in image.tag_v2.get(SAMPLE_FORMAT, ()) and max(bits) < 32
-    if signed or (image.format == "FITS" and image.mode == "I;16"):
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    bits, raw = max(tags.get(BITS_PER_SAMPLE, (1,))), tags.get(COMPRESSION, UNCOMPRESSED) == UNCOMPRESSED
+    if (SIGNED in tags.get(SAMPLE_FORMAT, ()) and bits < 32) or (image.format == "FITS" and image.mode == "I;16"):
         raise BadImage("it holds signed integers of 8 or 16 bits, whose white is unknown; save it as unsigned integers")
+    apart = bits > 8 and raw and tags.get(PLANAR_CONFIGURATION) == SEPARATE and image.mode not in DEEP_MODES
+    if apart or (bits == 32 and not raw and tags.prefix == b"MM"):  # PIL (13.0) reads half of the bytes, or swaps them
+        raise BadImage("PIL mistakes the bytes of this TIFF; save it in little-endian order, and its channels together")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -251,10 +261,16 @@ def _settled_tiff(image: Image.Image, tags: Any) -> Image.Image:
         return image
     if tuple(tags.get(BITS_PER_SAMPLE, ())) == (12,):
         image = Image.fromarray(np.rint(np.asarray(image) * (65535 / 4095)).astype(np.uint16))
-    if tags.get(PHOTOMETRIC, WHITE_IS_ZERO) == WHITE_IS_ZERO:  # PIL's default as well
+    if tags.get(PHOTOMETRIC, WHITE_IS_ZERO) == WHITE_IS_ZERO and not _inverted_by_pil(image.mode):  # PIL's default as well
         pixels = _deep_pixels(image)
         image = Image.fromarray((pixels.top - pixels.values)[..., 0])
     return image
+
+
+def _inverted_by_pil(mode: str) -> bool:
+    """By the table of its raw modes, such as "L;I", for a later version may invert what this one (13.0) does not."""
+    raw_modes = [raw for (_, photometric, *_), (own, raw) in OPEN_INFO.items() if (photometric, own) == (WHITE_IS_ZERO, mode)]
+    return any("I" in raw.partition(";")[2] for raw in raw_modes)
 
 
 def _deep_pixels(image: Image.Image) -> Pixels:
@@ -275,9 +291,12 @@ def _deep_pixels(image: Image.Image) -> Pixels:
     return Pixels(np.concatenate([np.repeat(grey.in_8_bits().values, 3, axis=-1), alpha], axis=-1), 255)
 
 
-def _all_pixels(pictures: Images) -> list[Pixels]:
-    """A picture's or a batch's pixels, or those of each picture in a list."""
+def _all_pixels(pictures: Images, channels: int | None) -> list[Pixels]:
+    """A picture's or a batch's pixels, or those of each picture in a list, of which `channels` are needed."""
     if not isinstance(pictures, list | tuple):
+        if isinstance(pictures, Tensor) and pictures.ndim == 3 and len(pictures) not in (1, channels or len(pictures)):
+            either = f"one picture of {len(pictures)} channels or so many of one"
+            raise BadImage(f"its shape {tuple(pictures.shape)} may mean {either}; give a tensor [N, C, H, W]")
         return [_any_pixels(pictures, 4)]
     if not pictures:
         raise BadImage("the list is empty; give at least one picture")
@@ -323,16 +342,15 @@ def _white(mask: Pixels) -> np.ndarray:
     values, top = mask.values, mask.top
     if mask.channels not in PIL_MODES:
         raise BadImage(f"it has {mask.channels} channels; a mask has one")
-    if mask.channels == 4:
-        if (values[..., 3] < top).any():
-            raise BadImage("it is transparent in places, which may mean white or black; give a mask in black and white")
-        values = values[..., :3]
-    if values.dtype.kind == "u" and values.max() <= 1:
+    if mask.channels == 4 and (values[..., 3] < top).any():
+        raise BadImage("it is transparent in places, which may mean white or black; give a mask in black and white")
+    if values.dtype.kind == "u" and values[..., :3].max() <= 1:
         top = 1
-    white = values >= top / 2
-    if (white != white[..., :1]).any():
+    if (np.ptp(values[..., :3], axis=-1) > top / 8).any():  # more than lossy files make of grey
         raise BadImage("it has colours; give a mask in black and white")
+    values = mask.with_channels(1).values
+    white = values >= top / 2
     one_mask = (-3, -2, -1)
     if (values.any(one_mask) & ~white.any(one_mask)).any():
         raise BadImage(f"it has no white, of {top}, but is not all 0 either; its largest value is {values.max():.4g}")
-    return white[..., :1]
+    return white

@@ -71,7 +71,7 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
             batch_size: number of images, at least 1; the default is one, or one per class label.
             generator: one for all images, or a list of one per image, which then does not depend on the others.
             num_inference_steps: length of the chain; the default is every timestep the model was trained on.
-            output_type: "pil" images, "np" [B, H, W, C] or "pt" [B, C, H, W], both in [0, 1].
+            output_type: "pil" images (of 1, 3 or 4 channels), "np" [B, H, W, C] or "pt" [B, C, H, W], both in [0, 1].
             return_dict: return an `AlphaDDPMOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, index, timestep, tensors)` after each step; an "image" in the dict
                 that it returns replaces the current one.
@@ -82,7 +82,7 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
             guidance_rescale: from 0 to 1, how much of the contrast that guidance adds is undone (Lin et al. 2023).
             guidance_interval: start and end of guidance as fractions of the chain, noise being 0 (Kynkäänniemi et al. 2024).
             image: start from this picture, noised, instead of pure noise: PIL, array [B, H, W, C] or tensor [B, C, H, W] in
-                [0, 1] (integers: 0..255); a single one, or one per image.
+                [0, 1] (uint8: 0..255; of other types see `pictures_alpha_ddpm.py`); a single one, or one per image.
             strength: fraction of the chain to run on `image`, from 0 (unchanged) to 1; by default 0.5, or 1 with a mask.
             mask_image: white (1) where `image` is painted anew, black (0) where its pixels are kept.
             num_resamples: with a mask, passes per step, for a better fit of old and new (Lugmayr et al. 2022); 1 is none.

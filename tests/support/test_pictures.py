@@ -32,11 +32,12 @@ def test_grids_are_alike_however_the_images_are_given():
     eight_bits = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     floats = eight_bits / 255
     expected = pictures.grid(floats).tobytes()
-    for images in (
-        eight_bits, as_array(eight_bits), floats.double(), as_array(floats), [Image.fromarray(one) for one in as_array(eight_bits)],
-        floats.clone().requires_grad_(), list(floats),
-    ):  # fmt: skip
+    pils, arrays = [Image.fromarray(one) for one in as_array(eight_bits)], (as_array(eight_bits), as_array(floats))
+    for images in (eight_bits, *arrays, pils, floats.double(), floats.clone().requires_grad_(), list(floats)):
         assert pictures.grid(images).tobytes() == expected
+    grey = [Image.fromarray(one).convert("L") for one in as_array(eight_bits)]
+    mixed = [grey[0].convert("RGB"), *grey[1:]]
+    assert pictures.grid(mixed).tobytes() == pictures.grid(grey).convert("RGB").tobytes()
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def to_array(image: Image.Image, resolution: int, channels: int) -> np.ndarray:
         # grey is resized as such, and RGB without an opaque alpha
         seen = pixels.with_channels(channels) if channels == 1 or pixels.channels == 4 else pixels
         fitted = Pixels(_fitted(seen, resolution), 255).with_channels(channels)
-    return np.ascontiguousarray(fitted.values)
+    return fitted.values.copy()
 
 
 def array_to_image(array: np.ndarray) -> Image.Image:

@@ -103,7 +103,7 @@ def test_colours_and_transparency_become_those_that_training_sees(shape, channel
     values = colourful(*shape)
     expected = to_array(array_to_image(values), SIDE, channels) / np.float32(255)
     tensor = torch.from_numpy(values.reshape(SIDE, SIDE, -1)).movedim(-1, 0)
-    for given in (array_to_image(values), values, tensor, [values], tensor[None]):
+    for given in (array_to_image(values), values, [tensor], [values], tensor[None]):
         assert np.array_equal(read_pictures(given, "image", channels)[0].movedim(0, -1).numpy(), expected)
     for given in (values.astype(np.uint16) * 257, values / 255, (values / 255).astype(np.float32), values.astype(np.float32)):
         read = read_pictures(given, "image", channels)[0].movedim(0, -1).numpy()
@@ -152,12 +152,15 @@ UNREADABLE = {
     "five dimensions": np.zeros((1, 1, SIDE, SIDE, 1)), "a list of batches": [np.zeros((1, SIDE, SIDE, 1))], "no pictures": [],
     "a list of numbers": [[0.0] * SIDE] * SIDE, "a path": "seven.png", "sizes": [np.zeros((8, 8)), np.zeros((4, 4))],
     "two ranges": [grey(0, 1.0), grey(0, 255.0)], "channels": np.zeros((SIDE, SIDE, 2)), "channels first": np.zeros((1, 8, 8)),
+    "a batch or colours": torch.zeros(3, SIDE, SIDE), "a batch": torch.zeros(2, SIDE, SIDE),
     "complex tensor": torch.zeros(1, SIDE, SIDE, dtype=torch.complex64), "sparse": torch.eye(SIDE).to_sparse(),
     "meta": torch.zeros(SIDE, SIDE, device="meta"), "tensor of numbers beyond 255": torch.full((SIDE, SIDE), 1000),
     "I of 8 bits": Image.fromarray(grey(0, 255, dtype=np.int32)), "I of 17": Image.fromarray(grey(0, 70000, dtype=np.int32)),
     "F below 0": Image.fromarray(grey(-1, 1, dtype=np.float32)), "F above 1": Image.fromarray(grey(0, 1.02, dtype=np.float32)),
     "TIFF of int8": opened(tiff(grey(0, 100, dtype=np.int64), 8, 1, 2)), "no size": Image.new("L", (0, 8)),
     "TIFF of int16": opened(tiff(grey(0, 9999, dtype=np.int64), 16, 1, 2)), "TIFF of 2": opened(tiff(grey(0, 2.0), 32, 0, 3)),
+    "bytes that PIL swaps": opened(tiff(grey(0, 1), 32, 1, 3, ">", deflate=True)),
+    "bytes that PIL leaves out": opened(tiff(grey(0, 65535, 9, shape=(SIDE, SIDE, 3)), 16, 2, separate=True)),
     "truncated": opened(encoded(grey(7, dtype=np.uint8))[:-30]),
     "EPS": opened(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"),
 }  # fmt: skip
@@ -209,6 +212,8 @@ def test_masks_of_0_and_1(kind, pipe):
 def test_half_and_more_is_white(pipe):
     assert as_mask(pipe, grey(0.5, 0.49, 0.51, 0)).sum() == SIDE * SIDE / 2
     assert as_mask(pipe, grey(127, 128, dtype=np.uint8)).sum() == SIDE * SIDE / 2
+    tinted = black_and_white()[..., None] // 2 + np.array([60, 70, 63])  # as lossy files are
+    assert np.array_equal(as_mask(pipe, tinted), black_and_white() > 0)
 
 
 @pytest.mark.parametrize(
