@@ -44,6 +44,34 @@ def test_model_from_a_config_file(tmp_path):
     assert unet.config.block_out_channels == [8, 16] and unet.config.dropout == 0.25
 
 
+@pytest.mark.parametrize("size", [None, 8.0, [8, 8]])
+def test_what_a_config_file_leaves_open_follows_from_the_images(size, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**TINY_UNET, "sample_size": size, "in_channels": None}))
+    unet, scheduler = model(8, 1, model=str(tmp_path))
+    assert (unet.config.sample_size, unet.config.in_channels) == (8, 1)
+    assert AlphaDDPMPipeline(unet, scheduler)(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    "changed, named",
+    [
+        ({"sample_size": [8, 16]}, "8x16"),
+        ({"sample_size": "8"}, "--resolution 8"),
+        ({"class_embed_type": "timestep"}, "class_embed_type=timestep"),
+        ({"time_embedding_type": "fourier"}, "fourier"),
+        ({"time_embedding_type": "learned", "num_train_timesteps": 10}, "10 timesteps"),
+        ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
+        ({"norm_num_groups": 0}, "modulo by zero"),
+        ({"layers_per_block": 0}, "cannot be used"),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",
+)
+def test_unusual_values_in_a_config_file_are_told_before_the_run(changed, named, tmp_path):
+    (tmp_path / "unet.json").write_text(json.dumps({**TINY_UNET, **changed}))
+    with pytest.raises(ConfigError, match=named):
+        model(8, 1, model=str(tmp_path / "unet.json"))
+
+
 def test_init_from_takes_weights_and_schedule(tmp_path):
     unet, _ = model(8, 1, model="tiny")
     stored = AlphaDDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=200)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from ..support.errors import ConfigError
 from ..support.option_sets import OptionSet
-from ..support.options import FINITE, OptionGroup, at_least, one_of, option
+from ..support.options import FINITE, SEED, OptionGroup, at_least, one_of, option
 
 SCHEDULERS = {  # diffusers' classes by the names of the samplers; "ddpm" is ours
     "ddpm": "AlphaDDPMScheduler",
@@ -28,7 +28,7 @@ class SamplingOptions(OptionGroup):
     num_inference_steps: int | None = option(None, "Reverse steps per image. By default the full chain.", at_least(1))
     guidance_scale: float = option(1.0, "Guidance scale of a conditional model; 1 is none.", FINITE)
     batch_size: int = option(64, "Images per network call of a process.", at_least(1))
-    seed: int = option(0, "Seed of everything random. Image i depends on the seed and i alone.", at_least(0))
+    seed: int = option(0, "Seed of everything random. Image i depends on the seed and i alone.", SEED)
     num_cpu_threads: int | None = option(None, "CPU threads per process.", at_least(1))
 
 

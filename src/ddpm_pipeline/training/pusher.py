@@ -11,13 +11,15 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import HFValidationError, LocalTokenNotFoundError, validate_repo_id
 
 from ..hub import PushOptions, push
-from ..hub.upload import ATTEMPTS
+from ..hub.upload import ATTEMPTS, push_command
 from ..support.errors import ConfigError, PushError
 from ..support.exceptions import describe_exception
 from .options import HubOptions
+from .stop import StopRequest, in_background
 
 logger = logging.getLogger(__name__)
 
+NEVER = StopRequest(None, 0.0)  # no request to stop
 SNAPSHOT = ".push"  # the folder, in the output folder, that a push during training reads
 
 
@@ -85,16 +87,27 @@ class Pusher:
         if previews := sorted((self.folder / "samples").glob("step-*.png")):
             shutil.copyfile(previews[-1], snapshot / "samples.png")
         write_snapshot(snapshot)
-        self._under_way = self.api.run_as_future(self._push, snapshot, f"Training in progress, step {step}", 3)
+        self._under_way = in_background(self._push, snapshot, f"Training in progress, step {step}", 3)
         return True
 
-    def finish(self) -> str:
+    def abandon(self, stop: StopRequest = NEVER) -> None:
+        """Wait for the push under way, and give it up if the run was asked to stop and it does not end soon."""
+        if self._under_way is not None and not stop.waits_for(self._under_way):
+            logger.warning("the push under way is given up; to repeat it:\n  %s", self._command(self.folder / SNAPSHOT))
+
+    def finish(self, stop: StopRequest = NEVER) -> str:
         """Push the finished folder and return the commit's URL. Raises PushError with the command that pushes it later."""
-        if self._under_way is not None:
-            self._under_way.exception()  # waits
-            self._report()
+        self.abandon(stop)
+        self._report()
         shutil.rmtree(self.folder / SNAPSHOT, ignore_errors=True)
-        return self._push(self.folder, "Training done")
+        last = in_background(self._push, self.folder, "Training done")
+        if not stop.waits_for(last):
+            why = f"the push to {self.repo_id} is given up, since {stop.reason} asked the run to end"
+            raise PushError(f"{why}. {self.folder} is complete; push it later with\n  {self._command(self.folder)}")
+        return last.result()
+
+    def _command(self, folder: Path) -> str:
+        return push_command(folder, self.repo_id, self.private, self.include)
 
     def _push(self, folder: Path, message: str, attempts: int = ATTEMPTS) -> str:
         options = PushOptions(self.private, commit_message=message, include=self.include, attempts=attempts)

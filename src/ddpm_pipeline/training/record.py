@@ -45,7 +45,7 @@ def model_card(run: "Run", target: Path, done: int) -> ModelCard:
 def training_facts(run: "Run", done: int) -> dict[str, Any]:
     """What the model card says of the training."""
     options, optimisation, device = run.options, run.options.optimisation, run.accelerator.device.type
-    schedule = f"{optimisation.lr_scheduler}, {optimisation.lr_warmup_steps} warm-up updates"
+    schedule = f"{optimisation.lr_scheduler}, {optimisation.warmup_steps} warm-up updates"
     time_of = "time" if run.first == 0 else f"time since resuming at update {run.first}"
     return {
         "parameters": f"{run.state.num_parameters / 1e6:.2f} M",
