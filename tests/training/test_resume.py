@@ -312,7 +312,9 @@ def test_a_fine_tune_starts_from_a_checkpoint(runs, tmp_path):
     options, folder = runs("class", tmp_path)
     checkpoint = folder / "checkpoints/step-00000004"
     picture(9, Path(options["dataset"]) / "bee/9.png")
-    base = {name: value for name, value in options.items() if name not in ("model", "num_train_timesteps", "beta_end", "resume")}
+    base = {
+        name: value for name, value in options.items() if name not in ("model", "num_train_timesteps", "beta_end", "resume")
+    }
     still = base | {"learning_rate": 1e-12, "ema_decay": 0.0, "max_train_steps": 1, "output_dir": str(tmp_path / "tuned")}
     tuned = train(TrainingOptions(**still, init_from=str(checkpoint)))
     before, after = pipeline_of(checkpoint), AlphaDDPMPipeline.from_pretrained(tuned)

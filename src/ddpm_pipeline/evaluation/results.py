@@ -2,14 +2,13 @@
 
 import glob
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..data.bundled import BUNDLED
+from ..data.folders import split_word
 from ..data.options import DataOptions
-from ..data.sources import SPLIT_NAMES
 from ..hub.card import CARD, card_of_folder, read_card, record_evaluation, refresh_card
 from ..support.atomic import temporary_beside, write_text
 from ..support.errors import ConfigError
@@ -40,9 +39,8 @@ def split_name(data: DataOptions) -> str | None:
     """The split, as results name it; None for local files without splits, all of which the default stands for."""
     path = Path(data.dataset).expanduser()
     local = data.dataset not in BUNDLED and (path.exists() or glob.has_magic(data.dataset))
-    entries = path.iterdir() if path.is_dir() else ()
-    words = {word.lower() for entry in entries for word in re.split(r"[-._\s\d]+", entry.stem)}
-    return data.split if data.split != "train" or not local or words & SPLIT_NAMES.keys() else None
+    with_splits = path.is_dir() and any(split_word(entry.stem)[0] for entry in path.iterdir())
+    return data.split if data.split != "train" or not local or with_splits else None
 
 
 def check_destinations(options: EvaluationOptions) -> None:
