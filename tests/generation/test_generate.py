@@ -15,7 +15,7 @@ from PIL import Image
 
 import text_models
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, describe_conditions
-from ddpm_pipeline.generation import GenerationOptions, generate
+from ddpm_pipeline.generation import GenerationOptions, generate, sample_uint8
 from ddpm_pipeline.generation.options import SCHEDULERS, OutputOptions
 from ddpm_pipeline.generation.pipelines import load_pipeline, scheduler_for
 from ddpm_pipeline.support.draws import RandomStream, seeds
@@ -152,6 +152,24 @@ def test_killed_at_any_operation_and_resumed_the_folder_has_the_same_bytes(optio
         if not killed:
             break
     assert operation > 12
+
+
+def test_a_folder_that_is_renamed_during_the_run_ends_it(options, expected, monkeypatch):
+    folder, sampled = Path(options.output.output_dir), []
+
+    def rename_after_one(*arguments, **how):
+        if sampled:
+            folder.rename(folder.with_name("renamed"))
+        sampled.append(1)
+        return sample_uint8(*arguments, **how)
+
+    monkeypatch.setattr("ddpm_pipeline.generation.run.sample_uint8", rename_after_one)
+    with pytest.raises(ConfigError, match="removed or renamed"):
+        generate(options.with_values(batch_size=4))
+    assert not folder.exists()
+    folder.with_name("renamed").rename(folder)
+    monkeypatch.undo()
+    assert files(generate(options.with_values(batch_size=4))) == expected
 
 
 def test_every_sampler_has_the_configuration_of_the_model_s_own(model):

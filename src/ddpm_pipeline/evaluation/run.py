@@ -54,7 +54,9 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     }
     if options.likelihood.num_likelihood_images:
         results["bits_per_dim"] = found = _bits_per_dim(subject, options, accelerator)
-        _tell(f"{found['total']:.4f} bits/dim of {found['num_images']} images", accelerator)  # whatever becomes of the samples
+        error = f" ± {found['total_standard_error']:.2g}" if "total_standard_error" in found else ""
+        # whatever becomes of the samples
+        _tell(f"{found['total']:.4f}{error} bits/dim, of {found['num_images']} images", accelerator)
     if subject.reference is not None:
         results["quality"] = _quality(subject, options, accelerator)
     results |= {

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ..support.atomic import atomic_file, write_text, writer_of
+from ..support.errors import ConfigError
 from ..support.exceptions import describe_exception
 
 SETTINGS_FILE = "generation.json"
@@ -34,6 +35,12 @@ def prepare(folder: Path, count: int, settings: dict[str, Any]) -> list[int] | s
         return _missing(folder, count)
     except OSError as error:
         return f"--output_dir {folder} cannot be used: {error}"
+
+
+def check_still_there(folder: Path) -> None:
+    """Raises ConfigError if the folder was removed or renamed meanwhile: writing on would make a part look like the whole."""
+    if not (folder / SETTINGS_FILE).is_file():
+        raise ConfigError(f"--output_dir {folder} was removed or renamed during the run; bring it back and repeat the command.")
 
 
 def _difference(folder: Path, settings: dict[str, Any]) -> str | None:

@@ -20,7 +20,7 @@ from ..support.exceptions import describe_exception
 from ..support.pictures import save_picture
 from ..support.provenance import weights_digest
 from .drawing import UNCONDITIONAL, Request, sample_uint8, step_bar
-from .folder import image_path, prepare, to_parquet
+from .folder import check_still_there, image_path, prepare, to_parquet
 from .options import GenerationOptions
 from .pipelines import Pipeline, condition_of, default_steps, load_pipeline, scheduler_for
 
@@ -53,6 +53,7 @@ def generate(options: GenerationOptions) -> Path:
     with step_bar(pipe, len(mine), steps, bool(missing) and accelerator.is_main_process) as shown:
         for batch in mine:
             images = sample_uint8(pipe, batch, sampling.seed, steps, request, **shown)
+            check_still_there(folder)
             for number, image in zip(batch, images, strict=True):
                 if number in missing:
                     save_picture(array_to_image(image.permute(1, 2, 0).numpy()), image_path(folder, number))
