@@ -55,18 +55,11 @@ def sample(
 
 
 def sample_in_batches(
-    pipe: Any,
-    count: int,
-    batch_size: int,
-    seed: int,
-    num_inference_steps: int | None,
-    request: Request = UNCONDITIONAL,
-    progress: bool = False,
+    pipe: Any, count: int, batch_size: int, seed: int, num_inference_steps: int | None, request: Request = UNCONDITIONAL
 ) -> torch.Tensor:
     """Images 0..count-1 in [0, 1], [count, C, H, W] on the CPU."""
     batches = [range(count)[start : start + batch_size] for start in range(0, count, batch_size)]
-    with step_bar(pipe, len(batches), num_inference_steps, progress) as shown:
-        return torch.cat([sample(pipe, batch, seed, num_inference_steps, request, **shown).images.cpu() for batch in batches])
+    return torch.cat([sample(pipe, batch, seed, num_inference_steps, request).images.cpu() for batch in batches])
 
 
 @contextlib.contextmanager
