@@ -434,7 +434,11 @@ def test_conditional_models_are_evaluated_under_the_conditions_of_the_data(cache
     places, noise_seeds = image_indices(SEED, len(data), 0, 5), seeds(SEED, RandomStream.NOISE, 0, 5)
     values = asked(places)
     assert len(set(values)) > 2
-    inputs = {"class_labels": torch.tensor(values)} if kind == "class" else {"encoder_hidden_states": pipe.encode(values)}
+    if kind == "class":
+        inputs = {"class_labels": torch.tensor(values)}
+    else:
+        tokens = pipe.tokenizer(values, padding="max_length", max_length=77, return_tensors="pt")
+        inputs = {"encoder_hidden_states": pipe.text_encoder(tokens.input_ids, tokens.attention_mask)[0].detach()}
     found = likelihood_of(pipe.unet, pipe.scheduler, data.pixels(places), noise_seeds, model_kwargs=inputs, progress=False)
     assert results["bits_per_dim"]["total"] == pytest.approx(found.total.mean().item(), rel=1e-6)
 

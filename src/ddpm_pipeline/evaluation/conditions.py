@@ -8,6 +8,7 @@ import torch
 from ..data import ConditionColumns, ImageData
 from ..generation.drawing import UNCONDITIONAL, Request
 from ..generation.pipelines import Pipeline, condition_of
+from ..pipeline_alpha_ddpm_text import tokenize
 from ..support.draws import image_indices
 from ..support.errors import ConfigError
 from .options import ConditionOptions
@@ -50,13 +51,16 @@ class DataConditions:
             self.template.replace(NAME, names[label]) for label in self.data.column(self.data.label_column, indices).tolist()
         ]
 
+    @torch.no_grad()
     def inputs(self, indices: Sequence[int]) -> Mapping[str, torch.Tensor]:
         """The same as arguments of the UNet, tensors [B, ...]."""
         if self.kind == "none":
             return {}
         if self.kind == "class":
             return {"class_labels": torch.tensor(self.of(indices))}
-        return {"encoder_hidden_states": self.pipe.encode(self.of(indices))}
+        tokens = tokenize(self.pipe.tokenizer, self.of(indices))
+        states = self.pipe.text_encoder(**{name: ids.to(self.pipe.device) for name, ids in tokens.items()})[0]
+        return {"encoder_hidden_states": states.to(self.pipe.unet.dtype)}
 
     def request(self, count: int, seed: int, guidance_scale: float) -> Request:
         """A request for images with the conditions of the data, each as often as there, in a random order."""
