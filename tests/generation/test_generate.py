@@ -154,6 +154,18 @@ def test_killed_at_any_operation_and_resumed_the_folder_has_the_same_bytes(optio
     assert operation > 12
 
 
+def test_a_run_that_ended_before_its_first_image_takes_nothing(options, expected, monkeypatch):
+    def fail(*_, **__):
+        raise ConfigError("it cannot sample")
+
+    monkeypatch.setattr("ddpm_pipeline.generation.run.sample_uint8", fail)
+    for other in ({"num_inference_steps": 3}, {"seed": 99}):
+        with pytest.raises(ConfigError, match="it cannot sample"):
+            generate(options.with_values(**other))
+    monkeypatch.undo()
+    assert files(generate(options)) == expected
+
+
 def test_a_folder_that_is_renamed_during_the_run_ends_it(options, expected, monkeypatch):
     folder, sampled = Path(options.output.output_dir), []
 
@@ -267,6 +279,13 @@ def test_requests_that_do_not_fit_the_model_are_refused(options, model, class_mo
     folder = {"none": str(model), "class": class_model, "text": text_model}[kind]
     with pytest.raises(ConfigError, match=message):
         generate(options.with_values(model=folder, **asked))
+    assert not Path(options.output.output_dir).exists()
+
+
+@pytest.mark.parametrize("asked", [{"num_inference_steps": 13}, {"num_inference_steps": 13, "scheduler": "ddim"}])
+def test_steps_that_the_sampler_cannot_take_are_refused_at_once(options, asked):
+    with pytest.raises(ConfigError, match="--num_inference_steps 13"):
+        generate(options.with_values(**asked))
     assert not Path(options.output.output_dir).exists()
 
 

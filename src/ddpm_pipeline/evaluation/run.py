@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..data import ImageData, load_images, open_stream
 from ..data.skipped import SHOWN, describe
 from ..generation.drawing import sample_uint8, step_bar
-from ..generation.pipelines import Pipeline, condition_of, default_steps, load_pipeline, scheduler_for
+from ..generation.pipelines import Pipeline, condition_of, load_pipeline, scheduler_for, steps_of
 from ..support.draws import RandomStream, image_indices, seeds
 from ..support.errors import ConfigError
 from ..support.provenance import provenance
@@ -90,6 +90,8 @@ def _open(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelerator) 
     sampler, quality = scheduler_for(pipe, options.sampling.scheduler), options.quality
     if options.sampling.guidance_scale != 1 and condition_of(pipe) == "none":
         raise ConfigError(f"--guidance_scale {options.sampling.guidance_scale} needs a conditional model; drop it.")
+    if quality.num_images:
+        steps_of(sampler, options.sampling.num_inference_steps)
     extractor = _extractor(options, accelerator)
     with accelerator.main_process_first():
         data = _open_images(options, pipe, accelerator)
@@ -177,7 +179,7 @@ def _bits_per_dim(subject: Subject, options: EvaluationOptions, accelerator: Acc
 def _quality(subject: Subject, options: EvaluationOptions, accelerator: Accelerator) -> dict[str, Any]:
     """FID, KID, precision and recall of samples, compared with all of the data."""
     pipe, sampling, count = subject.pipe, options.sampling, options.quality.num_images
-    steps, main = default_steps(pipe, sampling.num_inference_steps), accelerator.is_main_process
+    steps, main = steps_of(subject.sampler, sampling.num_inference_steps), accelerator.is_main_process
     pipe.scheduler = subject.sampler
     request = subject.conditions.request(count, sampling.seed, sampling.guidance_scale)
     quality = ImageQuality(subject.extractor, seed=sampling.seed).to(accelerator.device)

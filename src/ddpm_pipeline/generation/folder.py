@@ -24,13 +24,15 @@ ROWS_AT_ONCE = 1000  # images of the parquet file in memory
 def prepare(folder: Path, count: int, settings: dict[str, Any]) -> list[int] | str:
     """The numbers of the images 0..count-1 that the folder lacks, or what is wrong with the folder."""
     try:
-        if (folder / SETTINGS_FILE).is_file():
-            if problem := _difference(folder, settings):
-                return problem
-        elif folder.exists() and (not folder.is_dir() or any(writer_of(path) is None for path in folder.iterdir())):
-            return f"--output_dir {folder} holds something that this command did not write; name a new folder."
-        else:
+        if folder.exists() and not folder.is_dir():
+            return f"--output_dir {folder} is a file; name a new folder."
+        found = {path.name for path in folder.iterdir() if writer_of(path) is None} if folder.exists() else set()
+        if found <= {SETTINGS_FILE}:  # also of a run that ended before its first image
             write_text(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+        elif SETTINGS_FILE not in found:
+            return f"--output_dir {folder} holds something that this command did not write; name a new folder."
+        elif problem := _difference(folder, settings):
+            return problem
         _remove_leftovers(folder)
         return _missing(folder, count)
     except OSError as error:

@@ -56,5 +56,11 @@ def scheduler_for(pipe: Pipeline, name: str) -> Any:
     return scheduler_class.from_config(pipe.scheduler.config)
 
 
-def default_steps(pipe: Pipeline, num_inference_steps: int | None) -> int:
-    return num_inference_steps or pipe.scheduler.config.num_train_timesteps
+def steps_of(scheduler: Any, num_inference_steps: int | None) -> int:
+    """The number of steps; by default the full chain. Raises ConfigError if the sampler cannot take that many."""
+    steps = num_inference_steps or scheduler.config.num_train_timesteps
+    try:
+        type(scheduler).from_config(scheduler.config).set_timesteps(steps)
+    except Exception as error:  # samplers raise many types
+        raise ConfigError(f"--num_inference_steps {steps}: {describe_exception(error)}") from error
+    return steps

@@ -22,7 +22,7 @@ from ..support.provenance import weights_digest
 from .drawing import UNCONDITIONAL, Request, sample_uint8, step_bar
 from .folder import check_still_there, image_path, prepare, to_parquet
 from .options import GenerationOptions
-from .pipelines import Pipeline, condition_of, default_steps, load_pipeline, scheduler_for
+from .pipelines import Pipeline, condition_of, load_pipeline, scheduler_for, steps_of
 
 
 def generate(options: GenerationOptions) -> Path:
@@ -35,7 +35,7 @@ def generate(options: GenerationOptions) -> Path:
         torch.set_num_threads(sampling.num_cpu_threads)
     pipe = load_pipeline(sampling.model).to(accelerator.device)
     pipe.scheduler = scheduler_for(pipe, sampling.scheduler)
-    steps, request = default_steps(pipe, sampling.num_inference_steps), request_of(pipe, options)
+    steps, request = steps_of(pipe.scheduler, sampling.num_inference_steps), request_of(pipe, options)
     if pipe.unet.config.in_channels not in PIL_MODES:
         raise ConfigError(
             f"--model {sampling.model} samples {pipe.unet.config.in_channels} channels; PNG files hold 1, 3 or 4."
