@@ -90,8 +90,9 @@ def _open(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelerator) 
     sampler, quality = scheduler_for(pipe, options.sampling.scheduler), options.quality
     if options.sampling.guidance_scale != 1 and condition_of(pipe) == "none":
         raise ConfigError(f"--guidance_scale {options.sampling.guidance_scale} needs a conditional model; drop it.")
-    if quality.num_images:
+    if quality.num_images:  # for their errors
         steps_of(sampler, options.sampling.num_inference_steps)
+        my_batches(quality.num_images, options.sampling.batch_size, accelerator)
     extractor = _extractor(options, accelerator)
     with accelerator.main_process_first():
         data = _open_images(options, pipe, accelerator)
@@ -99,7 +100,6 @@ def _open(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelerator) 
     if data.skipped:
         first = "; ".join(map(describe, data.skipped[:SHOWN]))
         _tell(f"warning: {len(data.skipped)} rows cannot be used and are skipped: {first}", accelerator)
-    my_batches(quality.num_images or accelerator.num_processes, options.sampling.batch_size, accelerator)  # for its errors
     reference = None
     if extractor is not None:
         extractor = extractor.to(accelerator.device)
