@@ -38,8 +38,7 @@ from torch import Tensor
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # grey beyond 8 bits; PIL's own conversion clips them
 
-# What PIL knows by name but gives no pixels of: stubs for formats of other libraries, and pages, for which it would run another
-# program.
+# PIL gives no pixels of these: stubs for formats of other libraries, and pages, for which it would run another program
 NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PALM", "PDF", "WMF"})
 
 DIMMEST = 32  # largest value that floats of 0..255 have at least; below, they may be floats of 0..1 that overshoot, or HDR
@@ -156,7 +155,7 @@ def read_image(image: Image.Image) -> Pixels:
 
 
 def read_array(values: np.ndarray) -> Pixels:
-    """The pixels of an array [..., H, W, C] by its type, and by its values where the type does not tell. Raises BadImage."""
+    """The pixels of an array [..., H, W, C], by its type and, where that does not tell, by its values. Raises BadImage."""
     if values.dtype.kind not in "buif" or np.ma.is_masked(values):
         raise BadImage(f"its type is {values.dtype}, or it is masked; give uint8, uint16, booleans, or floats in [0, 1]")
     if values.size == 0:
@@ -172,7 +171,7 @@ def read_array(values: np.ndarray) -> Pixels:
             kept = values.dtype if values.dtype in (np.float32, np.float64) else np.float32
             return Pixels(values.astype(kept, copy=False), 1 if high <= 1 else 255)
         allowed = f"floats must be in [0, 1] (x / 2 + 0.5 for x in [-1, 1]), or in [0, 255] with at least one from {DIMMEST} on"
-        raise BadImage(f"its values go from {low:.4g} to {high:.4g}; {allowed}")
+        raise BadImage(f"its values go from {low:.7g} to {high:.7g}; {allowed}")
     if not (low >= 0 and high <= 255):
         allowed = "only uint16 goes beyond 0..255, to 65535; convert it, or give floats in [0, 1]"
         raise BadImage(f"its values go from {low} to {high} in {values.dtype}; {allowed}")
@@ -192,7 +191,7 @@ def settled(image: Image.Image) -> Image.Image:
         return _settled_tiff(upright, image.tag_v2)
     if image.format == "PSD" and image.mode == "1":  # a bit that is set is black there
         return ImageChops.invert(upright)
-    if image.format == "PPM" and image.mode == "I":  # scaled by PIL to 16 bits
+    if image.format in ("PNG", "PPM") and image.mode == "I":  # of 16 bits, the latter scaled by PIL
         return Image.fromarray(np.asarray(upright).astype(np.uint16))
     return upright
 
@@ -301,7 +300,7 @@ def _all_pixels(pictures: Images, channels: int | None) -> list[Pixels]:
     if not pictures:
         raise BadImage("the list is empty; give at least one picture")
     found = [_any_pixels(picture, 3) for picture in pictures]
-    if len({pixels.top for pixels in found if pixels.values.dtype.kind == "f"}) > 1:
+    if len({pixels.top for pixels in found if pixels.values.dtype.kind == "f" and pixels.values.any()}) > 1:
         raise BadImage("some pictures hold floats in [0, 1] and others in [0, 255]")
     return found
 
@@ -313,10 +312,8 @@ def _any_pixels(picture: Picture, most: int) -> Pixels:
     if not isinstance(picture, np.ndarray | Tensor):
         raise BadImage(f"it is a {type(picture).__name__}; give PIL images, an array or a tensor")
     if not 2 <= picture.ndim <= most:
-        allowed = (
-            "an array is [N, H, W, C], [H, W, C] or [H, W], a tensor [N, C, H, W], [C, H, W] or [H, W], without N in a list"
-        )
-        raise BadImage(f"its shape is {tuple(picture.shape)}; {allowed}")
+        allowed = "an array is [N, H, W, C], [H, W, C] or [H, W], a tensor [N, C, H, W], [C, H, W] or [H, W]"
+        raise BadImage(f"its shape is {tuple(picture.shape)}; {allowed}; in a list, without N")
     if isinstance(picture, Tensor):
         values = _array_of(picture)
         return read_array(values[..., None] if values.ndim == 2 else np.moveaxis(values, -3, -1))

@@ -117,6 +117,8 @@ def test_batches_keep_their_order(pipe):
     for given in (values, tensor, list(values), tuple(tensor), [array_to_image(one) for one in values]):
         images = pipe(3, image=given, strength=0.0, num_inference_steps=1, output_type="np").images
         assert np.array_equal(np.rint(images * 255), values)
+    black_and_other = [np.zeros((SIDE, SIDE)), values[0].astype(np.float32)]  # 0 is black in any range
+    assert np.array_equal(read_pictures(black_and_other, "image").mul(255).round()[1, 0], values[0, ..., 0])
 
 
 @pytest.mark.parametrize("channels", [2, 5])
