@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,16 @@ from .stop import StopRequest
 from .telemetry import logging_to
 
 
+@contextlib.contextmanager
+def forgotten_accelerator() -> Iterator[None]:
+    """Afterwards the next run of this process may choose another precision, however this one ended."""
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state()
+
+
+@forgotten_accelerator()
 def train(options: TrainingOptions) -> Path:
     """Train as the options say, and return the folder with the model.
 
@@ -185,4 +195,3 @@ def close(run: Run) -> None:
     run.state.model = None
     run.accelerator.free_memory()
     run.accelerator.end_training()
-    AcceleratorState._reset_state()  # so that the next run of this process may choose another precision

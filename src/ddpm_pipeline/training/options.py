@@ -74,7 +74,8 @@ class ModelOptions(OptionGroup):
     model: str = option("auto", "UNet: a preset (tiny, 32, 64, 128, 256), 'auto' (by resolution), or a config file.")
     dropout: float | None = option(None, "Dropout in the UNet. By default the preset's own.", BELOW_ONE)
     init_from: str | None = option(
-        None, "Hub repository or folder of a DDPM pipeline to fine-tune (weights and schedule).", on_resume="tell")
+        None, "Hub repository or folder of a DDPM pipeline, or a run's checkpoint, to fine-tune (weights and schedule).",
+        on_resume="tell")
 
 
 @dataclass(frozen=True)
