@@ -238,6 +238,19 @@ def test_rows_of_local_data_reach_no_further_than_their_folder(load, tmp_path, s
     assert asked
 
 
+def test_rows_that_name_no_ordinary_file_of_the_folder_are_skipped(load, tmp_path):
+    source = table_of(
+        "parquet", tmp_path / "x", ["in.png", "pipe", "zero", "sub", "nul\0l", "", "zip://a::in.png", "missing.png"]
+    )
+    os.mkfifo(tmp_path / "x" / "pipe")
+    os.symlink("/dev/zero", tmp_path / "x" / "zero")
+    (tmp_path / "x" / "sub").mkdir()
+    options = {"resolution": 8, "channels": 3, "max_bad_fraction": 0.95}
+    assert_holds(load(source, **options), 0)
+    assert len(stream_of(source, **options).first(9)) == 1
+    assert files.content_of([("x", str(tmp_path / "x" / name)) for name in ("pipe", "zero", "sub", "missing.png")])
+
+
 def test_what_never_ends_is_cut(tmp_path, monkeypatch, service):
     monkeypatch.setattr(files, "MAX_REMOTE_BYTES", 100)
     for path in (service[0], "/dev/zero", "file:///dev/zero"):

@@ -67,7 +67,7 @@ def test_the_datas_own_channels(load, tmp_path):
     ("option", "value"), [("resolution", 0), ("resolution", "8"), ("channels", 2), ("preprocessing_num_workers", -1)]
 )
 def test_impossible_options(option, value):
-    with pytest.raises(ConfigError, match=f"--{option} {value}"):
+    with pytest.raises(ConfigError, match=f"--{option} {value!r}"):
         DataOptions(**{option: value})
 
 

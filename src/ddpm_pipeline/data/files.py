@@ -74,6 +74,8 @@ def list_files(root: Path, leave_out: Callable[[str, str], None]) -> list[File]:
             name = "/".join([*names, entry.name])
             if entry.name.startswith(".") or entry.name in HIDDEN:
                 leave_out("hidden", name)
+            elif not _is_text(entry.name):
+                leave_out("name that is no text", ascii(name))
             elif entry.is_dir():
                 links.append((entry.path, names, name)) if entry.is_symlink() else enter(entry.path, (*names, entry.name))
             elif entry.is_file():
@@ -90,6 +92,13 @@ def list_files(root: Path, leave_out: Callable[[str, str], None]) -> list[File]:
         else:
             enter(path, (*names, os.path.basename(path)))
     return sorted(files, key=lambda file: file.name)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name is more than bytes that no encoding explains: tables cannot hold such."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return bool(name.encode())
+    return False
 
 
 def _entries(folder: str) -> list[os.DirEntry]:
@@ -114,11 +123,12 @@ def list_archive(archive: File, folders: tuple[str, ...], leave_out: Callable[[s
         ) from error
     for member in members:
         inside = PurePosixPath(member)
-        name = f"{archive.name}/{member}"
-        if any(part.startswith(".") or part in HIDDEN for part in inside.parts if part != "."):
+        parts = [part for part in inside.parts if part not in ("/", "..")]  # nothing is unpacked, so that none leads out
+        name = "/".join([archive.name, *parts])
+        if any(part.startswith(".") or part in HIDDEN for part in parts):
             leave_out("hidden", name)
         else:
-            files.append(File(name, f"{scheme}://{member}::{archive.path}", (*folders, *inside.parts[:-1])))
+            files.append(File(name, f"{scheme}://{member}::{archive.path}", (*folders, *parts[:-1])))
     return sorted(files, key=lambda file: file.name)
 
 
@@ -254,7 +264,7 @@ def stamps(paths: Iterable[str | None]) -> Iterator[tuple[int, ...] | None]:
         if path not in known:
             try:
                 known[path] = _stamp(os.stat(path))
-            except OSError:
+            except (OSError, ValueError):  # a name that no file can have
                 known[path] = None
         yield known[path]
 
@@ -271,12 +281,10 @@ def content_of(files: Iterable[tuple[str, str]]) -> str:
 def _sample(file: tuple[str, str]) -> bytes:
     name, path = file
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape") + b"\0", digest_size=16)
-    try:
+    if os.path.isfile(path):
         with open(path, "rb") as opened:
             size = os.fstat(opened.fileno()).st_size
             digest.update(b"%d\0" % size + opened.read(SAMPLE_BYTES))
             opened.seek(max(opened.tell(), size - SAMPLE_BYTES))
             digest.update(opened.read(SAMPLE_BYTES))
-    except FileNotFoundError:
-        digest.update(b"missing")
     return digest.digest()

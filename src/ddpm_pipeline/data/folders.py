@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,7 +24,7 @@ from PIL import Image
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
 from .columns import image_columns
-from .files import ARCHIVES, PACKED, File, list_archive, list_files, read_bytes
+from .files import ARCHIVES, PACKED, File, in_archive, list_archive, list_files, read_bytes
 from .images import image_extensions
 
 SPLIT_NAMES = {
@@ -32,11 +32,19 @@ SPLIT_NAMES = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }  # words in the names of folders and files -> the split; the same words as in the `datasets` library
-IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages")  # hold the images; masks and annotations lie beside them
+IMAGE_FOLDERS = (
+    "images",
+    "image",
+    "imgs",
+    "img",
+    "jpegimages",
+    "leftimg8bit",
+)  # hold the images; masks and annotations lie beside them
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 CAPTIONS = (".txt", ".caption")
 TABLES = (".parquet", ".arrow")
 MAX_TEXT_BYTES = 2**20  # of a file of captions beside an image
+MAX_LIST_BYTES = 2**28  # of a file that lists the images of a split
 BOXES = re.compile(r"\d+(\s+[-+.\deE]+){4,}\s*")  # a line of YOLO's annotations: a class, and coordinates
 DOMAINS = ("A", "B")  # of unpaired data: trainA, trainB, testA, testB
 SHOWN = 3  # names in a message
@@ -59,10 +67,7 @@ class Account:
         self.names[reason].append(name)
 
     def __str__(self) -> str:
-        def shown(names: list[str]) -> str:
-            return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-
-        return "; ".join(f"{reason}: {len(names)} ({shown(names)})" for reason, names in sorted(self.names.items()))
+        return "; ".join(f"{reason}: {len(names)} ({_some(names)})" for reason, names in sorted(self.names.items()))
 
 
 @dataclass
@@ -95,7 +100,7 @@ class Contents:
 def _is_image(file: File) -> bool:
     """Whether a file without a suffix begins like an image."""
     try:
-        with Image.open(io.BytesIO(read_bytes(file.path))) as image:
+        with Image.open(io.BytesIO(read_bytes(file.path)) if in_archive(file.path) else file.path) as image:
             return image.format is not None
     except Exception:  # PIL's plugins raise almost every type there is
         return False
@@ -112,48 +117,62 @@ class Folder:
 
 
 def read_folder(path: Path) -> Folder:
-    """Decides what a folder, or an archive of images, is, and reads what describes the images. The path must be absolute.
+    """Decides what a folder is, and reads what describes its images. The path must be absolute.
 
     Raises DataError for a folder without images, and for files that describe images and cannot be read.
     """
     account = Account()
-    if path.is_dir():
-        contents = Contents.of(list_files(path, account.add))
-    else:
-        contents = Contents(archives=[File(path.name, str(path), ())])
+    return _read(Contents.of(list_files(path, account.add)), path, account)
+
+
+def read_archives(path: Path, archives: list[File]) -> Folder:
+    """The same for archives, as if each were a folder."""
+    return _read(Contents(archives=archives), path, Account())
+
+
+def _read(contents: Contents, path: Path, account: Account) -> Folder:
     kind, contents = _most(contents, path, account)
     if kind == "tables":
         return Folder(account, tables=contents.tables)
     splits, words = _dataset_splits(contents, path, account)
-    return Folder(account, splits, kind=f"{kind}, {words}" if words else kind)
+    return Folder(account, splits, kind=f"{kind} {words}" if words else kind)
 
 
 def _most(contents: Contents, path: Path, account: Account) -> tuple[str, Contents]:
     """The kind of file that holds most images: pictures, archives of pictures, or tables. Accounts for the others."""
     if not contents.pictures:
         contents.tables += [file for file in contents.metadata if file.suffix in TABLES]
-    packed = [file for file in contents.archives if file.suffix in PACKED]
-    inside = _unpacked([file for file in contents.archives if file not in packed], account)
-    found = {"images": len(contents.pictures), "archives of images": len(inside.pictures), "tables": 0}
-    with_images = [file for file in contents.tables if _rows(file)]
-    if with_images and any(found.values()):
-        found["tables"] = sum(map(_rows, with_images))
-    elif contents.tables and not any(found.values()):
-        found["tables"] = 1
+    rows = {file: _rows(file) for file in contents.tables}
+    tables = [file for file in contents.tables if rows[file] is not None]
+    archives, hidden = [file for file in contents.archives if file.suffix in ARCHIVES], Account()
+    try:
+        inside = _unpacked(archives, hidden)
+    except DataError:
+        if not (contents.pictures or tables):
+            raise
+        inside = Contents()
+    found = {
+        "images": len(contents.pictures), "archives of images": len(inside.pictures),
+        "tables": sum(rows[file] for file in tables),
+    }  # fmt: skip
     if not any(found.values()):
-        _nothing(contents, packed, path)
+        if contents.tables:
+            return "tables", contents  # whose columns will be named
+        _nothing([contents, inside], path, account)
     kind = max(found, key=found.get)
-    if kind == "images":
+    if kind != "images":
+        _leave_out(account, "image beside what holds more", contents.pictures)
+        _leave_out(account, "other file", contents.others)
+    if kind != "tables":
+        _leave_out(account, "table", [*contents.tables, *inside.tables])
+    if kind != "archives of images":
         _leave_out(account, "archive", contents.archives)
-        _leave_out(account, "table", contents.tables)
-        return kind, contents
-    _leave_out(account, "archive", packed)
-    _leave_out(account, "image beside what holds more", contents.pictures)
-    _leave_out(account, "other file", contents.others)
-    if kind == "tables":
-        _leave_out(account, "archive", [file for file in contents.archives if file not in packed])
-        return kind, contents
-    _leave_out(account, "table", [*contents.tables, *contents.metadata])
+        tables_left = [file for file in contents.tables if file not in tables] if kind == "tables" else []
+        _leave_out(account, "table without images", tables_left)
+        return kind, replace(contents, tables=tables)
+    _leave_out(account, "archive", [*inside.archives, *(file for file in contents.archives if file not in archives)])
+    _leave_out(account, "metadata beside archives", contents.metadata)
+    account.names.update(hidden.names)
     return kind, inside
 
 
@@ -162,31 +181,33 @@ def _leave_out(account: Account, reason: str, files: Iterable[File]) -> None:
         account.add(reason, file.name)
 
 
-def _rows(table: File) -> int:
-    """How many images a table has; 0 if it has no column of images or cannot be read."""
+def _rows(table: File) -> int | None:
+    """How many images a table has; None if it has no column of images."""
     try:
         if table.suffix == ".arrow":
             dataset = Dataset.from_file(table.path)
-            return len(dataset) if image_columns(dataset.features) else 0
+            return len(dataset) if image_columns(dataset.features) else None
         schema = pq.read_schema(table.path)
-        return pq.read_metadata(table.path).num_rows if image_columns(Features.from_arrow_schema(schema)) else 0
+        return pq.read_metadata(table.path).num_rows if image_columns(Features.from_arrow_schema(schema)) else None
     except Exception:  # pyarrow's and the library's, on files that are no tables
-        return 0
+        return None
 
 
-def _nothing(contents: Contents, packed: list[File], path: Path) -> None:
-    found = Counter(file.suffix or "no suffix" for file in [*contents.others, *contents.metadata, *contents.archives])
+def _nothing(contents: list[Contents], path: Path, account: Account) -> None:
+    files = [file for each in contents for file in (*each.others, *each.metadata, *each.archives, *each.tables)]
+    found = Counter(file.suffix or "no ending" for file in files)
     holds = "It holds " + ", ".join(f"{count} x {ending}" for ending, count in found.most_common(6)) if found else "It is empty"
-    fix = " Unpack the archives (compressed ones cannot be read in any order) and give the folder." if packed else ""
+    left_out = f" but for {account}" if account.names else ""
+    packed = any(each.archives for each in contents)
+    fix = " Unpack the archives (compressed ones cannot be read in any order) and name the folder." if packed else ""
     raise DataError(
-        f"The folder {str(path)!r} holds no images (.png, .jpg, .jpeg, .webp, .avif, .gif, .bmp, .tif, ...; sub-folders and "
-        f"zip and tar archives are searched too) and no parquet files, and was not written by Dataset.save_to_disk. "
-        f"{holds}.{fix}"
+        f"{str(path)!r} holds no images (.png, .jpg, .jpeg, .webp, .avif, .gif, .bmp, .tif, ...; sub-folders and zip and tar "
+        f"archives are searched too) and no parquet files, and was not written by Dataset.save_to_disk. {holds}{left_out}.{fix}"
     )
 
 
 def _unpacked(archives: list[File], account: Account) -> Contents:
-    """The files in all of them. An archive's name is a folder if it says a split or class, and is none if it is a number."""
+    """The files in all of them. An archive's name is a folder if it says a split or class, and is none if it has a number."""
     files = []
     for archive in archives:
         name = PurePosixPath(archive.name).stem
@@ -295,16 +316,21 @@ def _listed(contents: Contents, files: list[File], account: Account) -> dict[Fil
         name = PurePosixPath(file.name)
         if file.suffix == ".txt" and name.stem in SPLIT_NAMES:
             lists[str(name.parent)].append(file)
-    by_name = {end: file for file in files for end in _ends(file.name)}
+    ends = Counter(end for file in files for end in set(_ends(file.name)))
+    by_name = {end: file for file in files for end in _ends(file.name) if ends[end] == 1}
     found: dict[File, str] = {}
-    for group in lists.values():
-        named = {file: [_ends(line)[-1] for line in _text(file).splitlines() if line.strip()] for file in group}
-        if not all(line in by_name for lines in named.values() for line in lines):
-            continue
-        here = {by_name[line]: SPLIT_NAMES[PurePosixPath(file.name).stem] for file, lines in named.items() for line in lines}
-        found = here if len(here) > len(found) else found
+    used = ""
+    for folder, group in lists.items():
+        here: dict[File | None, str] = {}
+        for listing in group:
+            split = SPLIT_NAMES[PurePosixPath(listing.name).stem]
+            for line in filter(str.strip, (_text(listing, MAX_LIST_BYTES) or "").splitlines()):
+                here[next((by_name[end] for end in reversed(_ends(line)) if end in by_name), None)] = split
+        if None not in here and len(here) > len(found):
+            found, used = here, folder
     if "train" not in found.values():
         return None
+    contents.others = [file for file in contents.others if file not in lists[used]]
     _leave_out(account, "image in no list of a split", (file for file in files if file not in found))
     return found
 
@@ -325,7 +351,7 @@ def _dataset_splits(contents: Contents, path: Path, account: Account) -> tuple[d
     labels, names = _labels(contents, pictures)
     if contents.metadata:
         rows, features = _metadata_rows(contents.metadata, pictures, path, account)
-        words = ", ".join(sorted({PurePosixPath(file.name).name for file in contents.metadata}))
+        words = "with " + ", ".join(sorted({PurePosixPath(file.name).name for file in contents.metadata}))
         used: set[str] = set()
     else:
         rows = [(picture.split, {"image": picture.file.path}) for picture in pictures]
@@ -335,13 +361,13 @@ def _dataset_splits(contents: Contents, path: Path, account: Account) -> tuple[d
             features["text"] = List(Value("string")) if any(isinstance(text, list) for text in texts) else Value("string")
             for (_, row), text in zip(rows, texts, strict=True):
                 row["text"] = text if isinstance(features["text"], Value) or isinstance(text, list | None) else [text]
-        words = "captions beside them" if texts else ""
+        words = "with captions beside them" if texts else ""
     _leave_out(account, "other file", (file for file in contents.others if file.name not in used))
     if len(names) > 1 and "label" not in features:
         features["label"] = ClassLabel(names=names)
         for _, row in rows:
             row["label"] = labels.get(row["image"]) if "image" in row else None
-        words = ", ".join(filter(None, [f"{len(names)} class folders ({_some(names)})", words]))
+        words = f"in {len(names)} classes ({_some(names)}) {words}".strip()
     splits = {split: [row for its, row in rows if its == split] for split in dict.fromkeys(split for split, _ in rows)}
     order = [name for name in ("train", "validation", "test") if name in splits]
     order += sorted(set(splits) - set(order))
@@ -363,7 +389,8 @@ def _labels(contents: Contents, pictures: list[Picture]) -> tuple[dict[str, int]
     names = sorted({found[picture.file.path] for picture in training if picture.folders})
     if len(names) < 2:
         beside = {file.stem: file for file in contents.others if file.suffix == ".cls"}
-        found = {p.file.path: _text(beside[p.file.stem]).strip() for p in pictures if p.file.stem in beside}
+        read = {p.file.path: _text(beside[p.file.stem], MAX_TEXT_BYTES) for p in pictures if p.file.stem in beside}
+        found = {path: text.strip() for path, text in read.items() if text is not None}
         names = sorted(set(found.values()), key=lambda name: (len(name), name) if name.isdigit() else (0, name))
     numbers = {name: number for number, name in enumerate(names)}
     return {path: numbers[name] for path, name in found.items() if name in numbers} if len(names) > 1 else {}, names
@@ -373,20 +400,22 @@ def _captions(contents: Contents, pictures: list[Picture]) -> tuple[list[str | l
     """(captions of the pictures, names of the files they are from): of a.txt beside a.png, whose lines are several captions."""
     stems = {picture.file.stem for picture in pictures}
     files = {file.stem: file for file in contents.others if file.suffix in CAPTIONS and file.stem in stems}
-    lines = {stem: [line.strip() for line in _text(file).splitlines() if line.strip()] for stem, file in files.items()}
-    if not files or any(one and all(BOXES.fullmatch(line) for line in one) for one in lines.values()):
+    contents_of = {stem: _text(file, MAX_TEXT_BYTES) for stem, file in files.items()}
+    lines = {stem: [*filter(None, map(str.strip, text.splitlines()))] for stem, text in contents_of.items() if text is not None}
+    if not lines or any(one and all(BOXES.fullmatch(line) for line in one) for one in lines.values()):
         return [], set()
     texts = {stem: one if len(one) > 1 else "".join(one) for stem, one in lines.items()}
-    return [texts.get(picture.file.stem) for picture in pictures], {file.name for file in files.values()}
+    return [texts.get(picture.file.stem) for picture in pictures], {files[stem].name for stem in lines}
 
 
-def _text(file: File) -> str:
+def _text(file: File, limit: int) -> str | None:
+    """The content of a small UTF-8 file; None of any other."""
     try:
-        return read_bytes(file.path, MAX_TEXT_BYTES).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError, DataError) as error:
-        raise DataError(
-            f"The text file {file.path!r} cannot be read: {describe_exception(error)}. Save it as UTF-8."
-        ) from error
+        return read_bytes(file.path, limit).decode("utf-8-sig")
+    except (UnicodeDecodeError, DataError):
+        return None
+    except OSError as error:
+        raise DataError(f"The file {file.path!r} cannot be read: {describe_exception(error)}.") from error
 
 
 def _metadata_rows(

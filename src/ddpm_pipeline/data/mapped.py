@@ -196,6 +196,7 @@ def load_images(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
     """
     source = load_source(options)
     roles = find_roles(source.dataset.features, options.image_column, columns)
+    source = source.with_classes(roles)
     state = source.state(roles.image)
     threads = options.preprocessing_num_workers or 1
     job = partial(_cached, source, options, roles)

@@ -8,22 +8,23 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import huggingface_hub
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, IterableDataset
-from huggingface_hub import HfApi
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset
+from huggingface_hub import HfApi, metadata_load
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
 from .bundled import BUNDLED
+from .columns import ColumnRoles
 from .files import ARCHIVES, PACKED, File, Reach, content_of, stamps
-from .folders import SPLIT_NAMES, TABLES, Account, read_folder
+from .folders import SPLIT_NAMES, TABLES, Account, Folder, read_archives, read_folder
 from .options import DataOptions
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,17 @@ class Source:
     reach: Reach = Reach()  # noqa: RUF009 (it is frozen)
     files: tuple[str, ...] = ()  # local files that hold the rows
     rows: str = ""  # which rows of these files, or a hash of what is known of the images that the rows name
+
+    def with_classes(self, roles: ColumnRoles) -> "Source":
+        """Without the images outside of class folders if a class is needed, and if others have one."""
+        if not self.rows or self.files or roles.needed != roles.label or not roles.label:
+            return self
+        labels = self.dataset.with_format("arrow")[:].column(roles.label)
+        kept = pc.indices_nonzero(pc.is_valid(labels)).to_pylist()
+        if len(kept) in (0, len(labels)) or not isinstance(self.dataset.features[roles.label], ClassLabel):
+            return self
+        logger.warning("Left out of %r, since they are in no class: %d images", self.name, len(labels) - len(kept))
+        return replace(self, dataset=self.dataset.select(kept), identity=hash_of(self.identity, "classes"))
 
     def linked(self, image_column: str) -> list[str]:
         """The local files that rows name in place of holding their image, in order. Of a stream, none."""
@@ -104,39 +116,40 @@ def _load_local(path: Path, found: list[str], options: DataOptions, streaming: b
     if options.dataset_config is not None:
         raise DataError(f"--dataset_config {options.dataset_config!r} is for data sets on the Hub; {str(path)!r} is local.")
     suffixes = {Path(file).suffix.lower() for file in found}
+    files = [File(os.path.basename(file), file, ()) for file in sorted(found)]
     if path.is_dir():
-        return _load_folder(path, options, streaming)
-    if suffixes <= set(TABLES) and len(suffixes) == 1:
-        folder = Path(glob.escape(str(path))).parent if path.exists() else Path(os.path.commonpath([*found, found[0] + "/.."]))
-        files = [File(os.path.relpath(file, folder), file, ()) for file in sorted(found)]
+        with as_data_error(f"the folder {str(path)!r}"):
+            saved = _saved_data_sets(path)
+            return _load_saved(path, saved, options) if saved else _load_folder(path, read_folder(path), options, streaming)
+    if len(suffixes) == 1 and suffixes <= set(TABLES):
         return _load_tables(files, path, options, streaming, Account())
-    if path.exists() and suffixes <= set(ARCHIVES):
-        return _load_images(path, options)
+    if suffixes <= set(ARCHIVES):
+        return _load_folder(path, read_archives(path, files), options, streaming)
     fix = "Unpack it and name the folder." if suffixes & set(PACKED) else "Use a folder or archive of images, or *.parquet."
     raise DataError(f"--dataset {options.dataset!r} is a file, but not parquet, zip or tar. {fix}")
 
 
-def _load_folder(path: Path, options: DataOptions, streaming: bool) -> Source:
-    saved = (
-        {"": path}
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-        else {sub.name: sub for sub in sorted(path.iterdir()) if (sub / "state.json").is_file()}
-    )
-    if not saved:
-        folder = read_folder(path)
-        if folder.tables:
-            return _load_tables(folder.tables, path, options, streaming, folder.account)
-        return _load_images(path, options)
+def _saved_data_sets(path: Path) -> dict[str, Path]:
+    """Folders that Dataset.save_to_disk wrote: this one, or those in it."""
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return {"": path}
+    return {entry.name: entry for entry in sorted(path.iterdir()) if (entry / "state.json").is_file()}
+
+
+def _load_saved(path: Path, saved: dict[str, Path], options: DataOptions) -> Source:
     _refuse_chains(path)
     with as_data_error(f"the saved data set {str(path)!r}"):
-        loaded = {name: datasets.load_from_disk(str(sub)) for name, sub in saved.items()}
-    splits: dict[str, Dataset] = loaded
+        loaded = {name: datasets.load_from_disk(str(folder)) for name, folder in saved.items()}
+    splits: Mapping[str, Dataset] = loaded
     if "" in loaded:
         splits = loaded[""] if isinstance(loaded[""], DatasetDict) else {str(loaded[""].split or "train"): loaded[""]}
-    dataset = _select_split(splits, options.split, path)
+    dataset, account = _select_split(splits, options.split, path), Account()
+    for entry in sorted(path.iterdir()):
+        if entry.name not in splits and entry.suffix not in (".json", ".arrow", ".lock") and entry.name[0] != ".":
+            account.add("beside the saved data set", entry.name)
     files = tuple(file["filename"] for file in dataset.cache_files)
     identity = hash_of(dataset._fingerprint, list(stamps(files)))  # a folder may be saved anew with the same fingerprint
-    _say(path, "a data set saved by Dataset.save_to_disk", _lengths(splits), options.split, Account())
+    _say(path, "a data set saved by Dataset.save_to_disk", _lengths(splits), options.split, account)
     return Source(dataset, path.name, identity, _reach(path, options), files, options.split)
 
 
@@ -151,9 +164,10 @@ def _refuse_chains(path: Path) -> None:
         )
 
 
-def _load_images(path: Path, options: DataOptions) -> Source:
-    """A folder or archive of images: its paths, and what describes them."""
-    folder = read_folder(path)
+def _load_folder(path: Path, folder: Folder, options: DataOptions, streaming: bool) -> Source:
+    """Images as paths, with what describes them; or tables."""
+    if folder.tables:
+        return _load_tables(folder.tables, path, options, streaming, folder.account)
     dataset = _select_split(folder.splits, options.split, path)
     root = path if path.is_dir() else path.parent
     rows = json.dumps(dataset.to_dict(), default=str, ensure_ascii=False).replace(str(root), "")
@@ -176,15 +190,20 @@ def _lengths(splits: Mapping[str, Dataset]) -> dict[str, int]:
 
 def _say(path: Path, kind: str, splits: Mapping[str, int], split: str, account: Account) -> None:
     """One line in the log of what the data were taken for; a warning if what is left out may be data."""
-    others = f"; splits: {', '.join(f'{name} {count:,}' for name, count in splits.items())}" if len(splits) > 1 else ""
+    counts = ", ".join(f"{name} {count:,}" for name, count in splits.items())
     left_out = f". Left out: {account}" if account.names else ""
     level = logging.WARNING if set(account.names) - set(EXPECTED) else logging.INFO
-    logger.log(level, "%r is read as %s%s; reading the split %r%s", path.name, kind, others, split, left_out)
+    logger.log(level, "%r is read as %s: %s; reading the split %r%s", path.name, kind, counts, split, left_out)
 
 
 def _load_tables(files: list[File], path: Path, options: DataOptions, streaming: bool, account: Account) -> Source:
     """Parquet or Arrow files, in the splits in their paths (`train/0.parquet`, `test-0-of-2.parquet`); else "train"."""
     _refuse_chains(path)
+    if path.is_dir() and len(configs := _described_configurations(path / "README.md")) > 1:
+        raise DataError(
+            f"The folder {str(path)!r} has several configurations, {configs} (README.md). Name the files of one, such as "
+            " 'folder/name/*.parquet'."
+        )
     kinds = {file.suffix for file in files}
     if len(kinds) > 1:
         raise DataError(
@@ -214,7 +233,8 @@ def _load_tables(files: list[File], path: Path, options: DataOptions, streaming:
     with as_data_error(f"the {builder} files {str(path)!r}"):
         if streaming:
             _refuse_slices(options.split)
-            dataset = datasets.load_dataset(**given, streaming=True, batch_size=STREAMED_ROWS)
+            batches = {"batch_size": STREAMED_ROWS} if builder == "parquet" else {}
+            dataset = datasets.load_dataset(**given, streaming=True, **batches)
         else:  # the library would take a file of the same name and time for the same file
             cache = cache_folder(options.cache_dir) / f"tables-{hash_of(builder, escaped, identity)}"
             dataset = datasets.load_dataset(**given, cache_dir=str(cache))
@@ -269,6 +289,14 @@ def _load_from_hub(name: str, options: DataOptions, streaming: bool) -> Source:
         raise DataError(f"{here}, and loading it from the Hub failed: {describe_exception(error)}") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
+
+
+def _described_configurations(readme: Path) -> list[str]:
+    """The configurations of a copy of a Hub data set, which have tables of their own."""
+    try:
+        return [config["config_name"] for config in metadata_load(readme)["configs"]]
+    except Exception:  # no such file, or one that was not written for the Hub
+        return []
 
 
 def _configurations(name: str, reachable: bool) -> list[str]:

@@ -147,13 +147,14 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
     """
     options.require_resolution()
     source = load_source(options, streaming=True)
-    stream = source.dataset
-    if isinstance(stream, Dataset):
-        stream = stream.to_iterable_dataset(num_shards=min(len(stream), LOCAL_SHARDS))
-    features = stream.features
+    features = source.dataset.features
     if features is None:
         raise DataError(f"The columns of {options.dataset!r} are unknown before it is read. Drop --streaming.")
     roles = find_roles(features, options.image_column, columns)
+    source = source.with_classes(roles)
+    stream = source.dataset
+    if isinstance(stream, Dataset):
+        stream = stream.to_iterable_dataset(num_shards=min(len(stream), LOCAL_SHARDS))
     image, label = features[roles.image], features.get(roles.label)
     class_names, classes = list(label.names) if isinstance(label, ClassLabel) else None, None
     if label is not None and roles.label == roles.needed and class_names is None:

@@ -15,7 +15,7 @@ from ..data import open_data
 from ..data.mapped import ImageSet, to_model_range
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..support.draws import noise_of
-from .batches import BatchLoader, BatchPlan, batch_loader
+from .batches import BatchLoader, BatchPlan, batch_loader, lost_workers
 from .checkpoints import find_checkpoint, load_checkpoint
 from .conditions import Condition, build_condition
 from .identity import identity_of
@@ -88,7 +88,7 @@ def train(options: TrainingOptions) -> Path:
 
         # The loop
         try:
-            with stop.listening():
+            with stop.listening(), lost_workers():
                 begin(run, previews)
                 for done in range(first + 1, run.total + 1):
                     stopping = update(run, objective, done - 1)
