@@ -59,14 +59,20 @@ def extract(extractor: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, t
                 features, logits = extractor(scaled), None
     except (Exception, SystemExit) as error:  # it may be the user's code, which may raise or end in any way
         raise ValueError(f"{name} fails on images {list(images.shape)}: {describe_exception(error)}.") from error
-    if not isinstance(features, torch.Tensor) or features.is_complex():
-        given = getattr(features, "dtype", type(features).__name__)
-        raise ValueError(f"{name} gives {given}, not a tensor of real numbers [B, F].")
-    if features.ndim != 2 or len(features) != len(images) or not features.shape[1]:
-        advice = "; average maps [B, F, h, w] with .mean(dim=(2, 3))" if features.ndim == 4 else ""
-        given = f"features {list(features.shape)} of {len(images)} images"
+    features = _checked(features, name, "features", images)
+    return features, None if logits is None else _checked(logits, name, "logits", images)
+
+
+def _checked(values: Any, name: str, what: str, images: torch.Tensor) -> torch.Tensor:
+    """Features or logits [B, F], float32 or float64. Raises ValueError if they are something else."""
+    if not isinstance(values, torch.Tensor) or values.is_complex():
+        given = getattr(values, "dtype", type(values).__name__)
+        raise ValueError(f"{name} gives {given} as {what}, not a tensor of real numbers [B, F].")
+    if values.ndim != 2 or len(values) != len(images) or not values.shape[1]:
+        advice = "; average maps [B, F, h, w] with .mean(dim=(2, 3))" if values.ndim == 4 else ""
+        given = f"{what} {list(values.shape)} of {len(images)} images"
         raise ValueError(f"{name} gives {given}, not [{len(images)}, F]{advice}.")
-    return features if features.dtype == torch.float64 else features.float(), logits
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def feature_extractor(name: str, dataset: str, inception_weights: str | None, option: str = "--features") -> nn.Module:
