@@ -93,7 +93,7 @@ def test_latest_passes_over_a_damaged_checkpoint_and_says_why(damage, told, copi
     resolved = TrainingOptions(config=copied / "training_config.yaml", output_dir=str(copied), resume="latest")
     identity = json.loads((finished / "checkpoints/step-00000012/identity.json").read_text())
     with caplog.at_level(logging.WARNING):
-        found = find_checkpoint(copied, resolved, Accelerator(cpu=True), identity)
+        found = find_checkpoint(copied, resolved, Accelerator(cpu=True), lambda: identity)
     assert found == copied / "checkpoints/step-00000010"
     assert "passing over the checkpoint step-00000012: " in caplog.text and told in caplog.text
 

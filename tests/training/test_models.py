@@ -102,7 +102,7 @@ def test_init_from_takes_weights_and_schedule(tmp_path):
         ({"time_embedding_type": "fourrier"}, "cannot be used"),
         ({"act_fn": "loud"}, "cannot be used"),
         ({"sample_size": [8, 16]}, "8x16"),
-        ({"sample_size": "8"}, "cannot be used"),
+        ({"sample_size": "8"}, "8"),
     ],
     ids=str,
 )  # fmt: skip

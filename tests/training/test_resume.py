@@ -151,6 +151,23 @@ def test_fewer_updates_than_are_done_are_refused(runs, tmp_path):
     assert list_checkpoints(folder)[-1].name == "step-00000006"
 
 
+def test_a_checkpoint_of_an_earlier_version_resumes(runs, tmp_path):
+    options, folder = runs("plain", tmp_path)
+    checkpoint = folder / "checkpoints/step-00000006"
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    known = ("model.safetensors", "ema.safetensors", "optimizer.bin", "parts.pt", "run_state.json", "random_states_0.pkl")
+    for name in set(manifest["files"]) - set(known):
+        del manifest["files"][name]
+        (checkpoint / name).unlink()
+    shutil.rmtree(checkpoint / "model")
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match="earlier version"):
+        export_checkpoint(checkpoint, tmp_path / "exported")
+    refused(options, "--seed was 0 and is 9", seed=9)
+    train(TrainingOptions(**options | {"max_train_steps": 7}))
+    assert "does not say what it was trained on" in (folder / "train.log").read_text()
+
+
 # ---- one course -------------------------------------------------------------------------------------
 
 

@@ -57,8 +57,8 @@ def describe_run(run: "Run", done: int, folder: Path) -> None:
             save(folder / MODEL / name)
     try:
         (folder / CARD).write_text(str(model_card(run, folder, done)), "utf-8")
-    except ValueError as error:  # a doubt about the card is no reason to lose a checkpoint
-        logger.warning("the checkpoint after update %d has no model card: %s", done, error)
+    except Exception as error:  # whatever is wrong with the card is no reason to lose a checkpoint
+        logger.warning("the checkpoint after update %d has no model card: %s", done, describe_exception(error))
 
 
 def is_checkpoint(path: str | Path | None) -> bool:

@@ -156,6 +156,7 @@ class Telemetry:
 
     def note_progress(self, done: int) -> None:
         """After every update; after the first few, log how long the rest will take."""
+        self.bar.update()
         now, since = time.monotonic(), done - self._first_step
         if since == 1:
             self._second_began = now
