@@ -10,8 +10,8 @@ read as it was meant is refused with a reason. Travels inside model repositories
 | PIL "I" | 0..65535; refused beyond, and if no value is above 255 (8 or 16 bits?) unless the file (PGM) tells |
 | PIL "F", arrays and tensors of floats | 0..1, or 0..255 if the largest value is at least 32; else refused, like NaN |
 | arrays and tensors of booleans | 0 is black, 1 is white |
-| arrays and tensors of uint16 | 0..65535 |
-| arrays and tensors of other integers | 0..255, refused beyond |
+| arrays and tensors of uint16 | 0..65535; refused if no value is above 255 (8 or 16 bits?) |
+| arrays and tensors of other integers | 0..255; refused beyond and, but for uint8, if all are 0 or 1 (black and white?) |
 | complex numbers, objects, quantized and sparse tensors | refused |
 | files whose orientation is in EXIF | turned upright |
 | TIFF in which 0 is white, bitmaps of Photoshop | inverted, whatever the depth |
@@ -24,7 +24,7 @@ asked for. Arrays have their channels last and tensors first; 2 channels or more
 In masks, integers that are all 0 or 1 are black and white; masks with transparency or colours are refused.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -126,7 +126,7 @@ def read_pictures(pictures: Images, what: str, channels: int | None = None) -> T
     Raises BadImage, with `what` in its message.
     """
     with _named(what):
-        found = _all_pixels(pictures, channels)
+        found = _all_pixels(pictures, channels, _check_levels)
         channels = channels or max(pixels.channels for pixels in found)
         values = [pixels.with_channels(channels).floats() for pixels in found]
         return torch.from_numpy(_one_batch(values)).movedim(-1, -3).contiguous()
@@ -135,7 +135,7 @@ def read_pictures(pictures: Images, what: str, channels: int | None = None) -> T
 def read_masks(masks: Images, what: str) -> Tensor:
     """Where masks are white, bool [N, 1, H, W]. Raises BadImage, with `what` in its message."""
     with _named(what):
-        return torch.from_numpy(_one_batch([_white(pixels) for pixels in _all_pixels(masks, 1)])).movedim(-1, -3)
+        return torch.from_numpy(_one_batch([_white(pixels) for pixels in _all_pixels(masks, 1, None)])).movedim(-1, -3)
 
 
 def read_image(image: Image.Image) -> Pixels:
@@ -290,22 +290,22 @@ def _deep_pixels(image: Image.Image) -> Pixels:
     return Pixels(np.concatenate([np.repeat(grey.in_8_bits().values, 3, axis=-1), alpha], axis=-1), 255)
 
 
-def _all_pixels(pictures: Images, channels: int | None) -> list[Pixels]:
-    """A picture's or a batch's pixels, or those of each picture in a list, of which `channels` are needed."""
+def _all_pixels(pictures: Images, channels: int | None, check: Callable[[np.ndarray], None] | None) -> list[Pixels]:
+    """A picture's or a batch's pixels, or those of each picture in a list: `channels` are needed, and arrays pass `check`."""
     if not isinstance(pictures, list | tuple):
         if isinstance(pictures, Tensor) and pictures.ndim == 3 and len(pictures) not in (1, channels or len(pictures)):
             either = f"one picture of {len(pictures)} channels or so many of one"
             raise BadImage(f"its shape {tuple(pictures.shape)} may mean {either}; give a tensor [N, C, H, W]")
-        return [_any_pixels(pictures, 4)]
+        return [_any_pixels(pictures, 4, check)]
     if not pictures:
         raise BadImage("the list is empty; give at least one picture")
-    found = [_any_pixels(picture, 3) for picture in pictures]
+    found = [_any_pixels(picture, 3, check) for picture in pictures]
     if len({pixels.top for pixels in found if pixels.values.dtype.kind == "f" and pixels.values.any()}) > 1:
         raise BadImage("some pictures hold floats in [0, 1] and others in [0, 255]")
     return found
 
 
-def _any_pixels(picture: Picture, most: int) -> Pixels:
+def _any_pixels(picture: Picture, most: int, check: Callable[[np.ndarray], None] | None) -> Pixels:
     """[H, W, C] or [N, H, W, C] of what has at most so many dimensions."""
     if isinstance(picture, Image.Image):
         return read_image(picture)
@@ -314,10 +314,20 @@ def _any_pixels(picture: Picture, most: int) -> Pixels:
     if not 2 <= picture.ndim <= most:
         allowed = "an array is [N, H, W, C], [H, W, C] or [H, W], a tensor [N, C, H, W], [C, H, W] or [H, W]"
         raise BadImage(f"its shape is {tuple(picture.shape)}; {allowed}; in a list, without N")
-    if isinstance(picture, Tensor):
-        values = _array_of(picture)
-        return read_array(values[..., None] if values.ndim == 2 else np.moveaxis(values, -3, -1))
-    return read_array(picture[..., None] if picture.ndim == 2 else picture)
+    values = _array_of(picture) if isinstance(picture, Tensor) else picture
+    if check is not None:
+        check(values)
+    if values.ndim == 2:
+        return read_array(values[..., None])
+    return read_array(np.moveaxis(values, -3, -1) if isinstance(picture, Tensor) else values)
+
+
+def _check_levels(values: np.ndarray) -> None:
+    """Raises BadImage for integers that may be 0 and 1 for black and white, or 8 bits in a type of 16."""
+    most = {"uint8": 0, "uint16": 255}.get(values.dtype.name, 1)
+    if values.dtype.kind in "iu" and 0 < values.max(initial=0) <= most:
+        fix = "give uint8 for 0..255, uint16 for 0..65535, booleans, or floats in [0, 1]"
+        raise BadImage(f"its largest value is {values.max()} in {values.dtype}, of which the white is not clear; {fix}")
 
 
 def _array_of(tensor: Tensor) -> np.ndarray:

@@ -179,6 +179,23 @@ def test_what_cannot_be_read_rightly_is_refused_with_a_reason(what, argument, pi
             to_array(UNREADABLE[what], SIDE, 1)
 
 
+def test_a_dark_file_of_16_bits_stays_dark(pipe):
+    dark = grey(*range(200), dtype=np.uint16)
+    for data in (encoded(dark), encoded(dark, "TIFF"), b"P5 8 8 65535\n" + dark.astype(">u2").tobytes()):
+        for image in (opened(data), open_image(data)):
+            np.testing.assert_allclose(as_image(pipe, image), dark / 65535, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", ">u2", "int8", "int32", "int64", "uint64"])
+def test_integers_whose_white_is_not_clear_are_refused(dtype, pipe):
+    """A picture of 8 bits in a type of 16, or black and white as 0 and 1; all black is clear."""
+    most = 255 if np.dtype(dtype).name == "uint16" else 1
+    for given in (grey(0, most, dtype=dtype), [grey(0, most, dtype=dtype)]):
+        with pytest.raises(ValueError, match=r"^image.*white"):
+            as_image(pipe, given)
+    assert not as_image(pipe, grey(0, dtype=dtype)).any()
+
+
 def fits(levels: np.ndarray) -> bytes:
     cards = {"SIMPLE": "T", "BITPIX": 16, "NAXIS": 2, "NAXIS1": SIDE, "NAXIS2": SIDE, "BZERO": 32768}
     header = "".join(f"{name:8}= {value:>20}".ljust(80) for name, value in cards.items()) + "END"

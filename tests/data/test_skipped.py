@@ -61,7 +61,7 @@ def test_few_bad_rows_are_left_out_and_named(load, mixed, options, tmp_path):
     assert list(reasons) == sorted(places.values())
     for way, words in {
         "no image": "there is no image", "empty": "0 bytes", "text": "cannot identify", "truncated": "runcated",
-        "cut short": "truncated", "bomb": "decompression bomb", "no meaning": "not all finite",
+        "cut short": "truncated", "bomb": "decompression bomb", "no meaning": "nan",
     }.items():  # fmt: skip
         assert words in reasons[places[way]], reasons
 

@@ -32,14 +32,8 @@ SPLIT_NAMES = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }  # words in the names of folders and files -> the split; the same words as in the `datasets` library
-IMAGE_FOLDERS = (
-    "images",
-    "image",
-    "imgs",
-    "img",
-    "jpegimages",
-    "leftimg8bit",
-)  # hold the images; masks and annotations lie beside them
+# of the images, where masks and annotations lie beside
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "leftimg8bit")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 CAPTIONS = (".txt", ".caption")
 TABLES = (".parquet", ".arrow")
@@ -252,7 +246,7 @@ def splits_of(names: set[str]) -> dict[str, tuple[str, tuple[str, ...]]] | None:
 
 def _pictures(contents: Contents, account: Account) -> list[Picture]:
     """The pictures with the splits and classes that their folders say."""
-    files = _without_companions(contents.pictures, account)
+    files = contents.pictures if contents.metadata else _without_companions(contents.pictures, account)
     found = [(file, tuple(name for name in file.folders if name.lower() not in IMAGE_FOLDERS)) for file in files]
     while (first := {folders[:1] for _, folders in found}) and len(first) == 1 and (wrapper := first.pop()):
         if splits_of(set(wrapper)):
@@ -274,7 +268,7 @@ def _pictures(contents: Contents, account: Account) -> list[Picture]:
 def _in_folders(
     found: list[tuple[File, tuple[str, ...]]], level: int, splits: dict[str, tuple[str, tuple[str, ...]]], account: Account
 ) -> list[Picture]:
-    pictures, for_training = [], ("train", ()) in splits.values()
+    pictures, for_training = [], any(split == split_word(name)[0] == "train" for name, (split, _) in splits.items())
     for file, folders in found:
         if len(folders) > level:
             split, kept = splits[folders[level]]
@@ -392,6 +386,7 @@ def _labels(contents: Contents, pictures: list[Picture]) -> tuple[dict[str, int]
         read = {p.file.path: _text(beside[p.file.stem], MAX_TEXT_BYTES) for p in pictures if p.file.stem in beside}
         found = {path: text.strip() for path, text in read.items() if text is not None}
         names = sorted(set(found.values()), key=lambda name: (len(name), name) if name.isdigit() else (0, name))
+        contents.others = [file for file in contents.others if file.suffix != ".cls" or not found]
     numbers = {name: number for number, name in enumerate(names)}
     return {path: numbers[name] for path, name in found.items() if name in numbers} if len(names) > 1 else {}, names
 
@@ -436,13 +431,13 @@ def _metadata_rows(
     except pa.ArrowInvalid as error:
         raise DataError(f"The metadata files in {str(path)!r} do not have the same columns: {error}") from error
     by_name = {picture.file.name: picture for picture in pictures}
+    split_in = {PurePosixPath(picture.file.name).parent: picture.split for picture in pictures}
     image_names = {name: name[: -len("file_name")].rstrip("_") or "image" for _, _, columns in tables for name in columns}
     features = {image_names.get(name, name): feature for name, feature in Features.from_arrow_schema(whole.schema).items()}
     features |= dict.fromkeys(image_names.values(), datasets.Image())
     rows, named, start, divided = [], set(), 0, len({picture.split for picture in pictures}) > 1
     for file, table, columns in tables:
         folder = PurePosixPath(file.name).parent
-        beside = {picture.split for picture in pictures if PurePosixPath(picture.file.name).is_relative_to(folder)}
         for row in whole.slice(start, len(table)).to_pylist():
             splits = []
             for column in columns:
@@ -450,7 +445,7 @@ def _metadata_rows(
                 named.add(name)
                 splits += [by_name[name].split] if name in by_name else []
             given = None if divided else SPLIT_NAMES.get(str(row.get("split")).lower())
-            split = given or (splits or sorted(beside) or ["train"])[0]
+            split = given or [*splits, split_in.get(folder, "train")][0]
             rows.append((split, {image_names.get(key, key): value for key, value in row.items()}))
         start += len(table)
     _leave_out(account, "image that the metadata does not name", (p.file for p in pictures if p.file.name not in named))
@@ -477,8 +472,16 @@ def _metadata_table(file: File) -> pa.Table:
             return pq.read_table(io.BytesIO(read_bytes(file.path)))
         content = read_bytes(file.path).decode("utf-8-sig")
         if file.suffix == ".csv":
-            parsing = pa.csv.ParseOptions(newlines_in_values=True, delimiter=_delimiter(content))
-            return pa.csv.read_csv(io.BytesIO(content.encode()), parse_options=parsing)
+            delimiter = _delimiter(content)
+            words = [
+                name
+                for name in content.partition("\n")[0].split(delimiter)
+                if name.strip('" \r').endswith(("file_name", "text"))
+            ]
+            types = {name.strip('" \r'): pa.string() for name in words}  # also where they look like numbers
+            parsing = pa.csv.ParseOptions(newlines_in_values=True, delimiter=delimiter)
+            converting = pa.csv.ConvertOptions(column_types=types)
+            return pa.csv.read_csv(io.BytesIO(content.encode()), parse_options=parsing, convert_options=converting)
         rows = [json.loads(line) for line in content.split("\n") if line.strip()]
         names = list(dict.fromkeys(name for row in rows for name in row))
         return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
