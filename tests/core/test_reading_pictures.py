@@ -239,10 +239,11 @@ def test_half_and_more_is_white(pipe):
     "mask",
     [
         grey(0, 2, dtype=np.uint8), grey(0, 255, dtype=np.uint16), grey(0, 1 / 255),
-        np.stack([np.zeros((SIDE, SIDE)), grey(0.2)])[..., None], Image.new("RGB", (SIDE, SIDE), (128, 0, 0)),
+        np.stack([np.zeros((SIDE, SIDE)), grey(0.2)])[..., None],
+        grey(255, 255, 255, 255, 0, 0, dtype=np.uint8, shape=(SIDE, SIDE, 3)),
         Image.new("RGBA", (SIDE, SIDE), (255, 255, 255, 0)), colourful(4), np.zeros((SIDE, SIDE, 2)),
     ],
-    ids=["labels", "8 of 16 bits", "0 and 1 of 255", "one of two", "a colour", "transparent", "half transparent", "channels"],
+    ids=["labels", "8 of 16 bits", "0 and 1 of 255", "one of two", "white and red", "transparent", "half so", "channels"],
 )  # fmt: skip
 def test_masks_that_may_mean_either_are_refused(mask, pipe):
     with pytest.raises(ValueError, match=r"^mask_image.*[a-z]{3}"):

@@ -4,8 +4,10 @@ In a launch of several processes the main one calls `load_images` first (`accele
 find the cache, an Arrow file. `streamed` fills a cache of the same form.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -37,6 +39,8 @@ from .images import BadImage, image_file, image_pixels, image_shape
 from .options import UNCONDITIONAL, ConditionColumns, DataOptions
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
 from .sources import Source, cache_folder, hash_of, load_source
+
+logger = logging.getLogger(__name__)
 
 PREPROCESSING_VERSION = 3  # part of the cache's key: raise it when the same options give other pixels
 BATCH_BYTES = 2**25  # of pixels preprocessed at a time
@@ -206,12 +210,24 @@ def load_images(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
         resolution = resolution or _own_resolution(options.dataset, np.stack([width, height], axis=1)[width > 0])
         channels = channels or int(native.max())
     images = ImageSet(source.name, resolution, channels, roles)
+    _note_resizing(source, images)
     kept = kept_columns(source.dataset.features)
     key = cache_key("pixels", state, roles.image, resolution, channels)
     features, batch_size = cache_features(kept, images.values_per_image), BATCH_BYTES // images.values_per_image
     preprocess = partial(_preprocess_batch, kept=list(kept), to=images, reach=source.reach, threads=threads)
     cached = job(preprocess, key, features, max(1, min(1000, batch_size)), "Preprocessing images")
     return usable_images(cached, images, repr(options.dataset), options.max_bad_fraction)
+
+
+def _note_resizing(source: Source, to: ImageSet) -> None:
+    """Log that the images are resized or change their channels, as far as the first one tells."""
+    first = source.dataset.with_format("arrow")[:1].column(to.roles.image)[0]
+    with contextlib.suppress(BadImage):
+        width, height, channels = read_image(image_shape, to.roles.kind, source.reach, first.as_py())
+        size, wanted = (width, height, channels), (to.resolution, to.resolution, to.channels)
+        if size != wanted:
+            shapes = " to ".join(f"{w}x{h} with {c} channels" for w, h, c in (size, wanted))
+            logger.info("%s: images are scaled, cropped and converted, the first from %s", to.name, shapes)
 
 
 def usable_images(

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from ..data.mapped import ImageSet
-from ..evaluation.features import feature_extractor, real_features
+from ..evaluation.features import feature_extractor, real_features, try_extractor
 from ..evaluation.figures import likelihood_of
 from ..evaluation.quality import ImageQuality
 from ..generation.drawing import sample_in_batches, sample_process, sample_uint8
@@ -93,6 +93,7 @@ class Run:
         if watching.eval_samples:
             extractor = feature_extractor(watching.eval_features, options.data.dataset, None, "--eval_features")
             self.extractor = extractor.to(self.accelerator.device)
+            try_extractor(self.extractor, self.data, f"--eval_features {watching.eval_features}")
         self.telemetry = Telemetry(self.accelerator, self.folder, self.state.updater, self.first, self.total)
 
     def in_main_process(self, job: Callable[["Run", int], None], done: int) -> bool:
