@@ -1,27 +1,27 @@
 """The reverse loop that all pipelines share, with classifier-free guidance.
 
-A pipeline turns its condition into arguments of the UNet; everything else is here and in `editing_alpha_ddpm.py`.
-Travels inside model repositories.
+A pipeline turns its condition into arguments of the UNet; everything else is here and in `editing_alpha_ddpm.py`. The
+functions take the UNet, the scheduler and tensors, and no pipeline. Travels inside model repositories.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
-from .editing_alpha_ddpm import AlphaDDPMEditing, Edit
+from .editing_alpha_ddpm import AlphaDDPMEditing, Batch, Edit, keep, start_chain
+from .samplers_alpha_ddpm import Steps, reverse_step, set_timesteps
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
-from .tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, OWN_KEY, Generators, check_generators
+from .tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, OWN_KEY, Generators, check_generators, standard_normal
 
-OUTPUT_TYPES = ("pil", "np", "pt")
-CALLBACK_INPUTS = ("image", "pred_original_sample")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CALLBACK_INPUTS = ("latents", "pred_original_sample", "image")  # the last is what `latents` was called once
 
 
 @dataclass
@@ -52,9 +52,9 @@ class Guidance:
     def in_use(self) -> bool:
         return self.scale != 1 and self.interval[0] < self.interval[1]
 
-    def at(self, share: float) -> bool:
-        """Whether the step that begins at fraction `share` of the chain is guided."""
-        return self.scale != 1 and self.interval[0] <= share < self.interval[1]
+    def covers(self, share: float) -> bool:
+        """Whether the step that begins at fraction `share` of the chain lies in the interval."""
+        return self.interval[0] <= share < self.interval[1]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Conditioning:
     """What the UNet is told: keyword arguments, tensors [B, ...], those of the unconditional half, and the guidance."""
 
     kwargs: dict[str, Tensor]
-    null_kwargs: dict[str, Tensor] | None = None  # None if nothing is guided
+    null_kwargs: dict[str, Tensor] | None = None  # None if nothing can be guided
     guidance: Guidance = Guidance()
 
 
@@ -74,7 +74,7 @@ class Output:
     as_dict: bool = True
     trajectory: bool = False  # also return all x_t
     callback: Callable[[Any, int, Tensor, dict], dict] | None = None  # called as (pipe, index, timestep, tensors)
-    callback_inputs: Sequence[str] = CALLBACK_INPUTS[:1]
+    callback_inputs: Sequence[str] = ("latents", "image")
 
     def __post_init__(self) -> None:
         if self.type not in OUTPUT_TYPES:
@@ -86,9 +86,9 @@ class Output:
         """Show a step to the callback, if any, and return x [B, C, H, W] or what replaces it."""
         if self.callback is None:
             return x
-        tensors = {"image": x, "pred_original_sample": getattr(step, "pred_original_sample", None)}
-        chosen = {name: tensors[name] for name in self.callback_inputs}
-        return (self.callback(pipe, index, t, chosen) or {}).get("image", x)
+        tensors = {"latents": x, "image": x, "pred_original_sample": getattr(step, "pred_original_sample", None)}
+        returned = self.callback(pipe, index, t, {name: tensors[name] for name in self.callback_inputs}) or {}
+        return next((returned[name] for name in ("latents", "image") if returned.get(name, x) is not x), x)
 
 
 def guide(unconditional: Tensor, conditional: Tensor, channels: int, scale: float, rescale: float = 0.0) -> Tensor:
@@ -116,72 +116,101 @@ def describe_conditions(unet: Any, *, class_names: Sequence[str] | None = None, 
     unet.register_to_config(**{OWN_KEY: {name: value for name, value in settings.items() if value is not None}})
 
 
+def predict(unet: Any, scheduler: Any, x: Tensor, t: Tensor, conditioning: Conditioning, scale: float) -> Tensor:
+    """The network's output, guided by `scale`, in the precision of the chain and with the channels the scheduler can use."""
+    model_input = scheduler.scale_model_input(x, t).to(unet.dtype)
+    if scale != 1 and conditioning.null_kwargs is not None:
+        both = {name: torch.cat([conditioning.null_kwargs[name], c]) for name, c in conditioning.kwargs.items()}
+        output = unet(torch.cat([model_input] * 2), t, **both).sample.to(x.dtype)
+        unconditional, conditional = output.chunk(2)  # [2B, ...] -> 2 x [B, ...]
+        output = guide(unconditional, conditional, x.shape[1], scale, conditioning.guidance.rescale)
+    else:
+        output = unet(model_input, t, **conditioning.kwargs).sample.to(x.dtype)
+    # other schedulers ignore a DDPM config's variance_type or, like DPM-Solver, cut the half off three channels only
+    is_ddpm = isinstance(scheduler, DDPMScheduler) or hasattr(scheduler, "p_mean_variance")
+    learned = is_ddpm and scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
+    return output[:, : x.shape[1]] if output.shape[1] == 2 * x.shape[1] and not learned else output
+
+
+def to_images(x: Tensor, output_type: str) -> Any:
+    """x_0 [B, C, H, W] in [-1, 1] as one of OUTPUT_TYPES; "latent" is x_0 itself."""
+    if output_type == "latent":
+        return x
+    x = (x / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return x
+    array = x.cpu().permute(0, 2, 3, 1).float().numpy()  # [B, C, H, W] -> [B, H, W, C]
+    return DiffusionPipeline.numpy_to_pil(array) if output_type == "pil" else array
+
+
 class AlphaDDPMSampling(AlphaDDPMEditing):
     """Mixed into a `DiffusionPipeline` with a `unet` and a `scheduler`."""
 
     _callback_tensor_inputs: ClassVar = list(CALLBACK_INPUTS)
+    _guidance_scale, _num_timesteps, _interrupt = 1.0, 0, False
+
+    @property
+    def guidance_scale(self) -> float:
+        """That of the call. A callback may change the guidance of the steps to come by `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale != 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of timesteps that the call goes through; with an image, the last `strength` of the chain's."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has ended the call, by `_interrupt = True`: its images are as far as they had come."""
+        return self._interrupt
 
     @staticmethod
     def _own_scheduler(scheduler: Any) -> Any:
         return AlphaDDPMScheduler.from_config(scheduler.config) if isinstance(scheduler, DDPMScheduler) else scheduler
 
     def _sample(
-        self,
-        batch_size: int,
-        conditioning: Conditioning,
-        edit: Edit,
-        output: Output,
-        generator: Generators,
-        num_inference_steps: int | None,
+        self, batch: Batch, conditioning: Conditioning, edit: Edit, output: Output, generator: Generators, steps: Steps
     ) -> AlphaDDPMOutput | tuple:
         """The reverse chain, from noise or from a noised image, to images."""
-        check_generators(generator, batch_size)
-        total = self.scheduler.config.num_train_timesteps
-        self.scheduler.set_timesteps(total if num_inference_steps is None else num_inference_steps)
-        timesteps = self.scheduler.timesteps
+        scheduler, guidance = self.scheduler, conditioning.guidance
+        timesteps = set_timesteps(scheduler, steps)
         following = [*timesteps[1:], None]  # None is clean data
-        start = self._start(edit, batch_size, generator)
+        start = start_chain(scheduler, edit, batch, self._start_noise(edit.latents, batch.size, generator), generator)
         x, frames = start.x, [start.x.cpu()] if output.trajectory else []
-        step_options = {"generator": generator} if "generator" in signature(self.scheduler.step).parameters else {}
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance.scale, len(timesteps) - start.first, False
 
-        for index, t in enumerate(self.progress_bar(timesteps[start.first :]), start=start.first):
-            for repeat in range(1 if following[index] is None else start.passes):
+        for index, t in enumerate(self.progress_bar(timesteps[start.first :])):
+            at = start.first + index
+            for repeat in range(1 if following[at] is None else start.passes):
                 if repeat:  # RePaint goes back to t, so that painted and kept pixels come to fit each other
-                    x = self.scheduler.forward_step(x, t, self._noise(x.shape, generator))
-                model_output = self._predict(x, t, conditioning, index / len(timesteps))
-                step = self.scheduler.step(model_output, t, x, **step_options)
-                x = self._keep(step.prev_sample, start, following[index], generator)
+                    x = scheduler.forward_step(x, t, standard_normal(x.shape, x, generator))
+                scale = self.guidance_scale if guidance.covers(at / len(timesteps)) else 1.0
+                model_output = predict(self.unet, scheduler, x, t, conditioning, scale)
+                step = reverse_step(scheduler, model_output, t, x, generator)
+                x = keep(scheduler, step.prev_sample, start, following[at], generator)
             x = output.call_back(self, index, t, x, step)
             if output.trajectory:
                 frames.append(x.cpu())
+            if self.interrupt:
+                break
 
-        images = self._images_out(x, output.type)
+        images = to_images(x, output.type)
         self.maybe_free_model_hooks()
         result = AlphaDDPMOutput(images=images, trajectory=torch.stack(frames) if frames else None)
         return result if output.as_dict else result.to_tuple()
 
-    def _predict(self, x: Tensor, t: Tensor, conditioning: Conditioning, share: float) -> Tensor:
-        """The network's guided output in the precision of the chain, with the channels that the scheduler can use."""
-        guidance, null_kwargs = conditioning.guidance, conditioning.null_kwargs
-        model_input = self.scheduler.scale_model_input(x, t).to(self.unet.dtype)
-        if null_kwargs is not None and guidance.at(share):
-            both = {name: torch.cat([null_kwargs[name], c]) for name, c in conditioning.kwargs.items()}
-            output = self.unet(torch.cat([model_input] * 2), t, **both).sample.to(x.dtype)
-            unconditional, conditional = output.chunk(2)  # [2B, ...] -> 2 x [B, ...]
-            output = guide(unconditional, conditional, x.shape[1], guidance.scale, guidance.rescale)
-        else:
-            output = self.unet(model_input, t, **conditioning.kwargs).sample.to(x.dtype)
-        # other schedulers ignore a DDPM config's variance_type or, like DPM-Solver, cut the half off three channels only
-        is_ddpm = isinstance(self.scheduler, DDPMScheduler) or hasattr(self.scheduler, "p_mean_variance")
-        learned = is_ddpm and self.scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
-        return output[:, : x.shape[1]] if output.shape[1] == 2 * x.shape[1] and not learned else output
-
-    def _images_out(self, x: Tensor, output_type: str) -> Any:
-        x = (x / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return x
-        array = x.cpu().permute(0, 2, 3, 1).float().numpy()  # [B, C, H, W] -> [B, H, W, C]
-        return self.numpy_to_pil(array) if output_type == "pil" else array
+    def _start_noise(self, latents: Tensor | None, size: int, generator: Generators) -> Tensor:
+        """`latents`, or z ~ N(0, I), [B, C, H, W]. Raises ValueError for another number of them or of generators."""
+        check_generators(generator, size)
+        if latents is None:
+            return self._noise(self._shape(size), generator)
+        if len(latents) != size:
+            raise ValueError(f"{len(latents)} latents for {size} images; give one per image.")
+        return latents
 
     @property
     def _own_settings(self) -> dict[str, Any]:

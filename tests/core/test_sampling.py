@@ -174,6 +174,42 @@ def test_a_model_trained_without_dropout_warns_when_guided():
         pipe(class_labels="a", guidance_scale=2.0, num_inference_steps=2)
 
 
+def test_guidance_without_labels_warns_and_draws_without_it():
+    for config in ({}, {"num_class_embeds": 4}):
+        pipe = network_pipe(**config)
+        expected = pipe(2, num_inference_steps=2, generator=seeded(), output_type="pt").images
+        with pytest.warns(UserWarning, match="class_labels"):
+            drawn = pipe(2, guidance_scale=2.0, num_inference_steps=2, generator=seeded(), output_type="pt").images
+        assert torch.equal(drawn, expected)
+
+
+def test_a_callback_changes_the_guidance_of_the_steps_to_come():
+    pipe, options = network_pipe(num_class_embeds=4), {"class_labels": 1, "num_inference_steps": 4, "output_type": "pt"}
+    guided = pipe(guidance_scale=2.0, generator=seeded(), **options).images
+
+    def more(pipe, index, t, tensors):
+        assert pipe.guidance_scale == (2.0 if index == 0 else 9.0) and pipe.do_classifier_free_guidance
+        pipe._guidance_scale = 9.0
+        return {}
+
+    changed = pipe(guidance_scale=2.0, generator=seeded(), callback_on_step_end=more, **options).images
+    assert not torch.allclose(changed, guided, atol=1e-3)
+    assert not torch.allclose(changed, pipe(guidance_scale=9.0, generator=seeded(), **options).images, atol=1e-3)
+    plain = pipe(generator=seeded(), **options).images
+    assert not pipe.do_classifier_free_guidance and not torch.allclose(plain, guided, atol=1e-3)
+
+
+def test_labels_images_and_masks_have_one_row_each_per_prompt():
+    pipe = network_pipe(num_class_embeds=4)
+    options = {"num_inference_steps": 4, "output_type": "pt", "image": picture(count=2), "strength": 0.5}
+    generators = [seeded(i) for i in range(4)]
+    drawn = pipe(class_labels=[0, 1], num_images_per_prompt=2, generator=generators, **options).images
+    for i, x in enumerate(drawn):
+        alone = options | {"image": options["image"][i // 2 :][:1]}
+        expected = pipe(class_labels=i // 2, generator=[seeded(i)], **alone).images
+        torch.testing.assert_close(x[None], expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -183,7 +219,6 @@ def test_a_model_trained_without_dropout_warns_when_guided():
         ({"class_labels": []}, "at least one label"),
         ({"class_labels": [0, 1, 2], "batch_size": 2}, "3 class_labels for a batch of 2"),
         ({"class_labels": [0, 1], "generator": [torch.Generator()]}, "1 generators for 2 images"),
-        ({"guidance_scale": 2.0}, "needs class_labels"),
         ({"class_labels": 0, "guidance_scale": float("nan")}, "finite"),
         ({"class_labels": 0, "guidance_rescale": 2}, "from 0"),
         ({"class_labels": 0, "guidance_interval": (0.5, 0.2)}, "start <= end"),
