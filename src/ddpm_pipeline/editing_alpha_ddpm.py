@@ -15,8 +15,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from .samplers_alpha_ddpm import Steps, check_start, checked_generators, order_of, plain, seed_own_noise, set_timesteps
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
-from .tables_alpha_ddpm import Generators, check_generators, check_integer, standard_normal
+from .tables_alpha_ddpm import Generators, check_integer, standard_normal
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 
@@ -34,10 +35,12 @@ class Edit:
     latents: Tensor | None = None  # z ~ N(0, I) to start from or to noise the image with, [B, C, H, W]
 
     def __post_init__(self) -> None:
+        vars(self).update(strength=plain(self.strength))
         for name, value in (("strength", self.strength), ("mask_image", self.kept)):
             if self.image is None and value is not None:
                 raise ValueError(f"{name} needs an image; pass image= as well.")
-        if self.strength is not None and not 0 <= self.strength <= 1:
+        number = self.strength is None or isinstance(self.strength, int | float)
+        if not (number and 0 <= (self.strength or 0) <= 1):
             raise ValueError(f"strength={self.strength!r} must be from 0 (the image unchanged) to 1 (only noise left).")
         check_integer("num_resamples", self.num_resamples, 1)
         if self.num_resamples > 1 and self.kept is None:
@@ -91,17 +94,19 @@ class Start:
 
 
 def start_chain(scheduler: Any, edit: Edit, batch: Batch, noise: Tensor, generator: Generators) -> Start:
-    """Noise, or the image noised to the first timestep of the chain that is run. `noise` ~ N(0, I) is [B, C, H, W]."""
-    timesteps = scheduler.timesteps
-    first = edit.first_step(len(timesteps))
+    """Noise, or the image noised to the first timestep of the chain that is run. `noise` ~ N(0, I) is [B, C, H, W].
+
+    Raises ValueError if the sampler cannot start there.
+    """
+    timesteps, order = scheduler.timesteps, order_of(scheduler)
+    first = edit.first_step(len(timesteps[::order])) * order
     original, kept = batch.spread(edit.image, "images"), batch.spread(edit.kept, "masks")
+    if first >= len(timesteps):
+        return Start(original, len(timesteps))
+    check_start(scheduler, first, edit.num_resamples)
+    seed_own_noise(scheduler, generator)
     if hasattr(scheduler, "set_begin_index"):  # before add_noise, which reads it
         scheduler.set_begin_index(first)
-    if edit.num_resamples > 1 and not hasattr(scheduler, "forward_step"):
-        kind = type(scheduler).__name__
-        raise ValueError(f"num_resamples above 1 needs AlphaDDPMScheduler's forward_step, which {kind} lacks.")
-    if first == len(timesteps):
-        return Start(original, first)
     if original is None or (kept is not None and first == 0):
         x = noise * scheduler.init_noise_sigma
     else:
@@ -132,9 +137,11 @@ class AlphaDDPMEditing:
     def _latents_in(self, latents: Any) -> Tensor:
         """z ~ N(0, I) as given, in the precision of the chain."""
         latents, (_, *shape) = torch.as_tensor(latents), self._shape(1)
-        if latents.ndim != 4 or list(latents.shape[1:]) != shape or not latents.is_floating_point():
-            found = f"is {latents.dtype} with shape {tuple(latents.shape)}"
-            raise ValueError(f"latents {found}; this model takes floats of shape (images, {', '.join(map(str, shape))}).")
+        fits = latents.ndim == 4 and list(latents.shape[1:]) == shape and latents.is_floating_point()
+        if not (fits and latents.isfinite().all()):
+            found = f"{latents.dtype} of shape {tuple(latents.shape)}"
+            needed = f"finite floats of shape (images, {', '.join(map(str, shape))}), drawn from N(0, 1)"
+            raise ValueError(f"latents are {found}; this model takes {needed}.")
         return latents.to(self._execution_device, self._chain_dtype)
 
     def _noise(self, shape: Sequence[int], generator: Generators) -> Tensor:
@@ -143,6 +150,9 @@ class AlphaDDPMEditing:
 
     def _shape(self, batch_size: int) -> tuple[int, int, int, int]:
         size = self.unet.config.sample_size
+        if size is None:
+            fix = "unet.register_to_config(sample_size=(height, width))"
+            raise ValueError(f"the UNet's config has no sample_size, so that the images have none; set it with {fix}.")
         height, width = (size, size) if isinstance(size, int) else size
         return batch_size, self.unet.config.in_channels, height, width
 
@@ -193,15 +203,14 @@ class AlphaDDPMEditing:
         a, b = self._images_in(a), self._images_in(b)
         if (len(a), len(b)) != (1, 1):
             raise ValueError(f"interpolate takes one image a and one image b, not {len(a)} and {len(b)}.")
+        weights = list(plain(weights))
         if not weights or not all(0 <= weight <= 1 for weight in weights):
             raise ValueError(f"weights={weights!r} must be numbers from 0 (image a) to 1 (image b), at least one.")
-        total = self.scheduler.config.num_train_timesteps
-        check_integer("at", at, 0, total - 1)
-        self.scheduler.set_timesteps(num_inference_steps or total)
-        timesteps = self.scheduler.timesteps
+        check_integer("at", at, 0, self.scheduler.config.num_train_timesteps - 1)
+        timesteps = set_timesteps(self.scheduler, Steps(num_inference_steps))[:: order_of(self.scheduler)]
         if not (remaining := int((timesteps <= at).sum())):
             raise ValueError(f"at={at} is below the last timestep of this chain, {timesteps[-1]}; use more steps.")
-        weight = torch.tensor(list(weights), device=a.device, dtype=a.dtype).view(-1, 1, 1, 1)
+        weight = torch.tensor(weights, device=a.device, dtype=a.dtype).view(-1, 1, 1, 1)
         mixtures = ((1 - weight) * a + weight * b) / 2 + 0.5  # as mixing x_t, because the noise is shared
         seed = torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu").item()
         return self(
@@ -217,13 +226,15 @@ class AlphaDDPMEditing:
         """x_t of the forward process at `timesteps`, each from the one before (report eq. 4.3, figure 3.4).
 
         Timestep -1 is the image itself, in [-1, 1]. Returns [len(timesteps), B, C, H, W]. Raises ValueError if the timesteps
-        are not ascending.
+        are not ascending within -1..T-1.
         """
-        x = self._images_in(image)
-        chain = [int(t) for t in timesteps]
-        if not chain or sorted(set(chain)) != chain or chain[0] < -1:
-            raise ValueError(f"timesteps={list(timesteps)} must be ascending integers from -1 (the image) on.")
-        check_generators(generator, len(x))
+        x, last = self._images_in(image), self.scheduler.config.num_train_timesteps - 1
+        chain = list(plain(timesteps))
+        for t in chain:
+            check_integer("timesteps: each", t, -1, last)
+        if not chain or sorted(set(chain)) != chain:
+            raise ValueError(f"timesteps={chain} must be ascending, from -1 (the image) to {last}, with at least one.")
+        generator = checked_generators(generator, len(x))
         scheduler = AlphaDDPMScheduler.from_config(self.scheduler.config)  # leaves the pipeline's own chain as it is
         trajectory = [x] if chain[0] == -1 else []
         if noisy := [t for t in chain if t >= 0]:

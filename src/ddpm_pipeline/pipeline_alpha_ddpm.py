@@ -15,8 +15,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from .editing_alpha_ddpm import Batch, Images
-from .samplers_alpha_ddpm import Steps
-from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output
+from .samplers_alpha_ddpm import Steps, plain
+from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output, check_unet
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
 from .tables_alpha_ddpm import Generators, check_integer
@@ -44,6 +44,10 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler):
         super().__init__()
+        if unet is not None:  # `from_pretrained(..., unet=None)` loads part of a pipeline
+            check_unet(unet)
+            if unet.config.get("cross_attention_dim"):
+                raise ValueError(f"{type(unet).__name__} reads text states; use AlphaDDPMTextToImagePipeline for this model.")
         self.register_modules(unet=unet, scheduler=self._own_scheduler(scheduler))
 
     @torch.no_grad()
@@ -98,6 +102,7 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
 
         Raises ValueError for a value that cannot be used, before any image is sampled.
         """
+        check_unet(self.unet)  # it may have been replaced
         labels = None if class_labels is None else self._label_ids(class_labels)
         if batch_size is not None:
             check_integer("batch_size", batch_size, 1)
@@ -129,8 +134,9 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
     def _label_ids(self, class_labels: ClassLabels) -> list[int]:
         if not self._num_embeddings:
             raise ValueError("class_labels were given to a model without classes; leave them out.")
-        class_labels = class_labels.tolist() if isinstance(class_labels, Tensor) else class_labels
-        labels = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
+        class_labels = plain(class_labels)
+        several = isinstance(class_labels, Sequence) and not isinstance(class_labels, str)
+        labels = list(map(plain, class_labels)) if several else [class_labels]
         if not labels:
             raise ValueError("class_labels is empty; give at least one label.")
         return [self._label_id(label) for label in labels]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .editing_alpha_ddpm import Batch, Images, expanded
 from .samplers_alpha_ddpm import Steps
-from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output
+from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output, check_unet
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
 from .tables_alpha_ddpm import Generators
@@ -75,6 +75,13 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
         scheduler = self._own_scheduler(scheduler)
         self.register_modules(unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple:
+        """As in diffusers. Raises ValueError for the index of a model without text."""
+        if "text_encoder" not in config_dict and "text_encoder" not in kwargs and "_class_name" in config_dict:
+            raise ValueError(f"this {config_dict['_class_name']} has no text_encoder; load it with AlphaDDPMPipeline.")
+        return super().extract_init_dict(config_dict, **kwargs)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -113,6 +120,7 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
 
         The other arguments are those of `AlphaDDPMPipeline`. Raises ValueError for a value that cannot be used.
         """
+        check_unet(self.unet)  # it may have been replaced
         steps = Steps(num_inference_steps, timesteps, sigmas)
         callback_inputs = tuple(callback_on_step_end_tensor_inputs)
         output = Output(output_type, return_dict, output_trajectory, callback_on_step_end, callback_inputs)
@@ -153,6 +161,9 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
                 negative_prompt = ""
             null_states = self._states(negative_prompt, negative_prompt_embeds, "negative_prompt", clean_caption)
             null_states = expanded(null_states, len(states), "negative prompts")
+            if null_states.shape[1] != states.shape[1]:
+                lengths = f"{states.shape[1]} and {null_states.shape[1]} tokens"
+                raise ValueError(f"prompt_embeds and negative_prompt_embeds have {lengths}; guidance needs equal lengths.")
             negative_prompt_embeds = null_states.repeat_interleave(num_images_per_prompt, dim=0).to(device)
         else:
             negative_prompt_embeds = None
@@ -181,8 +192,9 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
             if self.text_encoder is None:
                 raise ValueError(f"without a text encoder this pipeline cannot read {name}={prompt!r}; give {name}_embeds.")
             embeds = self._encode(_cleaned(prompts) if clean_caption else list(prompts))
-        elif self.unet is not None:
-            width = self.unet.config.cross_attention_dim
+        embeds = torch.as_tensor(embeds)
+        if self.unet is not None:
+            width = self.unet.config.get("encoder_hid_dim") or self.unet.config.cross_attention_dim
             if embeds.ndim != 3 or embeds.shape[2] != width:
                 raise ValueError(f"{name}_embeds has shape {tuple(embeds.shape)}; this model takes [B, tokens, {width}].")
         reader = self.text_encoder if self.unet is None else self.unet
@@ -197,8 +209,11 @@ def _cleaned(prompts: list[str]) -> list[str]:
 
 
 def _check_components(unet: Any, text_encoder: Any) -> None:
-    if unet is None or text_encoder is None:
+    if unet is None:
         return  # `from_pretrained(..., unet=None)` loads part of a pipeline
+    check_unet(unet)
+    if text_encoder is None:
+        return
     width = unet.config.get("cross_attention_dim")
     if width is None:
         use = "use a UNet2DConditionModel, or AlphaDDPMPipeline for a model without text"

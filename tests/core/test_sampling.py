@@ -352,7 +352,7 @@ def test_other_schedulers_take_images_and_masks_too(kind):
     mask[2:6, 2:6] = 1
     drawn = pipe(image=x, mask_image=mask, num_inference_steps=4, generator=seeded(), output_type="pt").images
     torch.testing.assert_close(drawn[0, 0][mask == 0], x[0, 0][mask == 0])
-    with pytest.raises(ValueError, match="forward_step"):
+    with pytest.raises(ValueError, match="AlphaDDPMScheduler"):
         pipe(image=x, mask_image=mask, num_resamples=2)
 
 
