@@ -35,7 +35,7 @@ class Edit:
     latents: Tensor | None = None  # z ~ N(0, I) to start from or to noise the image with, [B, C, H, W]
 
     def __post_init__(self) -> None:
-        vars(self).update(strength=plain(self.strength))
+        vars(self).update(strength=plain(self.strength), num_resamples=plain(self.num_resamples))
         for name, value in (("strength", self.strength), ("mask_image", self.kept)):
             if self.image is None and value is not None:
                 raise ValueError(f"{name} needs an image; pass image= as well.")
@@ -64,6 +64,7 @@ class Batch:
     @classmethod
     def of(cls, prompts: int | None, per_prompt: int, edit: Edit) -> "Batch":
         """That of `prompts`, or, where these may be any number (None), of as many as there are images, masks or latents."""
+        per_prompt = plain(per_prompt)
         check_integer("num_images_per_prompt", per_prompt, 1)
         if prompts is None:
             prompts = max(len(x) for x in (edit.image, edit.kept, [0]) if x is not None)
@@ -203,7 +204,7 @@ class AlphaDDPMEditing:
         a, b = self._images_in(a), self._images_in(b)
         if (len(a), len(b)) != (1, 1):
             raise ValueError(f"interpolate takes one image a and one image b, not {len(a)} and {len(b)}.")
-        weights = list(plain(weights))
+        weights, at = list(plain(weights)), plain(at)
         if not weights or not all(0 <= weight <= 1 for weight in weights):
             raise ValueError(f"weights={weights!r} must be numbers from 0 (image a) to 1 (image b), at least one.")
         check_integer("at", at, 0, self.scheduler.config.num_train_timesteps - 1)

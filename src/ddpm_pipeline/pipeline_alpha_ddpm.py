@@ -104,6 +104,7 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
         """
         check_unet(self.unet)  # it may have been replaced
         labels = None if class_labels is None else self._label_ids(class_labels)
+        batch_size = plain(batch_size)
         if batch_size is not None:
             check_integer("batch_size", batch_size, 1)
         elif labels is not None and len(labels) > 1:
@@ -111,7 +112,7 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
         steps = Steps(num_inference_steps, timesteps, sigmas)
         callback_inputs = tuple(callback_on_step_end_tensor_inputs)
         output = Output(output_type, return_dict, output_trajectory, callback_on_step_end, callback_inputs)
-        guidance = Guidance(guidance_scale, guidance_rescale, tuple(guidance_interval))
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         edit = self._edit(image, strength, mask_image, num_resamples, latents)
         batch = Batch.of(batch_size, num_images_per_prompt, edit)
         conditioning = self._class_conditioning(labels, batch, guidance)
@@ -136,7 +137,7 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
             raise ValueError("class_labels were given to a model without classes; leave them out.")
         class_labels = plain(class_labels)
         several = isinstance(class_labels, Sequence) and not isinstance(class_labels, str)
-        labels = list(map(plain, class_labels)) if several else [class_labels]
+        labels = list(class_labels) if several else [class_labels]
         if not labels:
             raise ValueError("class_labels is empty; give at least one label.")
         return [self._label_id(label) for label in labels]

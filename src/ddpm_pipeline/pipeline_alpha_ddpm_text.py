@@ -124,7 +124,7 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
         steps = Steps(num_inference_steps, timesteps, sigmas)
         callback_inputs = tuple(callback_on_step_end_tensor_inputs)
         output = Output(output_type, return_dict, output_trajectory, callback_on_step_end, callback_inputs)
-        guidance = Guidance(guidance_scale, guidance_rescale, tuple(guidance_interval))
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         given = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         states, null_states = self.encode_prompt(prompt, guidance.in_use, negative_prompt=negative_prompt, **given)
         edit = self._edit(image, strength, mask_image, num_resamples, latents)

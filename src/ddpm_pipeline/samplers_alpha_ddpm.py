@@ -70,7 +70,9 @@ class Steps:
 
 
 def plain(value: Any) -> Any:
-    """A NumPy or torch scalar or array as Python's numbers and lists; anything else unchanged."""
+    """NumPy's and torch's scalars and arrays, also within lists and tuples, as numbers and lists; anything else unchanged."""
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
     return value.tolist() if hasattr(value, "tolist") else value
 
 

@@ -49,16 +49,16 @@ class Guidance:
 
     scale: float = 1.0  # 1 is none
     rescale: float = 0.0  # 0 to 1: how much of the contrast that guidance adds is undone
-    interval: tuple[float, float] = (0.0, 1.0)  # start and end as fractions of the chain, from noise to image
+    interval: Sequence[float] = (0.0, 1.0)  # start and end as fractions of the chain, from noise to image
 
     def __post_init__(self) -> None:
-        interval = [plain(value) for value in plain(self.interval)]
-        vars(self).update(scale=plain(self.scale), rescale=plain(self.rescale), interval=interval)
+        vars(self).update({name: plain(value) for name, value in vars(self).items()})
         if not (_is_number(self.scale) and math.isfinite(self.scale)):
             raise ValueError(f"guidance_scale={self.scale!r} must be a finite number; 1 turns guidance off.")
         if not (_is_number(self.rescale) and 0 <= self.rescale <= 1):
             raise ValueError(f"guidance_rescale={self.rescale!r} must be from 0 (none) to 1.")
-        if len(interval) != 2 or not all(map(_is_number, interval)) or not 0 <= interval[0] <= interval[1] <= 1:
+        pair = isinstance(self.interval, list) and len(self.interval) == 2 and all(map(_is_number, self.interval))
+        if not (pair and 0 <= self.interval[0] <= self.interval[1] <= 1):
             allowed = "0 <= start <= end <= 1, fractions of the chain from noise (0) to image (1)"
             raise ValueError(f"guidance_interval={self.interval!r} must be a start and an end with {allowed}.")
 
