@@ -108,25 +108,28 @@ def check_start(scheduler: Any, first: int, num_resamples: int) -> None:
 
 
 def set_timesteps(scheduler: Any, steps: Steps) -> Tensor:
-    """Put the scheduler into the chain asked for and return its timesteps. ValueError if it cannot run them.
+    """Put the scheduler into the chain asked for and return its timesteps.
 
-    They stay on the CPU, so that no step waits for the device.
+    They stay on the CPU, so that no step waits for the device. Raises ValueError if the scheduler cannot run the chain.
     """
+    sampler_of(scheduler)
     kind, total = type(scheduler).__name__, scheduler.config.num_train_timesteps
-    if steps.timesteps is not None or steps.sigmas is not None:
-        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps  # slow to import
-
-        retrieve_timesteps(scheduler, timesteps=steps.timesteps, sigmas=steps.sigmas)
-        return scheduler.timesteps
     count = total if steps.count is None else steps.count
     check_integer("num_inference_steps", count, 1, total)
     try:
-        scheduler.set_timesteps(count)
-    except Exception as error:
-        problem = f"{kind} cannot run {count} steps ({error})"
-        raise ValueError(f"{problem}; choose another num_inference_steps, or {advice()}.") from error
+        if steps.timesteps is not None or steps.sigmas is not None:
+            from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps  # slow to import
+
+            retrieve_timesteps(scheduler, timesteps=steps.timesteps, sigmas=steps.sigmas)
+            count = len(scheduler.timesteps)
+        else:
+            scheduler.set_timesteps(count)
+    except Exception as error:  # whatever a scheduler stumbles over
+        given = [f"{name}={value}" for name, value in vars(steps).items() if value is not None and name != "count"]
+        asked = given[0] if given else f"{count} steps"
+        raise ValueError(f"{kind} cannot run {asked} ({error}); choose others, or {advice()}.") from error
     levels = getattr(scheduler, "sigmas", scheduler.timesteps)[: len(scheduler.timesteps)]
-    if order_of(scheduler) == 1 and kind != "PNDMScheduler" and (levels[1:] == levels[:-1]).any():
+    if order_of(scheduler) == 1 and sampler_of(scheduler).middle and (levels[1:] == levels[:-1]).any():
         problem = f"{kind} cannot run {count} steps: two of them would have the same noise"
         raise ValueError(f"{problem}; choose fewer num_inference_steps, timestep_spacing='trailing', or {advice()}.")
     return scheduler.timesteps
