@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -23,32 +23,35 @@ class Sampler:
 
     middle: bool = True  # begins in the middle of its chain, with a noised image
     sample_prediction: bool = True  # reads networks that predict x_0
+    thresholding: bool = True  # dynamic thresholding of x_0, where the config asks for it
     learned_variance: bool = False  # takes the variance half of the network's output
     resamples: bool = False  # goes back a step, for RePaint
 
 
+UNTHRESHOLDED = Sampler(thresholding=False)
+NOISE_OR_V = Sampler(sample_prediction=False, thresholding=False)
 # By the names of classes, since a scheduler's code may have been loaded from a repository
 SAMPLERS = {
     "AlphaDDPMScheduler": Sampler(learned_variance=True, resamples=True),
     "DDIMScheduler": Sampler(),
     "DPMSolverMultistepScheduler": Sampler(),
-    "EulerDiscreteScheduler": Sampler(),
-    "EulerAncestralDiscreteScheduler": Sampler(sample_prediction=False),
-    "HeunDiscreteScheduler": Sampler(),
+    "EulerDiscreteScheduler": UNTHRESHOLDED,
+    "EulerAncestralDiscreteScheduler": NOISE_OR_V,
+    "HeunDiscreteScheduler": UNTHRESHOLDED,
     "UniPCMultistepScheduler": Sampler(),
     "DDPMScheduler": Sampler(learned_variance=True),
     "DDPMParallelScheduler": Sampler(learned_variance=True),
     "DDIMParallelScheduler": Sampler(),
     "DEISMultistepScheduler": Sampler(),
-    "DPMSolverSDEScheduler": Sampler(sample_prediction=False),
+    "DPMSolverSDEScheduler": NOISE_OR_V,
     "DPMSolverSinglestepScheduler": Sampler(),
-    "KDPM2AncestralDiscreteScheduler": Sampler(sample_prediction=False),
-    "KDPM2DiscreteScheduler": Sampler(sample_prediction=False),
+    "KDPM2AncestralDiscreteScheduler": NOISE_OR_V,
+    "KDPM2DiscreteScheduler": NOISE_OR_V,
     "LCMScheduler": Sampler(),
-    "LMSDiscreteScheduler": Sampler(),
-    "PNDMScheduler": Sampler(middle=False, sample_prediction=False),  # its first steps are others than the rest
+    "LMSDiscreteScheduler": UNTHRESHOLDED,
+    "PNDMScheduler": replace(NOISE_OR_V, middle=False),  # its first steps are of another kind than the rest
     "SASolverScheduler": Sampler(),
-    "TCDScheduler": Sampler(),
+    "TCDScheduler": UNTHRESHOLDED,
 }
 NAMED = 6  # of SAMPLERS, in messages
 NEEDED = ("set_timesteps", "step", "add_noise", "scale_model_input", "init_noise_sigma")
@@ -89,6 +92,9 @@ def sampler_of(scheduler: Any) -> Sampler:
     if config.get("prediction_type") == "sample" and not sampler.sample_prediction:
         problem = f"{kind.__name__} cannot use a model with prediction_type='sample'"
         raise ValueError(f"{problem}; {advice(sample_prediction=True)}.")
+    if config.get("thresholding") and not sampler.thresholding:
+        problem = f"{kind.__name__} cannot do the thresholding that its config asks for"
+        raise ValueError(f"{problem}; set thresholding=False, or {advice(thresholding=True)}.")
     return sampler
 
 

@@ -136,13 +136,26 @@ def test_any_number_of_steps_is_run_or_refused_and_nothing_comes_out_that_is_not
 
 
 @pytest.mark.parametrize("name", USABLE)
-def test_a_prediction_of_x_0_is_read_or_refused(name):
-    pipe = pipe_with(name, tiny_unet(), prediction_type="sample")
+def test_predictions_of_x_0_and_thresholding_are_done_or_refused(name):
+    unet = tiny_unet()
+    with torch.no_grad():
+        unet.conv_out.bias.fill_(3.0)
+    options, config = {"num_inference_steps": 4, "output_type": "latent"}, {"num_train_timesteps": 20, "beta_end": 0.5}
+    config["original_inference_steps"] = 20
+    pipe = pipe_with(name, unet, prediction_type="sample", **config)
     if SAMPLERS[name].sample_prediction:
-        assert pipe(num_inference_steps=4, output_type="latent").images.abs().max() < 100
+        assert pipe(generator=seeded(), **options).images.mean().item() == pytest.approx(3, abs=0.5)
     else:
         with pytest.raises(ValueError, match=f"{name} cannot use .* AlphaDDPMScheduler"):
-            pipe(num_inference_steps=4)
+            pipe(**options)
+    prediction = "sample" if SAMPLERS[name].sample_prediction else "epsilon"
+    pipe = pipe_with(name, unet, prediction_type=prediction, **config)
+    pipe.scheduler = type(pipe.scheduler).from_config(dict(pipe.scheduler.config) | {"thresholding": True})
+    if SAMPLERS[name].thresholding:
+        assert pipe(generator=seeded(), **options).images.abs().max() < 1.05
+    else:
+        with pytest.raises(ValueError, match=f"{name} cannot do the thresholding .* AlphaDDPMScheduler"):
+            pipe(**options)
 
 
 @pytest.mark.parametrize("name", ["DPMSolverSDEScheduler", "EulerAncestralDiscreteScheduler", "SASolverScheduler"])
