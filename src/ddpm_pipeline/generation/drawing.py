@@ -64,13 +64,12 @@ def sample_uint8(
 ) -> torch.Tensor:
     """The images with these numbers, uint8 [b, C, H, W] on the CPU. With a run's seed they begin with those of samples.png.
 
-    Raises ConfigError if the sampler produces NaN or infinite values.
+    Raises ConfigError if the sampler cannot run that many steps, or produces NaN or infinite values.
     """
-    images = sample(pipe, numbers, seed, num_inference_steps, request).images
-    if not images.isfinite().all():
-        failure = f"produced NaN or infinite values when sampling this model in {num_inference_steps} steps"
-        remedy = "use fewer --num_inference_steps or another --scheduler (diffusers' multistep solvers do so at T steps)"
-        raise ConfigError(f"{type(pipe.scheduler).__name__} {failure}; {remedy}.")
+    try:
+        images = sample(pipe, numbers, seed, num_inference_steps, request).images
+    except (ValueError, FloatingPointError) as error:
+        raise ConfigError(f"{error} Options: --num_inference_steps, --scheduler.") from error
     return images.float().mul(255).round().to(torch.uint8).cpu()
 
 
