@@ -1,6 +1,7 @@
 """Where a reverse chain starts: noise, a noised image, a mask; and mixtures of images and forward trajectories.
 
-Travels inside model repositories. Defines no pipeline class, because the Hub's loader wants one per repository.
+The functions take the scheduler and tensors, and no pipeline. Travels inside model repositories. Defines no pipeline class,
+because the Hub's loader wants one per repository.
 """
 
 import math
@@ -13,35 +14,68 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .pictures_alpha_ddpm import Images, read_masks, read_pictures
+from .samplers_alpha_ddpm import Steps, check_start, checked_generators, order_of, plain, seed_own_noise, set_timesteps
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
-from .tables_alpha_ddpm import Generators, check_generators, check_integer
+from .tables_alpha_ddpm import Generators, check_integer, standard_normal
 
 
 @dataclass(frozen=True)
 class Edit:
-    """The arguments of a call that start it from an image. Raises ValueError if they do not fit one another."""
+    """What a call starts from, with as many rows each as were given. Raises ValueError if they do not fit one another."""
 
-    image: Images | None = None  # PIL, array [B, H, W, C] or tensor [B, C, H, W]; one, or one per image
+    image: Tensor | None = None  # x_0, [N, C, H, W]
     strength: float | None = None  # fraction of the chain to run; by default 0.5, or 1 with a mask
-    mask_image: Images | None = None  # white (1) is painted anew, black (0) is kept
+    kept: Tensor | None = None  # where pixels are kept, bool [N, 1, H, W]
     num_resamples: int = 1  # passes per step, with a mask
+    latents: Tensor | None = None  # z ~ N(0, I) to start from or to noise the image with, [B, C, H, W]
 
     def __post_init__(self) -> None:
-        for name in ("strength", "mask_image"):
-            if self.image is None and getattr(self, name) is not None:
+        vars(self).update(strength=plain(self.strength), num_resamples=plain(self.num_resamples))
+        for name, value in (("strength", self.strength), ("mask_image", self.kept)):
+            if self.image is None and value is not None:
                 raise ValueError(f"{name} needs an image; pass image= as well.")
-        if self.strength is not None and not 0 <= self.strength <= 1:
+        number = self.strength is None or isinstance(self.strength, int | float)
+        if not (number and 0 <= (self.strength or 0) <= 1):
             raise ValueError(f"strength={self.strength!r} must be from 0 (the image unchanged) to 1 (only noise left).")
         check_integer("num_resamples", self.num_resamples, 1)
-        if self.num_resamples > 1 and self.mask_image is None:
+        if self.num_resamples > 1 and self.kept is None:
             raise ValueError(f"num_resamples={self.num_resamples} works with a mask_image only; leave it at 1.")
 
     def first_step(self, num_steps: int) -> int:
         """Index of the first step to run: the last `strength` of the chain's steps."""
         if self.image is None:
             return 0
-        strength = (0.5 if self.mask_image is None else 1.0) if self.strength is None else self.strength
+        strength = (0.5 if self.kept is None else 1.0) if self.strength is None else self.strength
         return num_steps - math.floor(num_steps * strength + 1e-9)  # 0.29 * 100 is 28.999...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How many images a call gives: `per_prompt` neighbours for each of `prompts` prompts, labels or images."""
+
+    prompts: int
+    per_prompt: int = 1
+
+    @classmethod
+    def of(cls, prompts: int | None, per_prompt: int, edit: Edit) -> "Batch":
+        """That of `prompts`, or, where these may be any number (None), of as many as there are images, masks or latents."""
+        per_prompt = plain(per_prompt)
+        check_integer("num_images_per_prompt", per_prompt, 1)
+        if prompts is None:
+            prompts = max(len(x) for x in (edit.image, edit.kept, [0]) if x is not None)
+            if prompts == 1 and edit.latents is not None:
+                prompts = max(1, len(edit.latents) // per_prompt)
+        return cls(prompts, per_prompt)
+
+    @property
+    def size(self) -> int:
+        return self.prompts * self.per_prompt
+
+    def spread(self, rows: Tensor | None, what: str) -> Tensor | None:
+        """One row, one per prompt or one per image, as one per image, [B, ...]."""
+        if rows is None or len(rows) == self.size:
+            return rows
+        return expanded(rows, self.prompts, what).repeat_interleave(self.per_prompt, dim=0)
 
 
 @dataclass(frozen=True)
@@ -55,44 +89,66 @@ class Start:
     kept: Tensor | None = None  # where its pixels are kept, bool [B, 1, H, W]
 
 
+def start_chain(scheduler: Any, edit: Edit, batch: Batch, noise: Tensor, generator: Generators) -> Start:
+    """Noise, or the image noised to the first timestep of the chain that is run. `noise` ~ N(0, I) is [B, C, H, W].
+
+    Raises ValueError if the sampler cannot start there.
+    """
+    timesteps, order = scheduler.timesteps, order_of(scheduler)
+    first = edit.first_step(len(timesteps[::order])) * order
+    original, kept = batch.spread(edit.image, "images"), batch.spread(edit.kept, "masks")
+    if first >= len(timesteps):
+        return Start(original, len(timesteps))
+    check_start(scheduler, first, edit.num_resamples)
+    seed_own_noise(scheduler, generator)
+    if hasattr(scheduler, "set_begin_index"):  # before add_noise, which reads it
+        scheduler.set_begin_index(first)
+    if original is None or (kept is not None and first == 0):
+        x = noise * scheduler.init_noise_sigma
+    else:
+        x = scheduler.add_noise(original, noise, timesteps[first].repeat(len(original)))
+    start = Start(x, first, edit.num_resamples, original, kept)
+    return replace(start, x=keep(scheduler, x, start, timesteps[first], generator))
+
+
+def keep(scheduler: Any, x: Tensor, start: Start, t: Tensor | None, generator: Generators) -> Tensor:
+    """x_t with kept pixels drawn from q(x_t | x_0), or x_0's for clean data, t = None (Lugmayr et al. 2022, eq. 8)."""
+    if start.kept is None:
+        return x
+    if t is None:
+        return torch.where(start.kept, start.original, x)
+    noise = standard_normal(x.shape, x, generator)
+    return torch.where(start.kept, scheduler.add_noise(start.original, noise, t.repeat(len(x))), x)
+
+
 class AlphaDDPMEditing:
     """Mixed into a `DiffusionPipeline` with a `unet` and a `scheduler`."""
 
-    def _start(self, edit: Edit, batch_size: int, generator: Generators) -> Start:
-        """Noise, or the image noised to the first timestep of the chain that is run."""
-        timesteps = self.scheduler.timesteps
-        first = edit.first_step(len(timesteps))
-        if hasattr(self.scheduler, "set_begin_index"):  # before add_noise, which reads it
-            self.scheduler.set_begin_index(first)
-        if edit.num_resamples > 1 and not hasattr(self.scheduler, "forward_step"):
-            kind = type(self.scheduler).__name__
-            raise ValueError(f"num_resamples above 1 needs AlphaDDPMScheduler's forward_step, which {kind} lacks.")
-        original = None if edit.image is None else self._images_in(edit.image, batch_size)
-        kept = None if edit.mask_image is None else self._kept_pixels(edit.mask_image, batch_size)
-        if first == len(timesteps):
-            return Start(original, first)
-        if original is None or (kept is not None and first == 0):
-            x = self._noise(self._shape(batch_size), generator) * self.scheduler.init_noise_sigma
-        else:
-            x = self._noised(original, timesteps[first], generator)
-        start = Start(x, first, edit.num_resamples, original, kept)
-        return replace(start, x=self._keep(x, start, timesteps[first], generator))
+    def _edit(self, image: Any, strength: float | None, mask_image: Any, num_resamples: int, latents: Any) -> Edit:
+        """The arguments of a call that say what it starts from, as tensors."""
+        image = None if image is None else self._images_in(image)
+        kept = None if mask_image is None else self._kept_pixels(mask_image)
+        return Edit(image, strength, kept, num_resamples, None if latents is None else self._latents_in(latents))
 
-    def _keep(self, x: Tensor, start: Start, t: Tensor | None, generator: Generators) -> Tensor:
-        """x_t with kept pixels drawn from q(x_t | x_0), or x_0's for clean data, t = None (Lugmayr et al. 2022, eq. 8)."""
-        if start.kept is None:
-            return x
-        return torch.where(start.kept, start.original if t is None else self._noised(start.original, t, generator), x)
+    def _latents_in(self, latents: Any) -> Tensor:
+        """z ~ N(0, I) as given, in the precision of the chain."""
+        latents, (_, *shape) = torch.as_tensor(latents), self._shape(1)
+        fits = latents.ndim == 4 and list(latents.shape[1:]) == shape and latents.is_floating_point()
+        if not (fits and latents.isfinite().all()):
+            found = f"{latents.dtype} of shape {tuple(latents.shape)}"
+            needed = f"finite floats of shape (images, {', '.join(map(str, shape))}), drawn from N(0, 1)"
+            raise ValueError(f"latents are {found}; this model takes {needed}.")
+        return latents.to(self._execution_device, self._chain_dtype)
 
     def _noise(self, shape: Sequence[int], generator: Generators) -> Tensor:
         """z ~ N(0, I) in float32: only the network computes in half precision, never the chain."""
         return randn_tensor(tuple(shape), generator=generator, device=self._execution_device, dtype=self._chain_dtype)
 
-    def _noised(self, original: Tensor, t: Tensor, generator: Generators) -> Tensor:
-        return self.scheduler.add_noise(original, self._noise(original.shape, generator), t.repeat(len(original)))
-
     def _shape(self, batch_size: int) -> tuple[int, int, int, int]:
         size = self.unet.config.sample_size
+        if size is None:
+            fix = "unet.register_to_config(sample_size=(height, width))"
+            raise ValueError(f"the UNet's config has no sample_size, so that the images have none; set it with {fix}.")
         height, width = (size, size) if isinstance(size, int) else size
         return batch_size, self.unet.config.in_channels, height, width
 
@@ -100,21 +156,21 @@ class AlphaDDPMEditing:
     def _chain_dtype(self) -> torch.dtype:
         return torch.float64 if self.unet.dtype == torch.float64 else torch.float32
 
-    def _images_in(self, images: Images, batch_size: int | None = None) -> Tensor:
-        """[B, C, H, W] in [-1, 1] on the device; a single image is repeated for the batch."""
+    def _images_in(self, images: Images) -> Tensor:
+        """[N, C, H, W] in [-1, 1] on the device."""
         _, channels, height, width = self._shape(1)
         x = read_pictures(images, "image", channels)
         if x.shape[1:] != (channels, height, width):
             needed = f"this model needs {(channels, height, width)} as (channels, height, width)"
             raise ValueError(f"image has shape {tuple(x.shape[1:])}; {needed}: resize or crop it first.")
-        return expanded((x * 2 - 1).to(self._execution_device, self._chain_dtype), batch_size or len(x), "images")
+        return (x * 2 - 1).to(self._execution_device, self._chain_dtype)
 
-    def _kept_pixels(self, mask: Images, batch_size: int) -> Tensor:
-        """Where pixels are kept, bool [B, 1, H, W]: black (0) is kept and white (1) is painted."""
+    def _kept_pixels(self, mask: Images) -> Tensor:
+        """Where pixels are kept, bool [N, 1, H, W]: black (0) is kept and white (1) is painted."""
         painted, needed = read_masks(mask, "mask_image"), (1, *self._shape(1)[2:])
         if painted.shape[1:] != needed:
             raise ValueError(f"mask_image has shape {tuple(painted.shape[1:])}, not {needed}.")
-        return expanded(~painted, batch_size, "masks").to(self._execution_device)
+        return (~painted).to(self._execution_device)
 
     @torch.no_grad()
     def interpolate(
@@ -143,19 +199,17 @@ class AlphaDDPMEditing:
         a, b = self._images_in(a), self._images_in(b)
         if (len(a), len(b)) != (1, 1):
             raise ValueError(f"interpolate takes one image a and one image b, not {len(a)} and {len(b)}.")
+        weights, at = list(plain(weights)), plain(at)
         if not weights or not all(0 <= weight <= 1 for weight in weights):
             raise ValueError(f"weights={weights!r} must be numbers from 0 (image a) to 1 (image b), at least one.")
-        total = self.scheduler.config.num_train_timesteps
-        check_integer("at", at, 0, total - 1)
-        self.scheduler.set_timesteps(num_inference_steps or total)
-        timesteps = self.scheduler.timesteps
+        check_integer("at", at, 0, self.scheduler.config.num_train_timesteps - 1)
+        timesteps = set_timesteps(self.scheduler, Steps(num_inference_steps))[:: order_of(self.scheduler)]
         if not (remaining := int((timesteps <= at).sum())):
             raise ValueError(f"at={at} is below the last timestep of this chain, {timesteps[-1]}; use more steps.")
-        weight = torch.tensor(list(weights), device=a.device, dtype=a.dtype).view(-1, 1, 1, 1)
+        weight = torch.tensor(weights, device=a.device, dtype=a.dtype).view(-1, 1, 1, 1)
         mixtures = ((1 - weight) * a + weight * b) / 2 + 0.5  # as mixing x_t, because the noise is shared
         seed = torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu").item()
         return self(
-            **self._batch_option(len(mixtures), options),
             image=mixtures.clamp(0, 1),
             strength=remaining / len(timesteps),
             generator=[torch.Generator(self._execution_device).manual_seed(seed) for _ in mixtures],
@@ -168,13 +222,15 @@ class AlphaDDPMEditing:
         """x_t of the forward process at `timesteps`, each from the one before (report eq. 4.3, figure 3.4).
 
         Timestep -1 is the image itself, in [-1, 1]. Returns [len(timesteps), B, C, H, W]. Raises ValueError if the timesteps
-        are not ascending.
+        are not ascending within -1..T-1.
         """
-        x = self._images_in(image)
-        chain = [int(t) for t in timesteps]
-        if not chain or sorted(set(chain)) != chain or chain[0] < -1:
-            raise ValueError(f"timesteps={list(timesteps)} must be ascending integers from -1 (the image) on.")
-        check_generators(generator, len(x))
+        x, last = self._images_in(image), self.scheduler.config.num_train_timesteps - 1
+        chain = list(plain(timesteps))
+        for t in chain:
+            check_integer("timesteps: each", t, -1, last)
+        if not chain or sorted(set(chain)) != chain:
+            raise ValueError(f"timesteps={chain} must be ascending, from -1 (the image) to {last}, with at least one.")
+        generator = checked_generators(generator, len(x))
         scheduler = AlphaDDPMScheduler.from_config(self.scheduler.config)  # leaves the pipeline's own chain as it is
         trajectory = [x] if chain[0] == -1 else []
         if noisy := [t for t in chain if t >= 0]:

@@ -5,6 +5,7 @@ every sibling that travels with it, because diffusers' loader copies only what t
 """
 
 import difflib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +14,10 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
-from .editing_alpha_ddpm import Edit, expanded
+from .editing_alpha_ddpm import Batch
 from .pictures_alpha_ddpm import Images
-from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output
+from .samplers_alpha_ddpm import Steps, plain
+from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output, check_unet
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
 from .tables_alpha_ddpm import Generators, check_integer
@@ -43,6 +45,10 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler):
         super().__init__()
+        if unet is not None:  # `from_pretrained(..., unet=None)` loads part of a pipeline
+            check_unet(unet)
+            if unet.config.get("cross_attention_dim"):
+                raise ValueError(f"{type(unet).__name__} reads text states; use AlphaDDPMTextToImagePipeline for this model.")
         self.register_modules(unet=unet, scheduler=self._own_scheduler(scheduler))
 
     @torch.no_grad()
@@ -54,7 +60,7 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
-        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("image",),
+        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents", "image"),
         class_labels: ClassLabels | None = None,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
@@ -64,19 +70,24 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
         mask_image: Images | None = None,
         num_resamples: int = 1,
         output_trajectory: bool = False,
+        num_images_per_prompt: int = 1,
+        latents: Tensor | None = None,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> AlphaDDPMOutput | tuple:
         """Sample images.
 
         Args:
-            batch_size: number of images, at least 1; the default is one, or one per class label.
+            batch_size: number of images, at least 1; the default is one, or one per class label or image.
             generator: one for all images, or a list of one per image, which then does not depend on the others.
             num_inference_steps: length of the chain; the default is every timestep the model was trained on.
-            output_type: "pil" images (of 1, 3 or 4 channels), "np" [B, H, W, C] or "pt" [B, C, H, W], both in [0, 1].
+            output_type: "pil" images (of 1, 3 or 4 channels), "np" [B, H, W, C] or "pt" [B, C, H, W], both in [0, 1],
+                or "latent", x_0 as it is.
             return_dict: return an `AlphaDDPMOutput` rather than a tuple.
-            callback_on_step_end: called as `callback(pipe, index, timestep, tensors)` after each step; an "image" in the dict
-                that it returns replaces the current one.
-            callback_on_step_end_tensor_inputs: names in `tensors`: "image" (x_s, [B, C, H, W], in about [-1, 1]) and
-                "pred_original_sample" (the x_0 predicted at this step).
+            callback_on_step_end: called as `callback(pipe, index, timestep, tensors)` after each step; "latents" in the dict
+                that it returns replace the current ones, and `pipe._interrupt = True` ends the chain.
+            callback_on_step_end_tensor_inputs: names in `tensors`: "latents" (x_s, [B, C, H, W], in about [-1, 1]; formerly
+                "image") and "pred_original_sample" (the x_0 predicted at this step).
             class_labels: one class for all images, or one per image: ids, names (see `id2label`), or None for no class.
             guidance_scale: 1 is none; above 1, images are pushed towards their class, for twice the network's batch.
             guidance_rescale: from 0 to 1, how much of the contrast that guidance adds is undone (Lin et al. 2023).
@@ -87,19 +98,27 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
             mask_image: white (1) where `image` is painted anew, black (0) where its pixels are kept.
             num_resamples: with a mask, passes per step, for a better fit of old and new (Lugmayr et al. 2022); 1 is none.
             output_trajectory: also return all x_t: `trajectory` [S + 1, B, C, H, W] on the CPU.
+            num_images_per_prompt: images per class label or image; those of one are neighbours.
+            latents: the noise N(0, I) to start from, or to noise `image` with, [B, C, H, W], in place of the generator's.
+            timesteps, sigmas: the chain itself, noise first, in place of `num_inference_steps`, for schedulers that take it.
 
         Raises ValueError for a value that cannot be used, before any image is sampled.
         """
+        check_unet(self.unet)  # it may have been replaced
         labels = None if class_labels is None else self._label_ids(class_labels)
-        if batch_size is None:
-            batch_size = 1 if labels is None else len(labels)
-        check_integer("batch_size", batch_size, 1)
-        edit = Edit(image, strength, mask_image, num_resamples)
+        batch_size = plain(batch_size)
+        if batch_size is not None:
+            check_integer("batch_size", batch_size, 1)
+        elif labels is not None and len(labels) > 1:
+            batch_size = len(labels)
+        steps = Steps(num_inference_steps, timesteps, sigmas)
         callback_inputs = tuple(callback_on_step_end_tensor_inputs)
         output = Output(output_type, return_dict, output_trajectory, callback_on_step_end, callback_inputs)
-        guidance = Guidance(guidance_scale, guidance_rescale, tuple(guidance_interval))
-        conditioning = self._class_conditioning(labels, batch_size, guidance)
-        return self._sample(batch_size, conditioning, edit, output, generator, num_inference_steps)
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
+        edit = self._edit(image, strength, mask_image, num_resamples, latents)
+        batch = Batch.of(batch_size, num_images_per_prompt, edit)
+        conditioning = self._class_conditioning(labels, batch, guidance)
+        return self._sample(batch, conditioning, edit, output, generator, steps)
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -118,8 +137,9 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
     def _label_ids(self, class_labels: ClassLabels) -> list[int]:
         if not self._num_embeddings:
             raise ValueError("class_labels were given to a model without classes; leave them out.")
-        class_labels = class_labels.tolist() if isinstance(class_labels, Tensor) else class_labels
-        labels = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
+        class_labels = plain(class_labels)
+        several = isinstance(class_labels, Sequence) and not isinstance(class_labels, str)
+        labels = list(class_labels) if several else [class_labels]
         if not labels:
             raise ValueError("class_labels is empty; give at least one label.")
         return [self._label_id(label) for label in labels]
@@ -147,21 +167,19 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
             return f"near it: {', '.join(map(repr, near))}"
         return f"its classes are {', '.join(map(repr, names[:10]))}{', ...' if len(names) > 10 else ''}"
 
-    def _class_conditioning(self, labels: list[int] | None, batch_size: int, guidance: Guidance) -> Conditioning:
-        if labels is None:
+    def _class_conditioning(self, labels: list[int] | None, batch: Batch, guidance: Guidance) -> Conditioning:
+        asked = labels is not None
+        if not asked:
             if guidance.in_use:
-                raise ValueError(f"guidance_scale={guidance.scale} needs class_labels to guide towards.")
+                warnings.warn(f"guidance_scale={guidance.scale} has no effect without class_labels.", stacklevel=4)
             if not self._num_embeddings:
-                return Conditioning({})
+                return Conditioning({}, guidance=guidance)
             labels = [self._label_id(None)]
-        ids = expanded(torch.tensor(labels, device=self._execution_device), batch_size, "class_labels")
-        if not guidance.in_use:
-            return Conditioning({"class_labels": ids})
+        ids = batch.spread(torch.tensor(labels, device=self._execution_device), "class_labels")
+        if not (asked and guidance.in_use):
+            return Conditioning({"class_labels": ids}, guidance=guidance)
         if self._null_label is None:
             needed = "an embedding for 'no class', which this model lacks"
             raise ValueError(f"guidance_scale={guidance.scale} needs {needed}; use guidance_scale=1.")
         self._warn_if_never_unconditional()
         return Conditioning({"class_labels": ids}, {"class_labels": torch.full_like(ids, self._null_label)}, guidance)
-
-    def _batch_option(self, count: int, options: dict[str, Any]) -> dict[str, Any]:
-        return {"batch_size": count}

@@ -1,28 +1,38 @@
 """The reverse loop that all pipelines share, with classifier-free guidance.
 
-A pipeline turns its condition into arguments of the UNet; everything else is here and in `editing_alpha_ddpm.py`.
-Travels inside model repositories.
+A pipeline turns its condition into arguments of the UNet; everything else is here and in `editing_alpha_ddpm.py`. The
+functions take the UNet, the scheduler and tensors, and no pipeline. Travels inside model repositories.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
-from .editing_alpha_ddpm import AlphaDDPMEditing, Edit
+from .editing_alpha_ddpm import AlphaDDPMEditing, Batch, Edit, Start, keep, start_chain
 from .pictures_alpha_ddpm import PIL_MODES
+from .samplers_alpha_ddpm import (
+    Steps,
+    advice,
+    checked_generators,
+    next_timesteps,
+    plain,
+    reserved,
+    reverse_step,
+    set_timesteps,
+    takes_variance,
+)
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
-from .tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, OWN_KEY, Generators, check_generators
+from .tables_alpha_ddpm import OWN_KEY, Generators, standard_normal
 
-OUTPUT_TYPES = ("pil", "np", "pt")
-CALLBACK_INPUTS = ("image", "pred_original_sample")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CALLBACK_INPUTS = ("latents", "pred_original_sample", "image")  # the last is what `latents` was called once
 
 
 @dataclass
@@ -38,14 +48,16 @@ class Guidance:
 
     scale: float = 1.0  # 1 is none
     rescale: float = 0.0  # 0 to 1: how much of the contrast that guidance adds is undone
-    interval: tuple[float, float] = (0.0, 1.0)  # start and end as fractions of the chain, from noise to image
+    interval: Sequence[float] = (0.0, 1.0)  # start and end as fractions of the chain, from noise to image
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.scale, int | float) and math.isfinite(self.scale)):
+        vars(self).update({name: plain(value) for name, value in vars(self).items()})
+        if not (_is_number(self.scale) and math.isfinite(self.scale)):
             raise ValueError(f"guidance_scale={self.scale!r} must be a finite number; 1 turns guidance off.")
-        if not 0 <= self.rescale <= 1:
+        if not (_is_number(self.rescale) and 0 <= self.rescale <= 1):
             raise ValueError(f"guidance_rescale={self.rescale!r} must be from 0 (none) to 1.")
-        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
+        pair = isinstance(self.interval, list) and len(self.interval) == 2 and all(map(_is_number, self.interval))
+        if not (pair and 0 <= self.interval[0] <= self.interval[1] <= 1):
             allowed = "0 <= start <= end <= 1, fractions of the chain from noise (0) to image (1)"
             raise ValueError(f"guidance_interval={self.interval!r} must be a start and an end with {allowed}.")
 
@@ -53,9 +65,13 @@ class Guidance:
     def in_use(self) -> bool:
         return self.scale != 1 and self.interval[0] < self.interval[1]
 
-    def at(self, share: float) -> bool:
-        """Whether the step that begins at fraction `share` of the chain is guided."""
-        return self.scale != 1 and self.interval[0] <= share < self.interval[1]
+    def covers(self, share: float) -> bool:
+        """Whether the step that begins at fraction `share` of the chain lies in the interval."""
+        return self.interval[0] <= share < self.interval[1]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,7 @@ class Conditioning:
     """What the UNet is told: keyword arguments, tensors [B, ...], those of the unconditional half, and the guidance."""
 
     kwargs: dict[str, Tensor]
-    null_kwargs: dict[str, Tensor] | None = None  # None if nothing is guided
+    null_kwargs: dict[str, Tensor] | None = None  # None if nothing can be guided
     guidance: Guidance = Guidance()
 
 
@@ -75,7 +91,7 @@ class Output:
     as_dict: bool = True
     trajectory: bool = False  # also return all x_t
     callback: Callable[[Any, int, Tensor, dict], dict] | None = None  # called as (pipe, index, timestep, tensors)
-    callback_inputs: Sequence[str] = CALLBACK_INPUTS[:1]
+    callback_inputs: Sequence[str] = ("latents", "image")
 
     def __post_init__(self) -> None:
         if self.type not in OUTPUT_TYPES:
@@ -87,9 +103,9 @@ class Output:
         """Show a step to the callback, if any, and return x [B, C, H, W] or what replaces it."""
         if self.callback is None:
             return x
-        tensors = {"image": x, "pred_original_sample": getattr(step, "pred_original_sample", None)}
-        chosen = {name: tensors[name] for name in self.callback_inputs}
-        return (self.callback(pipe, index, t, chosen) or {}).get("image", x)
+        tensors = {"latents": x, "image": x, "pred_original_sample": getattr(step, "pred_original_sample", None)}
+        returned = self.callback(pipe, index, t, {name: tensors[name] for name in self.callback_inputs}) or {}
+        return next((returned[name] for name in ("latents", "image") if returned.get(name, x) is not x), x)
 
 
 def guide(unconditional: Tensor, conditional: Tensor, channels: int, scale: float, rescale: float = 0.0) -> Tensor:
@@ -117,74 +133,161 @@ def describe_conditions(unet: Any, *, class_names: Sequence[str] | None = None, 
     unet.register_to_config(**{OWN_KEY: {name: value for name, value in settings.items() if value is not None}})
 
 
+def network_outputs(unet: Any, scheduler: Any, x: Tensor, t: Tensor, *conditions: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """What the network says of x [B, C, H, W] under each of the conditions, in one batch and the precision of the chain."""
+    model_input = scheduler.scale_model_input(x, t).to(unet.dtype)
+    kwargs = {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
+    return unet(torch.cat([model_input] * len(conditions)), t, **kwargs).sample.to(x.dtype).chunk(len(conditions))
+
+
+def usable_channels(scheduler: Any, output: Tensor, channels: int) -> Tensor:
+    """The output without a variance half [B, C, ...] that the scheduler would not use, or cut off three channels only."""
+    return output[:, :channels] if output.shape[1] == 2 * channels and not takes_variance(scheduler) else output
+
+
+def predict(unet: Any, scheduler: Any, x: Tensor, t: Tensor, conditioning: Conditioning, scale: float) -> Tensor:
+    """The network's output, guided by `scale`."""
+    null_kwargs, channels = conditioning.null_kwargs, x.shape[1]
+    if scale != 1 and null_kwargs is not None:
+        unconditional, conditional = network_outputs(unet, scheduler, x, t, null_kwargs, conditioning.kwargs)
+        output = guide(unconditional, conditional, channels, scale, conditioning.guidance.rescale)
+    else:
+        (output,) = network_outputs(unet, scheduler, x, t, conditioning.kwargs)
+    return usable_channels(scheduler, output, channels)
+
+
+def to_images(x: Tensor, output_type: str) -> Any:
+    """x_0 [B, C, H, W] in [-1, 1] as one of OUTPUT_TYPES; "latent" is x_0 itself."""
+    if output_type == "latent":
+        return x
+    x = (x / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return x
+    array = x.cpu().permute(0, 2, 3, 1).float().numpy()  # [B, C, H, W] -> [B, H, W, C]
+    return DiffusionPipeline.numpy_to_pil(array) if output_type == "pil" else array
+
+
+def check_finite(finite: list[Tensor], timesteps: Tensor, unet: Any, scheduler: Any) -> None:
+    """Raise FloatingPointError if a step's network output or x is not: `finite` holds both, bool [2], for each step.
+
+    Reading them once, at the end, costs a single wait for the device.
+    """
+    wrong = (~torch.stack(finite)).nonzero() if finite else []  # [steps, 2]
+    if not len(wrong):
+        return
+    index, by_sampler = wrong[0].tolist()
+    kind, count = type(scheduler).__name__, len(timesteps)
+    if by_sampler:
+        cause = f"the sampler's own step; use another num_inference_steps, or {advice()}"
+    elif not all(weight.isfinite().all() for weight in unet.parameters()):
+        cause = "the UNet, whose weights are not finite; load another checkpoint"
+    elif unet.dtype == torch.float16:
+        cause = "the UNet, in float16; use bfloat16 or float32, as in pipe.to(dtype=torch.float32)"
+    else:
+        cause = f"the UNet's output; use a guidance_scale nearer 1 or more num_inference_steps, or {advice()}"
+    where = f"step {index + 1} of {count} (timestep {timesteps[index].item():g})"
+    raise FloatingPointError(f"{kind} produced NaN or infinite values at {where}. They came from {cause}.")
+
+
+def check_unet(unet: Any) -> None:
+    """Raise ValueError if a UNet is wrapped, or its config describes conditions that it cannot have."""
+    if isinstance(unet, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+        raise ValueError(f"the unet is wrapped in {type(unet).__name__}, which a pipeline cannot use; give unet.module.")
+    settings, embeddings = unet.config.get(OWN_KEY) or {}, unet.config.get("num_class_embeds") or 0
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"{OWN_KEY}={settings!r} in the UNet's config must be a dict; describe_conditions writes it.")
+    names, dropout = settings.get("class_names"), settings.get("condition_dropout")
+    if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"class_names={names!r} in the UNet's config must be a list of strings, one per class.")
+    if len(names or []) > embeddings:
+        raise ValueError(
+            f"the UNet's config has {len(names)} class_names for num_class_embeds={embeddings}; give one per class."
+        )
+    if dropout is not None and not (_is_number(dropout) and 0 <= dropout <= 1):
+        raise ValueError(f"condition_dropout={dropout!r} in the UNet's config must be from 0 to 1.")
+
+
 class AlphaDDPMSampling(AlphaDDPMEditing):
     """Mixed into a `DiffusionPipeline` with a `unet` and a `scheduler`."""
 
     _callback_tensor_inputs: ClassVar = list(CALLBACK_INPUTS)
+    _guidance_scale, _num_timesteps, _interrupt = 1.0, 0, False
+
+    @property
+    def guidance_scale(self) -> float:
+        """That of the call. A callback may change the guidance of the steps to come by `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale != 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of timesteps that the call goes through; with an image, the last `strength` of the chain's."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has ended the call, by `_interrupt = True`: its images are as far as they had come."""
+        return self._interrupt
 
     @staticmethod
     def _own_scheduler(scheduler: Any) -> Any:
         return AlphaDDPMScheduler.from_config(scheduler.config) if isinstance(scheduler, DDPMScheduler) else scheduler
 
     def _sample(
-        self,
-        batch_size: int,
-        conditioning: Conditioning,
-        edit: Edit,
-        output: Output,
-        generator: Generators,
-        num_inference_steps: int | None,
+        self, batch: Batch, conditioning: Conditioning, edit: Edit, output: Output, generator: Generators, steps: Steps
     ) -> AlphaDDPMOutput | tuple:
         """The reverse chain, from noise or from a noised image, to images."""
-        check_generators(generator, batch_size)
         if output.type == "pil" and (channels := self.unet.config.in_channels) not in PIL_MODES:
-            raise ValueError(f"output_type='pil' has no mode for the {channels} channels of this model; use 'np' or 'pt'.")
-        total = self.scheduler.config.num_train_timesteps
-        self.scheduler.set_timesteps(total if num_inference_steps is None else num_inference_steps)
-        timesteps = self.scheduler.timesteps
-        following = [*timesteps[1:], None]  # None is clean data
-        start = self._start(edit, batch_size, generator)
-        x, frames = start.x, [start.x.cpu()] if output.trajectory else []
-        step_options = {"generator": generator} if "generator" in signature(self.scheduler.step).parameters else {}
-
-        for index, t in enumerate(self.progress_bar(timesteps[start.first :]), start=start.first):
-            for repeat in range(1 if following[index] is None else start.passes):
-                if repeat:  # RePaint goes back to t, so that painted and kept pixels come to fit each other
-                    x = self.scheduler.forward_step(x, t, self._noise(x.shape, generator))
-                model_output = self._predict(x, t, conditioning, index / len(timesteps))
-                step = self.scheduler.step(model_output, t, x, **step_options)
-                x = self._keep(step.prev_sample, start, following[index], generator)
-            x = output.call_back(self, index, t, x, step)
-            if output.trajectory:
-                frames.append(x.cpu())
-
-        images = self._images_out(x, output.type)
+            raise ValueError(f"output_type='pil' cannot show the {channels} channels of this model; use 'pt' or 'np'.")
+        generator = checked_generators(generator, batch.size)
+        with reserved(self.scheduler):
+            timesteps = set_timesteps(self.scheduler, steps)
+            noise = self._start_noise(edit.latents, batch.size, generator)
+            start = start_chain(self.scheduler, edit, batch, noise, generator)
+            x, frames = self._denoise(timesteps, start, conditioning, output, generator)
         self.maybe_free_model_hooks()
-        result = AlphaDDPMOutput(images=images, trajectory=torch.stack(frames) if frames else None)
+        result = AlphaDDPMOutput(to_images(x, output.type), torch.stack(frames) if frames else None)
         return result if output.as_dict else result.to_tuple()
 
-    def _predict(self, x: Tensor, t: Tensor, conditioning: Conditioning, share: float) -> Tensor:
-        """The network's guided output in the precision of the chain, with the channels that the scheduler can use."""
-        guidance, null_kwargs = conditioning.guidance, conditioning.null_kwargs
-        model_input = self.scheduler.scale_model_input(x, t).to(self.unet.dtype)
-        if null_kwargs is not None and guidance.at(share):
-            both = {name: torch.cat([null_kwargs[name], c]) for name, c in conditioning.kwargs.items()}
-            output = self.unet(torch.cat([model_input] * 2), t, **both).sample.to(x.dtype)
-            unconditional, conditional = output.chunk(2)  # [2B, ...] -> 2 x [B, ...]
-            output = guide(unconditional, conditional, x.shape[1], guidance.scale, guidance.rescale)
-        else:
-            output = self.unet(model_input, t, **conditioning.kwargs).sample.to(x.dtype)
-        # other schedulers ignore a DDPM config's variance_type or, like DPM-Solver, cut the half off three channels only
-        is_ddpm = isinstance(self.scheduler, DDPMScheduler) or hasattr(self.scheduler, "p_mean_variance")
-        learned = is_ddpm and self.scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
-        return output[:, : x.shape[1]] if output.shape[1] == 2 * x.shape[1] and not learned else output
+    def _denoise(
+        self, timesteps: Tensor, start: Start, conditioning: Conditioning, output: Output, generator: Generators
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x_0 [B, C, H, W] and, if asked for, all x_t."""
+        scheduler, guidance, total = self.scheduler, conditioning.guidance, len(timesteps)
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance.scale, total - start.first, False
+        x, frames, finite = start.x, [start.x.cpu()] if output.trajectory else [], []
+        following = next_timesteps(scheduler)
 
-    def _images_out(self, x: Tensor, output_type: str) -> Any:
-        x = (x / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return x
-        array = x.cpu().permute(0, 2, 3, 1).float().numpy()  # [B, C, H, W] -> [B, H, W, C]
-        return self.numpy_to_pil(array) if output_type == "pil" else array
+        for index, t in enumerate(self.progress_bar(timesteps[start.first :])):
+            at = start.first + index
+            for repeat in range(1 if following.get(at) is None else start.passes):
+                if repeat:  # RePaint goes back to t, so that painted and kept pixels come to fit each other
+                    x = scheduler.forward_step(x, t, standard_normal(x.shape, x, generator))
+                scale = self.guidance_scale if guidance.covers(at / total) else 1.0
+                model_output = predict(self.unet, scheduler, x, t, conditioning, scale)
+                step = reverse_step(scheduler, model_output, t, x, generator)
+                x = step.prev_sample
+                if at in following:
+                    x = keep(scheduler, x, start, following[at], generator)
+            x = output.call_back(self, index, t, x, step)
+            finite.append(torch.stack([model_output.isfinite().all(), x.isfinite().all()]))
+            if output.trajectory:
+                frames.append(x.cpu())
+            if self.interrupt:
+                break
+        check_finite(finite, timesteps[start.first :], self.unet, scheduler)
+        return x, frames
+
+    def _start_noise(self, latents: Tensor | None, size: int, generator: Generators) -> Tensor:
+        """`latents`, or z ~ N(0, I), [B, C, H, W]. Raises ValueError for another number of them."""
+        if latents is None:
+            return self._noise(self._shape(size), generator)
+        if len(latents) != size:
+            raise ValueError(f"{len(latents)} latents for {size} images; give one per image.")
+        return latents
 
     @property
     def _own_settings(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    EulerDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
@@ -190,18 +191,98 @@ def test_half_precision_network_keeps_a_float32_chain():
     assert (images - reference).abs().mean() < 0.02
 
 
-def test_callback_sees_each_step_and_can_replace_the_image():
+@pytest.mark.parametrize("name", ["latents", "image"])
+def test_callback_sees_each_step_and_can_replace_the_image(name):
+    """Under the name of diffusers' convention, or the older one."""
     steps = []
 
     def stop_at_grey(pipe, index, t, tensors):
         steps.append(int(t))
-        assert tensors["pred_original_sample"].shape == tensors["image"].shape
-        return {"image": torch.zeros_like(tensors["image"])} if index == 19 else {}
+        assert tensors["pred_original_sample"].shape == tensors[name].shape
+        return tensors | ({name: torch.zeros_like(tensors[name])} if index == pipe.num_timesteps - 1 else {})
 
-    names = ["image", "pred_original_sample"]
-    images = draw(make(), callback_on_step_end=stop_at_grey, callback_on_step_end_tensor_inputs=names)
-    assert steps == list(range(950, -1, -50))
-    assert (images == 0.5).all()
+    for names in ([name, "pred_original_sample"], AlphaDDPMPipeline._callback_tensor_inputs):
+        images = draw(make(), callback_on_step_end=stop_at_grey, callback_on_step_end_tensor_inputs=names)
+        assert (images == 0.5).all()
+    assert steps == 2 * list(range(950, -1, -50))
+
+
+def test_a_callback_ends_the_chain_and_its_index_counts_the_steps_that_are_run():
+    seen = []
+
+    def end(pipe, index, t, tensors):
+        seen.append((index, tensors["latents"]))
+        pipe._interrupt = index == 2
+        return {}
+
+    options = {"image": torch.zeros(1, 8, 8), "strength": 0.5, "callback_on_step_end": end}
+    pipe = make()
+    x = draw(pipe, output_type="latent", **options)
+    assert [index for index, _ in seen] == [0, 1, 2] and pipe.num_timesteps == 10 and pipe.interrupt
+    assert torch.equal(x, seen[-1][1])
+    draw(pipe, num_inference_steps=2)
+    assert not pipe.interrupt
+
+
+def test_latents_are_the_noise_to_start_from_and_come_out_unclipped():
+    pipe, noise = make(), torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = draw(pipe, batch_size=3, num_inference_steps=1)  # one step has no other noise
+    for latents in (noise, noise.double(), noise.numpy()):
+        assert torch.equal(pipe(latents=latents, num_inference_steps=1, output_type="pt").images, expected)
+    x = pipe(latents=noise, num_inference_steps=1, output_type="latent").images
+    assert x.max() > 1e-3 and torch.equal((x / 2 + 0.5).clamp(0, 1), expected)
+    pipe.scheduler = EulerDiscreteScheduler()
+    expected = draw(pipe, batch_size=3, num_inference_steps=3)
+    assert torch.equal(pipe(latents=noise, num_inference_steps=3, output_type="pt").images, expected)
+    image = torch.rand(1, 1, 8, 8)
+    expected = draw(pipe, batch_size=3, image=image, num_inference_steps=2)  # one step is run
+    assert torch.equal(draw(pipe, batch_size=None, image=image, latents=noise, num_inference_steps=2), expected)
+
+
+def test_timesteps_and_sigmas_are_the_chain_itself():
+    pipe = make()
+    spaced = draw(pipe, num_inference_steps=4)
+    assert torch.equal(draw(pipe, num_inference_steps=None, timesteps=[750, 500, 250, 0]), spaced)
+    pipe.scheduler = EulerDiscreteScheduler()
+    plain = draw(pipe, num_inference_steps=5)
+    sigmas = pipe.scheduler.sigmas[:-1].tolist()
+    torch.testing.assert_close(draw(pipe, num_inference_steps=None, sigmas=sigmas), plain, atol=1e-4, rtol=0)
+
+
+def test_a_list_of_images_makes_a_batch_of_its_length():
+    pipe = make()
+    images = pipe(3, num_inference_steps=2).images
+    assert len(pipe(image=images, num_inference_steps=2).images) == 3
+    assert len(pipe(image=images[0], mask_image=images, num_inference_steps=2).images) == 3
+    drawn = pipe(image=images[:2], strength=0.0, num_images_per_prompt=2).images
+    assert [np.array_equal(np.asarray(a), np.asarray(drawn[i])) for a in images[:2] for i in range(4)] == [
+        True, True, False, False, False, False, True, True,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["compile", "layerwise casting"])
+def test_what_diffusers_offers_for_speed_and_memory_works(how):
+    pipe = make()
+    expected = draw(pipe, num_inference_steps=4)
+    if how == "compile":
+        pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+    else:
+        pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert (draw(pipe, num_inference_steps=4) - expected).abs().mean() < (1e-5 if how == "compile" else 0.1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading needs a GPU")
+@pytest.mark.parametrize("kind", [make, text_models.make])
+@pytest.mark.parametrize("how", ["model_cpu_offload", "sequential_cpu_offload", "group_offload"])
+def test_offloading_draws_the_same_images(how, kind):
+    prompt = {} if kind is make else {"prompt": ["zero"] * 2}
+    options = {"num_inference_steps": 4, "output_type": "pt", **({"batch_size": 2} if kind is make else prompt)}
+    expected = kind().to("cuda")(generator=torch.Generator().manual_seed(0), **options).images
+    pipe = kind()
+    given = {"onload_device": torch.device("cuda"), "offload_type": "leaf_level"} if how == "group_offload" else {}
+    getattr(pipe, f"enable_{how}")(**given)
+    images = pipe(generator=torch.Generator().manual_seed(0), **options).images
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
 
 
 def test_steps_are_by_default_all_that_the_model_was_trained_on():
@@ -217,11 +298,17 @@ def test_steps_are_by_default_all_that_the_model_was_trained_on():
     [
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": True}, "batch_size=True"),
-        ({"output_type": "jpg"}, "pil, np, pt"),
+        ({"output_type": "jpg"}, "pil, np, pt, latent"),
         ({"batch_size": 2, "generator": [torch.Generator()]}, "1 generators for 2 images"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"num_inference_steps": 1001}, "from 1 to 1000"),
-        ({"callback_on_step_end_tensor_inputs": ["latents"]}, "latents"),
+        ({"callback_on_step_end_tensor_inputs": ["x"]}, "latents"),
+        ({"latents": torch.zeros(2, 1, 8, 9)}, "1, 8, 8"),
+        ({"latents": torch.zeros(2, 1, 8, 8, dtype=torch.int64)}, "floats"),
+        ({"batch_size": 3, "latents": torch.zeros(2, 1, 8, 8)}, "2 latents for 3 images"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
+        ({"num_inference_steps": 5, "timesteps": [9, 4]}, "timesteps"),
+        ({"sigmas": [9.0, 4.0]}, "sigmas"),
     ],
 )
 def test_bad_input_is_named(options, named):

@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, IFPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ddpm_pipeline import AlphaDDPMTextToImagePipeline
+from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, AlphaDDPMTextToImagePipeline
 from helpers import tiny_unet
 from text_models import make, make_unet
 
@@ -45,10 +45,42 @@ def test_prompts_matter_and_embeddings_stand_for_them():
     pipe = make()
     seven = draw(pipe, "a handwritten seven")
     assert not torch.allclose(seven, draw(pipe, "zero"), atol=1e-3)
-    states = pipe.encode(["a handwritten seven"])
+    states, negative = pipe.encode_prompt("a handwritten seven")
     torch.testing.assert_close(draw(pipe, None, prompt_embeds=states), seven)
-    negative = pipe.encode([""])
     torch.testing.assert_close(draw(pipe, None, prompt_embeds=states, negative_prompt_embeds=negative), seven)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_encode_prompt_is_stock_s(count):
+    pipe = make("t5")
+    stock = IFPipeline(**pipe.components, safety_checker=None, feature_extractor=None, watermarker=None,
+                       requires_safety_checker=False)  # fmt: skip
+    prompts = [" A SEVEN ", "three"]
+    for options in ({}, {"negative_prompt": ["zero", "one"]}, {"do_classifier_free_guidance": False}):
+        found = pipe.encode_prompt(prompts, num_images_per_prompt=count, **options)
+        for states, expected in zip(found, stock.encode_prompt(prompts, num_images_per_prompt=count, **options), strict=True):
+            assert states is expected is None or torch.equal(states, expected)
+
+
+def test_one_prompt_serves_for_several_images_and_latents():
+    pipe, images = make(), torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pipe("zero", image=images, strength=0, output_type="pt").images, images)
+    assert len(pipe("zero", latents=torch.randn(4, 1, 8, 8), num_images_per_prompt=2, num_inference_steps=1).images) == 4
+    again = pipe("zero", image=images, strength=0, num_images_per_prompt=2, output_type="pt").images
+    assert torch.equal(again, images.repeat_interleave(2, dim=0))
+
+
+def test_parts_of_a_pipeline_encode_and_sample_by_themselves():
+    pipe = make()
+    expected = draw(pipe, "zero")
+    parts = pipe.components
+    states, negative = AlphaDDPMTextToImagePipeline(**(parts | {"unet": None, "scheduler": None})).encode_prompt("zero")
+    rest = AlphaDDPMTextToImagePipeline(**(parts | {"text_encoder": None, "tokenizer": None}))
+    rest.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(rest, None, prompt_embeds=states, negative_prompt_embeds=negative), expected)
+    for options in ({"prompt": "zero"}, {"prompt_embeds": states}):  # the second is guided, by the empty prompt
+        with pytest.raises(ValueError, match="text encoder"):
+            rest(**options)
 
 
 def test_an_image_with_its_own_generator_does_not_depend_on_its_batch():
@@ -99,12 +131,32 @@ def test_the_warning_about_guidance_without_dropout():
         ({"prompt": ["zero"] * 2, "num_images_per_prompt": 2, "generator": [torch.Generator()] * 2}, "2 generators for 4"),
         ({"prompt": "zero", "num_images_per_prompt": 0}, "num_images_per_prompt=0"),
         ({"prompt_embeds": torch.zeros(1, 77, 5)}, r"\[B, tokens, 16\]"),
-        ({"prompt": "zero", "image": torch.zeros(3, 1, 8, 8)}, "3 images for a batch of 1"),
+        ({"prompt": ["zero"] * 2, "image": torch.zeros(3, 1, 8, 8)}, "3 images for a batch of 2"),
     ],
 )
 def test_what_cannot_be_used_is_said(options, message):
     with pytest.raises(ValueError, match=message):
         make()(num_inference_steps=1, **options)
+
+
+def test_embeddings_may_be_numpy_s_and_guidance_needs_equal_lengths():
+    pipe = make()
+    states, negative = pipe.encode_prompt("zero")
+    expected = draw(pipe, None, prompt_embeds=states, negative_prompt_embeds=negative)
+    given = {"prompt_embeds": states.numpy(), "negative_prompt_embeds": negative.numpy()}
+    assert torch.equal(draw(pipe, None, **given), expected)
+    assert draw(pipe, None, prompt_embeds=states[:, :9], guidance_scale=1.0).shape == (1, 8, 8, 1)
+    with pytest.raises(ValueError, match="9 and 77 tokens"):
+        draw(pipe, None, prompt_embeds=states[:, :9])
+
+
+def test_a_folder_of_the_other_kind_names_the_class_to_use(tmp_path):
+    make().save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="AlphaDDPMTextToImagePipeline"):
+        AlphaDDPMPipeline.from_pretrained(tmp_path / "text")
+    AlphaDDPMPipeline(tiny_unet(), AlphaDDPMScheduler()).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"AlphaDDPMPipeline\."):
+        AlphaDDPMTextToImagePipeline.from_pretrained(tmp_path / "plain")
 
 
 def test_parts_that_do_not_fit_are_refused():

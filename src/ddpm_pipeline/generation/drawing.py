@@ -59,7 +59,7 @@ def sample_in_batches(
 ) -> torch.Tensor:
     """Images 0..count-1 in [0, 1], [count, C, H, W] on the CPU."""
     batches = [range(count)[start : start + batch_size] for start in range(0, count, batch_size)]
-    return torch.cat([sample(pipe, batch, seed, num_inference_steps, request).images.cpu() for batch in batches])
+    return torch.cat([sample(pipe, batch, seed, num_inference_steps, request, **options).images.cpu() for batch in batches])
 
 
 @contextlib.contextmanager
@@ -79,16 +79,12 @@ def sample_uint8(
 ) -> torch.Tensor:
     """The images with these numbers, uint8 [b, C, H, W] on the CPU. With a run's seed they begin with those of samples.png.
 
-    Raises ConfigError if the sampler produces NaN or infinite values, or cannot take that many steps.
+    Raises ConfigError if the sampler cannot run that many steps, or produces NaN or infinite values.
     """
-    failure = f"{type(pipe.scheduler).__name__} cannot sample this model in {num_inference_steps} steps"
-    remedy = "use fewer --num_inference_steps or another --scheduler (diffusers' multistep solvers fail at T steps)"
     try:
         images = sample(pipe, numbers, seed, num_inference_steps, request, **options).images
-    except (ValueError, ArithmeticError) as error:
-        raise ConfigError(f"{failure}: {error}") from error
-    if not images.isfinite().all():
-        raise ConfigError(f"{failure}: it produced NaN or infinite values; {remedy}.")
+    except (ValueError, FloatingPointError) as error:
+        raise ConfigError(f"{error} Options: --num_inference_steps, --scheduler.") from error
     return images.float().mul(255).round().to(torch.uint8).cpu()
 
 
