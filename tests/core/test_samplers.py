@@ -39,11 +39,12 @@ class GaussianUNet(ModelMixin, ConfigMixin):
     def __init__(self, flat=False, sample_size=16, in_channels=1):
         super().__init__()
         self.unused = torch.nn.Parameter(torch.zeros(()))
-        self.timesteps = []
+        self.timesteps, self.deviations = [], []  # those of the left half, relative to its marginal's
 
     def forward(self, sample, timestep):
-        self.timesteps.append(float(timestep))
         alpha, x_t = signal_at(timestep), sample.double()
+        self.timesteps.append(float(timestep))
+        self.deviations.append((x_t[..., :8].std() / (alpha * STD**2 + 1 - alpha).sqrt()).item())
         mean, pixels = x_t, 1
         if self.config.flat:
             mean, pixels = x_t.mean((1, 2, 3), keepdim=True).expand_as(x_t), sample[0].numel()
@@ -124,6 +125,16 @@ def test_what_is_painted_fits_what_is_kept(name):
     assert (x[..., 4:] - grey).abs().max() < 0.06
 
 
+@pytest.mark.parametrize("name", ["KDPM2DiscreteScheduler", "DPMSolverSDEScheduler"])
+def test_kept_pixels_have_the_noise_of_every_call_also_in_the_middle_of_a_step(name):
+    pipe, mask = pipe_with(name), torch.zeros(16, 16)
+    mask[:, 8:] = 1
+    pipe(image=DATA / 2 + 0.5, mask_image=mask, num_inference_steps=8, generator=seeded())
+    assert len(pipe.unet.deviations) == 15
+    for deviation in pipe.unet.deviations[:-2]:  # the middle of the last step but one is far from both its ends
+        assert deviation == pytest.approx(1, abs=0.05)
+
+
 @pytest.mark.parametrize("name", USABLE)
 def test_any_number_of_steps_is_run_or_refused_and_nothing_comes_out_that_is_not_finite(name):
     pipe = pipe_with(name, tiny_unet(), num_train_timesteps=20, beta_end=0.5)
@@ -179,6 +190,17 @@ def test_interpolation_begins_at_the_first_step_at_or_below_its_timestep(name):
         assert pipe.unet.timesteps[0] == first
         assert x.std((1, 2, 3)).max() < 0.05  # flat again
         assert x.mean((1, 2, 3)).diff().min() > 0.12
+
+
+def test_a_chain_begins_at_its_noise_level_even_where_timesteps_are_rounded_alike():
+    pipe, steps, zero = pipe_with("DPMSolverMultistepScheduler", use_karras_sigmas=True), 100, torch.full((1, 16, 16), 0.5)
+    pipe.scheduler.set_timesteps(steps)
+    first = int((pipe.scheduler.timesteps.diff() == 0).nonzero()[0])
+    options = {"num_inference_steps": steps, "strength": (steps - first) / steps, "output_trajectory": True}
+    start = pipe(image=zero, generator=seeded(), **options).trajectory[0]
+    sigma = pipe.scheduler.sigmas[first]
+    torch.testing.assert_close(start, torch.randn(1, 1, 16, 16, generator=seeded()) * sigma / (1 + sigma**2).sqrt())
+    assert len(pipe.unet.timesteps) == steps - first
 
 
 def test_flow_matching_is_refused_also_where_a_sampler_offers_it():
