@@ -59,7 +59,7 @@ def sample_in_batches(
 ) -> torch.Tensor:
     """Images 0..count-1 in [0, 1], [count, C, H, W] on the CPU."""
     batches = [range(count)[start : start + batch_size] for start in range(0, count, batch_size)]
-    return torch.cat([sample(pipe, batch, seed, num_inference_steps, request, **options).images.cpu() for batch in batches])
+    return torch.cat([sample(pipe, batch, seed, num_inference_steps, request).images.cpu() for batch in batches])
 
 
 @contextlib.contextmanager
