@@ -381,7 +381,7 @@ def test_the_forward_process_stays_in_float32_in_bf16(options, tmp_path, monkeyp
 
     monkeypatch.setattr(loop, "losses_of", look)
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # other tests have an accelerator of their own
-    changed = {"mixed_precision": "bf16", "max_train_steps": 1, "num_samples": 1}
+    changed = {"mixed_precision": "bf16", "max_train_steps": 1, "lr_warmup_steps": 0, "num_samples": 1}
     train(TrainingOptions(**{**options, **changed}, output_dir=str(tmp_path / "model")))
     assert seen == [(torch.float32,) * 3, (torch.float32,)]
 

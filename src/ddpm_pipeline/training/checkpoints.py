@@ -45,16 +45,15 @@ CHANGES_SHOWN = 5
 def find_checkpoint(
     folder: Path, options: TrainingOptions, accelerator: Accelerator, identity: Callable[[], dict[str, Any]]
 ) -> Path | None:
-    """The checkpoint that `--resume` means; None if there is none yet for 'latest'. `options` are the resolved ones, and
-    `identity` gives what this run is of besides (`identity_of`).
+    """The checkpoint that `--resume` means; None without it, or if there is none yet for 'latest'. `options` are the resolved
+    ones, and `identity` gives what this run is of besides (`identity_of`).
 
     'latest' is the newest whole one; damaged ones are passed over and logged. The main process looks and tells the others.
     Raises ConfigError if there is no such checkpoint, or if changed options, data or models would make it another run.
     """
     checkpoint, problem = None, None
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and (resume := options.run.resume):
         try:
-            resume = options.run.resume
             checkpoint = _newest_whole(folder) if resume == "latest" else _named_checkpoint(Path(resume))
             if checkpoint is not None:
                 _compare_options(checkpoint, options)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,16 @@ from .stop import StopRequest
 from .telemetry import logging_to
 
 
+@contextlib.contextmanager
+def forgotten_accelerator() -> Iterator[None]:
+    """Afterwards the next run of this process may choose another precision, however this one ended."""
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state()
+
+
+@forgotten_accelerator()
 def train(options: TrainingOptions) -> Path:
     """Train as the options say, and return the folder with the model.
 
@@ -54,8 +64,7 @@ def train(options: TrainingOptions) -> Path:
         # What it learns
         unet, scheduler = build_model(options.model, options.diffusion, data.resolution, data.channels, condition)
         options = resolved(options, data, scheduler)
-        identity = partial(identity_of, data, condition, unet, scheduler)
-        checkpoint = find_checkpoint(folder, options, accelerator, identity) if options.run.resume else None
+        checkpoint = find_checkpoint(folder, options, accelerator, partial(identity_of, data, condition, unet, scheduler))
         state = build_state(accelerator, unet, condition.network(unet), options)
         first, position = load_checkpoint(accelerator, state, checkpoint) if checkpoint else (0, None)
         batches = open_batches(data, condition, options, accelerator, first, position)
@@ -82,7 +91,6 @@ def train(options: TrainingOptions) -> Path:
                 begin(run, previews)
                 for done in range(first + 1, run.total + 1):
                     stopping = update(run, objective, done - 1)
-                    run.note_progress(done)
                     for job in jobs:
                         if job.is_due(done, run.total, stopping):
                             stopping = bool(job.run(done)) or stopping
@@ -145,7 +153,7 @@ def update(run: Run, objective: Callable[..., torch.Tensor], step: int) -> bool:
             observed.append(accelerator.gather((timesteps, losses.detach())))
     with timer("optimizer"):
         grad_norm, stopping = state.updater(step, torch.cat(image_losses), indices, stop=run.stop.reason is not None)
-    run.telemetry.bar.update()
+    run.note_progress(step + 1)
     if grad_norm is not None:
         run.telemetry.note_update(torch.stack(mean_losses).mean(), grad_norm)
         for observation in observed:  # after the last draw, which so does not depend on how the update was divided
@@ -185,4 +193,3 @@ def close(run: Run) -> None:
     run.state.model = None
     run.accelerator.free_memory()
     run.accelerator.end_training()
-    AcceleratorState._reset_state()  # so that the next run of this process may choose another precision
