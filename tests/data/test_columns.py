@@ -104,6 +104,8 @@ def test_a_column_called_text_is_the_captions(load, tmp_path):
     assert load(file, condition="text").text_column == "text"
     assert load(file, condition="text", text_column="title").text_column == "title"
     assert load(file).text_column is None
+    templates = load(file, condition="text", from_labels=True)
+    assert templates.text_column is None and templates.class_names == ["3"]
 
 
 def test_a_label_that_no_condition_needs_may_be_missing(load, tmp_path):

@@ -163,6 +163,19 @@ def test_archives_are_read_or_refused_with_what_to_do(load, tmp_path):
         shutil.rmtree(tmp_path / "one")
 
 
+def test_a_pattern_of_shards_is_read_as_one(load, tmp_path):
+    (tmp_path / "shards").mkdir()
+    for shard in range(2):
+        with zipfile.ZipFile(tmp_path / "shards" / f"{shard:05}.zip", "w") as archive:
+            for number in range(2):
+                archive.writestr(f"{number}.png", encoded(rgb(2 * shard + number)))
+                archive.writestr(f"{number}.txt", f"number {2 * shard + number}")
+    data = load(tmp_path / "shards" / "*.zip", condition="text")
+    assert_holds(data, 0, 1, 2, 3)
+    assert data.name == "shards" and list(data.values("text")) == [f"number {number}" for number in range(4)]
+    assert_holds(load(tmp_path / "shards" / "00001.zip"), 2, 3)
+
+
 def test_a_member_whose_header_lies_is_not_unpacked(load, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_FILE_BYTES", 10_000)
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:

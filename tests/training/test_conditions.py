@@ -9,6 +9,7 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 from PIL import Image
+from tokenizers import normalizers
 from transformers import BertConfig, BertModel
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline
@@ -176,6 +177,13 @@ def test_a_loaded_encoder_is_frozen_and_encodes_each_caption_once(digits, tmp_pa
     assert torch.equal(first[0], first[2]) and torch.equal(first[1], again[0])
     with pytest.raises(ConfigError, match="cannot be used as a text encoder"):
         TextCondition(text(text_encoder=str(tmp_path / "nothing")), digits)
+
+
+def test_prompts_are_lower_case_whatever_the_tokenizer_does():
+    tokenizer = make_tokenizer(["a seven"])
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()  # sees capitals
+    ids = [tokenize(tokenizer, [prompt])["input_ids"] for prompt in ("a seven", " A SEVEN ")]
+    assert torch.equal(*ids)
 
 
 def test_changed_templates_are_another_condition(digits, tmp_path):

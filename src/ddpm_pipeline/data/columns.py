@@ -38,7 +38,7 @@ def find_roles(features: Features, image_column: str | None, asked: ConditionCol
     image, label, text = find_image_column(features, image_column), asked.label_column, asked.text_column
     if text is not None:
         _check_condition("--text_column", text, features, _is_text, "Captions must be strings or lists of strings.")
-    elif asked.condition == "text" and label is None and _is_text(features.get("text")):
+    elif asked.condition == "text" and label is None and not asked.from_labels and _is_text(features.get("text")):
         text = "text"
     if label is not None:
         words = "Labels must be a ClassLabel, whole numbers, booleans, strings or times."

@@ -271,10 +271,11 @@ def stamps(paths: Iterable[str | None]) -> Iterator[tuple[int, ...] | None]:
 
 def content_of(files: Iterable[tuple[str, str]]) -> str:
     """32 hex digits of files given as (name, path): their names, sizes, and each one's first and last SAMPLE_BYTES."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest, files = hashlib.blake2b(digest_size=16), sorted(set(files))
+    chunks = [files[start : start + 256] for start in range(0, len(files), 256)]
     with ThreadPoolExecutor(SAMPLING_THREADS) as pool:
-        for sample in pool.map(_sample, sorted(set(files))):
-            digest.update(sample)
+        for samples in pool.map(lambda chunk: b"".join(map(_sample, chunk)), chunks):
+            digest.update(samples)
     return digest.hexdigest()
 
 

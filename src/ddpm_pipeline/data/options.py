@@ -65,8 +65,9 @@ class ConditionColumns:
     """What images are conditioned on: "none" reads no column, "class" a label, "text" a caption or a label."""
 
     condition: str = "none"
-    label_column: str | None = None  # by default the only ClassLabel column
-    text_column: str | None = None
+    label_column: str | None = None  # by default the only ClassLabel column, else one called label
+    text_column: str | None = None  # by default one called text
+    from_labels: bool = False  # captions are made of labels, also where there is a column called text
 
 
 UNCONDITIONAL = ConditionColumns()

@@ -173,7 +173,8 @@ def _load_folder(path: Path, folder: Folder, options: DataOptions, streaming: bo
     rows = json.dumps(dataset.to_dict(), default=str, ensure_ascii=False).replace(str(root), "")
     rows = hash_of(rows, str(dataset.features))
     _say(path, folder.kind, _lengths(folder.splits), options.split, folder.account)
-    return Source(dataset, path.name, rows, _reach(root, options), rows=rows)
+    name = path.name if path.exists() else root.name  # of a pattern
+    return Source(dataset, name, rows, _reach(root, options), rows=rows)
 
 
 def _select_split(splits: dict[str, Dataset], split: str, name: str | Path) -> Dataset:

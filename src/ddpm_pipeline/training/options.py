@@ -37,8 +37,10 @@ class ConditionOptions(OptionGroup):
     title: ClassVar[str] = "condition"
 
     condition: str = option("none", "What images are conditioned on: none, class or text.", one_of(CONDITIONS))
-    label_column: str | None = option(None, "Column with class labels. By default the only ClassLabel column.")
-    text_column: str | None = option(None, "Column with captions: strings, or lists of strings.")
+    label_column: str | None = option(
+        None, "Column with class labels. By default the only ClassLabel column, else one called label.")
+    text_column: str | None = option(
+        None, "Column with captions (strings or lists of them). By default one called text, unless they are made of labels.")
     caption_templates: str | None = option(
         None, "YAML file of caption templates for class labels, in place of --text_column (docs/conditions.md).")
     condition_dropout: float = option(
@@ -64,7 +66,7 @@ class ConditionOptions(OptionGroup):
 
     @property
     def columns(self) -> ConditionColumns:
-        return ConditionColumns(self.condition, self.label_column, self.text_column)
+        return ConditionColumns(self.condition, self.label_column, self.text_column, self.caption_templates is not None)
 
 
 @dataclass(frozen=True)
