@@ -165,6 +165,8 @@ def test_a_loaded_encoder_is_frozen_and_encodes_each_caption_once(digits, tmp_pa
     conditions = TextCondition(text(text_encoder=str(tmp_path / "bert")), digits)
     assert conditions.network(torch.nn.Identity()).__class__ is torch.nn.Identity  # the UNet alone is trained
     assert conditions.unet_config() == {"cross_attention_dim": 16}
+    assert not conditions.text_encoder.training
+    assert not any(parameter.requires_grad for parameter in conditions.text_encoder.parameters())
     calls = []
     conditions.text_encoder.register_forward_hook(lambda module, inputs, output: calls.append(len(output[0])))
     first = conditions.inputs(["one", "two", "one"], torch.device("cpu"))["encoder_hidden_states"]

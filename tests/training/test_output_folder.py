@@ -160,10 +160,10 @@ def test_a_folder_that_is_lost_in_mid_run_is_told_in_one_line(loss, tmp_path, mo
     assert not folder.exists()
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [{"dataset": "/nowhere"}, {"model": "/nowhere"}, {"eval_features": "nowhere:f", "eval_every": 1, "eval_samples": 5}],
-)
+EXTRACTOR = {"eval_features": "nowhere:f", "eval_every": 1, "eval_samples": 5}
+
+
+@pytest.mark.parametrize("fault", [{"dataset": "/nowhere"}, {"model": "/nowhere"}, EXTRACTOR])
 def test_a_mistake_in_another_option_costs_no_model(fault, earlier, tmp_path):
     old = contents(earlier)
     with pytest.raises(ValueError, match="nowhere"):

@@ -41,7 +41,18 @@ def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images of one size, whether mapped or streamed."""
+    """Images of one size, whether mapped or streamed.
+
+    Both kinds have `class_names` (of the label column's values 0, 1, ..., or None), `columns` (names of those that can be
+    conditions) and `fingerprint`: 32 hex digits that say whether two runs see the same data. It is of the content, not of the
+    path: it stays when a folder is moved or renamed, when a cache is rebuilt, and over processes. It changes when an image is
+    added, removed or replaced, when a caption or label is edited or a class renamed, and with the resolution and channels.
+
+    - `ImageData`: of the preprocessed pixels of the usable rows in order, with the names, types and values of their columns.
+    - `StreamData`: of local files, of their names within the data, their sizes, and the first and last 64 KB of each (so an
+      equally long edit in the middle of a large parquet file goes unnoticed), of the classes and of the columns read; of data
+      on the Hub, of the commit. The two kinds never agree.
+    """
 
     name: str  # of the bundled or Hub data set, or the last part of a local path
     resolution: int

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from .options import DataOptions
 logger = logging.getLogger(__name__)
 
 STREAMED_ROWS = 100  # rows of a parquet file decoded at a time; the library's default is a whole row group
+SAMPLE_BYTES = 2**16  # of either end of a file, for the fingerprint: small files whole, and the footer of a table
 HUB_TIMEOUT = 10  # seconds to wait for the Hub's first answer
 
 IMAGE_EXTENSIONS = frozenset(ImageFolder.EXTENSIONS)
@@ -40,7 +41,8 @@ SPLIT_NAMES = {
 class Source:
     dataset: Dataset | IterableDataset
     name: str  # of the bundled or Hub data set, or the last part of a local path
-    identity: str  # changes when the data do
+    identity: str  # changes when the files do; part of the keys of caches
+    files: tuple[tuple[str, str], ...] = ()  # (name within the data, path) of each local file; none of data on the Hub
 
 
 def load_source(options: DataOptions, streaming: bool = False) -> Source:
@@ -79,7 +81,8 @@ def load_source(options: DataOptions, streaming: bool = False) -> Source:
 def _with_identity(dataset: Dataset, name: str) -> Source:
     """Identified by the library's fingerprint and by its files, since a folder may be saved anew with the same one."""
     files = [file["filename"] for file in dataset.cache_files]
-    return Source(dataset, name, hash_of(dataset._fingerprint, _stats(files)))
+    named = tuple((os.path.basename(file), file) for file in files)
+    return Source(dataset, name, hash_of(dataset._fingerprint, _stats(files)), named)
 
 
 def _stats(files: list[str]) -> list[tuple[int, int]]:
@@ -166,7 +169,7 @@ def _load_parquet(files: list[Path], path: Path, options: DataOptions, streaming
         _refuse_slices(options.split)
         stream = datasets.load_dataset(**given, streaming=True, batch_size=STREAMED_ROWS)
     read = [file for split in options.split.split("+") for file in splits[split]]
-    return Source(stream, name, hash_of(read, _stats(read)))
+    return Source(stream, name, hash_of(read, _stats(read)), tuple((os.path.basename(file), file) for file in read))
 
 
 def _refuse_slices(split: str) -> None:
@@ -228,6 +231,19 @@ def as_data_error(what: str) -> Iterator[None]:
 def cache_folder(cache_dir: str | None) -> Path:
     """Where this package caches what it makes of data: in `--cache_dir`, or in the cache of the datasets library."""
     return Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ddpm_pipeline"
+
+
+def content_of(files: Iterable[tuple[str, str]]) -> str:
+    """32 hex digits of files given as (name, path): their names, sizes, and each one's first and last SAMPLE_BYTES."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, path in files:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+            digest.update(file.read(SAMPLE_BYTES))
+            file.seek(max(file.tell(), size - SAMPLE_BYTES))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def hash_of(*parts: Any) -> str:

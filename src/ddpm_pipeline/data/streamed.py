@@ -26,7 +26,7 @@ from .images import DEEP_MODES, BadImage, image_file, image_pixels
 from .mapped import ImageData, ImageSet, cache_features, cache_key, cache_table, images_of, load_images, usable_images
 from .options import UNCONDITIONAL, ConditionColumns, DataOptions
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
-from .sources import as_data_error, cache_folder, hash_of, load_source
+from .sources import as_data_error, cache_folder, content_of, hash_of, load_source
 
 READ_ROWS = 100  # rows requested at a time
 LOCAL_SHARDS = 256  # shards that a memory-mapped data set is read in
@@ -144,7 +144,9 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
     read = [roles.image] if roles.needed is None else [roles.image, roles.needed]
     stream, kept = stream.decode(False).select_columns(read), list(kept_columns(features))
     class_names = list(label.names) if isinstance(label, ClassLabel) else None
-    fingerprint = hash_of(source.identity, roles.image, resolution, channels, roles.needed)
+    with as_data_error(f"the files of {source.name!r}"):
+        content = content_of(source.files) if source.files else source.identity
+    fingerprint = hash_of(content, roles.image, resolution, channels, roles.needed, class_names)
     return StreamData(
         source.name, resolution, channels, roles, stream, kept, class_names, fingerprint, options.max_bad_fraction
     )

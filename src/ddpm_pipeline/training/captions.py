@@ -117,6 +117,13 @@ class Captions:
         texts = _texts(value)
         return without_words(texts[rng.integers(len(texts))], rng, self.options.word_dropout) if texts else ""
 
+    def identity(self) -> dict[str, Any] | None:
+        """The templates, as JSON; None for a column of texts, which belongs to the data."""
+        if self.templates is None:
+            return None
+        held_out = sorted(self.templates.held_out)
+        return {"templates": list(self.templates.templates), "names": self.templates.names, "held out": held_out}
+
     def all(self) -> Iterator[str]:
         """Every caption with all words, in the data's order; of a stream those of the first rows."""
         if self.templates is not None:

@@ -28,8 +28,9 @@ from ..support.errors import ConfigError, NumericalError, Stopped
 from ..support.exceptions import describe_exception
 from ..support.pictures import grid, save_picture
 from .batches import BatchLoader
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, export_command
 from .conditions import Condition
+from .export import describe_run
 from .options import TrainingOptions
 from .output_folder import OPTIONS_FILE, TRACKER_PROJECT, OutputFolder
 from .pusher import Pusher
@@ -136,7 +137,8 @@ def stopped(run: Run, done: int) -> Stopped:
     run.checkpoints.close()
     if run.pusher is not None:
         run.pusher.abandon(run.stop)
-    return Stopped(f"stopped by {run.stop.reason or 'another process'} after update {done}")
+    why, model = run.stop.reason or "another process", export_command(run.checkpoints.last)
+    return Stopped(f"stopped by {why} after update {done}; for a model as of now, {model}")
 
 
 def report(run: Run, done: int) -> None:
@@ -208,7 +210,7 @@ def save_checkpoint(run: Run, done: int) -> None:
         if not run.state.weights_are_finite():
             raise run.numerical_error(f"the weights after {done} updates are not finite")
         note_skipped_rows(run)  # a resumed run does not meet those before a checkpoint again
-        run.checkpoints.save(run.state, done, own=run.batches.state_dict())
+        run.checkpoints.save(run.state, done, run.batches.state_dict(), partial(describe_run, run, done))
     run.telemetry.restart_clock()
 
 
@@ -221,6 +223,7 @@ def begin(run: Run, previews: Every) -> None:
     """Write down what the run is, and make the preview that an earlier attempt was stopped before, if it is missing."""
     data, accelerator, options = run.data, run.accelerator, run.options
     if accelerator.is_main_process:
+        run.checkpoints.set_aside(run.first, options.run.resume)
         write_text(run.folder / OPTIONS_FILE, options.to_yaml())
         run.telemetry.skipped.add(data.skipped)
     start_tracker(run)

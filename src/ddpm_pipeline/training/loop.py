@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..support.draws import noise_of
 from .batches import BatchLoader, BatchPlan, batch_loader
 from .checkpoints import find_checkpoint, load_checkpoint
 from .conditions import Condition, build_condition
+from .identity import identity_of
 from .jobs import Every, Run, begin, evaluate, finish, preview, push_snapshot, report, save_checkpoint, stopped
 from .models import build_model, objective_for
 from .objectives import NoisedBatch, min_snr_weights, per_image_loss
@@ -30,6 +31,16 @@ from .stop import StopRequest
 from .telemetry import logging_to
 
 
+@contextlib.contextmanager
+def forgotten_accelerator() -> Iterator[None]:
+    """Afterwards the next run of this process may choose another precision, however this one ended."""
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state()
+
+
+@forgotten_accelerator()
 def train(options: TrainingOptions) -> Path:
     """Train as the options say, and return the folder with the model.
 
@@ -53,7 +64,8 @@ def train(options: TrainingOptions) -> Path:
         # What it learns
         unet, scheduler = build_model(options.model, options.diffusion, data.resolution, data.channels, condition)
         options = resolved(options, data, scheduler)
-        checkpoint = find_checkpoint(folder, options, accelerator) if options.run.resume else None
+        identity = identity_of(data, condition, unet, scheduler)
+        checkpoint = find_checkpoint(folder, options, accelerator, identity) if options.run.resume else None
         state = build_state(accelerator, unet, condition.network(unet), options)
         first, position = load_checkpoint(accelerator, state, checkpoint) if checkpoint else (0, None)
         batches = open_batches(data, condition, options, accelerator, first, position)
@@ -80,7 +92,6 @@ def train(options: TrainingOptions) -> Path:
                 begin(run, previews)
                 for done in range(first + 1, run.total + 1):
                     stopping = update(run, objective, done - 1)
-                    run.note_progress(done)
                     for job in jobs:
                         if job.is_due(done, run.total, stopping):
                             stopping = bool(job.run(done)) or stopping
@@ -143,7 +154,7 @@ def update(run: Run, objective: Callable[..., torch.Tensor], step: int) -> bool:
             observed.append(accelerator.gather((timesteps, losses.detach())))
     with timer("optimizer"):
         grad_norm, stopping = state.updater(step, torch.cat(image_losses), indices, stop=run.stop.reason is not None)
-    run.telemetry.bar.update()
+    run.note_progress(step + 1)
     if grad_norm is not None:
         run.telemetry.note_update(torch.stack(mean_losses).mean(), grad_norm)
         for observation in observed:  # after the last draw, which so does not depend on how the update was divided
@@ -183,4 +194,3 @@ def close(run: Run) -> None:
     run.state.model = None
     run.accelerator.free_memory()
     run.accelerator.end_training()
-    AcceleratorState._reset_state()  # so that the next run of this process may choose another precision

@@ -74,11 +74,8 @@ class ModelOptions(OptionGroup):
     model: str = option("auto", "UNet: a preset (tiny, 32, 64, 128, 256), 'auto' (by resolution), or a config file.")
     dropout: float | None = option(None, "Dropout in the UNet. By default the preset's own.", BELOW_ONE)
     init_from: str | None = option(
-        None, "Hub repository or folder of a DDPM pipeline to fine-tune (weights and schedule).", on_resume="tell")
-
-    def check(self) -> None:
-        if self.init_from is not None and self.dropout is not None:
-            raise ConfigError("--dropout has no effect with --init_from, whose UNet has its own; drop one.")
+        None, "Hub repository or folder of a DDPM pipeline, or a run's checkpoint, to fine-tune (weights and schedule).",
+        on_resume="tell")
 
 
 @dataclass(frozen=True)
@@ -112,9 +109,6 @@ class DiffusionOptions(OptionGroup):
                 f"--variance_type {self.variance_type} is not one of {', '.join(TRAINABLE_VARIANCES)}; 'analytic' is measured "
                 "after training, by ddpm_pipeline.likelihood.estimate_analytic_variance."
             )
-        for name in ("beta_start", "beta_end"):
-            if getattr(self, name) is not None and self.beta_schedule in ("squaredcos_cap_v2", "laplace"):
-                raise ConfigError(f"--{name} has no effect on --beta_schedule {self.beta_schedule}; drop one.")
         if self.objective == "bound" and self.snr_gamma is not None:
             raise ConfigError("--snr_gamma weights the squared error, which --objective bound does not use; drop one.")
 
@@ -199,6 +193,9 @@ class RunOptions(OptionGroup):
     resume: str | None = option(
         None, "Resume from 'latest' or from a checkpoint folder. If there is no checkpoint yet, 'latest' starts a new run.",
         on_resume="allow", in_recipe=False)
+    accept_changed_data: bool = option(
+        False, "Resume although images, labels or captions are not those of the checkpoint.", on_resume="allow",
+        in_recipe=False)
     max_train_time: float | None = _free(
         None, "Minutes after which the run writes a checkpoint and stops, as it does on a signal (docs/training.md).",
         Allowed("a number of minutes above 0", POSITIVE.holds))

@@ -23,12 +23,12 @@ OPTIONS_FILE = "training_config.yaml"  # its presence marks a folder as one of o
 TRACKER_PROJECT = "ddpm-pipeline"  # TensorBoard's files are in a folder of this name
 LOCK = ".lock"  # is locked by the run that writes to the folder, and names its process
 SHIPPED = AlphaDDPMPipeline.shipped_files() | AlphaDDPMTextToImagePipeline.shipped_files()
-ATTEMPT_FILES = {"train.log", "skipped.jsonl", "samples.txt"}  # written before a run is known by its OPTIONS_FILE
+ATTEMPT_FILES = {"train.log", "skipped.jsonl"}  # written before a run is known by its OPTIONS_FILE
 SETUP_FILES = {*ATTEMPT_FILES, OPTIONS_FILE, TRACKER_PROJECT}  # all that a run has before its first update
 # Everything that a run writes into its folder, and so all that --overwrite may remove.
 RUN_FILES = frozenset((
-    *SETUP_FILES, "checkpoints", "samples", "samples.png", "process.png", "metrics.jsonl", "README.md", "model_index.json",
-    "unet", "scheduler", "text_encoder", "tokenizer", *SHIPPED, ".push", "evaluation.json", "logs",
+    *SETUP_FILES, "checkpoints", "samples", "samples.png", "samples.txt", "process.png", "metrics.jsonl", "README.md",
+    "model_index.json", "unet", "scheduler", "text_encoder", "tokenizer", *SHIPPED, ".push", "evaluation.json", "logs",
 ))  # fmt: skip
 ASIDE, MOVING = ".previous", ".previous-moving"  # an earlier run that --overwrite set aside: all of it, a part of it
 TEMPORARY = re.compile(r"\.(.+)\.\w+\.tmp")  # of `support.atomic`

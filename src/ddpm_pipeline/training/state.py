@@ -108,7 +108,8 @@ class TrainingState:
         return sum(parameter.numel() for parameter in self.network.parameters())
 
     def weights_are_finite(self) -> bool:
-        return bool(torch.stack([weight.isfinite().all() for weight in self.network.parameters()]).all())
+        averages = [] if self.ema is None else self.ema.shadow_params
+        return bool(torch.stack([weight.isfinite().all() for weight in (*self.network.parameters(), *averages)]).all())
 
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[None]:

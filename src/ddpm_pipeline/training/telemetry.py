@@ -106,9 +106,9 @@ def duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     if minutes < 2:
         return f"{seconds:.0f} s"
-    days, hours = divmod(minutes // 60, 24)
-    parts = [f"{days} d" if days else "", f"{hours} h" if hours else "", f"{minutes % 60} min" if not days else ""]
-    return " ".join(part for part in parts if part)
+    hours, days = minutes // 60 % 24, minutes // 1440
+    parts = {"d": days, "h": hours, "min": 0 if days else minutes % 60}
+    return " ".join(f"{number} {unit}" for unit, number in parts.items() if number)
 
 
 def memory(device: torch.device) -> dict[str, float]:
@@ -156,6 +156,7 @@ class Telemetry:
 
     def note_progress(self, done: int) -> None:
         """After every update; after the first few, log how long the rest will take."""
+        self.bar.update()
         now, since = time.monotonic(), done - self._first_step
         if since == 1:
             self._second_began = now

@@ -1,5 +1,6 @@
 """Tokenizers and text encoders: a small one built from the captions, or any text model of transformers."""
 
+import json
 from collections.abc import Iterable
 from itertools import islice
 
@@ -8,6 +9,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..data.sources import hash_of
 from ..pipeline_alpha_ddpm_text import MAX_TOKENS
 from ..support.errors import ConfigError
 
@@ -35,6 +37,14 @@ def make_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=pad, bos_token=start, eos_token=end, model_max_length=MAX_TOKENS
     )
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """32 hex digits of what turns a text into numbers: vocabulary, normalisation, splitting."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    calls = ("truncation", "padding")  # which the latest call left
+    return hash_of({name: value for name, value in sorted(state.items()) if name not in calls})
 
 
 def make_small_encoder(tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel:
