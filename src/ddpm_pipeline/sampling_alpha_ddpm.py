@@ -116,20 +116,29 @@ def describe_conditions(unet: Any, *, class_names: Sequence[str] | None = None, 
     unet.register_to_config(**{OWN_KEY: {name: value for name, value in settings.items() if value is not None}})
 
 
-def predict(unet: Any, scheduler: Any, x: Tensor, t: Tensor, conditioning: Conditioning, scale: float) -> Tensor:
-    """The network's output, guided by `scale`, in the precision of the chain and with the channels the scheduler can use."""
+def network_outputs(unet: Any, scheduler: Any, x: Tensor, t: Tensor, *conditions: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """What the network says of x [B, C, H, W] under each of the conditions, in one batch and the precision of the chain."""
     model_input = scheduler.scale_model_input(x, t).to(unet.dtype)
-    if scale != 1 and conditioning.null_kwargs is not None:
-        both = {name: torch.cat([conditioning.null_kwargs[name], c]) for name, c in conditioning.kwargs.items()}
-        output = unet(torch.cat([model_input] * 2), t, **both).sample.to(x.dtype)
-        unconditional, conditional = output.chunk(2)  # [2B, ...] -> 2 x [B, ...]
-        output = guide(unconditional, conditional, x.shape[1], scale, conditioning.guidance.rescale)
-    else:
-        output = unet(model_input, t, **conditioning.kwargs).sample.to(x.dtype)
-    # other schedulers ignore a DDPM config's variance_type or, like DPM-Solver, cut the half off three channels only
+    kwargs = {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
+    return unet(torch.cat([model_input] * len(conditions)), t, **kwargs).sample.to(x.dtype).chunk(len(conditions))
+
+
+def usable_channels(scheduler: Any, output: Tensor, channels: int) -> Tensor:
+    """The output without a variance half [B, C, ...] that the scheduler would not use, or cut off three channels only."""
     is_ddpm = isinstance(scheduler, DDPMScheduler) or hasattr(scheduler, "p_mean_variance")
     learned = is_ddpm and scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
-    return output[:, : x.shape[1]] if output.shape[1] == 2 * x.shape[1] and not learned else output
+    return output[:, :channels] if output.shape[1] == 2 * channels and not learned else output
+
+
+def predict(unet: Any, scheduler: Any, x: Tensor, t: Tensor, conditioning: Conditioning, scale: float) -> Tensor:
+    """The network's output, guided by `scale`."""
+    null_kwargs, channels = conditioning.null_kwargs, x.shape[1]
+    if scale != 1 and null_kwargs is not None:
+        unconditional, conditional = network_outputs(unet, scheduler, x, t, null_kwargs, conditioning.kwargs)
+        output = guide(unconditional, conditional, channels, scale, conditioning.guidance.rescale)
+    else:
+        (output,) = network_outputs(unet, scheduler, x, t, conditioning.kwargs)
+    return usable_channels(scheduler, output, channels)
 
 
 def to_images(x: Tensor, output_type: str) -> Any:
