@@ -83,6 +83,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
     order = 1
     init_noise_sigma = 1.0
 
+    @torch.inference_mode(False)  # its tensors must also serve where gradients are wanted
     @register_to_config
     def __init__(
         self,
@@ -104,14 +105,14 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         noise_second_moments: list[float] | None = None,
         inference_timesteps: dict[str, list[int]] | None = None,
     ):
-        numpy_numbers = {name: x.item() for name, x in self.config.items() if isinstance(x, np.generic)}  # JSON has none
-        # Values left to a default count as explicit: under `_use_default_values` diffusers would
-        # replace them by another class's own defaults, and Heun's betas are not DDPM's.
-        self.register_to_config(**numpy_numbers, _use_default_values=[])
+        # JSON has no numbers of numpy and torch. Values left to a default count as explicit: under `_use_default_values`
+        # diffusers would replace them by another class's own defaults, and Heun's betas are not DDPM's.
+        explicit = {"_use_default_values": []} if "_use_default_values" in self.config else {}
+        self.register_to_config(**{name: tables.without_torch(x) for name, x in self.config.items()} | explicit)
         tables.check_settings(self.config)
         self.variance_type = variance_type
         if trained_betas is not None:
-            betas = tables.as_table("trained_betas", trained_betas, num_train_timesteps)
+            betas = tables.as_table("trained_betas", trained_betas, len(self))
             self.register_to_config(trained_betas=betas.tolist())
         self._log_alphas = tables.log_alphas_of(self.config)
         self._log_alphas_cumprod = self._log_alphas.cumsum()
@@ -129,7 +130,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         self._marginal = tables.marginal_table(self._log_alphas_cumprod)
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
-        self._use_chain(np.arange(num_train_timesteps)[::-1])
+        self._use_chain(np.arange(len(self))[::-1])
 
     @classmethod
     def from_alphas(cls, alphas: Sequence[float] | np.ndarray | Tensor, **config: Any) -> "AlphaDDPMScheduler":
@@ -139,7 +140,13 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        """diffusers' split of a config into arguments of `__init__` and the rest, with our settings unpacked first."""
+        """diffusers' split of a config into arguments of `__init__` and the rest, with our settings unpacked first.
+
+        Settings of 2022 that are now called otherwise are taken under their present names.
+        """
+        for former in tables.FORMER_SETTINGS.keys() & config_dict.keys():
+            present = tables.FORMER_SETTINGS[former](config_dict[former])
+            config_dict = present | {key: value for key, value in config_dict.items() if key != former}
         own = config_dict.get(OWN_KEY) or {}
         if not isinstance(own, dict):
             raise ValueError(f"{OWN_KEY}={own!r} in the scheduler config must be an object; remove it or save it anew.")
@@ -148,8 +155,10 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         if unknown := sorted(set(own) - set(OWN_SETTINGS)):
             raise ValueError(f"the scheduler config has unknown settings {unknown}; upgrade ddpm-pipeline.")
         shared = {key: value for key, value in config_dict.items() if key not in (OWN_KEY, *OWN_SETTINGS)}
-        init_dict, *others = super().extract_init_dict(shared, **kwargs)
-        return init_dict | own, *others
+        init_dict, unused, hidden = super().extract_init_dict(shared, **kwargs)
+        if "_use_default_values" in config_dict:  # the config of a scheduler rather than of a file: so is that of the new one
+            hidden = hidden | {"_use_default_values": []}
+        return init_dict | own, unused, hidden
 
     def to_json_string(self) -> str:
         """The config as JSON under the stock class name, so that a saved scheduler loads with diffusers alone."""
@@ -205,12 +214,14 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         if timesteps is not None:
             chain = self._checked_chain(timesteps, "timesteps")
         else:
+            num_inference_steps = tables.without_torch(num_inference_steps)
             tables.check_integer("num_inference_steps", num_inference_steps, 1, len(self))
             stored = self._inference_timesteps.get(str(num_inference_steps))
             chain = np.array(stored) if stored else self._spaced_chain(int(num_inference_steps))
         self.custom_timesteps, self.num_inference_steps = timesteps is not None, len(chain)
         self._use_chain(chain, device)
 
+    @torch.inference_mode(False)
     def _use_chain(self, descending: np.ndarray, device: Device = None) -> None:
         logs = self._log_alphas, self._log_alphas_cumprod
         self._chain = tables.chain_table(descending[::-1], *logs, self.variance_type, self._noise_second_moments)
@@ -230,7 +241,10 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def _checked_chain(self, timesteps: Any, source: str) -> np.ndarray:
         timesteps = tables.without_torch(timesteps)
-        chain, last = np.asarray(timesteps), len(self) - 1
+        try:
+            chain, last = np.asarray(timesteps), len(self) - 1
+        except ValueError as error:
+            raise ValueError(f"{source} must be a list of integers, not {reprlib.repr(timesteps)}.") from error
         if chain.ndim != 1 or chain.size == 0 or chain.dtype.kind not in "iu":
             raise ValueError(f"{source} must be a non-empty list of integers, not {reprlib.repr(timesteps)}.")
         if (np.diff(chain.astype(np.int64)) >= 0).any() or chain[0] > last or chain[-1] < 0:
@@ -238,10 +252,12 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"{source} must be strictly descending timesteps from at most {last} to 0, not {found}.")
         return chain.astype(np.int64)
 
-    def previous_timestep(self, timestep: Timesteps) -> int:
-        """s, the timestep before `timestep` in the chain in use; -1 if that is clean data."""
-        timestep = timestep.cpu() if isinstance(timestep, Tensor) else timestep
-        return int(self._chain.at(timestep, self.betas).previous)
+    def previous_timestep(self, timestep: Timesteps) -> Timesteps:
+        """s, the timestep before `timestep` in the chain in use, -1 if that is clean data: an int, or a tensor for a tensor."""
+        if not isinstance(timestep, Tensor):
+            return int(self._chain.at(timestep, self.betas).previous)
+        each = timestep.reshape(-1)
+        return self._chain.at(each, each.float()).previous.long().view_as(timestep)
 
     def scale_model_input(self, sample: Tensor, timestep: Timesteps | None = None) -> Tensor:
         """x_t unchanged: the network's input needs no scaling here."""

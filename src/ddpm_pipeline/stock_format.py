@@ -11,22 +11,32 @@ import os
 import re
 import shutil
 import sys
+import tempfile
+import threading
 import types
 import typing
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
+import torch
+import transformers
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-LIBRARIES = ("diffusers", "transformers")  # where a folder's components may come from without custom code
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}  # of components that need no custom code
+INDEX = "model_index.json"
 MAX_CONFIG_BYTES = 32 * 2**20
 MAX_INTEGER = 2**24
 # Larger values, by a part of their name, would hang or exhaust the memory long before they are compared with the weights
 LIMITS = {"num_train_timesteps": 100_000, "layers": 1_000, "sample_size": 16_384, "channels": 2**16, "groups": 2**16}
+# What a model may have for each byte of its weights, and in addition: a number takes at least one byte, and a tensor about 64
+# in the header. Weights that are shared, which are stored once, stay within.
+MOST_NUMBERS, MOST_TENSORS = (4, 2**20), (1 / 16, 1_000)
 
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PICKLE_REFUSED = (
     "only safetensors weights are loaded and saved, because a pickle (.bin, .pt, .ckpt) can run any code when it is opened. If "
     "you trust the file, convert it once with diffusers: DDPMPipeline.from_pretrained(..., use_safetensors=False)"
@@ -58,6 +68,8 @@ class StockFormatMixin:
         index |= {"_class_name": self._stock_class, **self._stock_components}
         if hasattr(self.scheduler, "p_mean_variance"):
             index["scheduler"] = ["diffusers", "DDPMScheduler"]
+        elif hasattr(diffusers, type(self.scheduler).__name__):  # not "deprecated", where diffusers itself finds nothing
+            index["scheduler"][0] = "diffusers"
         if index.get("tokenizer") == ["transformers", "TokenizersBackend"]:
             index["tokenizer"][1] = "PreTrainedTokenizerFast"  # its name before transformers 5, still an alias
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -81,14 +93,22 @@ class StockFormatMixin:
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write a folder that loads with diffusers alone, and push it if asked; ValueError unless `safe_serialization`."""
-        if not safe_serialization:
-            raise ValueError(f"safe_serialization=False: {PICKLE_REFUSED}")
+        """Write a folder that loads with diffusers alone, as safetensors whatever `safe_serialization`, and push it if asked.
+
+        Weights of the same variant that were saved there before are replaced, whether they were sharded or not; other files
+        stay. ValueError, before anything is written, where a file or a link is in the way.
+        """
+        _warn_of_pickles(safe_serialization)
         names = kwargs.keys() & {"repo_id", "private", "token", "commit_message", "create_pr"}
         hub_options = {name: kwargs.pop(name) for name in names}
-        super().save_pretrained(str(save_directory), True, variant, max_shard_size, **kwargs)
+        folder = Path(save_directory)
+        _check_place(folder, [name for name, component in self.components.items() if component is not None])
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
+            super().save_pretrained(new, True, variant, max_shard_size, **kwargs)
+            _replace(folder, Path(new), variant)
         if push_to_hub:
-            repo_id = hub_options.pop("repo_id", None) or Path(save_directory).resolve().name
+            repo_id = hub_options.pop("repo_id", None) or folder.resolve().name
             self.push_to_hub(repo_id, variant=variant, **hub_options)
 
     def push_to_hub(
@@ -104,11 +124,10 @@ class StockFormatMixin:
     ) -> str:
         """Push with a model card that keeps manual edits, or as diffusers does where the package is not installed.
 
-        Raises ValueError unless `safe_serialization`.
+        Weights are pushed as safetensors, whatever `safe_serialization`.
         """
         options = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
-        if not safe_serialization:
-            raise ValueError(f"safe_serialization=False: {PICKLE_REFUSED}")
+        _warn_of_pickles(safe_serialization)
         push_pipeline = getattr(sys.modules.get(__package__), "push_pipeline", None)  # this package's own, or none
         if subfolder is not None or push_pipeline is None:
             return super().push_to_hub(repo_id, variant=variant, subfolder=subfolder, **options)
@@ -117,14 +136,18 @@ class StockFormatMixin:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """Load safetensors. Raises ValueError for a malformed or absurd config, OSError if there are no safetensors weights."""
-        if kwargs.setdefault("use_safetensors", True) is not True:
+        if kwargs.get("use_safetensors") is None:  # diffusers' default, under which it may open pickles
+            kwargs["use_safetensors"] = True
+        if kwargs["use_safetensors"] is not True:
             raise ValueError(f"use_safetensors={kwargs['use_safetensors']!r}: {PICKLE_REFUSED}")
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except OSError as error:
-            if "safetensors" not in str(error):
+            found = _pickles_of(Path(pretrained_model_name_or_path))
+            if not found and "the necessary `safetensors` weights" not in str(error):  # as diffusers says of a repository
                 raise
-            raise OSError(f"{pretrained_model_name_or_path} cannot be loaded: {PICKLE_REFUSED}. ({error})") from error
+            problem = f"its weights are pickles ({', '.join(found)})" if found else "it has no safetensors weights"
+            raise OSError(f"{pretrained_model_name_or_path} cannot be loaded: {problem}; {PICKLE_REFUSED}.") from error
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
@@ -149,21 +172,60 @@ def _tidy_configs(folder: Path) -> None:
             path.write_text(json.dumps(tidy, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
 
 
+def _warn_of_pickles(safe_serialization: bool) -> None:
+    if not safe_serialization:
+        problem = "a pickle can run any code when it is opened"
+        warnings.warn(
+            f"safe_serialization=False is ignored: weights are saved as safetensors, because {problem}.", stacklevel=3
+        )
+
+
+def _pickles_of(folder: Path) -> list[str]:
+    """Pickled weights of components that have no safetensors."""
+    places = [folder, *folder.glob("*/")] if folder.is_dir() else []
+    lacking = [place for place in places if not any(place.glob("*.safetensors"))]
+    return sorted(str(file.relative_to(folder)) for place in lacking for file in place.iterdir() if file.suffix in PICKLED)
+
+
+def _check_place(folder: Path, components: list[str]) -> None:
+    """Raise ValueError where saving would meet a file instead of a folder, or change what a link points to."""
+    places = [folder / name for name in components]
+    for place in (folder, *places):
+        if (place.exists() and not place.is_dir()) or (place != folder and place.is_symlink()):
+            kind = "link" if place.is_symlink() else "file"
+            raise ValueError(f"{place} is a {kind}, where saving needs a folder; remove it, or save to another folder.")
+
+
+def _replace(folder: Path, new: Path, variant: str | None) -> None:
+    """Move a saved pipeline from `new` into `folder`, in place of the weights of this variant; the index last."""
+    dotted = re.escape(f".{variant}") if variant else ""
+    shard, stem = r"-\d{5}-of-\d{5}", r"(?:diffusion_pytorch_)?model"
+    weights = rf"{stem}(?:{dotted}(?:{shard})?|{shard}{dotted})\.safetensors|{stem}\.safetensors\.index{dotted}\.json"
+    saved = sorted(
+        (path.relative_to(new) for path in new.rglob("*") if path.is_file()), key=lambda path: (str(path) == INDEX, path)
+    )
+    for component in sorted({path.parent for path in saved} - {Path()}):
+        (folder / component).mkdir(parents=True, exist_ok=True)
+        for path in (folder / component).iterdir():
+            if re.fullmatch(weights, path.name) and component / path.name not in saved:
+                path.unlink()
+    for path in saved:
+        os.replace(new / path, folder / path)
+
+
 def check_folder(folder: str | os.PathLike, scheduler_class: type | None = None) -> None:
     """Raise ValueError if the index or a config of a pipeline folder is malformed, has wrong types, or is absurd."""
-    folder, index_path = Path(folder), Path(folder, "model_index.json")
+    folder, index_path = Path(folder), Path(folder, INDEX)
     if not index_path.is_file():
         return  # diffusers says what is missing
     for name, value in read_json(index_path).items():
         if name.startswith("_") or not isinstance(value, list | str | dict):
             continue  # an option of the pipeline rather than a component
-        _check_component(index_path, folder, name, value)
-        if value[0] is None:
-            continue
+        component_class = _component_class(index_path, folder, name, value)
         place = folder / name if (folder / name).is_dir() else folder  # early repositories have all files at the top
         config_file = place / ("scheduler_config.json" if name == "scheduler" else "config.json")
-        if config_file.is_file():
-            _check_config(config_file, value, scheduler_class)
+        if component_class is not None and config_file.is_file():
+            _check_config(config_file, component_class, scheduler_class)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -171,11 +233,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
         raise ValueError(f"{path} has {size} bytes; the largest config that is read has {MAX_CONFIG_BYTES}.")
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"it holds {constant}, which is not a JSON number")
+    def constant(name: str) -> float:
+        if name == "NaN":
+            raise ValueError("it holds NaN, which is not a JSON number")
+        return float(name)  # an infinity, which diffusers writes for some of its own defaults
 
     try:
-        content = json.loads(path.read_text("utf-8"), parse_constant=refuse)
+        content = json.loads(path.read_text("utf-8"), parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a valid config: {error}. Download or save it again.") from error
     if not isinstance(content, dict):
@@ -183,38 +247,80 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_component(index_path: Path, folder: Path, name: str, value: Any) -> None:
+def _component_class(index_path: Path, folder: Path, name: str, value: Any) -> type | None:
+    """The class that an entry of the index names; None if it has none, or is code of the folder. ValueError otherwise."""
     if not re.fullmatch(r"[A-Za-z]\w*", name):
         raise ValueError(f"{index_path} has a component called {name!r}; names are letters, digits and underscores.")
     strings = isinstance(value, list) and len(value) == 2 and all(isinstance(entry, str | None) for entry in value)
     if not strings or (value[0] is None) != (value[1] is None):
         raise ValueError(f"{index_path}: {name} must be [library, class], not {value!r}.")
-    if value[0] is None or value[0] in LIBRARIES:
-        return
-    if not (re.fullmatch(r"\w+", value[0]) and (folder / name / f"{value[0]}.py").is_file()):  # or custom code
-        raise ValueError(f"{index_path}: {name} comes from {value[0]!r}; known libraries are {', '.join(LIBRARIES)}.")
+    library, class_name = value
+    if library is None or not re.fullmatch(r"\w+", library):
+        module = None
+    else:  # besides the libraries, a pipeline of diffusers that has models of its own
+        module = LIBRARIES.get(library) or getattr(diffusers.pipelines, library, None)
+    if not isinstance(module, types.ModuleType):
+        if library is None or (re.fullmatch(r"\w+", library) and (folder / name / f"{library}.py").is_file()):
+            return None
+        raise ValueError(f"{index_path}: {name} comes from {library!r}; known libraries are {', '.join(LIBRARIES)}.")
+    component_class = getattr(module, class_name, None)
+    if not isinstance(component_class, type):
+        return None  # diffusers says that there is none
+    if issubclass(component_class, diffusers.DiffusionPipeline):
+        # whose own components diffusers would load without these checks, and from pickles
+        raise ValueError(f"{index_path}: {name} is a pipeline, {class_name}; its parts must be models, each in its own folder.")
+    return component_class
 
 
-def _check_config(path: Path, component: list[str], scheduler_class: type | None) -> None:
-    config = read_json(path)
+def _check_config(path: Path, component_class: type, scheduler_class: type | None) -> None:
+    config, name_of_class = read_json(path), component_class.__name__
+    is_scheduler = issubclass(component_class, diffusers.SchedulerMixin)
+    of_ddpm = inspect.signature(diffusers.DDPMScheduler.__init__).parameters
     for name, value in _leaves(config):
         limit = min((limit for part, limit in LIMITS.items() if part in name), default=MAX_INTEGER)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and not (math.isfinite(value) and abs(value) <= limit):
+        may_be_infinite = is_scheduler and name not in of_ddpm  # such as DPM-Solver's lambda_min_clipped
+        if is_number and not abs(value) <= limit and not (may_be_infinite and math.isinf(value)):
             raise ValueError(f"{path}: {name}={value!r} exceeds the largest supported value, {limit}.")
-    model = getattr(diffusers, component[1], None) if component[0] == "diffusers" else None
-    if model is not None:
-        for name, parameter in inspect.signature(model.__init__).parameters.items():
-            if name in config and not _fits(config[name], parameter.annotation):
+    parameters = inspect.signature(component_class.__init__).parameters
+    known = {name: config[name] for name in parameters if name in config}
+    if hasattr(component_class, "load_config"):  # of diffusers
+        for name, value in known.items():
+            parameter = parameters[name]
+            if value != parameter.default and not _fits(value, parameter.annotation):
                 wanted = inspect.formatannotation(parameter.annotation)
-                raise ValueError(f"{path}: {name}={config[name]!r} has the wrong type; {component[1]} takes {wanted}.")
-    if scheduler_class is not None and component == ["diffusers", "DDPMScheduler"]:
-        try:  # it checks its settings
+                raise ValueError(f"{path}: {name}={value!r} has the wrong type; {name_of_class} takes {wanted}.")
+    try:  # what is built checks its settings
+        if issubclass(component_class, diffusers.ModelMixin):
+            _check_size(path, lambda: component_class.from_config(known))
+        elif issubclass(component_class, transformers.PreTrainedModel):
+            _check_size(path, lambda: component_class(component_class.config_class.from_dict(config)))
+        elif scheduler_class is not None and component_class is diffusers.DDPMScheduler:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # they come when the scheduler is built for use
                 scheduler_class.from_config(config)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # whatever a class raises for settings that do not fit together
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_size(path: Path, build: Callable[[], Any]) -> None:
+    """Build a model without memory for its weights; ValueError as soon as it is out of proportion to those stored beside."""
+    stored = sum(file.stat().st_size for file in path.parent.glob("*.safetensors"))
+    most_numbers, most_tensors = (per_byte * stored + more for per_byte, more in (MOST_NUMBERS, MOST_TENSORS))
+    thread, numbers, tensors = threading.get_ident(), 0, 0
+
+    def count(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
+        nonlocal numbers, tensors
+        if threading.get_ident() != thread:
+            return
+        numbers, tensors = numbers + parameter.numel(), tensors + 1
+        if numbers > most_numbers or tensors > most_tensors:
+            problem = f"at least {numbers} parameters in {tensors} tensors, but its weights have {stored} bytes"
+            raise ValueError(f"it describes a model with {problem}; the two do not belong together.")
+
+    if stored:  # otherwise diffusers says that there are no weights, before it builds anything
+        with register_module_parameter_registration_hook(count), torch.device("meta"):
+            build()
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,7 @@ images. Everything follows from log α_t in float64, so that 1 - ᾱ_t keeps its
 Travels inside model repositories. Imports diffusers, numpy and torch.
 """
 
+import difflib
 import math
 import operator
 import warnings
@@ -37,6 +38,31 @@ CHOICES = {
     "prediction_type": (PREDICTION_TYPES, ""),
     "timestep_spacing": (TIMESTEP_SPACINGS, ""),
 }
+# What other libraries and papers call the choices
+OTHER_NAMES = {
+    other: name
+    for name, others in {
+        "squaredcos_cap_v2": ("cosine", "cosine_beta", "squaredcos_cap", "squaredcos"),
+        "linear": ("linear_beta",),
+        "scaled_linear": ("scaled_linear_beta", "quad", "quadratic"),
+        "sigmoid": ("sigmoid_beta",),
+        "fixed_small": ("fixedsmall", "small"),
+        "fixed_large": ("fixedlarge", "large"),
+        "epsilon": ("eps", "noise", "pred_noise"),
+        "sample": ("x0", "x_0", "x_start", "start_x", "xstart", "pred_x0", "original_sample"),
+        "v_prediction": ("v", "velocity", "pred_v"),
+        "leading": ("uniform",),
+    }.items()
+    for other in others
+}
+SWITCHES = ("clip_sample", "thresholding", "rescale_betas_zero_snr")
+# Settings of configs of 2022 (diffusers 0.0 to 0.9), and what they are now
+FORMER_SETTINGS = {
+    "timesteps": lambda value: {"num_train_timesteps": value},
+    "clip_predicted_image": lambda value: {"clip_sample": value},
+    "predict_epsilon": lambda value: {"prediction_type": "epsilon" if value else "sample"},
+    "tensor_format": lambda value: {},  # numpy or torch
+}
 RANGES = dict.fromkeys(("beta_start", "beta_end", "dynamic_thresholding_ratio"), (0, 1))  # above 0 and at most 1
 RANGES |= {"clip_sample_range": (0, MAX_PIXEL), "sample_max_value": (1 / MAX_PIXEL, MAX_PIXEL)}
 
@@ -51,11 +77,20 @@ def check_settings(config: Mapping[str, Any]) -> None:
     check_integer("steps_offset", config["steps_offset"], 0, config["num_train_timesteps"])
     for name, (allowed, fix) in CHOICES.items():
         if config[name] not in allowed:
-            raise ValueError(f"{name}={config[name]!r} is not one of {', '.join(allowed)}.{fix}")
+            raise ValueError(f"{name}={config[name]!r} is not one of {', '.join(allowed)}.{_meant(config[name], allowed)}{fix}")
+    for name in SWITCHES:
+        if not isinstance(config[name], bool):
+            raise ValueError(f"{name}={config[name]!r} must be True or False.")
     for name, (low, high) in RANGES.items():
         value, number = config[name], isinstance(config[name], int | float) and not isinstance(config[name], bool)
         if not (number and low < value <= high):  # also refuses NaN
             raise ValueError(f"{name}={value!r} must be a number above {low} and at most {high}.")
+
+
+def _meant(value: Any, allowed: Sequence[str]) -> str:
+    other_name = OTHER_NAMES.get(value) if isinstance(value, str) else None
+    near = [other_name] if other_name in allowed else difflib.get_close_matches(str(value), allowed, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
@@ -71,8 +106,9 @@ def check_generators(generator: Any, count: int) -> None:
 
 
 def without_torch(values: Any) -> Any:
-    """A tensor on any device as nested lists of numbers; anything else unchanged."""
-    return values.tolist() if isinstance(values, Tensor) else values
+    """A tensor on any device, or a numpy number, as a number or nested lists of numbers; anything else unchanged."""
+    zero_dim = isinstance(values, np.generic) or (isinstance(values, np.ndarray) and values.ndim == 0)
+    return values.tolist() if zero_dim or isinstance(values, Tensor) else values
 
 
 def as_table(name: str, values: Any, length: int) -> np.ndarray:
@@ -109,7 +145,7 @@ def check_terminal_signal(config: Mapping[str, Any], log_alpha_cumprod: float) -
     if signal**2 > FAR_FROM_NOISE:
         found = f"alphas_cumprod={signal**2:.3g}, far from pure noise, where sampling starts"
         fix = "use more timesteps, a larger beta_end, or beta_schedule='squaredcos_cap_v2'"
-        warnings.warn(f"the forward process ends with {found}; {fix}.", stacklevel=4)
+        warnings.warn(f"the forward process ends with {found}; {fix}.", stacklevel=5)
 
 
 def log_alphas_of(config: Mapping[str, Any]) -> np.ndarray:
@@ -224,7 +260,7 @@ def chain_table(
     with np.errstate(divide="ignore"):
         posterior_log_variance = np.log(posterior_variance)  # -inf
     columns = {
-        "previous": np.concatenate([[-1], chain[:-1]]),
+        "previous": np.concatenate([[-1.0], chain[:-1]]),
         "forward_scale": np.exp(0.5 * log_alpha),
         "forward_variance": beta,
         "forward_log_variance": log_beta,
@@ -263,6 +299,8 @@ class Table:
 
         Raises ValueError for host timesteps that are not in the table; checking those on a device would synchronise.
         """
+        if isinstance(timesteps, list | tuple | np.ndarray):
+            timesteps = torch.as_tensor(np.asarray(timesteps))
         if isinstance(timesteps, Tensor):
             if timesteps.dtype not in INTEGER_DTYPES:
                 raise ValueError(f"timesteps has dtype {timesteps.dtype}; they must be integers, such as torch.int64.")
@@ -274,7 +312,10 @@ class Table:
                 if on_host:
                     self._check(timesteps.tolist())
                 return Gathered(self, timesteps.to(like.device, torch.long), like)
-        timesteps = operator.index(timesteps)
+        try:
+            timesteps = operator.index(timesteps)
+        except TypeError as error:
+            raise TypeError(f"timestep {timesteps!r} must be an integer, or a [B] tensor of integers.") from error
         if timesteps not in self._rows:
             self._check([timesteps])
             row = {name: float(column[self.positions[timesteps]]) for name, column in self.columns.items()}
@@ -286,6 +327,7 @@ class Table:
             chain = f"which has {len(self.positions)} of the timesteps 0 to {self.total - 1}; see set_timesteps"
             raise ValueError(f"timestep {', '.join(map(str, unknown))} is not in the chain in use, {chain}.")
 
+    @torch.inference_mode(False)  # what is kept must also serve where gradients are wanted
     def on_device(self, name: str, like: Tensor) -> Tensor:
         """A column as [T] in the dtype and on the device of `like`, NaN where it has no value; copied there once."""
         key = (name, like.device, like.dtype)
@@ -313,6 +355,8 @@ Coefficients = SimpleNamespace | Gathered
 
 def compute(images: Tensor) -> Tensor:
     """Images in the dtype of the computation: float32 for half precision, otherwise their own."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a torch.Tensor, not {type(images).__name__}.")
     if images.dtype in (torch.float32, torch.float64):
         return images
     if not images.is_floating_point():

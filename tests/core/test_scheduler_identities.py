@@ -423,7 +423,7 @@ def test_previous_timestep_walks_the_chain_to_clean_data(chain):
     walked, t = [], scheduler.timesteps[0].item()
     while t >= 0:
         walked.append(t)
-        t = scheduler.previous_timestep(torch.tensor(t) if len(walked) % 2 else t)
+        t = int(scheduler.previous_timestep(torch.tensor(t) if len(walked) % 2 else t))
     assert t == -1
     assert walked == scheduler.timesteps.tolist()
 

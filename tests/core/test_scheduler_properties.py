@@ -209,7 +209,7 @@ def test_timesteps_are_checked(timestep):
         lambda: scheduler.p_mean_variance(x, timestep, x),
         lambda: scheduler.q_posterior(x, x, timestep),
     ]
-    valid = isinstance(timestep, int) and 0 <= timestep < 10
+    valid = timestep == [3] or (isinstance(timestep, int) and 0 <= timestep < 10)  # a list is one per image, or one for all
     wrong_type = TypeError if not isinstance(timestep, int | torch.Tensor) else ValueError
     for call in calls:
         if valid:
@@ -217,6 +217,48 @@ def test_timesteps_are_checked(timestep):
         else:
             with pytest.raises(wrong_type):
                 call()
+
+
+@pytest.mark.parametrize("number", [np.int64, np.array, torch.tensor, lambda n: torch.tensor(n, dtype=torch.int16)])
+def test_numbers_of_numpy_and_torch_are_numbers(number):
+    scheduler = AlphaDDPMScheduler(num_train_timesteps=number(10), beta_end=0.9)
+    assert scheduler.config.num_train_timesteps == 10
+    scheduler.set_timesteps(number(5))
+    assert scheduler.timesteps.tolist() == [8, 6, 4, 2, 0]
+    assert int(scheduler.previous_timestep(number(4))) == 2
+    x = torch.ones(2, 1, 2, 2)
+    assert torch.equal(scheduler.add_noise(x, x, number(4)), scheduler.add_noise(x, x, 4))
+    assert torch.equal(scheduler.step(x, number(0), x).prev_sample, scheduler.step(x, 0, x).prev_sample)
+
+
+@pytest.mark.parametrize("several", [list, tuple, np.array, torch.tensor])
+def test_timesteps_per_image_come_in_any_kind_of_list(several):
+    scheduler, x = AlphaDDPMScheduler(), torch.ones(2, 1, 2, 2)
+    expected = torch.cat([scheduler.add_noise(x[:1], x[:1], t) for t in (7, 500)])
+    torch.testing.assert_close(scheduler.add_noise(x, x, several([7, 500])), expected)
+    scheduler.set_timesteps(timesteps=several([900, 20]))
+    assert scheduler.timesteps.tolist() == [900, 20]
+
+
+def test_previous_timestep_is_a_tensor_for_a_tensor():
+    scheduler = AlphaDDPMScheduler()
+    scheduler.set_timesteps(timesteps=[900, 500, 20])
+    for timesteps, expected in ((torch.tensor(900), 500), (torch.tensor([20, 900]), [-1, 500])):
+        found = scheduler.previous_timestep(timesteps)
+        assert (found.tolist(), found.shape, found.dtype) == (expected, timesteps.shape, torch.int64)
+
+
+def test_gradients_flow_after_a_use_in_inference_mode():
+    """What is kept from one call to the next are no inference tensors."""
+    with torch.inference_mode():
+        scheduler, x = AlphaDDPMScheduler(variance_type="learned_range"), torch.ones(2, 1, 2, 2)
+        scheduler.set_timesteps(10)
+        scheduler.step(x.repeat(1, 2, 1, 1), torch.tensor([0, 900]), x)
+    output = torch.ones(2, 2, 2, 2, requires_grad=True)
+    x = torch.ones(2, 1, 2, 2, requires_grad=True)
+    moments = scheduler.p_mean_variance(output, scheduler.timesteps[[0, -1]], x)
+    (moments.mean + moments.variance + scheduler.alphas_cumprod[0] * x).sum().backward()
+    assert output.grad.isfinite().all() and x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("call", ["step", "p_mean_variance", "q_posterior", "forward_step", "previous_timestep"])
@@ -248,6 +290,13 @@ REFUSALS = (
     ({"num_train_timesteps": 1000.0}, r"num_train_timesteps=1000.0 must be an integer"),
     ({"num_train_timesteps": True}, r"num_train_timesteps=True"),
     ({"beta_schedule": "cosine"}, r"beta_schedule='cosine' is not one of linear, .*squaredcos_cap_v2.*from_alphas"),
+    ({"beta_schedule": "scaled_lineer"}, r"Did you mean 'scaled_linear'"),
+    ({"beta_schedule": "cosine"}, r"Did you mean 'squaredcos_cap_v2'"),
+    ({"prediction_type": "x_start"}, r"Did you mean 'sample'"),
+    ({"prediction_type": ["v"]}, r"prediction_type=\['v'\] is not one of"),
+    ({"rescale_betas_zero_snr": "false"}, r"rescale_betas_zero_snr='false' must be True or False"),
+    ({"thresholding": 1}, r"thresholding=1 must be True or False"),
+    ({"inference_timesteps": {"2": [[5], [1, 2]]}}, r"inference_timesteps\['2'\] must be a list of integers"),
     ({"prediction_type": "eps"}, r"prediction_type='eps' is not one of epsilon, sample, v_prediction"),
     ({"timestep_spacing": "even"}, r"timestep_spacing='even' is not one of leading, linspace, trailing"),
     ({"beta_start": math.nan}, r"beta_start=nan must be a number above 0 and at most 1"),

@@ -438,6 +438,34 @@ def test_fast_samplers_run_on_our_config(name):
     assert x.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("former", "present"),
+    [
+        (
+            {"timesteps": 500, "clip_predicted_image": False, "tensor_format": "np"},
+            {"num_train_timesteps": 500, "clip_sample": False},
+        ),
+        ({"predict_epsilon": False, "tensor_format": "pt"}, {"prediction_type": "sample"}),
+        ({"predict_epsilon": True, "prediction_type": "v_prediction"}, {"prediction_type": "v_prediction"}),
+    ],
+)
+def test_settings_of_2022_keep_their_meaning(former, present, tmp_path, nothing_logged):
+    """Stock drops them with a warning, and takes its defaults."""
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDPMScheduler"} | former))
+    for scheduler in (AlphaDDPMScheduler.from_config(former), AlphaDDPMScheduler.from_pretrained(tmp_path)):
+        assert {name: scheduler.config[name] for name in present} == present
+        assert not former.keys() - present.keys() & set(scheduler.config)
+
+
+def test_a_round_trip_marks_no_value_as_a_default(tmp_path):
+    """As diffusers' own tests expect: the key is there if values were left to defaults, and not after loading."""
+    scheduler = AlphaDDPMScheduler(beta_end=0.03)
+    assert scheduler.config["_use_default_values"] == []
+    scheduler.save_pretrained(tmp_path)
+    loaded = dict(AlphaDDPMScheduler.from_pretrained(tmp_path).config)
+    assert loaded == {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+
+
 def test_configs_of_a_newer_version_are_refused():
     with pytest.raises(ValueError, match=r"shiny.*upgrade"):
         AlphaDDPMScheduler.from_config(AlphaDDPMScheduler().config | {"_alpha_ddpm": {"shiny": 1}})

@@ -331,7 +331,7 @@ def check_from_pipe():
 
 def check_dtype():
     for name, dtype in {"ddpm": torch.bfloat16, "text": torch.bfloat16, "class": torch.float64}.items():
-        pipe = OURS[name].from_pretrained(f"org/{name}", torch_dtype=dtype)
+        pipe = OURS[name].from_pretrained(f"org/{name}", dtype=dtype)
         assert {part.dtype for part in pipe.components.values() if hasattr(part, "dtype")} == {dtype}
         drawn = images(pipe, name)
         moved = images(OURS[name].from_pretrained(f"org/{name}").to(dtype), name)
@@ -373,9 +373,18 @@ def check_early_repository():
 def check_pickled_weights_are_refused():
     raises(OSError, lambda: AlphaDDPMPipeline.from_pretrained("org/pickled"), "pickle", "safetensors")
     raises(ValueError, lambda: AlphaDDPMPipeline.from_pretrained("org/ddpm", use_safetensors=False), "pickle")
+    same(AlphaDDPMPipeline.from_pretrained("org/ddpm", use_safetensors=None))
+    AlphaDDPMPipeline.from_pretrained("org/ddpm").push_to_hub("org/safe", safe_serialization=False)
+    same(DiffusionPipeline.from_pretrained("org/safe", use_safetensors=True), within=1e-3)
+
+def check_other_schedulers_with_infinite_defaults_or_a_module_of_their_own():
+    names = ("DPMSolverMultistepScheduler", "SASolverScheduler", "FlowMatchEulerDiscreteScheduler", "KarrasVeScheduler")
     pipe = AlphaDDPMPipeline.from_pretrained("org/ddpm")
-    raises(ValueError, lambda: pipe.save_pretrained("pickled", safe_serialization=False), "pickle")
-    raises(ValueError, lambda: pipe.push_to_hub("org/p", safe_serialization=False), "pickle")
+    for name in names:
+        pipe.register_modules(scheduler=getattr(diffusers, name)())
+        pipe.push_to_hub(f"org/{name}")
+        for loader in (AlphaDDPMPipeline, DiffusionPipeline):
+            assert type(loader.from_pretrained(f"org/{name}").scheduler).__name__ == name
 
 def check_malformed_repositories_end_in_an_error_and_write_nothing_outside():
     import huggingface_hub
