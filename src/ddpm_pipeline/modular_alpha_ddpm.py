@@ -30,6 +30,7 @@ from .conditioning_alpha_ddpm import ClassConditioning, ClassLabels, TextConditi
 from .editing_alpha_ddpm import Batch, Images, Start, keep, start_chain
 from .samplers_alpha_ddpm import Steps, reverse_step, set_timesteps
 from .sampling_alpha_ddpm import AlphaDDPMSampling, network_outputs, to_images, usable_channels
+from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .tables_alpha_ddpm import Generators, standard_normal
 
 DENOISER_INPUTS = "denoiser_input_fields"  # diffusers' name for what the guider hands to the UNet
@@ -107,6 +108,8 @@ class TextEncoderStep(Block):
     takes: ClassVar = [
         InputParam("prompt", str | list[str], description="What to show; one for all images, or one per image."),
         InputParam("negative_prompt", str | list[str], description="What to lead away from; by default the empty prompt."),
+        InputParam("prompt_embeds", Tensor, description="Text states [N, 77, D] in place of the prompt."),
+        InputParam("negative_prompt_embeds", Tensor, description="Those in place of the negative prompt."),
     ]
     gives: ClassVar = [
         OutputParam.template("prompt_embeds"),
@@ -115,7 +118,8 @@ class TextEncoderStep(Block):
     ]
 
     def run(self, components: Any, state: BlockState) -> None:
-        states = Parts(components).encode_prompt(state.prompt, True, negative_prompt=state.negative_prompt)
+        given = {name: state[name] for name in ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")}
+        states = Parts(components).encode_prompt(state.prompt, True, **given)
         state.prompt_embeds, state.negative_prompt_embeds = states
         state.num_prompts = len(states[0]) if len(states[0]) > 1 else None
 
@@ -132,9 +136,9 @@ class SetTimestepsStep(Block):
 
     def run(self, components: Any, state: BlockState) -> None:
         loaded = components.scheduler
-        components.scheduler = AlphaDDPMSampling._own_scheduler(loaded)
-        if components.scheduler is not loaded:  # so that what saves the pipeline knows where it came from
-            components.scheduler._diffusers_load_id = getattr(loaded, "_diffusers_load_id", None)
+        if isinstance(loaded, DDPMScheduler):
+            components.scheduler = AlphaDDPMScheduler.from_config(loaded.config)
+            components.scheduler._diffusers_load_id = loaded._diffusers_load_id  # where it came from, for saving
         steps = Steps(state.num_inference_steps, state.timesteps, state.sigmas)
         state.timesteps = set_timesteps(components.scheduler, steps)
 

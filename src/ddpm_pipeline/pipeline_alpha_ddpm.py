@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .conditioning_alpha_ddpm import ClassConditioning, ClassLabels
 from .editing_alpha_ddpm import Batch, Images
+from .modular_alpha_ddpm import AlphaDDPMBlocks
 from .samplers_alpha_ddpm import Steps
 from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Guidance, Output
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
@@ -38,6 +39,7 @@ class AlphaDDPMPipeline(StockFormatMixin, ClassConditioning, AlphaDDPMSampling, 
     model_cpu_offload_seq = "unet"
     _stock_class = "DDPMPipeline"
     _scheduler_class = AlphaDDPMScheduler
+    _blocks_class = AlphaDDPMBlocks
 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler):
         super().__init__()

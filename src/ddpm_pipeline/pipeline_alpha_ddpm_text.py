@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conditioning_alpha_ddpm import MAX_TOKENS, TextConditioning
 from .editing_alpha_ddpm import Batch, Images
+from .modular_alpha_ddpm import AlphaDDPMTextBlocks
 from .samplers_alpha_ddpm import Steps
 from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
@@ -42,6 +43,7 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, TextConditioning, AlphaDDPM
     model_cpu_offload_seq = "text_encoder->unet"
     _stock_class = "IFPipeline"
     _scheduler_class = AlphaDDPMScheduler
+    _blocks_class = AlphaDDPMTextBlocks
     _stock_components: ClassVar = {
         **dict.fromkeys(("safety_checker", "feature_extractor", "watermarker"), (None, None)),
         "requires_safety_checker": False,
