@@ -7,6 +7,7 @@ import os
 import warnings
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, IFPipeline, ImagePipelineOutput, UNet2DModel
@@ -47,6 +48,7 @@ class StockPipeline(DDPMPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
+diffusers.pipelines.AlphaDDPMTextToImagePipeline = AlphaDDPMTextToImagePipeline  # where their tests look for its source
 Unconditional = AlphaDDPMPipeline if OURS else StockPipeline
 Text = AlphaDDPMTextToImagePipeline if OURS else IFPipeline
 
@@ -87,6 +89,7 @@ class TestUnconditional(BasePipelineTesterConfig, PipelineTesterMixin):
     optional_input_params = OPTIONAL - {"num_images_per_prompt"}
     output_shape = (3, 8, 8)
     test_cfg = test_callback_cfg = None  # there is nothing to guide towards
+    test_num_images_per_prompt = None  # nor a prompt to batch
 
     def get_dummy_components(self) -> dict[str, Any]:
         return {"unet": unet_of(), "scheduler": DDPMScheduler()}
@@ -100,6 +103,7 @@ class TestClass(TestUnconditional):
     required_input_params_in_call_signature = CLASS_CONDITIONED_IMAGE_GENERATION_PARAMS
     batch_input_params = CLASS_CONDITIONED_IMAGE_GENERATION_BATCH_PARAMS
     test_cfg, test_callback_cfg = PipelineTesterMixin.test_cfg, PipelineTesterMixin.test_callback_cfg
+    test_num_images_per_prompt = PipelineTesterMixin.test_num_images_per_prompt
 
     def get_dummy_components(self) -> dict[str, Any]:
         unet = unet_of(num_class_embeds=4)

@@ -6,14 +6,16 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
 
 ROOT = Path(__file__).parents[1]
+OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir")  # on files, as Python audits them
 
 TINY_UNET = {
     "sample_size": 8,
@@ -83,3 +85,21 @@ def run_python(code: str, **env: str) -> str:
     done = run_command(sys.executable, "-c", code, **env)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def killed_at(operation: int, folder: Path, job: Callable[[], object]) -> bool:
+    """Do a job in a fork that is killed before its n-th operation on a file or folder in `folder`. Whether it came so far."""
+    if not (child := os.fork()):
+        left = iter(range(operation - 1, -1, -1))
+
+        def kill(event: str, arguments: tuple) -> None:
+            if event in OPERATIONS and str(arguments[0]).startswith(str(folder)) and not next(left):
+                os._exit(9)
+
+        sys.addaudithook(kill)
+        try:
+            AcceleratorState._reset_state(True)  # that of the process which was forked
+            job()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, AlphaDDPMTextToImagePipeline, describe_conditions
+from ddpm_pipeline.hub import Measurement, TrainingFacts, build_card
 from text_models import make
 
 STEPS = 20
@@ -31,6 +33,25 @@ KEPT = {
     "class": {"scheduler": {"inference_timesteps": TIMESTEPS}, "unet": {"class_names": CLASSES, "condition_dropout": 0.1}},
     "text": {"scheduler": {"inference_timesteps": TIMESTEPS}, "unet": {"condition_dropout": 0.2}},
 }
+# what a card says
+FIGURES = [
+    Measurement("bits/dim", 2.345678, 1797, "digits", "train", 0.01, {"steps": 1000, "form": "exact KLs"}),
+    Measurement("FID", 1.5, 1797, "digits", settings={"steps": 100, "scheduler": "AlphaDDPMScheduler"}),
+]
+TRAINING = TrainingFacts("digits", 1797, "org/digits", {"updates": 7, "seed": 0}, "accelerate launch x")
+
+
+def card_of(pipe: AlphaDDPMPipeline, **options: Any) -> ModelCard:
+    return build_card(pipe, **{"name": "ddpm", "training": TRAINING, **options})
+
+
+def smallest_pipeline() -> AlphaDDPMPipeline:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(4, 8), norm_num_groups=2,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    return AlphaDDPMPipeline(unet, scheduler())
 
 
 def tiny_unet(**config) -> UNet2DModel:
@@ -50,6 +71,13 @@ def class_pipeline() -> AlphaDDPMPipeline:
     unet = tiny_unet(num_class_embeds=len(CLASSES) + 1)
     describe_conditions(unet, class_names=CLASSES, condition_dropout=0.1)
     return AlphaDDPMPipeline(unet, scheduler(inference_timesteps=TIMESTEPS))
+
+
+def rgba_pipeline() -> AlphaDDPMPipeline:
+    """Of images that are twice as wide as high, over a chain of more steps than examples take."""
+    torch.manual_seed(0)
+    unet = UNet2DModel.from_config(smallest_pipeline().unet.config, sample_size=(8, 16), in_channels=4, out_channels=4)
+    return AlphaDDPMPipeline(unet, AlphaDDPMScheduler(120))
 
 
 def text_pipeline(seed: int = 0) -> AlphaDDPMTextToImagePipeline:

@@ -10,6 +10,7 @@ from typing import get_type_hints
 import pytest
 
 import ddpm_pipeline
+import diffusers_suites
 from ddpm_pipeline.evaluation.options import EvaluationOptions
 from ddpm_pipeline.generation.options import GenerationOptions
 from ddpm_pipeline.support.options import OptionGroup, option_fields, options_table
@@ -106,3 +107,9 @@ def test_class_accuracies_are_those_that_were_measured():
             )
             assert line in PAGES["conditions.md"]
         assert f"| {condition} | {accuracies[0]} | {accuracies[1]} |" in PAGES["README.md"]
+
+
+def test_exceptions_from_diffusers_own_tests_are_listed():
+    names = {name.partition("::")[2] for name in diffusers_suites.EXCEPTIONS}
+    assert len(names) <= 5
+    assert set(re.findall(r"^\| `(test_\w+)` \|", PAGES["scheduler.md"], flags=re.MULTILINE)) == names

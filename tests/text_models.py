@@ -62,15 +62,15 @@ def make_unet(**config) -> UNet2DConditionModel:
 def make(
     kind: str = "clip", dropout: float = 0.1, scheduler: AlphaDDPMScheduler | None = None, seed: int = 0
 ) -> AlphaDDPMTextToImagePipeline:
-    tokenizer = make_tokenizer()
+    tokenizer, scheduler = make_tokenizer(), scheduler or AlphaDDPMScheduler(variance_type="learned_range")
+    learned = scheduler.config.variance_type == "learned_range"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        unet, encoder = make_unet(), make_encoder(kind, len(tokenizer))
+        unet, encoder = make_unet(out_channels=1 + learned), make_encoder(kind, len(tokenizer))
         with torch.no_grad():  # a fresh network hardly hears its text: make it loud
             for parameter in [*unet.parameters(), *encoder.parameters()]:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     describe_conditions(unet, condition_dropout=dropout)
-    scheduler = scheduler or AlphaDDPMScheduler(variance_type="learned_range")
     pipe = AlphaDDPMTextToImagePipeline(unet.eval(), encoder.eval(), tokenizer, scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .editing_alpha_ddpm import Batch, expanded
+from .samplers_alpha_ddpm import plain
 from .sampling_alpha_ddpm import Conditioning, Guidance
 
 ClassLabels = int | str | Sequence[int | str | None] | Tensor
@@ -54,8 +55,9 @@ class ClassConditioning:
     def _label_ids(self, class_labels: ClassLabels) -> list[int]:
         if not self._num_embeddings:
             raise ValueError("class_labels were given to a model without classes; leave them out.")
-        class_labels = class_labels.tolist() if isinstance(class_labels, Tensor) else class_labels
-        labels = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
+        class_labels = plain(class_labels)
+        several = isinstance(class_labels, Sequence) and not isinstance(class_labels, str)
+        labels = list(class_labels) if several else [class_labels]
         if not labels:
             raise ValueError("class_labels is empty; give at least one label.")
         return [self._label_id(label) for label in labels]
@@ -133,6 +135,9 @@ class TextConditioning:
                 negative_prompt = ""
             null_states = self._states(negative_prompt, negative_prompt_embeds, "negative_prompt", clean_caption)
             null_states = expanded(null_states, len(states), "negative prompts")
+            if null_states.shape[1] != states.shape[1]:
+                lengths = f"{states.shape[1]} and {null_states.shape[1]} tokens"
+                raise ValueError(f"prompt_embeds and negative_prompt_embeds have {lengths}; guidance needs equal lengths.")
             negative_prompt_embeds = null_states.repeat_interleave(num_images_per_prompt, dim=0).to(device)
         else:
             negative_prompt_embeds = None
@@ -161,8 +166,9 @@ class TextConditioning:
             if self.text_encoder is None:
                 raise ValueError(f"without a text encoder this pipeline cannot read {name}={prompt!r}; give {name}_embeds.")
             embeds = self._encode(_cleaned(prompts) if clean_caption else list(prompts))
-        elif self.unet is not None:
-            width = self.unet.config.cross_attention_dim
+        embeds = torch.as_tensor(embeds)
+        if self.unet is not None:
+            width = self.unet.config.get("encoder_hid_dim") or self.unet.config.cross_attention_dim
             if embeds.ndim != 3 or embeds.shape[2] != width:
                 raise ValueError(f"{name}_embeds has shape {tuple(embeds.shape)}; this model takes [B, tokens, {width}].")
         reader = self.text_encoder if self.unet is None else self.unet

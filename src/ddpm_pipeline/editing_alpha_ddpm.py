@@ -9,18 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch import Tensor
 
+from .pictures_alpha_ddpm import Images, read_masks, read_pictures
+from .samplers_alpha_ddpm import Steps, check_start, checked_generators, order_of, plain, seed_own_noise, set_timesteps
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
-from .tables_alpha_ddpm import Generators, check_generators, check_integer, standard_normal
-
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
-
-Images = Image.Image | np.ndarray | Tensor | Sequence[Image.Image]
+from .tables_alpha_ddpm import Generators, check_integer, standard_normal
 
 
 @dataclass(frozen=True)
@@ -34,10 +30,12 @@ class Edit:
     latents: Tensor | None = None  # z ~ N(0, I) to start from or to noise the image with, [B, C, H, W]
 
     def __post_init__(self) -> None:
+        vars(self).update(strength=plain(self.strength), num_resamples=plain(self.num_resamples))
         for name, value in (("strength", self.strength), ("mask_image", self.kept)):
             if self.image is None and value is not None:
                 raise ValueError(f"{name} needs an image; pass image= as well.")
-        if self.strength is not None and not 0 <= self.strength <= 1:
+        number = self.strength is None or isinstance(self.strength, int | float)
+        if not (number and 0 <= (self.strength or 0) <= 1):
             raise ValueError(f"strength={self.strength!r} must be from 0 (the image unchanged) to 1 (only noise left).")
         check_integer("num_resamples", self.num_resamples, 1)
         if self.num_resamples > 1 and self.kept is None:
@@ -61,6 +59,7 @@ class Batch:
     @classmethod
     def of(cls, prompts: int | None, per_prompt: int, edit: Edit) -> "Batch":
         """That of `prompts`, or, where these may be any number (None), of as many as there are images, masks or latents."""
+        per_prompt = plain(per_prompt)
         check_integer("num_images_per_prompt", per_prompt, 1)
         if prompts is None:
             prompts = max(len(x) for x in (edit.image, edit.kept, [0]) if x is not None)
@@ -91,17 +90,19 @@ class Start:
 
 
 def start_chain(scheduler: Any, edit: Edit, batch: Batch, noise: Tensor, generator: Generators) -> Start:
-    """Noise, or the image noised to the first timestep of the chain that is run. `noise` ~ N(0, I) is [B, C, H, W]."""
-    timesteps = scheduler.timesteps
-    first = edit.first_step(len(timesteps))
+    """Noise, or the image noised to the first timestep of the chain that is run. `noise` ~ N(0, I) is [B, C, H, W].
+
+    Raises ValueError if the sampler cannot start there.
+    """
+    timesteps, order = scheduler.timesteps, order_of(scheduler)
+    first = edit.first_step(len(timesteps[::order])) * order
     original, kept = batch.spread(edit.image, "images"), batch.spread(edit.kept, "masks")
+    if first >= len(timesteps):
+        return Start(original, len(timesteps))
+    check_start(scheduler, first, edit.num_resamples)
+    seed_own_noise(scheduler, generator)
     if hasattr(scheduler, "set_begin_index"):  # before add_noise, which reads it
         scheduler.set_begin_index(first)
-    if edit.num_resamples > 1 and not hasattr(scheduler, "forward_step"):
-        kind = type(scheduler).__name__
-        raise ValueError(f"num_resamples above 1 needs AlphaDDPMScheduler's forward_step, which {kind} lacks.")
-    if first == len(timesteps):
-        return Start(original, first)
     if original is None or (kept is not None and first == 0):
         x = noise * scheduler.init_noise_sigma
     else:
@@ -132,9 +133,11 @@ class AlphaDDPMEditing:
     def _latents_in(self, latents: Any) -> Tensor:
         """z ~ N(0, I) as given, in the precision of the chain."""
         latents, (_, *shape) = torch.as_tensor(latents), self._shape(1)
-        if latents.ndim != 4 or list(latents.shape[1:]) != shape or not latents.is_floating_point():
-            found = f"is {latents.dtype} with shape {tuple(latents.shape)}"
-            raise ValueError(f"latents {found}; this model takes floats of shape (images, {', '.join(map(str, shape))}).")
+        fits = latents.ndim == 4 and list(latents.shape[1:]) == shape and latents.is_floating_point()
+        if not (fits and latents.isfinite().all()):
+            found = f"{latents.dtype} of shape {tuple(latents.shape)}"
+            needed = f"finite floats of shape (images, {', '.join(map(str, shape))}), drawn from N(0, 1)"
+            raise ValueError(f"latents are {found}; this model takes {needed}.")
         return latents.to(self._execution_device, self._chain_dtype)
 
     def _noise(self, shape: Sequence[int], generator: Generators) -> Tensor:
@@ -143,6 +146,9 @@ class AlphaDDPMEditing:
 
     def _shape(self, batch_size: int) -> tuple[int, int, int, int]:
         size = self.unet.config.sample_size
+        if size is None:
+            fix = "unet.register_to_config(sample_size=(height, width))"
+            raise ValueError(f"the UNet's config has no sample_size, so that the images have none; set it with {fix}.")
         height, width = (size, size) if isinstance(size, int) else size
         return batch_size, self.unet.config.in_channels, height, width
 
@@ -153,7 +159,7 @@ class AlphaDDPMEditing:
     def _images_in(self, images: Images) -> Tensor:
         """[N, C, H, W] in [-1, 1] on the device."""
         _, channels, height, width = self._shape(1)
-        x = _pixels(images, "image", channels)
+        x = read_pictures(images, "image", channels)
         if x.shape[1:] != (channels, height, width):
             needed = f"this model needs {(channels, height, width)} as (channels, height, width)"
             raise ValueError(f"image has shape {tuple(x.shape[1:])}; {needed}: resize or crop it first.")
@@ -161,10 +167,10 @@ class AlphaDDPMEditing:
 
     def _kept_pixels(self, mask: Images) -> Tensor:
         """Where pixels are kept, bool [N, 1, H, W]: black (0) is kept and white (1) is painted."""
-        painted, needed = _pixels(mask, "mask_image", 1), (1, *self._shape(1)[2:])
+        painted, needed = read_masks(mask, "mask_image"), (1, *self._shape(1)[2:])
         if painted.shape[1:] != needed:
             raise ValueError(f"mask_image has shape {tuple(painted.shape[1:])}, not {needed}.")
-        return (painted < 0.5).to(self._execution_device)
+        return (~painted).to(self._execution_device)
 
     @torch.no_grad()
     def interpolate(
@@ -193,15 +199,14 @@ class AlphaDDPMEditing:
         a, b = self._images_in(a), self._images_in(b)
         if (len(a), len(b)) != (1, 1):
             raise ValueError(f"interpolate takes one image a and one image b, not {len(a)} and {len(b)}.")
+        weights, at = list(plain(weights)), plain(at)
         if not weights or not all(0 <= weight <= 1 for weight in weights):
             raise ValueError(f"weights={weights!r} must be numbers from 0 (image a) to 1 (image b), at least one.")
-        total = self.scheduler.config.num_train_timesteps
-        check_integer("at", at, 0, total - 1)
-        self.scheduler.set_timesteps(num_inference_steps or total)
-        timesteps = self.scheduler.timesteps
+        check_integer("at", at, 0, self.scheduler.config.num_train_timesteps - 1)
+        timesteps = set_timesteps(self.scheduler, Steps(num_inference_steps))[:: order_of(self.scheduler)]
         if not (remaining := int((timesteps <= at).sum())):
             raise ValueError(f"at={at} is below the last timestep of this chain, {timesteps[-1]}; use more steps.")
-        weight = torch.tensor(list(weights), device=a.device, dtype=a.dtype).view(-1, 1, 1, 1)
+        weight = torch.tensor(weights, device=a.device, dtype=a.dtype).view(-1, 1, 1, 1)
         mixtures = ((1 - weight) * a + weight * b) / 2 + 0.5  # as mixing x_t, because the noise is shared
         seed = torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu").item()
         return self(
@@ -217,13 +222,15 @@ class AlphaDDPMEditing:
         """x_t of the forward process at `timesteps`, each from the one before (report eq. 4.3, figure 3.4).
 
         Timestep -1 is the image itself, in [-1, 1]. Returns [len(timesteps), B, C, H, W]. Raises ValueError if the timesteps
-        are not ascending.
+        are not ascending within -1..T-1.
         """
-        x = self._images_in(image)
-        chain = [int(t) for t in timesteps]
-        if not chain or sorted(set(chain)) != chain or chain[0] < -1:
-            raise ValueError(f"timesteps={list(timesteps)} must be ascending integers from -1 (the image) on.")
-        check_generators(generator, len(x))
+        x, last = self._images_in(image), self.scheduler.config.num_train_timesteps - 1
+        chain = list(plain(timesteps))
+        for t in chain:
+            check_integer("timesteps: each", t, -1, last)
+        if not chain or sorted(set(chain)) != chain:
+            raise ValueError(f"timesteps={chain} must be ascending, from -1 (the image) to {last}, with at least one.")
+        generator = checked_generators(generator, len(x))
         scheduler = AlphaDDPMScheduler.from_config(self.scheduler.config)  # leaves the pipeline's own chain as it is
         trajectory = [x] if chain[0] == -1 else []
         if noisy := [t for t in chain if t >= 0]:
@@ -239,36 +246,3 @@ def expanded(batch: Tensor, batch_size: int, what: str) -> Tensor:
     if len(batch) not in (1, batch_size):
         raise ValueError(f"{len(batch)} {what} for a batch of {batch_size}; give 1 or {batch_size}.")
     return batch.expand(batch_size, *batch.shape[1:])
-
-
-def _pixels(images: Images, what: str, channels: int) -> Tensor:
-    """[N, C, H, W] in [0, 1] from PIL images, arrays and tensors: integers 0..255, booleans, or floats in [0, 1]."""
-    if isinstance(images, Image.Image):
-        images = [images]
-    if isinstance(images, (list, tuple)):
-        images = _array_of(images, what, channels)
-    if not isinstance(images, np.ndarray | Tensor):
-        raise ValueError(f"{what} is a {type(images).__name__}; give PIL images, an array or a tensor.")
-    if not 2 <= images.ndim <= 4:
-        shapes = "a tensor is [N, C, H, W], [C, H, W] or [H, W], an array [N, H, W, C], [H, W, C] or [H, W]"
-        raise ValueError(f"{what} has shape {tuple(images.shape)}; {shapes}.")
-    if isinstance(images, np.ndarray):
-        images = torch.from_numpy(np.ascontiguousarray(images))
-        images = images.movedim(-1, -3) if images.ndim > 2 else images  # [..., H, W, C] -> [..., C, H, W]
-    images = images[(None,) * (4 - images.ndim)]
-    if not images.is_floating_point():
-        return images.float() / (1 if images.dtype == torch.bool else 255)
-    if not (images.min() >= 0 and images.max() <= 1):  # also refuses NaN
-        values = f"values from {images.min():.3g} to {images.max():.3g}"
-        raise ValueError(f"{what} holds {values}; floats must be in [0, 1], as output_type='pt' and 'np' return them.")
-    return images
-
-
-def _array_of(pictures: Sequence[Image.Image], what: str, channels: int) -> np.ndarray:
-    """PIL images of one size as uint8 [N, H, W, C]."""
-    if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
-        raise ValueError(f"{what} as a list must hold PIL images; give arrays or tensors as one batch.")
-    if len(sizes := {picture.size for picture in pictures}) > 1:
-        raise ValueError(f"{what}: the images have different sizes, {sorted(sizes)}.")
-    array = np.stack([np.asarray(picture.convert(PIL_MODES[channels])) for picture in pictures])
-    return array[..., None] if channels == 1 else array

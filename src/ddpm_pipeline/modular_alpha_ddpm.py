@@ -27,9 +27,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conditioning_alpha_ddpm import ClassConditioning, ClassLabels, TextConditioning
-from .editing_alpha_ddpm import Batch, Images, Start, keep, start_chain
-from .samplers_alpha_ddpm import Steps, reverse_step, set_timesteps
-from .sampling_alpha_ddpm import AlphaDDPMSampling, network_outputs, to_images, usable_channels
+from .editing_alpha_ddpm import Batch, Start, keep, start_chain
+from .pictures_alpha_ddpm import Images
+from .samplers_alpha_ddpm import Steps, checked_generators, next_timesteps, reserved, reverse_step, set_timesteps
+from .sampling_alpha_ddpm import AlphaDDPMSampling, check_finite, network_outputs, to_images, usable_channels
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .tables_alpha_ddpm import Generators, standard_normal
 
@@ -161,6 +162,7 @@ class NoiseStep(Block):
         parts, given = Parts(components), state.as_dict().get
         edit = parts._edit(given("image"), given("strength"), given("mask_image"), given("num_resamples") or 1, state.latents)
         state.batch = Batch.of(state.num_prompts, state.num_images_per_prompt, edit)
+        state.generator = checked_generators(state.generator, state.batch.size)
         noise = parts._start_noise(edit.latents, state.batch.size, state.generator)
         state.start = start_chain(components.scheduler, edit, state.batch, noise, state.generator)
         state.latents = state.start.x
@@ -234,9 +236,10 @@ class ReverseStep(Block):
     takes: ClassVar = [X, TIMESTEPS, GENERATOR, InputParam("start", Start, description="From the step that starts the chain.")]
 
     def __call__(self, components: Any, state: BlockState, i: int, t: Tensor) -> tuple[Any, BlockState]:
-        scheduler, following = components.scheduler, [*state.timesteps[1:], None]
-        x = reverse_step(scheduler, state.model_output, t, state.latents, state.generator).prev_sample
-        state.latents = keep(scheduler, x, state.start, following[i], state.generator)
+        scheduler, following = components.scheduler, next_timesteps(components.scheduler)
+        state.latents = reverse_step(scheduler, state.model_output, t, state.latents, state.generator).prev_sample
+        if i in following:
+            state.latents = keep(scheduler, state.latents, state.start, following[i], state.generator)
         return components, state
 
 
@@ -250,13 +253,17 @@ class DenoiseStep(LoopSequentialPipelineBlocks):
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        view = self.get_block_state(state)
-        for index, t in enumerate(self.progress_bar(view.timesteps[view.start.first :]), start=view.start.first):
-            for repeat in range(1 if index + 1 == len(view.timesteps) else view.start.passes):
-                if repeat:
-                    noise = standard_normal(view.latents.shape, view.latents, view.generator)
-                    view.latents = components.scheduler.forward_step(view.latents, t, noise)
-                components, view = self.loop_step(components, view, i=index, t=t)
+        view, scheduler = self.get_block_state(state), components.scheduler
+        timesteps, following, finite = view.timesteps[view.start.first :], next_timesteps(scheduler), []
+        with reserved(scheduler):
+            for at, t in enumerate(self.progress_bar(timesteps), start=view.start.first):
+                for repeat in range(1 if following.get(at) is None else view.start.passes):
+                    if repeat:
+                        noise = standard_normal(view.latents.shape, view.latents, view.generator)
+                        view.latents = scheduler.forward_step(view.latents, t, noise)
+                    components, view = self.loop_step(components, view, i=at, t=t)
+                finite.append(torch.stack([tensor.isfinite().all() for tensor in (view.model_output, view.latents)]))
+        check_finite(finite, timesteps, components.unet, scheduler)
         self.set_block_state(state, view)
         return components, state
 

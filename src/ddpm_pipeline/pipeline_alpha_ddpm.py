@@ -13,10 +13,11 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from .conditioning_alpha_ddpm import ClassConditioning, ClassLabels
-from .editing_alpha_ddpm import Batch, Images
+from .editing_alpha_ddpm import Batch
 from .modular_alpha_ddpm import AlphaDDPMBlocks
-from .samplers_alpha_ddpm import Steps
-from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Guidance, Output
+from .pictures_alpha_ddpm import Images
+from .samplers_alpha_ddpm import Steps, plain
+from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Guidance, Output, check_unet
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
 from .tables_alpha_ddpm import Generators, check_integer
@@ -43,6 +44,10 @@ class AlphaDDPMPipeline(StockFormatMixin, ClassConditioning, AlphaDDPMSampling, 
 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler):
         super().__init__()
+        if unet is not None:  # `from_pretrained(..., unet=None)` loads part of a pipeline
+            check_unet(unet)
+            if unet.config.get("cross_attention_dim"):
+                raise ValueError(f"{type(unet).__name__} reads text states; use AlphaDDPMTextToImagePipeline for this model.")
         self.register_modules(unet=unet, scheduler=self._own_scheduler(scheduler))
 
     @torch.no_grad()
@@ -75,7 +80,8 @@ class AlphaDDPMPipeline(StockFormatMixin, ClassConditioning, AlphaDDPMSampling, 
             batch_size: number of images, at least 1; the default is one, or one per class label or image.
             generator: one for all images, or a list of one per image, which then does not depend on the others.
             num_inference_steps: length of the chain; the default is every timestep the model was trained on.
-            output_type: "pil" images, "np" [B, H, W, C] or "pt" [B, C, H, W], both in [0, 1], or "latent", x_0 as it is.
+            output_type: "pil" images (of 1, 3 or 4 channels), "np" [B, H, W, C] or "pt" [B, C, H, W], both in [0, 1],
+                or "latent", x_0 as it is.
             return_dict: return an `AlphaDDPMOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, index, timestep, tensors)` after each step; "latents" in the dict
                 that it returns replace the current ones, and `pipe._interrupt = True` ends the chain.
@@ -86,7 +92,7 @@ class AlphaDDPMPipeline(StockFormatMixin, ClassConditioning, AlphaDDPMSampling, 
             guidance_rescale: from 0 to 1, how much of the contrast that guidance adds is undone (Lin et al. 2023).
             guidance_interval: start and end of guidance as fractions of the chain, noise being 0 (Kynkäänniemi et al. 2024).
             image: start from this picture, noised, instead of pure noise: PIL, array [B, H, W, C] or tensor [B, C, H, W] in
-                [0, 1] (integers: 0..255); a single one, or one per image.
+                [0, 1] (uint8: 0..255; of other types see `pictures_alpha_ddpm.py`); a single one, or one per image.
             strength: fraction of the chain to run on `image`, from 0 (unchanged) to 1; by default 0.5, or 1 with a mask.
             mask_image: white (1) where `image` is painted anew, black (0) where its pixels are kept.
             num_resamples: with a mask, passes per step, for a better fit of old and new (Lugmayr et al. 2022); 1 is none.
@@ -97,7 +103,9 @@ class AlphaDDPMPipeline(StockFormatMixin, ClassConditioning, AlphaDDPMSampling, 
 
         Raises ValueError for a value that cannot be used, before any image is sampled.
         """
+        check_unet(self.unet)  # it may have been replaced
         labels = None if class_labels is None else self._label_ids(class_labels)
+        batch_size = plain(batch_size)
         if batch_size is not None:
             check_integer("batch_size", batch_size, 1)
         elif labels is not None and len(labels) > 1:
@@ -105,7 +113,7 @@ class AlphaDDPMPipeline(StockFormatMixin, ClassConditioning, AlphaDDPMSampling, 
         steps = Steps(num_inference_steps, timesteps, sigmas)
         callback_inputs = tuple(callback_on_step_end_tensor_inputs)
         output = Output(output_type, return_dict, output_trajectory, callback_on_step_end, callback_inputs)
-        guidance = Guidance(guidance_scale, guidance_rescale, tuple(guidance_interval))
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         edit = self._edit(image, strength, mask_image, num_resamples, latents)
         batch = Batch.of(batch_size, num_images_per_prompt, edit)
         conditioning = self._class_conditioning(labels, batch, guidance)

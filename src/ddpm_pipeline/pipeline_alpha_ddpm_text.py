@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conditioning_alpha_ddpm import MAX_TOKENS, TextConditioning
-from .editing_alpha_ddpm import Batch, Images
+from .editing_alpha_ddpm import Batch
 from .modular_alpha_ddpm import AlphaDDPMTextBlocks
+from .pictures_alpha_ddpm import Images
 from .samplers_alpha_ddpm import Steps
-from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output
+from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output, check_unet
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
 from .tables_alpha_ddpm import Generators
@@ -61,6 +62,13 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, TextConditioning, AlphaDDPM
         scheduler = self._own_scheduler(scheduler)
         self.register_modules(unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple:
+        """As in diffusers. Raises ValueError for the index of a model without text."""
+        if "text_encoder" not in config_dict and "text_encoder" not in kwargs and "_class_name" in config_dict:
+            raise ValueError(f"this {config_dict['_class_name']} has no text_encoder; load it with AlphaDDPMPipeline.")
+        return super().extract_init_dict(config_dict, **kwargs)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -99,10 +107,11 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, TextConditioning, AlphaDDPM
 
         The other arguments are those of `AlphaDDPMPipeline`. Raises ValueError for a value that cannot be used.
         """
+        check_unet(self.unet)  # it may have been replaced
         steps = Steps(num_inference_steps, timesteps, sigmas)
         callback_inputs = tuple(callback_on_step_end_tensor_inputs)
         output = Output(output_type, return_dict, output_trajectory, callback_on_step_end, callback_inputs)
-        guidance = Guidance(guidance_scale, guidance_rescale, tuple(guidance_interval))
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         given = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         states, null_states = self.encode_prompt(prompt, guidance.in_use, negative_prompt=negative_prompt, **given)
         edit = self._edit(image, strength, mask_image, num_resamples, latents)
@@ -116,8 +125,11 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, TextConditioning, AlphaDDPM
 
 
 def _check_components(unet: Any, text_encoder: Any) -> None:
-    if unet is None or text_encoder is None:
+    if unet is None:
         return  # `from_pretrained(..., unet=None)` loads part of a pipeline
+    check_unet(unet)
+    if text_encoder is None:
+        return
     width = unet.config.get("cross_attention_dim")
     if width is None:
         use = "use a UNet2DConditionModel, or AlphaDDPMPipeline for a model without text"

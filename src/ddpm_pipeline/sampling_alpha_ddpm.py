@@ -6,7 +6,7 @@ functions take the UNet, the scheduler and tensors, and no pipeline. Travels ins
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,10 +15,21 @@ from diffusers import DDPMScheduler
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
-from .editing_alpha_ddpm import AlphaDDPMEditing, Batch, Edit, keep, start_chain
-from .samplers_alpha_ddpm import Steps, reverse_step, set_timesteps
+from .editing_alpha_ddpm import AlphaDDPMEditing, Batch, Edit, Start, keep, start_chain
+from .pictures_alpha_ddpm import PIL_MODES
+from .samplers_alpha_ddpm import (
+    Steps,
+    advice,
+    checked_generators,
+    next_timesteps,
+    plain,
+    reserved,
+    reverse_step,
+    set_timesteps,
+    takes_variance,
+)
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
-from .tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, OWN_KEY, Generators, check_generators, standard_normal
+from .tables_alpha_ddpm import OWN_KEY, Generators, standard_normal
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_INPUTS = ("latents", "pred_original_sample", "image")  # the last is what `latents` was called once
@@ -37,14 +48,16 @@ class Guidance:
 
     scale: float = 1.0  # 1 is none
     rescale: float = 0.0  # 0 to 1: how much of the contrast that guidance adds is undone
-    interval: tuple[float, float] = (0.0, 1.0)  # start and end as fractions of the chain, from noise to image
+    interval: Sequence[float] = (0.0, 1.0)  # start and end as fractions of the chain, from noise to image
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.scale, int | float) and math.isfinite(self.scale)):
+        vars(self).update({name: plain(value) for name, value in vars(self).items()})
+        if not (_is_number(self.scale) and math.isfinite(self.scale)):
             raise ValueError(f"guidance_scale={self.scale!r} must be a finite number; 1 turns guidance off.")
-        if not 0 <= self.rescale <= 1:
+        if not (_is_number(self.rescale) and 0 <= self.rescale <= 1):
             raise ValueError(f"guidance_rescale={self.rescale!r} must be from 0 (none) to 1.")
-        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
+        pair = isinstance(self.interval, list) and len(self.interval) == 2 and all(map(_is_number, self.interval))
+        if not (pair and 0 <= self.interval[0] <= self.interval[1] <= 1):
             allowed = "0 <= start <= end <= 1, fractions of the chain from noise (0) to image (1)"
             raise ValueError(f"guidance_interval={self.interval!r} must be a start and an end with {allowed}.")
 
@@ -55,6 +68,10 @@ class Guidance:
     def covers(self, share: float) -> bool:
         """Whether the step that begins at fraction `share` of the chain lies in the interval."""
         return self.interval[0] <= share < self.interval[1]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -125,9 +142,7 @@ def network_outputs(unet: Any, scheduler: Any, x: Tensor, t: Tensor, *conditions
 
 def usable_channels(scheduler: Any, output: Tensor, channels: int) -> Tensor:
     """The output without a variance half [B, C, ...] that the scheduler would not use, or cut off three channels only."""
-    is_ddpm = isinstance(scheduler, DDPMScheduler) or hasattr(scheduler, "p_mean_variance")
-    learned = is_ddpm and scheduler.config.variance_type in LEARNED_VARIANCE_TYPES
-    return output[:, :channels] if output.shape[1] == 2 * channels and not learned else output
+    return output[:, :channels] if output.shape[1] == 2 * channels and not takes_variance(scheduler) else output
 
 
 def predict(unet: Any, scheduler: Any, x: Tensor, t: Tensor, conditioning: Conditioning, scale: float) -> Tensor:
@@ -150,6 +165,46 @@ def to_images(x: Tensor, output_type: str) -> Any:
         return x
     array = x.cpu().permute(0, 2, 3, 1).float().numpy()  # [B, C, H, W] -> [B, H, W, C]
     return DiffusionPipeline.numpy_to_pil(array) if output_type == "pil" else array
+
+
+def check_finite(finite: list[Tensor], timesteps: Tensor, unet: Any, scheduler: Any) -> None:
+    """Raise FloatingPointError if a step's network output or x is not: `finite` holds both, bool [2], for each step.
+
+    Reading them once, at the end, costs a single wait for the device.
+    """
+    wrong = (~torch.stack(finite)).nonzero() if finite else []  # [steps, 2]
+    if not len(wrong):
+        return
+    index, by_sampler = wrong[0].tolist()
+    kind, count = type(scheduler).__name__, len(timesteps)
+    if by_sampler:
+        cause = f"the sampler's own step; use another num_inference_steps, or {advice()}"
+    elif not all(weight.isfinite().all() for weight in unet.parameters()):
+        cause = "the UNet, whose weights are not finite; load another checkpoint"
+    elif unet.dtype == torch.float16:
+        cause = "the UNet, in float16; use bfloat16 or float32, as in pipe.to(dtype=torch.float32)"
+    else:
+        cause = f"the UNet's output; use a guidance_scale nearer 1 or more num_inference_steps, or {advice()}"
+    where = f"step {index + 1} of {count} (timestep {timesteps[index].item():g})"
+    raise FloatingPointError(f"{kind} produced NaN or infinite values at {where}. They came from {cause}.")
+
+
+def check_unet(unet: Any) -> None:
+    """Raise ValueError if a UNet is wrapped, or its config describes conditions that it cannot have."""
+    if isinstance(unet, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+        raise ValueError(f"the unet is wrapped in {type(unet).__name__}, which a pipeline cannot use; give unet.module.")
+    settings, embeddings = unet.config.get(OWN_KEY) or {}, unet.config.get("num_class_embeds") or 0
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"{OWN_KEY}={settings!r} in the UNet's config must be a dict; describe_conditions writes it.")
+    names, dropout = settings.get("class_names"), settings.get("condition_dropout")
+    if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"class_names={names!r} in the UNet's config must be a list of strings, one per class.")
+    if len(names or []) > embeddings:
+        raise ValueError(
+            f"the UNet's config has {len(names)} class_names for num_class_embeds={embeddings}; give one per class."
+        )
+    if dropout is not None and not (_is_number(dropout) and 0 <= dropout <= 1):
+        raise ValueError(f"condition_dropout={dropout!r} in the UNet's config must be from 0 to 1.")
 
 
 class AlphaDDPMSampling(AlphaDDPMEditing):
@@ -185,36 +240,49 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
         self, batch: Batch, conditioning: Conditioning, edit: Edit, output: Output, generator: Generators, steps: Steps
     ) -> AlphaDDPMOutput | tuple:
         """The reverse chain, from noise or from a noised image, to images."""
-        scheduler, guidance = self.scheduler, conditioning.guidance
-        timesteps = set_timesteps(scheduler, steps)
-        following = [*timesteps[1:], None]  # None is clean data
-        start = start_chain(scheduler, edit, batch, self._start_noise(edit.latents, batch.size, generator), generator)
-        x, frames = start.x, [start.x.cpu()] if output.trajectory else []
-        self._guidance_scale, self._num_timesteps, self._interrupt = guidance.scale, len(timesteps) - start.first, False
+        if output.type == "pil" and (channels := self.unet.config.in_channels) not in PIL_MODES:
+            raise ValueError(f"output_type='pil' cannot show the {channels} channels of this model; use 'pt' or 'np'.")
+        generator = checked_generators(generator, batch.size)
+        with reserved(self.scheduler):
+            timesteps = set_timesteps(self.scheduler, steps)
+            noise = self._start_noise(edit.latents, batch.size, generator)
+            start = start_chain(self.scheduler, edit, batch, noise, generator)
+            x, frames = self._denoise(timesteps, start, conditioning, output, generator)
+        self.maybe_free_model_hooks()
+        result = AlphaDDPMOutput(to_images(x, output.type), torch.stack(frames) if frames else None)
+        return result if output.as_dict else result.to_tuple()
+
+    def _denoise(
+        self, timesteps: Tensor, start: Start, conditioning: Conditioning, output: Output, generator: Generators
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x_0 [B, C, H, W] and, if asked for, all x_t."""
+        scheduler, guidance, total = self.scheduler, conditioning.guidance, len(timesteps)
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance.scale, total - start.first, False
+        x, frames, finite = start.x, [start.x.cpu()] if output.trajectory else [], []
+        following = next_timesteps(scheduler)
 
         for index, t in enumerate(self.progress_bar(timesteps[start.first :])):
             at = start.first + index
-            for repeat in range(1 if following[at] is None else start.passes):
+            for repeat in range(1 if following.get(at) is None else start.passes):
                 if repeat:  # RePaint goes back to t, so that painted and kept pixels come to fit each other
                     x = scheduler.forward_step(x, t, standard_normal(x.shape, x, generator))
-                scale = self.guidance_scale if guidance.covers(at / len(timesteps)) else 1.0
+                scale = self.guidance_scale if guidance.covers(at / total) else 1.0
                 model_output = predict(self.unet, scheduler, x, t, conditioning, scale)
                 step = reverse_step(scheduler, model_output, t, x, generator)
-                x = keep(scheduler, step.prev_sample, start, following[at], generator)
+                x = step.prev_sample
+                if at in following:
+                    x = keep(scheduler, x, start, following[at], generator)
             x = output.call_back(self, index, t, x, step)
+            finite.append(torch.stack([model_output.isfinite().all(), x.isfinite().all()]))
             if output.trajectory:
                 frames.append(x.cpu())
             if self.interrupt:
                 break
-
-        images = to_images(x, output.type)
-        self.maybe_free_model_hooks()
-        result = AlphaDDPMOutput(images=images, trajectory=torch.stack(frames) if frames else None)
-        return result if output.as_dict else result.to_tuple()
+        check_finite(finite, timesteps[start.first :], self.unet, scheduler)
+        return x, frames
 
     def _start_noise(self, latents: Tensor | None, size: int, generator: Generators) -> Tensor:
-        """`latents`, or z ~ N(0, I), [B, C, H, W]. Raises ValueError for another number of them or of generators."""
-        check_generators(generator, size)
+        """`latents`, or z ~ N(0, I), [B, C, H, W]. Raises ValueError for another number of them."""
         if latents is None:
             return self._noise(self._shape(size), generator)
         if len(latents) != size:

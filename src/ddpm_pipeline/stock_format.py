@@ -1,7 +1,7 @@
 """Pipeline folders that load with diffusers alone, and carry our code for those who want it.
 
 A folder's `model_index.json` names stock classes; `pipeline.py` and the modules it imports lie beside it. On loading, its
-configs are checked before anything is built from them. Travels inside model repositories; imports no sibling.
+configs are checked before anything is built from them. Travels inside model repositories.
 """
 
 import inspect
@@ -26,12 +26,15 @@ import transformers
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from .tables_alpha_ddpm import warn
+
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}  # of components that need no custom code
 INDEX = "model_index.json"
 MAX_CONFIG_BYTES = 32 * 2**20
 MAX_INTEGER = 2**24
 # Larger values, by a part of their name, would hang or exhaust the memory long before they are compared with the weights
 LIMITS = {"num_train_timesteps": 100_000, "layers": 1_000, "sample_size": 16_384, "channels": 2**16, "groups": 2**16}
+POSITIVE = ("sample_size", "in_channels", "out_channels")
 # What a model may have for each byte of its weights, and in addition: a number takes at least one byte, and a tensor about 64
 # in the header. Weights that are shared, which are stored once, stay within.
 MOST_NUMBERS, MOST_TENSORS = (4, 2**20), (1 / 16, 1_000)
@@ -176,17 +179,16 @@ def _tidy_configs(folder: Path) -> None:
 
 def _warn_of_pickles(safe_serialization: bool) -> None:
     if not safe_serialization:
-        problem = "a pickle can run any code when it is opened"
-        warnings.warn(
-            f"safe_serialization=False is ignored: weights are saved as safetensors, because {problem}.", stacklevel=3
-        )
+        reason = "a pickle can run any code when it is opened"
+        warn(f"safe_serialization=False is ignored: weights are saved as safetensors, because {reason}.", stacklevel=3)
 
 
 def _pickles_of(folder: Path) -> list[str]:
     """Pickled weights of components that have no safetensors."""
     places = [folder, *folder.glob("*/")] if folder.is_dir() else []
     lacking = [place for place in places if not any(place.glob("*.safetensors"))]
-    return sorted(str(file.relative_to(folder)) for place in lacking for file in place.iterdir() if file.suffix in PICKLED)
+    files = [file for place in lacking for file in place.glob("*model*") if file.suffix in PICKLED]
+    return sorted(file.relative_to(folder).as_posix() for file in files)
 
 
 def _check_place(folder: Path, components: list[str]) -> None:
@@ -276,14 +278,7 @@ def _component_class(index_path: Path, folder: Path, name: str, value: Any) -> t
 
 def _check_config(path: Path, component_class: type, scheduler_class: type | None) -> None:
     config, name_of_class = read_json(path), component_class.__name__
-    is_scheduler = issubclass(component_class, diffusers.SchedulerMixin)
-    of_ddpm = inspect.signature(diffusers.DDPMScheduler.__init__).parameters
-    for name, value in _leaves(config):
-        limit = min((limit for part, limit in LIMITS.items() if part in name), default=MAX_INTEGER)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        may_be_infinite = is_scheduler and name not in of_ddpm  # such as DPM-Solver's lambda_min_clipped
-        if is_number and not abs(value) <= limit and not (may_be_infinite and math.isinf(value)):
-            raise ValueError(f"{path}: {name}={value!r} exceeds the largest supported value, {limit}.")
+    _check_numbers(path, config, issubclass(component_class, diffusers.SchedulerMixin))
     parameters = inspect.signature(component_class.__init__).parameters
     known = {name: config[name] for name in parameters if name in config}
     if hasattr(component_class, "load_config"):  # of diffusers
@@ -305,10 +300,29 @@ def _check_config(path: Path, component_class: type, scheduler_class: type | Non
         raise ValueError(f"{path}: {error}") from error
 
 
+def _check_numbers(path: Path, config: dict[str, Any], is_scheduler: bool) -> None:
+    of_ddpm = inspect.signature(diffusers.DDPMScheduler.__init__).parameters
+    for name, value in _leaves(config):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        limit = min((limit for part, limit in LIMITS.items() if part in name), default=MAX_INTEGER)
+        may_be_infinite = is_scheduler and name not in of_ddpm  # such as DPM-Solver's lambda_min_clipped
+        if not abs(value) <= limit and not (may_be_infinite and math.isinf(value)):
+            raise ValueError(f"{path}: {name}={value!r} exceeds the largest supported value, {limit}.")
+        if name in POSITIVE and value < 1:
+            raise ValueError(f"{path}: {name}={config.get(name)!r} must be at least 1.")
+
+
 def _check_size(path: Path, build: Callable[[], Any]) -> None:
     """Build a model without memory for its weights; ValueError as soon as it is out of proportion to those stored beside."""
     stored = sum(file.stat().st_size for file in path.parent.glob("*.safetensors"))
-    most_numbers, most_tensors = (per_byte * stored + more for per_byte, more in (MOST_NUMBERS, MOST_TENSORS))
+    if stored:  # otherwise diffusers says that there are no weights, before it builds anything
+        most = (per_byte * stored + more for per_byte, more in (MOST_NUMBERS, MOST_TENSORS))
+        build_within(build, *most, f"go with weights of {stored} bytes")
+
+
+def build_within(build: Callable[[], Any], most_numbers: float, most_tensors: float, what: str) -> None:
+    """Build a model without memory for its weights; ValueError as soon as it has more parameters than `what` says."""
     thread, numbers, tensors = threading.get_ident(), 0, 0
 
     def count(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
@@ -317,12 +331,10 @@ def _check_size(path: Path, build: Callable[[], Any]) -> None:
             return
         numbers, tensors = numbers + parameter.numel(), tensors + 1
         if numbers > most_numbers or tensors > most_tensors:
-            problem = f"at least {numbers} parameters in {tensors} tensors, but its weights have {stored} bytes"
-            raise ValueError(f"it describes a model with {problem}; the two do not belong together.")
+            raise ValueError(f"it describes a model with at least {numbers} parameters in {tensors} tensors, more than {what}.")
 
-    if stored:  # otherwise diffusers says that there are no weights, before it builds anything
-        with register_module_parameter_registration_hook(count), torch.device("meta"):
-            build()
+    with register_module_parameter_registration_hook(count), torch.device("meta"):
+        build()
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -348,5 +360,8 @@ def _fits(value: Any, annotation: Any) -> bool:
         return isinstance(value, int if annotation is int else int | float) and not isinstance(value, bool)
     if annotation in (list, tuple) or typing.get_origin(annotation) in (list, tuple):
         items = [argument for argument in typing.get_args(annotation) if argument is not Ellipsis]
-        return isinstance(value, list) and all(any(_fits(entry, item) for item in items or [Any]) for entry in value)
+        fixed_length = typing.get_origin(annotation) is tuple and len(items) > 1  # one is written where any number is meant
+        if not isinstance(value, list) or (fixed_length and len(value) != len(items)):
+            return False
+        return all(any(_fits(entry, item) for item in items or [Any]) for entry in value)
     return True

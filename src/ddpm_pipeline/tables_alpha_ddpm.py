@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -93,6 +94,12 @@ def _meant(value: Any, allowed: Sequence[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
+def warn(message: str, stacklevel: int) -> None:
+    """Warn, unless diffusers was told to be quieter, as by DIFFUSERS_VERBOSITY=error."""
+    if logging.get_verbosity() <= logging.WARNING:
+        warnings.warn(message, stacklevel=stacklevel + 1)
+
+
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
     integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not (integer and low <= value and (high is None or value <= high)):
@@ -145,7 +152,7 @@ def check_terminal_signal(config: Mapping[str, Any], log_alpha_cumprod: float) -
     if signal**2 > FAR_FROM_NOISE:
         found = f"alphas_cumprod={signal**2:.3g}, far from pure noise, where sampling starts"
         fix = "use more timesteps, a larger beta_end, or beta_schedule='squaredcos_cap_v2'"
-        warnings.warn(f"the forward process ends with {found}; {fix}.", stacklevel=5)
+        warn(f"the forward process ends with {found}; {fix}.", stacklevel=5)
 
 
 def log_alphas_of(config: Mapping[str, Any]) -> np.ndarray:

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, IFPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ddpm_pipeline import AlphaDDPMTextToImagePipeline
+from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, AlphaDDPMTextToImagePipeline
 from helpers import tiny_unet
 from text_models import make, make_unet
 
@@ -137,6 +137,26 @@ def test_the_warning_about_guidance_without_dropout():
 def test_what_cannot_be_used_is_said(options, message):
     with pytest.raises(ValueError, match=message):
         make()(num_inference_steps=1, **options)
+
+
+def test_embeddings_may_be_numpy_s_and_guidance_needs_equal_lengths():
+    pipe = make()
+    states, negative = pipe.encode_prompt("zero")
+    expected = draw(pipe, None, prompt_embeds=states, negative_prompt_embeds=negative)
+    given = {"prompt_embeds": states.numpy(), "negative_prompt_embeds": negative.numpy()}
+    assert torch.equal(draw(pipe, None, **given), expected)
+    assert draw(pipe, None, prompt_embeds=states[:, :9], guidance_scale=1.0).shape == (1, 8, 8, 1)
+    with pytest.raises(ValueError, match="9 and 77 tokens"):
+        draw(pipe, None, prompt_embeds=states[:, :9])
+
+
+def test_a_folder_of_the_other_kind_names_the_class_to_use(tmp_path):
+    make().save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="AlphaDDPMTextToImagePipeline"):
+        AlphaDDPMPipeline.from_pretrained(tmp_path / "text")
+    AlphaDDPMPipeline(tiny_unet(), AlphaDDPMScheduler()).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"AlphaDDPMPipeline\."):
+        AlphaDDPMTextToImagePipeline.from_pretrained(tmp_path / "plain")
 
 
 def test_parts_that_do_not_fit_are_refused():

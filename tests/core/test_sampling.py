@@ -154,6 +154,71 @@ def test_labels_are_ids_or_names_and_none_is_no_class():
     assert not torch.equal(by_id, unconditional)
 
 
+@pytest.mark.parametrize("scalar", [np.float32, np.array, torch.tensor])
+def test_numbers_of_numpy_and_torch_are_numbers(scalar):
+    pipe, of = network_pipe(num_class_embeds=4), (np.int64 if scalar is np.float32 else scalar)
+    options = {"class_labels": 1, "batch_size": 2, "guidance_scale": 2.0, "guidance_rescale": 0.5, "num_inference_steps": 4,
+               "guidance_interval": (0.0, 0.5), "strength": 0.5, "num_images_per_prompt": 2, "num_resamples": 2}  # fmt: skip
+    given = {name: of(value) if isinstance(value, int) else scalar(value) for name, value in options.items()}
+    given["guidance_interval"] = tuple(map(scalar, (0.0, 0.5)))
+    more = {"image": picture(), "mask_image": torch.ones(8, 8), "output_type": "latent"}
+    expected = pipe(generator=seeded(), **options, **more).images
+    assert torch.equal(pipe(generator=seeded(), **given, **more).images, expected)
+    more = {"output_type": "pt", "num_inference_steps": of(4), "class_labels": (of(1), "class 1")}
+    a, b = picture(count=2)
+    weights = [scalar(0.0), scalar(1.0)]
+    expected = pipe.interpolate(a, b, 500, [0, 1], seeded(), **(more | {"class_labels": [1, 1]})).images
+    assert torch.equal(pipe.interpolate(a, b, of(500), weights, seeded(), **more).images, expected)
+    chains = [pipe.forward_trajectory(a, timesteps, seeded()) for timesteps in ([-1, 5], [of(-1), of(5)], np.array([-1, 5]))]
+    assert torch.equal(chains[0], chains[1]) and torch.equal(chains[0], chains[2])
+
+
+@pytest.mark.parametrize("generator", [0, "cuda", [0, 1], np.random.default_rng(0)])
+def test_a_generator_is_torch_s(generator):
+    for call in (network_pipe(), lambda size, generator: network_pipe().forward_trajectory(picture(), [3], generator)):
+        with pytest.raises(TypeError, match=r"torch\.Generator\(\)\.manual_seed"):
+            call(2, generator=generator)
+    assert len(network_pipe()(2, generator=(seeded(0), seeded(1)), num_inference_steps=2).images) == 2
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "message"),
+    [([], "at least one"), ([5, 2], "ascending"), ([3, 3], "ascending"), ([5, 1000], "-1 to 999"), ([-2, 5], "-1 to 999"),
+     ([0.5], "integer")],
+)  # fmt: skip
+def test_timesteps_of_a_forward_trajectory(timesteps, message):
+    with pytest.raises(ValueError, match=message):
+        network_pipe().forward_trajectory(picture(), timesteps)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"class_names": 3}, {"class_names": {"a": 1}}, {"class_names": "ab"}, {"class_names": [1, 2]},
+     {"class_names": list("abcde")}, {"condition_dropout": "0.1"}, {"condition_dropout": 2}, ["a"]],
+)  # fmt: skip
+def test_conditions_that_a_unet_cannot_have_are_refused_when_the_pipeline_is_built(settings):
+    unet = tiny_unet(num_class_embeds=4)
+    unet.register_to_config(_alpha_ddpm=settings)
+    with pytest.raises(ValueError, match="config"):
+        AlphaDDPMPipeline(unet, AlphaDDPMScheduler())
+
+
+def test_a_wrapped_unet_is_refused():
+    pipe = network_pipe()
+    with pytest.raises(ValueError, match=r"unet\.module"):
+        AlphaDDPMPipeline(torch.nn.DataParallel(pipe.unet), pipe.scheduler)
+    pipe.unet = torch.nn.DataParallel(pipe.unet)
+    with pytest.raises(ValueError, match=r"unet\.module"):
+        pipe()
+
+
+def test_channels_that_no_picture_has_are_said_before_sampling():
+    pipe = network_pipe(in_channels=2, out_channels=2)
+    with pytest.raises(ValueError, match="'pt' or 'np'"):
+        pipe()
+    assert pipe(num_inference_steps=1, output_type="pt").images.shape == (1, 2, 8, 8)
+
+
 def test_names_survive_stock_classes_without_a_word(tmp_path, caplog, recwarn):
     from diffusers import DDPMPipeline
 
@@ -352,7 +417,7 @@ def test_other_schedulers_take_images_and_masks_too(kind):
     mask[2:6, 2:6] = 1
     drawn = pipe(image=x, mask_image=mask, num_inference_steps=4, generator=seeded(), output_type="pt").images
     torch.testing.assert_close(drawn[0, 0][mask == 0], x[0, 0][mask == 0])
-    with pytest.raises(ValueError, match="forward_step"):
+    with pytest.raises(ValueError, match="AlphaDDPMScheduler"):
         pipe(image=x, mask_image=mask, num_resamples=2)
 
 

@@ -1,5 +1,6 @@
 """Any configuration and any shape: finite numbers or a ValueError that says what to do, never NaN, and no waiting."""
 
+import logging
 import math
 import time
 import warnings
@@ -259,6 +260,17 @@ def test_gradients_flow_after_a_use_in_inference_mode():
     moments = scheduler.p_mean_variance(output, scheduler.timesteps[[0, -1]], x)
     (moments.mean + moments.variance + scheduler.alphas_cumprod[0] * x).sum().backward()
     assert output.grad.isfinite().all() and x.grad.isfinite().all()
+
+
+def test_warnings_follow_diffusers_verbosity(monkeypatch):
+    """As DIFFUSERS_VERBOSITY sets it."""
+    for quiet, expected in ((False, 1), (True, 0)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            monkeypatch.setattr(logging.getLogger("diffusers"), "level", logging.ERROR if quiet else logging.WARNING)
+            AlphaDDPMScheduler(num_train_timesteps=10)
+        assert len(caught) == expected
+        assert all(warning.filename == __file__ for warning in caught)
 
 
 @pytest.mark.parametrize("call", ["step", "p_mean_variance", "q_posterior", "forward_step", "previous_timestep"])

@@ -43,6 +43,10 @@ def changed(folder: Path, source: Path, file: str, **values: Any) -> Path:
     return folder
 
 
+def pickle_that_makes(file: Path) -> bytes:
+    return b"c__builtin__\nopen\n(V" + os.fsencode(file) + b"\nVw\ntR."
+
+
 def schedulers() -> Iterator[str]:
     for name in sorted(dir(diffusers)):
         cls = getattr(diffusers, name) if name.endswith("Scheduler") else None
@@ -163,10 +167,20 @@ def test_pickles_are_neither_written_nor_read(saved: dict[str, Path], tmp_path: 
             AlphaDDPMPipeline.from_pretrained(tmp_path / "pickled", use_safetensors=use_safetensors)
 
 
+def test_a_pickled_text_encoder_is_not_opened(saved: dict[str, Path], tmp_path: Path) -> None:
+    folder, trace = shutil.copytree(saved["text"], tmp_path / "model"), tmp_path / "executed"
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    (folder / "text_encoder" / "pytorch_model.bin").write_bytes(pickle_that_makes(trace))
+    with pytest.raises(OSError, match=r"text_encoder/pytorch_model\.bin"):
+        AlphaDDPMTextToImagePipeline.from_pretrained(folder)
+    assert not trace.exists()
+
+
 @pytest.mark.parametrize("removed", [f"unet/{WEIGHTS}.safetensors", "unet/config.json", "scheduler/scheduler_config.json"])
 def test_a_missing_file_is_named_and_pickles_are_not(removed: str, saved: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(saved["image"], tmp_path / "model")
     (folder / removed).unlink()
+    (folder / "optimizer.bin").write_bytes(b"")  # beside a checkpoint, say
     with pytest.raises(OSError) as caught:
         AlphaDDPMPipeline.from_pretrained(folder)
     assert Path(removed).name in str(caught.value) and "pickle" not in str(caught.value)
@@ -218,7 +232,7 @@ def test_a_pipeline_as_a_component_is_refused(name: str, entry: list[str], saved
     shutil.rmtree(folder / name, ignore_errors=True)
     trace = tmp_path / "executed"
     DDPMPipeline(tiny_unet(), DDPMScheduler(20)).save_pretrained(folder / name, safe_serialization=False)
-    (folder / name / "unet" / f"{WEIGHTS}.bin").write_bytes(b"c__builtin__\nopen\n(V" + os.fsencode(trace) + b"\nVw\ntR.")
+    (folder / name / "unet" / f"{WEIGHTS}.bin").write_bytes(pickle_that_makes(trace))
     with pytest.raises(ValueError, match=f"{name} is a pipeline"):
         AlphaDDPMPipeline.from_pretrained(folder)
     assert not trace.exists()

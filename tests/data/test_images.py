@@ -4,7 +4,6 @@ import colorsys
 import json
 import struct
 import sys
-import zlib
 
 import numpy as np
 import pytest
@@ -15,29 +14,20 @@ from ddpm_pipeline.data.images import (
     MAX_PIXELS,
     BadImage,
     array_to_image,
+    image_extensions,
     image_size_and_channels,
     native_channels,
     open_image,
     to_array,
 )
 from helpers import ROOT, run_command
+from picture_files import png
 
 SIDE = 16
 
 
 def noise(*shape: int, high: int = 256, dtype: str = "uint8", seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, high, shape).astype(dtype)
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(width: int, height: int, bits: int, colour: int, rows: bytes, transparent: bytes | None = None) -> bytes:
-    """A PNG made by hand: depths and colour keys that PIL cannot write."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
-    key = b"" if transparent is None else chunk(b"tRNS", transparent)
-    return b"\x89PNG\r\n\x1a\n" + header + key + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def on_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -485,6 +475,16 @@ def test_the_largest_image_takes_little_more_than_its_pixels(watched):
     for width, height, channels, grown in watched["large"].values():
         assert (width, height, channels) == (side, side, 3)
         assert 64 < grown / 1024 < 6 * 64
+
+
+def test_the_endings_are_those_of_files_that_give_pixels():
+    """Of what PIL writes, all raster formats; and nothing that it opens as a stub or by running another program."""
+    assert {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".pgm"} <= image_extensions()
+    assert not {".eps", ".ps", ".pdf", ".h5", ".hdf", ".grib", ".mpg", ".wmf"} & image_extensions()
+    modes = {"BLP": "P", "MSP": "1", "QOI": "RGB", "XBM": "1"}
+    for format in {Image.registered_extensions()[ending] for ending in image_extensions()} & Image.SAVE.keys() - {"IM"}:
+        data = encoded(Image.new(modes.get(format, "L"), (32, 32)), format)
+        assert (to_array(open_image(data), 32, 1) == 0).all(), format
 
 
 # Native channels

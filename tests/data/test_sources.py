@@ -1,6 +1,7 @@
 """What `--dataset` names: the digits, folders, saved data sets, parquet files, the Hub; and what is none of these."""
 
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
@@ -12,8 +13,8 @@ import torch
 from datasets import Dataset, DatasetDict, Features, List, Value
 from sklearn.datasets import load_digits
 
-from data_helpers import all_pixels, assert_holds, encoded, make_set, parquet, rgb, write_image
-from ddpm_pipeline.data import DataError, to_model_range
+from data_helpers import all_pixels, assert_holds, encoded, make_set, parquet, rgb, stream_of, write_image
+from ddpm_pipeline.data import DataError, sources, to_model_range
 from ddpm_pipeline.data.images import array_to_image, to_array
 
 # The digits
@@ -258,6 +259,61 @@ def test_what_can_be_nothing_at_all(load, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "empty" / "inside")
     with pytest.raises(DataError, match=r"no such folder or parquet file|holds no images"):
         load(name)
+
+
+def test_several_configurations_are_named(load, tmp_path, monkeypatch):
+    given = []
+
+    def load_dataset(name, config, **options):
+        given.append(options)
+        raise ValueError("Config name is missing.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources.HfApi, "dataset_info", lambda *_, **__: True)
+        patch.setattr(datasets, "load_dataset", load_dataset)
+        patch.setattr(datasets, "get_dataset_config_names", lambda name: ["small", "large"])
+        patch.setattr(datasets, "get_dataset_default_config_name", lambda name: None)
+        for read in (load, stream_of):
+            with pytest.raises(DataError, match=r"--dataset_config to one of \['small', 'large'\]"):
+                read("owner/data.v1.0")
+    assert all(options["trust_remote_code"] is False for options in given)
+    for name in ("small", "large"):
+        (tmp_path / "copy" / name).mkdir(parents=True)
+        make_set(0).to_parquet(tmp_path / "copy" / name / "train.parquet")
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*\n" for name in ("small", "large"))
+    (tmp_path / "copy" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    with pytest.raises(DataError, match=r"several configurations, \['small', 'large'\]"):
+        load(tmp_path / "copy")
+    assert_holds(load(tmp_path / "copy" / "small" / "*.parquet"), 0)
+    with pytest.raises(DataError, match="--dataset_config 'small'"):
+        load(tmp_path / "copy" / "small", dataset_config="small")
+
+
+@pytest.mark.parametrize("name", ["x", "./x", "../here/x", "x/", "x/a/.."])
+def test_the_name_of_local_data_is_decided_when_they_are_opened(load, tmp_path, monkeypatch, name):
+    write_image(tmp_path / "here" / "x" / "a" / "1.png", rgb(0))
+    monkeypatch.chdir(tmp_path / "here")
+    data = load(name)
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert data.name == "x"
+    assert_holds(data, 0)
+
+
+@pytest.mark.parametrize("read", ["mapped", "streamed"])
+def test_an_image_outside_of_class_folders_is_left_out_where_a_class_is_needed(load, tmp_path, caplog, read):
+    for seed, name in enumerate(["cat/1.png", "dog/2.png", "preview.png"]):
+        write_image(tmp_path / "pets" / name, rgb(seed))
+    load = load if read == "mapped" else partial(stream_of, resolution=8, channels=3)
+    images = load(tmp_path / "pets", condition="class", max_bad_fraction=0.0)
+    assert "in no class: 1" in caplog.text
+    assert len(images.examples(9, seed=0)) == 2 and images.class_names == ["cat", "dog"]
+    assert len(load(tmp_path / "pets").examples(9, seed=0)) == 3
+    make_only = tmp_path / "none"
+    write_image(make_only / "train" / "cat" / "1.png", rgb(0))
+    write_image(make_only / "train" / "dog" / "1.png", rgb(1))
+    write_image(make_only / "val" / "1.png", rgb(2))
+    with pytest.raises(DataError, match="no label"):
+        load(make_only, split="validation", condition="class").examples(9, seed=0)
 
 
 # What is no data set

@@ -1,7 +1,9 @@
 """generate: image i is always the same, in one process or two, at any batch size, resumed or not; whose folder it is."""
 
+import itertools
 import runpy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,14 @@ from accelerate.state import AcceleratorState
 from datasets import load_dataset
 from PIL import Image
 
-from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
-from ddpm_pipeline.generation import GenerationOptions, generate
+import text_models
+from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, describe_conditions
+from ddpm_pipeline.generation import GenerationOptions, generate, sample_uint8
 from ddpm_pipeline.generation.options import SCHEDULERS, OutputOptions
 from ddpm_pipeline.generation.pipelines import load_pipeline, scheduler_for
 from ddpm_pipeline.support.draws import RandomStream, seeds
 from ddpm_pipeline.support.errors import ConfigError
-from helpers import ROOT, tiny_unet
+from helpers import ROOT, killed_at, tiny_unet
 
 COUNT, SEED = 9, 4
 
@@ -99,8 +102,11 @@ def test_folder_of_other_images_is_refused(options, tmp_path):
     folder = generate(options.with_values(num_images=2))
     before = files(folder)
     other_model = saved_model(tmp_path / "other", seed=1)
-    for other in ({"seed": SEED + 1}, {"model": str(other_model)}, {"num_inference_steps": 6}, {"scheduler": "ddim"}):
-        with pytest.raises(ConfigError, match="another model, sampler, number of steps or seed"):
+    for other, named in (
+        ({"seed": SEED + 1}, "seed 4 rather than seed 5"), ({"model": str(other_model)}, "weights"),
+        ({"num_inference_steps": 6}, "num_inference_steps"), ({"scheduler": "ddim"}, "scheduler"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=named):
             generate(options.with_values(**other))
     assert files(folder) == before
     (tmp_path / "mine").mkdir()
@@ -111,6 +117,71 @@ def test_folder_of_other_images_is_refused(options, tmp_path):
         replace(options.output, num_images=0)
     with pytest.raises(ConfigError, match="png, parquet"):
         OutputOptions("x", format="jpeg")
+
+
+def test_damaged_files_do_not_count(options, expected, capsys):
+    folder = generate(options)
+    for number, content in ((1, b""), (4, expected["000004.png"][:-20]), (6, b"no picture")):
+        (folder / f"{number:06d}.png").write_bytes(content)
+    generate(options)
+    assert files(folder) == expected
+    assert "3 damaged images" in capsys.readouterr().err
+    (folder / "generation.json").write_bytes((folder / "generation.json").read_bytes()[:30])
+    with pytest.raises(ConfigError, match=r"generation\.json is damaged"):
+        generate(options)
+    whole = generate(options.with_values(format="parquet", output_dir=str(folder.with_name("one"))))
+    (whole / "images.parquet").write_bytes((whole / "images.parquet").read_bytes()[:-9])
+    with pytest.raises(ConfigError, match=r"images\.parquet is damaged.*remove it"):
+        generate(options.with_values(format="parquet", output_dir=str(whole)))
+
+
+def test_killed_at_any_operation_and_resumed_the_folder_has_the_same_bytes(options, tmp_path, monkeypatch):
+    pipe = load_pipeline(options.sampling.model)
+    monkeypatch.setattr("ddpm_pipeline.generation.run.load_pipeline", lambda model: pipe)
+    options = options.with_values(num_images=2, num_inference_steps=1, format="parquet")
+
+    def content(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    whole = content(generate(options))
+    assert set(whole) == {"generation.json", "images.parquet"}
+    for operation in itertools.count(1):
+        again = options.with_values(output_dir=str(tmp_path / str(operation)))
+        killed = killed_at(operation, tmp_path / str(operation), partial(generate, again))
+        assert content(generate(again)) == whole, operation
+        if not killed:
+            break
+    assert operation > 12
+
+
+def test_a_run_that_ended_before_its_first_image_takes_nothing(options, expected, monkeypatch):
+    def fail(*_, **__):
+        raise ConfigError("it cannot sample")
+
+    monkeypatch.setattr("ddpm_pipeline.generation.run.sample_uint8", fail)
+    for other in ({"num_inference_steps": 3}, {"seed": 99}):
+        with pytest.raises(ConfigError, match="it cannot sample"):
+            generate(options.with_values(**other))
+    monkeypatch.undo()
+    assert files(generate(options)) == expected
+
+
+def test_a_folder_that_is_renamed_during_the_run_ends_it(options, expected, monkeypatch):
+    folder, sampled = Path(options.output.output_dir), []
+
+    def rename_after_one(*arguments, **how):
+        if sampled:
+            folder.rename(folder.with_name("renamed"))
+        sampled.append(1)
+        return sample_uint8(*arguments, **how)
+
+    monkeypatch.setattr("ddpm_pipeline.generation.run.sample_uint8", rename_after_one)
+    with pytest.raises(ConfigError, match="removed or renamed"):
+        generate(options.with_values(batch_size=4))
+    assert not folder.exists()
+    folder.with_name("renamed").rename(folder)
+    monkeypatch.undo()
+    assert files(generate(options.with_values(batch_size=4))) == expected
 
 
 def test_every_sampler_has_the_configuration_of_the_model_s_own(model):
@@ -133,3 +204,93 @@ def test_command_samples_and_reports_mistakes_in_one_line(options, expected, mon
         run("--model", "m", "--output_dri", "x")
     with pytest.raises(SystemExit, match=r"^error: --output_dir is required"):
         run("--model", "m")
+
+
+# ---- conditional models --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def class_model(tmp_path_factory) -> str:
+    unet = tiny_unet(num_class_embeds=4)
+    describe_conditions(unet, class_names=["cat", "dog", "7"])
+    folder = tmp_path_factory.mktemp("classes")
+    AlphaDDPMPipeline(unet, AlphaDDPMScheduler(12, beta_end=0.5)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("text")
+    text_models.make(scheduler=AlphaDDPMScheduler(12, beta_end=0.5, variance_type="learned_range")).save_pretrained(folder)
+    return str(folder)
+
+
+def pixels_of(folder: Path) -> list[bytes]:
+    return [Image.open(path).tobytes() for path in sorted(folder.glob("*.png"))]
+
+
+def pixels_called(pipe, count: int, **call) -> list[bytes]:
+    """Of single calls, where image i has what is asked for in turn."""
+    (argument, values), *_ = call.items()
+    found = []
+    for number, seed in enumerate(seeds(SEED, RandomStream.PREVIEW, 0, count)):
+        asked = {**call, argument: values[number % len(values)]}
+        image = pipe(**asked, generator=torch.Generator().manual_seed(int(seed)), output_type="pt").images[0, 0]
+        found.append(image.mul(255).round().to(torch.uint8).numpy().tobytes())
+    assert len(set(found)) == count
+    return found
+
+
+@pytest.mark.parametrize(
+    ("given", "labels"), [(None, [0, 1, 2]), ("dog|cat", ["dog", "cat"]), ("2 | 7|0", [2, 2, 0]), ("dog", ["dog"])]
+)
+def test_classes_are_sampled_in_turn(options, class_model, given, labels):
+    options = options.with_values(model=class_model, class_labels=given, guidance_scale=1.5, num_images=5)
+    expected = pixels_called(load_pipeline(class_model), 5, class_labels=labels, guidance_scale=1.5)
+    assert pixels_of(generate(options)) == expected
+
+
+def test_prompts_are_sampled_in_turn(options, text_model, tmp_path):
+    prompts = ["a seven", "an eight, please"]
+    (tmp_path / "prompts.txt").write_text("a seven\n\nan eight, please\n", "utf-8")
+    expected = pixels_called(load_pipeline(text_model), 5, prompt=prompts, guidance_scale=1.0)
+    options = options.with_values(model=text_model, num_images=5, batch_size=2)
+    for number, given in enumerate(("a seven|an eight, please", str(tmp_path / "prompts.txt"))):
+        folder = generate(options.with_values(prompts=given, output_dir=str(tmp_path / f"images{number}")))
+        assert pixels_of(folder) == expected
+    with pytest.raises(ConfigError, match="prompt"):
+        generate(options.with_values(prompts="a seven", output_dir=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "message"),
+    [
+        ("text", {}, "--prompts is required"),
+        ("text", {"prompts": "none.txt"}, r"none\.txt cannot be read"),
+        ("text", {"class_labels": "dog"}, "--class_labels does not fit"),
+        ("class", {"class_labels": "dgo"}, "near it: 'dog'"),
+        ("class", {"class_labels": "3"}, "ids are 0 to 2"),
+        ("class", {"prompts": "dog"}, "--prompts does not fit"),
+        ("none", {"class_labels": "dog"}, "--class_labels does not fit"),
+        ("none", {"guidance_scale": 2.0}, "--guidance_scale 2.0 needs a conditional model"),
+    ],
+)
+def test_requests_that_do_not_fit_the_model_are_refused(options, model, class_model, text_model, kind, asked, message):
+    folder = {"none": str(model), "class": class_model, "text": text_model}[kind]
+    with pytest.raises(ConfigError, match=message):
+        generate(options.with_values(model=folder, **asked))
+    assert not Path(options.output.output_dir).exists()
+
+
+@pytest.mark.parametrize("asked", [{"num_inference_steps": 13}, {"num_inference_steps": 13, "scheduler": "ddim"}])
+def test_steps_that_the_sampler_cannot_take_are_refused_at_once(options, asked):
+    with pytest.raises(ConfigError, match="--num_inference_steps 13"):
+        generate(options.with_values(**asked))
+    assert not Path(options.output.output_dir).exists()
+
+
+@pytest.mark.parametrize(("config", "message"), [({"in_channels": 2, "out_channels": 2}, "2 channels")])
+def test_images_that_no_file_can_hold_are_refused_before_they_are_sampled(options, tmp_path, config, message):
+    AlphaDDPMPipeline(tiny_unet(**config), AlphaDDPMScheduler(12, beta_end=0.5)).save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=message):
+        generate(options.with_values(model=str(tmp_path / "model")))

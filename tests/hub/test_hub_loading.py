@@ -20,7 +20,20 @@ import hub_server
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline
 from ddpm_pipeline.hub import build_card, export, push
 from hub_fixtures import environment, run_checks
-from hub_models import CALLS, KEPT, OWN, STEPS, class_pipeline, early_repository, images, scheduler, text_pipeline, tiny_unet
+from hub_models import (
+    CALLS,
+    KEPT,
+    OWN,
+    STEPS,
+    class_pipeline,
+    early_repository,
+    images,
+    rgba_pipeline,
+    scheduler,
+    text_pipeline,
+    tiny_unet,
+)
+from text_models import make
 
 SCHEDULER, INDEX = "scheduler/scheduler_config.json", "model_index.json"
 # repositories with one file that cannot be meant, and a word of what is said of each
@@ -70,6 +83,10 @@ def published(hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> 
             expected[name] = images(pipe, name)
             export(pipe, folder / name, build_card(pipe, name=name))
             pipe.to(torch.float16).save_pretrained(folder / name, variant="fp16")
+        described = {"text-fixed": make(scheduler=scheduler()), "dotted.v1-5": pipes["class"], "rgba": rgba_pipeline()}
+        for name, pipe in described.items():
+            export(pipe, folder / name, build_card(pipe, name=name))
+            push(folder / name, f"org/{name}", api=api)
         for name, pipe in moved.items():  # another model before, under a tag
             expected[f"{name}-before"] = images(pipe, name)
             export(pipe, folder / f"{name}-before")
@@ -411,15 +428,27 @@ def check_push_to_hub_of_a_pipeline():
 def check_examples_of_the_card_run():
     import re
     from huggingface_hub import hf_hub_download
-    for name in ("ddpm", "text", "class"):
+    calls = {"ddpm": 3, "own": 3, "rgba": 3, "text": 3, "class": 2, "text-fixed": 2, "dotted.v1-5": 2}  # of three examples
+    for name, count in calls.items():
         text = Path(hf_hub_download(f"org/{name}", "README.md")).read_text()
         examples = re.findall(r"```python\\n(.*?)```", text, re.DOTALL)
         assert len(examples) == 3
-        for example in examples:
+        for place, example in enumerate(examples):
             names = {}
             exec(example, names)
-            assert ("image" in names) == (name != "class" or example is not examples[0])
-            assert "image" not in names or names["image"].size == (8, 8)
+            assert ("image" in names) == (place >= 3 - count), (name, example)
+            assert "image" not in names or names["image"].size == ((16, 8) if name == "rgba" else (8, 8))
+            if "image" not in names:  # as the card says
+                arguments = ["seven"] if name == "text-fixed" else []
+                raises((ValueError, TypeError, RuntimeError), lambda: names["pipe"](*arguments, num_inference_steps=2))
+                assert "cannot be told a class" in text or "learned variance" in text
+
+def check_text_models_load_through_the_auto_class():
+    from diffusers import AutoPipelineForText2Image
+    pipe = AutoPipelineForText2Image.from_pretrained("org/text")
+    assert type(pipe) is IFPipeline
+    same(pipe, "text", within=1e-3)
+    same(AlphaDDPMTextToImagePipeline.from_pipe(pipe), "text")
 
 def check_stock_pipeline_pushed_then_ours():
     DDPMPipeline.from_pretrained("org/own").push_to_hub("org/by-stock")

@@ -1,71 +1,25 @@
-"""Pushing: one commit with what belongs into it, cards that keep what was edited, and a Hub that fails in every way."""
+"""Pushing: one commit with what belongs into it, and a Hub that refuses or fails in every way."""
 
 import json
-import os
+import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import ClassVar
 
 import pytest
-import torch
 from diffusers import UNet2DModel
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.repocard_data import model_index_to_eval_results
+from huggingface_hub import HfApi
 
 import ddpm_pipeline
 import hub_server
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
-from ddpm_pipeline.hub import (
-    Measurement,
-    PushError,
-    PushOptions,
-    TrainingFacts,
-    build_card,
-    export,
-    push,
-    record_evaluation,
-    refresh_card,
-)
+from ddpm_pipeline.hub import PushError, PushOptions, push
 from ddpm_pipeline.hub.__main__ import main
 from helpers import run_limited
 from hub_fixtures import environment
-
-
-@pytest.fixture(scope="module")
-def pipe() -> AlphaDDPMPipeline:
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(4, 8), norm_num_groups=2,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    return AlphaDDPMPipeline(unet, AlphaDDPMScheduler(20, beta_schedule="squaredcos_cap_v2"))
-
-
-FIGURES = [
-    Measurement("bits/dim", 2.345678, 1797, "digits", standard_error=0.01, settings={"steps": 1000, "form": "exact KLs"}),
-    Measurement("FID", 1.5, 1797, "digits", settings={"steps": 100, "scheduler": "AlphaDDPMScheduler"}),
-]
-TRAINING = TrainingFacts("digits", 1797, "org/digits", {"updates": 7, "seed": 0}, "accelerate launch x")
-
-
-def card_of(pipe: AlphaDDPMPipeline, **options) -> ModelCard:
-    return build_card(pipe, **{"name": "ddpm", "training": TRAINING, **options})
-
-
-@pytest.fixture
-def folder(pipe: AlphaDDPMPipeline, tmp_path: Path) -> Path:
-    """A finished run's folder, with what does not belong on the Hub beside the model."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "samples.png").write_bytes(b"\x89PNG\0")
-    export(pipe, folder, card_of(pipe, pictures={"samples.png": "samples"}, license="apache-2.0"))
-    for name in ("checkpoints/step-1/optimizer.bin", "logs/events", "train.log", "metrics.jsonl", "training_config.yaml"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("private\n")
-    return folder
-
 
 QUICK = PushOptions(first_wait=0.01)
 MODEL_FILES = {
@@ -180,9 +134,6 @@ def test_push_refuses_what_must_not_leave(client: HfApi, folder: Path, tmp_path:
     (folder / "unet" / ".env").unlink()
     with pytest.raises(ValueError, match="not a pipeline folder"):
         push(tmp_path, "org/refused", api=client)
-    (folder / "README.md").write_text((folder / "README.md").read_text() + "\nhf_" + "a" * 34)
-    with pytest.raises(ValueError, match="token"):
-        push(folder, "org/refused", api=client)
 
 
 def test_format_follows_what_the_pipeline_class_says(pipe, tmp_path: Path) -> None:
@@ -203,182 +154,6 @@ def test_format_follows_what_the_pipeline_class_says(pipe, tmp_path: Path) -> No
     assert isinstance(again, OtherPipeline) and type(again.scheduler) is AlphaDDPMScheduler
 
 
-# ---- what is on the disk --------------------------------------------------------------------------
-
-
-def test_folder_is_no_pipeline_before_its_export_is_complete(pipe, tmp_path: Path, monkeypatch) -> None:
-    """Interrupted after any number of its files, the last of which is the index, in whatever order the disk lists them."""
-    replace, iterdir = os.replace, Path.iterdir
-    complete = {"README.md", "model_index.json", "unet", "scheduler", *AlphaDDPMPipeline.shipped_files()}
-
-    def interrupted(folder: Path, steps: int) -> list[str]:
-        """The entries that an export placed, which is interrupted before it places one more."""
-        placed = []
-
-        def place(source: Path, target: Path) -> None:
-            if Path(target).parent == folder:
-                if len(placed) == steps:
-                    raise KeyboardInterrupt
-                placed.append(Path(target).name)
-            replace(source, target)
-
-        monkeypatch.setattr(os, "replace", place)
-        monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(iterdir(path), key=lambda one: one.name[0] != "m")))
-        with pytest.raises(KeyboardInterrupt):
-            export(pipe, folder, card_of(pipe))
-        monkeypatch.undo()
-        return placed
-
-    for steps in range(len(complete)):
-        folder = tmp_path / str(steps)
-        folder.mkdir()
-        (folder / "mine.txt").write_text("mine")
-        placed = interrupted(folder, steps)
-        assert {path.name for path in folder.iterdir()} == {"mine.txt", *placed} and len(placed) == steps
-        assert "model_index.json" not in placed
-    export(pipe, folder, card_of(pipe))
-    AlphaDDPMPipeline.from_pretrained(folder)
-    assert {path.name for path in folder.iterdir()} == {"mine.txt", *complete}
-    assert (folder / "mine.txt").read_text() == "mine"
-
-
-# ---- the card -------------------------------------------------------------------------------------
-
-
-def test_card_says_what_is_known_and_passes_the_hub_s_validation(hub, client: HfApi, pipe, monkeypatch) -> None:
-    card = card_of(pipe, evaluation=FIGURES, license="apache-2.0", pictures={"samples.png": "grid"})
-    text = str(card)
-    for known in ("1,797 images of `digits`", "![grid](samples.png)", "| updates | 7 |", "accelerate launch x", "apache-2.0",
-                  "8x8", "squaredcos_cap_v2", "| bits/dim | 2.346 ± 0.01 | 1,797 |", "steps 1000", "fixed_small"):  # fmt: skip
-        assert known in text, known
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-    card.validate()
-    again = ModelCard(text)
-    assert again.data.library_name == "diffusers" and again.data.pipeline_tag == "unconditional-image-generation"
-    assert again.data.datasets == ["org/digits"] and again.data.license == "apache-2.0"
-    results = again.data.eval_results
-    assert [(one.metric_name, one.metric_value) for one in results] == [("bits/dim", 2.345678), ("FID", 1.5)]
-    assert results[0].metric_args == {"num_images": 1797, "steps": 1000, "form": "exact KLs"}
-    assert not results[0].source_url and "pypi.org" not in text.split("---")[1]
-    assert model_index_to_eval_results(again.data.to_dict()["model-index"])[0] == "ddpm"
-
-
-def test_card_without_facts_invents_none(pipe) -> None:
-    text = str(build_card(pipe, name="ddpm"))
-    assert "trained from scratch" not in text and "Not measured" not in text and "![" not in text
-    assert "eval_results" not in text and "model-index" not in text and "license" not in text
-    assert "None" not in text.replace("Nonetheless", "")
-
-
-def test_card_of_a_class_or_text_model_says_which_call_draws(folder: Path) -> None:
-    def changed(file: str, **values) -> None:
-        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
-
-    changed("unet/config.json", num_class_embeds=11)
-    text = str(build_card(folder, name="c", repo_id="org/c"))
-    assert "class_labels=[0]" in text and "cannot be told a class" in text
-    assert "image = pipe(num_inference_steps" not in text
-    changed("model_index.json", text_encoder=["transformers", "CLIPTextModel"])
-    text = str(build_card(folder, name="t", repo_id="org/t"))
-    assert "AlphaDDPMTextToImagePipeline" in text and "pipeline_tag: text-to-image" in text
-    with pytest.raises(ValueError, match="not a pipeline folder"):
-        build_card(folder / "unet", name="u")
-
-
-def test_example_of_a_card_outlives_pushes(hub, client: HfApi, folder: Path) -> None:
-    """The label that a training run put into its card, whatever is pushed over it; but not for a model of another kind."""
-    config = json.loads((folder / "unet" / "config.json").read_text())
-    (folder / "unet" / "config.json").write_text(json.dumps(config | {"num_class_embeds": 11}))
-    example = "class_labels='nine', guidance_scale=3"
-    (folder / "README.md").write_text(str(build_card(folder, name="c", example=example)))
-    push(folder, "org/example", api=client)
-    card = hub.read("org/example", "README.md").decode()
-    assert card.count(f"pipe({example}, num_inference_steps=20)") == 2 and 'from_pretrained("org/example")' in card
-    (folder / "README.md").unlink()
-    push(folder, "org/example", api=client)
-    assert hub.read("org/example", "README.md").decode() == card
-    (folder / "unet" / "config.json").write_text(json.dumps(config))
-    push(folder, "org/example", api=client)
-    card = hub.read("org/example", "README.md").decode()
-    assert "pipe(num_inference_steps=20)" in card and "nine" not in card
-
-
-def test_card_with_a_token_or_a_local_path_is_refused(pipe) -> None:
-    with pytest.raises(ValueError, match="token"):
-        card_of(pipe, training=TrainingFacts(facts={"seed": 0}, command="train --token hf_" + "x" * 30))
-    with pytest.raises(ValueError, match="local path"):
-        card_of(pipe, training=TrainingFacts(facts={"data": str(Path.home() / "pictures")}))
-
-
-EDITED = """---
-license: mit  # chosen by hand
-tags:
-- mine
----
-
-# My title
-
-My introduction, with `<!-- a comment -->`.
-
-<!-- ddpm-pipeline: summary -->
-old
-<!-- /ddpm-pipeline: summary -->
-
-<!-- ddpm-pipeline: evaluation -->
-<!-- /ddpm-pipeline: evaluation -->
-
-My last words.\r
-"""
-
-
-def test_edited_card_keeps_every_character_outside_our_sections(pipe) -> None:
-    refreshed = refresh_card(EDITED, card_of(pipe))
-    before, after = EDITED.split("\nold\n")
-    assert refreshed.startswith(before) and refreshed.endswith(after)
-    assert "8x8" in refreshed and "AlphaDDPMPipeline" not in refreshed, "a section that was removed stays so"
-    assert refresh_card("# Mine alone\n", card_of(pipe)) == "# Mine alone\n"
-    torn = EDITED.replace("<!-- /ddpm-pipeline: summary -->", "")
-    assert refresh_card(torn, card_of(pipe)) == torn
-
-
-def test_evaluation_replaces_ours_and_keeps_theirs(pipe) -> None:
-    theirs = EvalResult("t", "d", "D", "fid", 3.0, source_name="somebody", source_url="https://example.org")
-    older = EvalResult("t", "e", "E", "fid", 8.0, source_name="ddpm-pipeline", source_url="https://example.org")
-    ours = Measurement("KID", 9.0, 10, "old").as_eval_result()
-    data = ModelCardData(model_name="m", eval_results=[theirs, older, ours])
-    existing = EDITED.replace("license: mit  # chosen by hand\ntags:\n- mine", data.to_yaml())
-    refreshed = refresh_card(existing, card_of(pipe, evaluation=FIGURES))
-    results = ModelCard(refreshed).data.eval_results
-    assert sorted(one.metric_value for one in results) == [1.5, 2.345678, 3.0]
-    assert "| FID | 1.5 | 1,797 |" in refreshed
-    reset = refresh_card(refreshed, card_of(pipe, evaluation=[]))  # trained further: the figures are of other weights
-    assert [one.metric_value for one in ModelCard(reset).data.eval_results] == [3.0]
-    assert "Not measured yet." in reset
-
-
-def test_evaluation_goes_into_a_folder_and_on_to_an_edited_card(hub, client: HfApi, folder: Path) -> None:
-    push(folder, "org/evaluated", api=client)
-    edited = hub.read("org/evaluated", "README.md").decode().replace("# ddpm", "# A better title")
-    hub.write("org/evaluated", {"README.md": edited.encode()})
-    record_evaluation(folder, FIGURES)
-    push(folder, "org/evaluated", api=client)
-    card = ModelCard(hub.read("org/evaluated", "README.md").decode())
-    assert "# A better title" in card.text and "| FID | 1.5 |" in card.text and "| updates | 7 |" in card.text
-    assert len(card.data.eval_results) == 2 and card.data.license == "apache-2.0"
-    assert 'from_pretrained("org/evaluated")' in card.text
-
-
-def test_blank_form_of_diffusers_is_replaced_and_a_filled_one_is_not(pipe) -> None:
-    sentence = (
-        "This is the model card of a 🧨 diffusers pipeline that has been pushed on the Hub. This model card has been "
-        "automatically generated."
-    )
-    blank = str(ModelCard.from_template(ModelCardData(library_name="diffusers"), model_description=sentence))
-    assert "AlphaDDPMPipeline" in refresh_card(blank, card_of(pipe))
-    filled = blank.replace("[More Information Needed]", "Me", 1)
-    assert refresh_card(filled, card_of(pipe)) == filled
-
-
 # ---- a Hub that fails -----------------------------------------------------------------------------
 
 COMMIT, LFS, PREUPLOAD = r"/commit/main", r"/_lfs/[0-9a-f]{64}$", "/preupload/"
@@ -386,11 +161,9 @@ FAULTS = {
     "500 at the commit": ("POST", COMMIT, {"status": 500, "times": 2}),
     "503 at the listing": ("POST", PREUPLOAD, {"status": 503, "times": 1}),
     "500 at making the repository": ("POST", "/api/repos/create", {"status": 500}),
-    "401": ("POST", COMMIT, {"status": 401, "times": 2}),
-    "403": ("POST", PREUPLOAD, {"status": 403}),
-    "409 at the commit": ("POST", COMMIT, {"status": 409, "times": 2}),
     "412 at the commit": ("POST", COMMIT, {"status": 412, "times": 2}),
     "400 of the upload": ("PUT", LFS, {"status": 400}),
+    "address of the upload expired": ("PUT", LFS, {"status": 403}),
     "connection dropped in the middle of the upload": ("PUT", LFS, {"drop": True}),
     "connection dropped at the commit": ("POST", COMMIT, {"drop": True, "times": 2}),
     "answer to the commit lost": ("POST", COMMIT, {"lose_answer": True}),
@@ -440,6 +213,62 @@ def test_push_that_never_gets_through_names_the_command(hub, client: HfApi, fold
     assert 100 - fault.times == 3
     assert f"python -m ddpm_pipeline.hub push {folder} org/never --private" in str(error.value)
     assert "README.md" not in hub.files("org/never"), "a commit is whole or not there"
+
+
+REFUSALS = {
+    401: ("POST", COMMIT, "hf auth login"),
+    403: ("POST", PREUPLOAD, "right to write"),
+    404: ("POST", COMMIT, "name of the repository"),
+    409: ("POST", COMMIT, "org/refused-409"),
+}
+
+
+@pytest.mark.parametrize("status", REFUSALS)
+def test_refused_push_is_not_tried_again(hub, client: HfApi, folder: Path, status: int) -> None:
+    method, path, advice = REFUSALS[status]
+    fault = hub.fail(method, path, status=status, times=100)
+    with pytest.raises(PushError, match=advice):
+        push(folder, f"org/refused-{status}", PushOptions(first_wait=30), api=client)
+    assert 100 - fault.times == 1
+
+
+def test_push_to_a_branch_that_is_missing_is_refused_at_once(hub, client: HfApi, folder: Path) -> None:
+    with pytest.raises(PushError, match=r"hf repos branch create org/no-branch next"):
+        push(folder, "org/no-branch", PushOptions(revision="next", first_wait=30), api=client)
+    assert hub.files("org/no-branch") == {".gitattributes"}
+
+
+def test_private_push_into_a_public_repository_is_refused_before_any_upload(hub, client: HfApi, folder: Path) -> None:
+    client.create_repo("org/public")
+    hub.requests.clear()
+    with pytest.raises(PushError, match=r"is public.*private"):
+        push(folder, "org/public", PushOptions(private=True, first_wait=30), api=client)
+    assert {method for method, path in hub.requests if path != "/api/repos/create"} == {"GET"}
+    hub.repos["models", "org/public"]["private"] = True  # what the message says to do
+    push(folder, "org/public", PushOptions(private=True), api=client)
+    assert hub.files("org/public") == MODEL_FILES
+
+
+def test_advised_command_is_the_same_push(hub, client: HfApi, folder: Path, pipe, monkeypatch) -> None:
+    """Whatever options it had: the command of the message is parsed as the command line would."""
+    asked = []
+    monkeypatch.setattr("ddpm_pipeline.hub.__main__.push", lambda *arguments: asked.append(arguments) or "address")
+    hub.fail("POST", "/api/repos/create", status=500, times=100)
+    changes = ({}, {"private": True}, {"revision": "a b"}, {"commit_message": "It's done\nfor now"}, {"create_pr": True},
+               {"include": ["*.jsonl", "logs/*"], "attempts": 1})  # fmt: skip
+    for change in (*changes, {name: value for one in changes for name, value in one.items()}):
+        options = PushOptions(**{"attempts": 2, "first_wait": 0.0, **change})
+        with pytest.raises(PushError) as error:
+            push(folder, "org/again", options, api=client)
+        command = shlex.split(str(error.value).split("later with\n  ")[1])
+        assert command[:3] == ["python", "-m", "ddpm_pipeline.hub"] and main(command[3:]) == 0
+        assert asked.pop() == (folder, "org/again", replace(options, include=list(options.include), first_wait=2.0))
+
+    monkeypatch.setattr("ddpm_pipeline.hub.upload.HfApi", lambda token: client)
+    monkeypatch.setattr("ddpm_pipeline.hub.upload.time.sleep", lambda seconds: None)
+    call = r"pipe\.push_to_hub\('org/again', variant='fp16', private=True, commit_message='Half', create_pr=True\)$"
+    with pytest.raises(PushError, match=call):  # of a pipeline in memory, whose temporary folder is gone by then
+        pipe.push_to_hub("org/again", variant="fp16", private=True, commit_message="Half", create_pr=True, token="hf_secret")
 
 
 def test_edit_made_while_pushing_is_kept(hub, client: HfApi, folder: Path) -> None:

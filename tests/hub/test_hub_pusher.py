@@ -1,9 +1,11 @@
-"""Pushes during training: one at a time, never in the way, reported once if they fail; and the command in the card."""
+"""Pushes during training: one at a time, never in the way, reported once if they fail, given up where they stall."""
 
 import itertools
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import HfApi
@@ -11,11 +13,11 @@ from huggingface_hub import HfApi
 import hub_server
 from ddpm_pipeline import AlphaDDPMPipeline
 from ddpm_pipeline.hub import TrainingFacts, build_card, export, push
-from ddpm_pipeline.support.errors import ConfigError
+from ddpm_pipeline.support.errors import ConfigError, PushError, Stopped
 from ddpm_pipeline.training import pusher
 from ddpm_pipeline.training.options import HubOptions, TrainingOptions
 from ddpm_pipeline.training.pusher import Pusher
-from ddpm_pipeline.training.record import public, recipe_command
+from ddpm_pipeline.training.stop import StopRequest
 from helpers import tiny_unet
 from hub_models import scheduler
 
@@ -113,14 +115,43 @@ def test_failing_pushes_are_reported_once_and_the_last_one_catches_up(
     assert hub.titles("org/failing") == ["Training done", "initial commit"]
 
 
-def test_command_in_the_card_names_the_recipe_and_no_place() -> None:
-    config = TrainingOptions(
-        dataset="/home/somebody/cats", output_dir="/scratch/x", learning_rate=2e-4, random_flip=True, push_to_hub=True,
-        hub_model_id="org/x", resolution=64,
-    )  # fmt: skip
-    command = "accelerate launch --num_processes 2 training/train.py --dataset cats --resolution 64 --random_flip True"
-    assert recipe_command(config, 2) == f"{command} --learning_rate 0.0002"
-    assert recipe_command(TrainingOptions()) == "accelerate launch training/train.py --dataset digits"
-    assert [public(value) for value in ("data/*.parquet", "~/x/faces", "org/name", "cosine")] == [
-        "*.parquet", "faces", "org/name", "cosine",
-    ]  # fmt: skip
+def test_snapshot_that_cannot_be_written_is_reported_once_and_ends_nothing(hub, client, pipe, tmp_path, caplog) -> None:
+    pusher = Pusher(hub_options("org/full"), tmp_path / "run", client)
+    for error in (OSError(28, "No space left on device"), OSError(5, "Input/output error"), ValueError("a doubt")):
+        assert not pusher.push_soon(1, Mock(side_effect=error))
+        assert not (tmp_path / "run" / ".push").exists(), "what is left of it takes room"
+    assert len(caplog.records) == 1 and "No space left on device" in caplog.text
+    with pytest.raises(Stopped):
+        pusher.push_soon(1, Mock(side_effect=Stopped("SIGTERM")))
+    assert pusher.push_soon(2, lambda snapshot: export(pipe, snapshot, card_of(pipe)))
+    assert pusher._under_way.exception() is None
+
+
+def test_private_run_does_not_begin_with_a_public_repository(hub, client: HfApi, tmp_path: Path) -> None:
+    client.create_repo("org/public-before")
+    with pytest.raises(ConfigError, match=r"--hub_private.*is public"):
+        Pusher(hub_options("org/public-before", hub_private=True), tmp_path / "run", client)
+
+
+def test_stalled_push_is_given_up_after_a_signal(hub, client: HfApi, pipe, tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("ddpm_pipeline.training.stop.LONGEST_PUSH", 0.3)
+    folder = tmp_path / "run"
+
+    def save(target: Path) -> None:
+        export(pipe, target, card_of(pipe))
+
+    save(folder)
+    hub.fail("POST", COMMIT, stall=2.0, status=500, times=100)
+    for push_before in (False, True):
+        stalled, stop = (
+            Pusher(hub_options("org/stalled", hub_private=True, push_logs=True), folder, client),
+            StopRequest(None, 0),
+        )
+        assert not push_before or stalled.push_soon(1, save)
+        stop._on_signal(signal.SIGTERM, None)
+        began = time.monotonic()
+        with pytest.raises(PushError, match=r"given up(.|\n)*push \S+/run org/stalled --private --message 'Training done'"):
+            stalled.finish(stop)
+        assert time.monotonic() - began < 1.5
+    assert f"push {folder / '.push'} org/stalled --private --message 'Training in progress, step 1'" in caplog.text
+    assert (folder / ".push" / "model_index.json").is_file(), "what the command pushes"

@@ -259,7 +259,7 @@ def test_conditions_are_cut_along_with_the_images():
         (torch.full((1, 1, 8, 8), 255.0), {}, "or outside"),
         (torch.full((1, 1, 8, 8), torch.nan), {}, "off the 256 levels"),
         (torch.ones(1, 1, 8, 8, dtype=torch.uint8), {}, "floating-point"),
-        (torch.ones(1, 8, 8), {}, "floating-point"),
+        (torch.ones(8), {}, "floating-point"),
         (torch.ones(1, 1, 8, 8), {"num_bins": 1}, "num_bins=1"),
         (torch.ones(1, 1, 8, 8), {"num_evaluated": 2}, "num_evaluated=2"),
         (torch.ones(1, 1, 8, 8), {"num_evaluated": 4, "two_term": True}, "whole chains"),
@@ -305,3 +305,18 @@ def test_a_subset_of_everything_is_the_full_chain():
     same = bits_per_dim(tiny_unet(), scheduler, images, num_evaluated=12, generator=generator(), progress=False)
     assert torch.equal(whole.total, same.total)
     assert (same.standard_error == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (16,), (1, 2, 2, 4), (2, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_evaluated": 4}, {"two_term": True}, {"num_bins": None}], ids=str)
+def test_signals_and_volumes_have_the_bound_of_the_same_numbers_as_images(shape, options):
+    """For a network that treats every value alike, the shape of the data does not matter."""
+    images = torch.randint(0, 256, (2, 1, 4, 4), generator=generator()) / 127.5 - 1
+    found = [
+        bits_per_dim(
+            lambda x, t: 0.5 * x, AlphaDDPMScheduler(20, beta_schedule="squaredcos_cap_v2"), images.view(2, *of),
+            generator=[generator(1), generator(2)], progress=False, **options,
+        )
+        for of in ((1, 4, 4), shape)
+    ]  # fmt: skip
+    torch.testing.assert_close(found[0].total, found[1].total)

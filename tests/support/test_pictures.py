@@ -1,6 +1,7 @@
 """Pictures: grids of images, whole files."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -21,3 +22,82 @@ def test_grid_shows_each_image_enlarged_in_reading_order():
 def test_pictures_appear_whole(tmp_path):
     pictures.save_picture(Image.new("L", (4, 4)), tmp_path / "a" / "p.png")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["p.png"]
+
+
+def as_array(images: torch.Tensor) -> np.ndarray:
+    return images.permute(0, 2, 3, 1).numpy()
+
+
+def test_grids_are_alike_however_the_images_are_given():
+    eight_bits = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    floats = eight_bits / 255
+    expected = pictures.grid(floats).tobytes()
+    pils, arrays = [Image.fromarray(one) for one in as_array(eight_bits)], (as_array(eight_bits), as_array(floats))
+    for images in (eight_bits, *arrays, pils, floats.double(), floats.clone().requires_grad_(), list(floats)):
+        assert pictures.grid(images).tobytes() == expected
+    grey = [Image.fromarray(one).convert("L") for one in as_array(eight_bits)]
+    mixed = [grey[0].convert("RGB"), *grey[1:]]
+    assert pictures.grid(mixed).tobytes() == pictures.grid(grey).convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize(
+    "images",
+    [None, [], 3, "a.png", torch.zeros(2, 5, 8, 8), torch.zeros(2, 1, 8, 8) - 1, torch.full((1, 1, 8, 8), torch.nan), [None]],
+    ids=str,
+)
+def test_what_is_no_image_is_refused(images):
+    with pytest.raises((ValueError, TypeError), match="image"):
+        pictures.grid(images)
+
+
+def test_pictures_are_enlarged_and_labelled():
+    trajectory = torch.linspace(-1, 1, 5).view(5, 1, 1, 1, 1).expand(5, 2, 1, 8, 8)
+    plain = pictures.strip(trajectory, count=3, size=80)
+    labelled = pictures.strip(trajectory, count=3, size=80, labels=["t = 4", 3, 2, 1, 0])
+    assert plain.size == (3 * 84 + 4, 2 * 84 + 4)
+    assert labelled.size == (plain.width, plain.height + pictures.TEXT_HEIGHT)
+    assert labelled.crop((0, pictures.TEXT_HEIGHT, *labelled.size)).tobytes() == plain.tobytes()
+    above = np.asarray(labelled)[: pictures.TEXT_HEIGHT]
+    assert all((above[:, 4 + 84 * column : 84 * (column + 1)] < 128).any() for column in range(3))
+    with pytest.raises(ValueError, match="2 labels for 5 steps"):
+        pictures.strip(trajectory, labels=[1, 2])
+
+
+@pytest.mark.parametrize(("name", "format"), [("a.png", "PNG"), ("a.jpg", "JPEG"), ("b.JPEG", "JPEG"), ("c.webp", "WEBP")])
+def test_files_are_what_their_names_say(tmp_path, name, format):
+    pictures.save_strip(torch.zeros(3, 1, 3, 8, 8), str(tmp_path / name))
+    with Image.open(tmp_path / name) as image:
+        assert image.format == format
+
+
+@pytest.mark.parametrize("name", ["picture", "a.txt", "a.mp4"])
+def test_names_of_no_format_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"\.png"):
+        pictures.save_strip(torch.zeros(3, 1, 3, 8, 8), tmp_path / name)
+    with pytest.raises(ValueError, match=r"\.gif"):
+        pictures.save_gif(torch.zeros(3, 1, 3, 8, 8), tmp_path / name)
+    with pytest.raises(ValueError, match="transparency"):
+        pictures.save_picture(Image.new("RGBA", (4, 4)), tmp_path / "a.jpg")
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_is_no_trajectory_is_refused(tmp_path):
+    for save in (pictures.save_strip, pictures.save_gif):
+        with pytest.raises(TypeError, match="output_trajectory=True"):
+            save(None, tmp_path / "a.gif")
+        with pytest.raises(TypeError, match="list"):
+            save([torch.zeros(1, 1, 8, 8)], tmp_path / "a.gif")
+        with pytest.raises(ValueError, match=r"\[steps, B, C, H, W\]"):
+            save(torch.zeros(2, 1, 8, 8), tmp_path / "a.gif")
+
+
+def test_a_gif_of_one_image_can_be_seen_and_says_where_it_is(tmp_path):
+    trajectory = torch.linspace(-1, 1, 4).view(4, 1, 1, 1, 1).expand(4, 1, 1, 8, 8).numpy()
+    pictures.save_gif(trajectory, tmp_path / "a.gif", labels=["t = 3", "t = 2", "t = 1", "t = 0"])
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 4 and min(gif.size) >= 144
+        greys = []
+        for frame in range(4):
+            gif.seek(frame)
+            greys.append(gif.convert("L").getpixel((gif.width // 2, gif.height // 2)))
+    assert greys == [0, 85, 170, 255]

@@ -17,7 +17,7 @@ from ddpm_pipeline import AlphaDDPMScheduler
 from ddpm_pipeline.data.options import TrainingDataOptions
 from ddpm_pipeline.support.errors import ConfigError, DataError
 from ddpm_pipeline.training import TrainingOptions, batches
-from ddpm_pipeline.training.batches import BatchPlan, MicroBatches, batch_loader
+from ddpm_pipeline.training.batches import BatchPlan, MicroBatches, batch_loader, lost_workers
 from ddpm_pipeline.training.conditions import Condition, build_condition
 from ddpm_pipeline.training.loop import losses_of
 from ddpm_pipeline.training.options import ConditionOptions
@@ -270,3 +270,20 @@ def test_workers_end_with_their_process(tmp_path):
     assert process.returncode == 0
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive, alive
+
+
+@pytest.mark.parametrize("kind", ["stream", "map"])
+def test_a_worker_that_is_killed_is_an_error_of_the_data(tmp_path, kind):
+    options = {"resolution": 8, "cache_dir": str(tmp_path / "cache")}
+    folder = write_numbered(tmp_path / "x", [40, 40])
+    data = stream_of(folder, **options) if kind == "stream" else load(folder, **options)
+    prepared = batch_loader(data, BatchPlan(0, 4), None, range(10**9), TrainingDataOptions(dataloader_num_workers=2))
+    next(prepared)
+    (worker, *_) = psutil.Process().children()
+    with pytest.raises(DataError, match="--resume latest"), lost_workers():
+        worker.kill()
+        for _ in range(10**4):
+            next(prepared)
+    prepared.close()
+    with pytest.raises(RuntimeError, match="another"), lost_workers():
+        raise RuntimeError("another")

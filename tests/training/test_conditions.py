@@ -19,6 +19,7 @@ from ddpm_pipeline.support.errors import ConfigError
 from ddpm_pipeline.training import TrainingOptions, train
 from ddpm_pipeline.training.captions import Captions, Templates
 from ddpm_pipeline.training.conditions import ClassCondition, TextCondition, build_condition
+from ddpm_pipeline.training.identity import changes
 from ddpm_pipeline.training.options import RECIPES, ConditionOptions
 from ddpm_pipeline.training.text_encoders import make_small_encoder, make_tokenizer
 from training_helpers import digits as load_digits
@@ -165,6 +166,8 @@ def test_a_loaded_encoder_is_frozen_and_encodes_each_caption_once(digits, tmp_pa
     conditions = TextCondition(text(text_encoder=str(tmp_path / "bert")), digits)
     assert conditions.network(torch.nn.Identity()).__class__ is torch.nn.Identity  # the UNet alone is trained
     assert conditions.unet_config() == {"cross_attention_dim": 16}
+    assert not conditions.text_encoder.training
+    assert not any(parameter.requires_grad for parameter in conditions.text_encoder.parameters())
     calls = []
     conditions.text_encoder.register_forward_hook(lambda module, inputs, output: calls.append(len(output[0])))
     first = conditions.inputs(["one", "two", "one"], torch.device("cpu"))["encoder_hidden_states"]
@@ -173,6 +176,17 @@ def test_a_loaded_encoder_is_frozen_and_encodes_each_caption_once(digits, tmp_pa
     assert torch.equal(first[0], first[2]) and torch.equal(first[1], again[0])
     with pytest.raises(ConfigError, match="cannot be used as a text encoder"):
         TextCondition(text(text_encoder=str(tmp_path / "nothing")), digits)
+
+
+def test_changed_templates_are_another_condition(digits, tmp_path):
+    conditions = []
+    for name, held_out in (("a", ["two {name}"]), ("b", ["three {name}"])):
+        (tmp_path / name).write_text(yaml.safe_dump({"templates": ["a {name}"], "held_out": held_out}))
+        conditions.append(TextCondition(text(caption_templates=str(tmp_path / name)), digits).identity())
+    assert [change.split(" was ")[0] for change in changes(*conditions)] == [
+        f"captions of classes held out {i}" for i in range(10)
+    ]
+    assert conditions[0]["tokenizer"] == conditions[1]["tokenizer"] and conditions[0]["frozen text encoder"] is None
 
 
 # ---- whole runs -------------------------------------------------------------------------------------

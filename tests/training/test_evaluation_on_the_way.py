@@ -47,8 +47,19 @@ def test_training_evaluates_on_the_way(tmp_path):
         train(options.with_values(objective="hybrid", variance_type=None, output_dir=str(tmp_path / "wrong")))
 
 
-def test_evaluation_that_cannot_be_is_said_before_training(tmp_path):
+def test_evaluation_that_cannot_be_is_said_before_training(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"--eval_features nonsense:f: .* MODULE:FUNCTION"):
         train(TrainingOptions(eval_every=1, eval_samples=5, eval_features="nonsense:f", output_dir=str(tmp_path / "w")))
     with pytest.raises(ConfigError, match=r"--eval_samples 5 .* --eval_every 0"):
         TrainingOptions(eval_samples=5)
+    (tmp_path / "maps_of_images.py").write_text("import torch\nmake = torch.nn.Identity\n")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unet.json").write_text(json.dumps(dict(tiny_unet().config)))
+    options = TrainingOptions(
+        dataset="digits", split="train[:40]", model="unet.json", cache_dir="cache", output_dir="run", num_cpu_threads=1,
+        max_train_steps=2, lr_warmup_steps=1, eval_every=1, eval_samples=5, eval_features="maps_of_images:make",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"--eval_features maps_of_images:make: .*\[2, 1, 8, 8\]"):
+        train(options)
+    with pytest.raises(ConfigError, match=r"4 images; sample quality needs at least 5"):
+        train(options.with_values(split="train[:4]", eval_features="digits", output_dir="few"))

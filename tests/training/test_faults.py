@@ -72,7 +72,8 @@ def test_a_checkpoint_is_listed_with_its_hashes_and_older_ones_go(finished):
     for checkpoint in checkpoints:
         assert damage_of(checkpoint) is None
         listed = json.loads((checkpoint / "manifest.json").read_text())["files"]
-        assert set(listed) == {path.name for path in checkpoint.iterdir()} - {"manifest.json"}
+        files = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+        assert set(listed) == files - {"manifest.json"}
         assert torch.load(checkpoint / "optimizer.bin", weights_only=True).keys() == {"state", "param_groups"}
 
 
@@ -90,8 +91,9 @@ def test_a_checkpoint_is_listed_with_its_hashes_and_older_ones_go(finished):
 def test_latest_passes_over_a_damaged_checkpoint_and_says_why(damage, told, copied, options, finished, caplog):
     damage(copied / "checkpoints/step-00000012")
     resolved = TrainingOptions(config=copied / "training_config.yaml", output_dir=str(copied), resume="latest")
+    identity = json.loads((finished / "checkpoints/step-00000012/identity.json").read_text())
     with caplog.at_level(logging.WARNING):
-        found = find_checkpoint(copied, resolved, Accelerator(cpu=True))
+        found = find_checkpoint(copied, resolved, Accelerator(cpu=True), lambda: identity)
     assert found == copied / "checkpoints/step-00000010"
     assert "passing over the checkpoint step-00000012: " in caplog.text and told in caplog.text
 
@@ -379,7 +381,7 @@ def test_the_forward_process_stays_in_float32_in_bf16(options, tmp_path, monkeyp
 
     monkeypatch.setattr(loop, "losses_of", look)
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # other tests have an accelerator of their own
-    changed = {"mixed_precision": "bf16", "max_train_steps": 1, "num_samples": 1}
+    changed = {"mixed_precision": "bf16", "max_train_steps": 1, "lr_warmup_steps": 0, "num_samples": 1}
     train(TrainingOptions(**{**options, **changed}, output_dir=str(tmp_path / "model")))
     assert seen == [(torch.float32,) * 3, (torch.float32,)]
 

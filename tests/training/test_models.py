@@ -44,6 +44,34 @@ def test_model_from_a_config_file(tmp_path):
     assert unet.config.block_out_channels == [8, 16] and unet.config.dropout == 0.25
 
 
+@pytest.mark.parametrize("size", [None, 8.0, [8, 8]])
+def test_what_a_config_file_leaves_open_follows_from_the_images(size, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**TINY_UNET, "sample_size": size, "in_channels": None}))
+    unet, scheduler = model(8, 1, model=str(tmp_path))
+    assert (unet.config.sample_size, unet.config.in_channels) == (8, 1)
+    assert AlphaDDPMPipeline(unet, scheduler)(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    "changed, named",
+    [
+        ({"sample_size": [8, 16]}, "8x16"),
+        ({"sample_size": "8"}, "--resolution 8"),
+        ({"class_embed_type": "timestep"}, "class_embed_type=timestep"),
+        ({"time_embedding_type": "fourier"}, "fourier"),
+        ({"time_embedding_type": "learned", "num_train_timesteps": 10}, "10 timesteps"),
+        ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
+        ({"norm_num_groups": 0}, "modulo by zero"),
+        ({"layers_per_block": 0}, "cannot be used"),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",
+)
+def test_unusual_values_in_a_config_file_are_told_before_the_run(changed, named, tmp_path):
+    (tmp_path / "unet.json").write_text(json.dumps({**TINY_UNET, **changed}))
+    with pytest.raises(ConfigError, match=named):
+        model(8, 1, model=str(tmp_path / "unet.json"))
+
+
 def test_init_from_takes_weights_and_schedule(tmp_path):
     unet, _ = model(8, 1, model="tiny")
     stored = AlphaDDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=200)
@@ -54,6 +82,35 @@ def test_init_from_takes_weights_and_schedule(tmp_path):
         assert torch.equal(old, new)
     override = {"init_from": str(tmp_path), "beta_schedule": "linear", "num_train_timesteps": 1000}
     assert model(8, 1, **override)[1].config.beta_schedule == "linear"
+
+
+@pytest.mark.parametrize(
+    "changed, named",
+    [
+        ({"class_embed_type": "timestep"}, "class_embed_type=timestep"),
+        ({"num_class_embeds": 5}, "num_class_embeds=5"),
+        ({"layers_per_block": 1_000, "block_out_channels": [8] * 40, "down_block_types": ["DownBlock2D"] * 40,
+          "up_block_types": ["UpBlock2D"] * 40}, "more than training takes"),
+        ({"block_out_channels": [2**24, 2**24]}, "more than training takes"),
+        ({"block_out_channels": []}, "cannot be used"),
+        ({"norm_num_groups": 0}, "cannot be used"),
+        ({"norm_num_groups": 3}, "cannot be used"),
+        ({"layers_per_block": "two"}, "cannot be used"),
+        ({"down_block_types": ["DownBlock2D", "NoBlock2D"]}, "cannot be used"),
+        ({"up_block_types": ["UpBlock2D"]}, "cannot be used"),
+        ({"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"]}, "cannot be used"),
+        ({"time_embedding_type": "fourrier"}, "cannot be used"),
+        ({"act_fn": "loud"}, "cannot be used"),
+        ({"sample_size": [8, 16]}, "8x16"),
+        ({"sample_size": "8"}, "8"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_model_files_that_cannot_be_trained_are_refused_in_one_line(changed, named, tmp_path):
+    (tmp_path / "unet.json").write_text(json.dumps({**TINY_UNET, **changed}))
+    with pytest.raises(ConfigError, match=named) as error:
+        model(8, 1, model=str(tmp_path / "unet.json"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +128,16 @@ def test_init_from_takes_weights_and_schedule(tmp_path):
 def test_models_that_do_not_fit_are_named(config, resolution, channels, named):
     with pytest.raises(ConfigError, match=named):
         model(resolution, channels, **config)
+
+
+def test_what_options_change_about_a_model_to_start_from_is_said(tmp_path, caplog):
+    unet, scheduler = model(8, 1, model="tiny")
+    AlphaDDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(tmp_path)
+    again, _ = model(8, 1, init_from=str(tmp_path), model="32", prediction_type="sample", beta_end=0.02, dropout=0.3)
+    assert "--prediction_type sample replaces epsilon" in caplog.text and "--model 32 has no effect" in caplog.text
+    assert "beta_end" not in caplog.text  # the same as before
+    assert again.mid_block.resnets[0].dropout.p == again.config.dropout == 0.3
+    assert all(torch.equal(*pair) for pair in zip(unet.parameters(), again.parameters(), strict=True))
 
 
 def test_init_from_with_other_channels_or_size_is_named(tmp_path):

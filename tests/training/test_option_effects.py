@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from ddpm_pipeline.training import TrainingOptions, loop, train
+from ddpm_pipeline.training.objectives import UniformTimesteps
 from training_helpers import metrics, quick_options, weights
 
 BASE = {"batch_size": 16, "max_train_steps": 4, "num_samples": 1, "checkpoint_every": 0, "lr_warmup_steps": 1}
+ACCUMULATED = {"gradient_accumulation_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +27,10 @@ def trained(tmp_path_factory):
         if key not in known:
             model = train(TrainingOptions(**options | changed, output_dir=str(folder / str(len(known)))))
             known[key] = torch.cat([tensor.flatten().double() for tensor in weights(model).values()])
+            run.norms[key] = [line["grad_norm"] for line in metrics(model) if "grad_norm" in line]
         return known[key]
 
+    run.norms = {}
     return run
 
 
@@ -62,9 +66,22 @@ def test_what_must_not_matter_does_not(trained):
             "eval_images": 2, "eval_calls": 3, "dataloader_num_workers": 1, "gradient_checkpointing": True}  # fmt: skip
     assert torch.equal(trained(**same), trained())
     whole = trained(dropout=0.0)
-    split = trained(dropout=0.0, gradient_accumulation_steps=2)
+    split = trained(dropout=0.0, **ACCUMULATED)
     assert (split - whole).abs().max() < 1e-4 * whole.abs().max()
+    norms = [trained.norms[("dropout", 0.0), *more.items()] for more in ({}, ACCUMULATED)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)  # AdamW and clipping would hide a factor
     assert (trained(gradient_accumulation_steps=2) - trained()).abs().max() > 1e-7  # dropout masks differ
+
+
+def test_the_weights_of_timesteps_count(tmp_path, monkeypatch):
+    losses, whole = [], UniformTimesteps.draw
+    for factor in (1.0, 2.0):
+        monkeypatch.setattr(
+            UniformTimesteps, "draw", lambda *given, factor=factor: (whole(*given)[0], torch.full((16,), factor))
+        )
+        options = quick_options(tmp_path, **BASE | {"max_train_steps": 2})
+        losses.append(metrics(train(TrainingOptions(**options, output_dir=str(tmp_path / str(factor)))))[0]["loss"])
+    assert losses[1] == pytest.approx(2 * losses[0], rel=1e-4)
 
 
 def test_importance_sampling_warms_up_changes_the_course_and_resumes(tmp_path):

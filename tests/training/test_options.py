@@ -1,9 +1,14 @@
 """Options of training: flags, files, recipes and Python give the same; what cannot be meant is named."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import yaml
 
 from ddpm_pipeline.data.options import TrainingDataOptions
+from ddpm_pipeline.evaluation.options import parse_options as evaluate
+from ddpm_pipeline.generation.options import parse_options as generate
 from ddpm_pipeline.support.errors import ConfigError
 from ddpm_pipeline.training.options import (
     RECIPES,
@@ -86,11 +91,94 @@ def test_options_from_python_are_flat_or_in_groups():
         (["--resume", "latest", "--overwrite"], "exclude"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--adam_beta1", "1"], "below 1"),
+        (["--batch_size", "10", "--gradient_accumulation_steps", "4"], "multiple of 4"),
+        (["--label_column", "kind"], "--condition class or text"),
+        (["--condition", "text", "--text_column", "a", "--label_column", "b"], "drop one"),
+        (["--hub_private"], "--push_to_hub"),
+        (["--checkpoints_total_limit", "0"], "at least 1"),
     ],
 )
 def test_bad_options_are_named(argv, named):
     with pytest.raises(ConfigError, match=named):
         parse_options(argv)
+
+
+@pytest.mark.parametrize(
+    "line, value",
+    [
+        ("mixed_precision: no", "no"), ("random_flip: on", True), ("random_flip: Yes", True), ("random_flip: OFF", False),
+        ("label_column: no", "no"), ("label_column: 010", "010"), ("label_column: 2024-05-01", "2024-05-01"),
+        ("label_column: null", None), ("label_column: 'null'", "null"), ("seed: 010", 10), ("learning_rate: 1e-3", 1e-3),
+        ("seed: 0x10", None), ("max_train_time: 12:30", None), ("batch_size: 1e3", None), ("batch_size: 8.5", None),
+        ("dataset: [a, b]", None), ("learning_rate: .nan", None), ("batch_size: yes", None), ("random_flip: maybe", None),
+    ],
+)  # fmt: skip
+def test_values_of_a_file_are_read_like_flags(line, value, tmp_path):
+    """A value that an option of this type cannot have is refused, whatever YAML would make of it."""
+    (tmp_path / "run.yaml").write_text(f"condition: class\n{line}")
+    name = line.split(":")[0]
+    if value is None and "null" not in line:
+        with pytest.raises(ConfigError, match=name):
+            TrainingOptions(config=tmp_path / "run.yaml")
+    else:
+        options = TrainingOptions(config=tmp_path / "run.yaml")
+        assert options.flat()[name] == value
+        (tmp_path / "again.yaml").write_text(options.to_yaml())
+        assert TrainingOptions(config=tmp_path / "again.yaml") == options
+
+
+@pytest.mark.parametrize(
+    "name, value, becomes",
+    [
+        ("batch_size", np.int64(8), 8), ("learning_rate", 1, 1.0), ("learning_rate", np.float32(0.5), 0.5),
+        ("random_flip", np.True_, True), ("output_dir", Path("a/b"), "a/b"), ("seed", 2**63 - 1, 2**63 - 1),
+        ("batch_size", 8.0, None), ("batch_size", True, None), ("learning_rate", "1e-3", None), ("random_flip", 1, None),
+        ("random_flip", "no", None), ("dataset", 3, None), ("dataset", None, None), ("resolution", (8, 8), None),
+        ("max_train_steps", 1e3, None), ("seed", 2**63, None), ("seed", -1, None),
+    ],
+)  # fmt: skip
+def test_values_from_python_have_the_type_of_their_option(name, value, becomes):
+    if becomes is None:
+        with pytest.raises(ConfigError, match=f"--{name}"):
+            TrainingOptions(**{name: value})
+    else:
+        given = TrainingOptions(**{name: value}).flat()[name]
+        assert given == becomes and type(given) is type(becomes)
+
+
+def test_seeds_have_one_range_in_all_commands():
+    for parse, argv in (
+        (parse_options, []),
+        (generate, ["--model=m", "--output_dir=o"]),
+        (evaluate, ["--model=m", "--dataset=d"]),
+    ):
+        parse([*argv, f"--seed={2**63 - 1}"])
+        for seed in (2**63, -1):
+            with pytest.raises(ConfigError, match="--seed"):
+                parse([*argv, f"--seed={seed}"])
+
+
+def test_the_warm_up_is_shorter_than_the_run():
+    warmup = lambda **options: TrainingOptions(**options).optimisation.warmup_steps  # noqa: E731
+    assert [warmup(max_train_steps=steps) for steps in (5, 100, 5000, 50_000)] == [0, 10, 500, 500]
+    assert warmup(max_train_steps=12, lr_warmup_steps=11) == 11
+    with pytest.raises(ConfigError, match="--lr_warmup_steps 12 is not below"):
+        TrainingOptions(max_train_steps=12, lr_warmup_steps=12)
+    assert warmup(config="digits") == 100 and warmup(config="digits", max_train_steps=50) == 5
+    with pytest.raises(ConfigError, match="--lr_warmup_steps"):
+        TrainingOptions(config="digits", max_train_steps=50, lr_warmup_steps=100)
+
+
+MEANT = {
+    "lr": "learning_rate", "steps": "max_train_steps", "epochs": "num_train_epochs", "bs": "batch_size",
+    "warmup": "lr_warmup_steps", "dataset_name": "dataset", "train_batch_size": "batch_size",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given, meant", MEANT.items())
+def test_an_unknown_option_names_what_was_meant(given, meant):
+    with pytest.raises(ConfigError, match=f"--{given}. Did you mean .*--{meant}"):
+        parse_options([f"--{given}", "1"])
 
 
 @pytest.mark.parametrize("text, named", [("batch: 3", "--batch_size"), ("- a", "option: value"), ("a: [", "YAML")])

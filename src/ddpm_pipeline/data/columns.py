@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import ClassLabel, Features, List, Value
 
 from ..support.errors import DataError
 from .options import ConditionColumns
 
 KINDS = ("image", "image struct", "array", "bytes")  # of image columns, the most telling type first
+MAX_CLASSES = 2**16
 RESERVED = ("pixels", "pixels_digest", "skipped_reason", "skipped_file")  # the cache's own columns
 
 
@@ -33,14 +36,18 @@ class ColumnRoles:
 def find_roles(features: Features, image_column: str | None, asked: ConditionColumns) -> ColumnRoles:
     """The columns to read: those named, else the only ones of their type. Raises DataError for what is not there."""
     image, label, text = find_image_column(features, image_column), asked.label_column, asked.text_column
+    if text is not None:
+        _check_condition("--text_column", text, features, _is_text, "Captions must be strings or lists of strings.")
+    elif asked.condition == "text" and label is None and _is_text(features.get("text")):
+        text = "text"
     if label is not None:
-        words = "Labels must be a ClassLabel or whole numbers from 0; Dataset.class_encode_column converts strings."
-        _check_condition("--label_column", label, features, is_whole_number, words)
+        words = "Labels must be a ClassLabel, whole numbers, booleans, strings or times."
+        _check_condition("--label_column", label, features, _is_label, words)
     else:
         labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
         label = labels[0] if len(labels) == 1 else None
-    if text is not None:
-        _check_condition("--text_column", text, features, _is_text, "Captions must be strings or lists of strings.")
+        if not labels and asked.condition != "none" and _is_label(features.get("label")):
+            label = "label"
     needed = {"class": label, "text": text or label}.get(asked.condition)
     return ColumnRoles(image, _image_kind(features[image]), label, text, needed)
 
@@ -73,6 +80,11 @@ def find_image_column(features: Features, named: str | None = None) -> str:
     raise DataError(f"The data set has no image column. Its columns are: {columns}.")
 
 
+def image_columns(features: Features) -> list[str]:
+    """The columns that can hold images."""
+    return [name for name, feature in features.items() if _image_kind(feature) is not None]
+
+
 def _image_kind(feature: Any) -> str | None:
     """The `Image` feature; a struct {bytes, path}; a uint8 array of two or three dimensions; bytes; or None."""
     if isinstance(feature, datasets.Image):
@@ -91,6 +103,12 @@ def _is_value(feature: Any, *dtypes: str) -> bool:
     return isinstance(feature, Value) and feature.dtype in dtypes
 
 
+def _is_label(feature: Any) -> bool:
+    """A ClassLabel, or a type whose values can be told apart and sorted: those that occur are the classes."""
+    times = isinstance(feature, Value) and feature.dtype.startswith(("timestamp", "date"))
+    return is_whole_number(feature) or times or _is_value(feature, "bool", "string", "large_string")
+
+
 def is_whole_number(feature: Any) -> bool:
     return isinstance(feature, ClassLabel) or (isinstance(feature, Value) and bool(re.match("u?int", feature.dtype)))
 
@@ -101,9 +119,22 @@ def _is_text(feature: Any) -> bool:
 
 
 def kept_columns(features: Features) -> Features:
-    """The columns that can be conditions, and are small beside the pixels: labels, whole numbers, texts."""
-    fitting = {name: feature for name, feature in features.items() if is_whole_number(feature) or _is_text(feature)}
+    """The columns that can be conditions, and are small beside the pixels: labels and texts."""
+    fitting = {name: feature for name, feature in features.items() if _is_label(feature) or _is_text(feature)}
     return Features({name: feature for name, feature in fitting.items() if name not in RESERVED})
+
+
+def occurring_classes(column: pa.ChunkedArray, name: str) -> pa.Array:
+    """The values of a label column that is no ClassLabel, sorted: its classes. Raises DataError for none, or for too many."""
+    values = pc.unique(column).drop_null()
+    if len(values) == 0:
+        raise DataError(f"The label column {name!r} holds no label. Labels are whole numbers, booleans, strings or times.")
+    if len(values) > MAX_CLASSES:
+        raise DataError(
+            f"The label column {name!r} has {len(values):,} different values; at most {MAX_CLASSES:,} classes can be learnt. "
+            "Choose another column, or group its values."
+        )
+    return values.take(pc.sort_indices(values))
 
 
 def check_column(name: str, features: Features, option: str = "") -> None:

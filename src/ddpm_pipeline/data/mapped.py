@@ -4,13 +4,17 @@ In a launch of several processes the main one calls `load_images` first (`accele
 find the cache, an Arrow file. `streamed` fills a cache of the same form.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,13 +24,25 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from ..support.draws import image_indices
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
-from .columns import RESERVED, ColumnRoles, check_column, find_roles, is_whole_number, kept_columns, missing_value
+from .columns import (
+    RESERVED,
+    ColumnRoles,
+    check_column,
+    find_roles,
+    is_whole_number,
+    kept_columns,
+    missing_value,
+    occurring_classes,
+)
+from .files import UNREADABLE, Reach, UnreadableFile
 from .images import BadImage, image_file, image_pixels, image_shape
 from .options import UNCONDITIONAL, ConditionColumns, DataOptions
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
-from .sources import cache_folder, hash_of, load_source
+from .sources import Source, cache_folder, hash_of, load_source
 
-PREPROCESSING_VERSION = 2  # part of the cache's key: raise it when the same options give other pixels
+logger = logging.getLogger(__name__)
+
+PREPROCESSING_VERSION = 3  # part of the cache's key: raise it when the same options give other pixels
 BATCH_BYTES = 2**25  # of pixels preprocessed at a time
 
 PIXELS, DIGEST, REASON, FILE = RESERVED
@@ -41,7 +57,18 @@ def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images of one size, whether mapped or streamed."""
+    """Images of one size, whether mapped or streamed.
+
+    Both kinds have `class_names` (of the label column's values 0, 1, ..., or None), `columns` (names of those that can be
+    conditions) and `fingerprint`: 32 hex digits that say whether two runs see the same data. It is of the content, not of the
+    path: it stays when a folder is moved or renamed, when a cache is rebuilt, and over processes. It changes when an image is
+    added, removed or replaced, when a caption or label is edited or a class renamed, and with the resolution and channels.
+
+    - `ImageData`: of the preprocessed pixels of the usable rows in order, with the names, types and values of their columns.
+    - `StreamData`: of local files, of their names within the data, their sizes, and the first and last 64 KB of each (so an
+      equally long edit in the middle of a large parquet file goes unnoticed), of the classes and of the columns read; of data
+      on the Hub, of the commit. The two kinds never agree.
+    """
 
     name: str  # of the bundled or Hub data set, or the last part of a local path
     resolution: int
@@ -161,37 +188,58 @@ def images_of(flat: np.ndarray, resolution: int, channels: int, flip: np.ndarray
 def load_images(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -> ImageData:
     """The images that the options name, preprocessed, from the cache if they are there.
 
-    `options.dataset` is the first of these that exists: a bundled data set such as "digits"; a parquet file or a pattern of
-    such files; a local folder (saved by `Dataset.save_to_disk`, of images, or of parquet files); a data set on the Hub.
-    Resolution and channels default to the data's own, the label column to the only ClassLabel column. Rows whose image cannot
-    be read, or that lack what the condition reads, are skipped.
+    `options.dataset` is the first of these that exists: a bundled data set such as "digits"; a local folder, archive, table or
+    pattern of tables (docs/data.md); a data set on the Hub. Resolution and channels default to the data's own, the label column
+    to the only ClassLabel column. Rows whose image cannot be read, or that lack what the condition reads, are skipped.
 
     Raises DataError if the data cannot be used as asked, or if all rows or more than `max_bad_fraction` of them are skipped.
     """
     source = load_source(options)
     roles = find_roles(source.dataset.features, options.image_column, columns)
-    job = partial(_cached, source.dataset, options)
+    source = source.with_classes(roles)
+    state = source.state(roles.image)
+    threads = options.preprocessing_num_workers or 1
+    job = partial(_cached, source, options, roles)
     resolution, channels = options.resolution, options.channels
     if resolution is None or channels is None:
-        key = cache_key("scan", source.identity, roles.image)
-        scanned = job(partial(_scan_batch, roles=roles), key, SIZES, 1000, "Looking at image sizes")
+        scan = partial(_scan_batch, roles=roles, reach=source.reach, threads=threads)
+        scanned = job(scan, cache_key("scan", state, roles.image), SIZES, 1000, "Looking at image sizes")
         bad = _unusable(scanned)
         check_bad_fraction(repr(options.dataset), bad, len(bad), len(scanned), options.max_bad_fraction)
         width, height, native = (scanned.data.column(name).to_numpy() for name in ("width", "height", "channels"))
         resolution = resolution or _own_resolution(options.dataset, np.stack([width, height], axis=1)[width > 0])
         channels = channels or int(native.max())
     images = ImageSet(source.name, resolution, channels, roles)
+    _note_resizing(source, images)
     kept = kept_columns(source.dataset.features)
-    key = cache_key("pixels", source.identity, roles.image, resolution, channels)
+    key = cache_key("pixels", state, roles.image, resolution, channels)
     features, batch_size = cache_features(kept, images.values_per_image), BATCH_BYTES // images.values_per_image
-    preprocess = partial(_preprocess_batch, kept=list(kept), to=images)
+    preprocess = partial(_preprocess_batch, kept=list(kept), to=images, reach=source.reach, threads=threads)
     cached = job(preprocess, key, features, max(1, min(1000, batch_size)), "Preprocessing images")
     return usable_images(cached, images, repr(options.dataset), options.max_bad_fraction)
 
 
-def usable_images(cached: Dataset, of: ImageSet, shown_name: str, max_bad_fraction: float) -> ImageData:
-    """The rows of the cache that have a good image and a value in the needed column. Raises DataError if too many do not."""
-    class_names = _class_names(cached, of.roles.label)
+def _note_resizing(source: Source, to: ImageSet) -> None:
+    """Log that the images are resized or change their channels, as far as the first one tells."""
+    first = source.dataset.with_format("arrow")[:1].column(to.roles.image)[0]
+    with contextlib.suppress(BadImage):
+        width, height, channels = read_image(image_shape, to.roles.kind, source.reach, first.as_py())
+        size, wanted = (width, height, channels), (to.resolution, to.resolution, to.channels)
+        if size != wanted:
+            shapes = " to ".join(f"{w}x{h} with {c} channels" for w, h, c in (size, wanted))
+            logger.info("%s: images are scaled, cropped and converted, the first from %s", to.name, shapes)
+
+
+def usable_images(
+    cached: Dataset, of: ImageSet, shown_name: str, max_bad_fraction: float, classes: pa.Array | None = None
+) -> ImageData:
+    """The rows of the cache that have a good image and a value in the needed column. Raises DataError if too many do not.
+
+    `classes` are the values of the label column, sorted; by default those that occur.
+    """
+    cached = _with_class_numbers(cached, of.roles.label, classes)
+    label = cached.features.get(of.roles.label)  # of a stream, only the needed column is in the cache
+    class_names = None if label is None else list(label.names)
     skipped = _unusable(cached, of.roles.needed, of.roles.num_classes(class_names))
     check_bad_fraction(shown_name, skipped, len(skipped), len(cached), max_bad_fraction)
     rows = np.setdiff1d(np.arange(len(cached)), [one["row"] for one in skipped]) if skipped else None
@@ -199,37 +247,73 @@ def usable_images(cached: Dataset, of: ImageSet, shown_name: str, max_bad_fracti
     content = hashlib.blake2b((digests if rows is None else digests[rows]).tobytes(), digest_size=16).hexdigest()
     features = {name: str(feature) for name, feature in cached.features.items() if name not in (REASON, FILE)}
     fingerprint = hash_of(of.resolution, of.channels, features, content)
-    return ImageData(of.name, of.resolution, of.channels, of.roles, cached, class_names, fingerprint, rows, skipped)
+    about = (of.name, of.resolution, of.channels, of.roles)
+    return ImageData(*about, cached, class_names, fingerprint, rows, skipped)
 
 
-def _class_names(images: Dataset, label_column: str | None) -> list[str] | None:
-    """The names of a ClassLabel's values; for plain whole numbers, "0" up to the largest."""
+def _with_class_numbers(images: Dataset, label_column: str | None, classes: pa.Array | None) -> Dataset:
+    """With a label column of any type made a ClassLabel: the values that occur are the classes, named by themselves."""
     feature = images.features.get(label_column)
-    if feature is None or isinstance(feature, ClassLabel):  # of a stream, only the needed column is in the cache
-        return None if feature is None else list(feature.names)
-    high = pc.max(images.data.column(label_column)).as_py()
-    if high is None or high < 0:
-        raise DataError(f"The label column {label_column!r} holds no label. Labels are 0, 1, 2, ...")
-    return [str(value) for value in range(high + 1)]
+    if feature is None or isinstance(feature, ClassLabel):
+        return images
+    column = images.data.column(label_column)
+    classes = occurring_classes(column, label_column) if classes is None else classes
+    chunks = [pc.index_in(chunk, value_set=classes).cast(pa.int64()) for chunk in column.chunks]  # as in the other columns
+    place = images.column_names.index(label_column)
+    table = images.data.set_column(place, pa.field(label_column, pa.int64()), pa.chunked_array(chunks))
+    features = Features({**images.features, label_column: ClassLabel(names=class_names_of(classes))})
+    return Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint=images._fingerprint)
+
+
+def class_names_of(classes: pa.Array) -> list[str]:
+    return [str(value) for value in classes.to_pylist()]
 
 
 def _cached(
-    dataset: Dataset, options: DataOptions, function: Callable, key: str, features: Features, batch_size: int, desc: str
+    source: Source,
+    options: DataOptions,
+    roles: ColumnRoles,
+    function: Callable,
+    key: str,
+    features: Features,
+    batch_size: int,
+    desc: str,
 ) -> Dataset:
-    """`Dataset.map` by a function from Arrow tables to Arrow tables of these features, cached under `key`."""
-    workers, folder = min(options.preprocessing_num_workers or 1, len(dataset)), cache_folder(options.cache_dir)
-    cache = {"new_fingerprint": key, "cache_file_name": str(folder / f"{key}.arrow"), "load_from_cache_file": True}
+    """`Dataset.map` by a function from Arrow tables to Arrow tables of these features, cached under `key`.
+
+    A file that could not be read is not remembered as bad: when it can be, the cache is made anew.
+    """
+    folder, dataset = cache_folder(options.cache_dir), source.dataset
+    cache = {"new_fingerprint": key, "cache_file_name": str(folder / f"{key}.arrow")}
     batches = {"batched": True, "batch_size": batch_size, "writer_batch_size": batch_size}
-    columns = {"remove_columns": dataset.column_names, "features": features}
-    num_proc = workers if workers > 1 else None
+    job = {"function": function, "remove_columns": dataset.column_names, "features": features, "desc": desc, **batches, **cache}
     try:
-        made = dataset.with_format("arrow").map(function, **batches, **columns, **cache, num_proc=num_proc, desc=desc)
+        made = dataset.with_format("arrow").map(**job, load_from_cache_file=True)
+        if _readable_again(made, dataset, roles, source.reach):
+            made = dataset.with_format("arrow").map(**job, load_from_cache_file=False)
     except OSError as error:
         raise DataError(
             f"Cannot write the preprocessed images to {str(folder)!r}: {describe_exception(error)}. "
             "Free some space there, or choose another folder with --cache_dir."
         ) from error
     return made.with_format(None)
+
+
+def _readable_again(made: Dataset, dataset: Dataset, roles: ColumnRoles, reach: Reach) -> bool:
+    """Whether an image that could not be read when this cache was made can be read now."""
+    rows = unreadable_rows(made.data)
+    for value in dataset.with_format("arrow")[rows].column(roles.image).to_pylist() if rows else ():
+        try:
+            reach.fetched(value)
+        except BadImage:
+            continue
+        return True
+    return False
+
+
+def unreadable_rows(cache: pa.Table) -> list[int]:
+    """The rows whose file, not its content, was in the way."""
+    return pc.indices_nonzero(pc.starts_with(cache.column(REASON), UNREADABLE)).to_pylist()
 
 
 def _own_resolution(dataset: str, sizes: np.ndarray) -> int:
@@ -249,22 +333,24 @@ def cache_features(kept: Features, size: int) -> Features:
     return Features({PIXELS: List(Value("uint8"), length=size), DIGEST: Value("uint64"), **WHY_BAD, **kept})
 
 
-def _scan_batch(table: pa.Table, *, roles: ColumnRoles) -> pa.Table:
-    shapes, *why_bad = _each_image(table, roles, (0, 0, 0), image_shape)
+def _scan_batch(table: pa.Table, *, roles: ColumnRoles, reach: Reach, threads: int) -> pa.Table:
+    look = partial(read_image, image_shape, roles.kind, reach)
+    shapes, *why_bad = _each_image(table.column(roles.image), look, (0, 0, 0), threads)
     columns = dict(zip(SIZES, [*zip(*shapes, strict=True), *why_bad], strict=True))
     return pa.Table.from_pydict(columns, schema=SIZES.arrow_schema)
 
 
-def _preprocess_batch(table: pa.Table, *, kept: list[str], to: ImageSet) -> pa.Table:
+def _preprocess_batch(table: pa.Table, *, kept: list[str], to: ImageSet, reach: Reach, threads: int) -> pa.Table:
     nothing = np.zeros((to.resolution, to.resolution, to.channels), dtype=np.uint8)
-    images, *why_bad = _each_image(table, to.roles, nothing, image_pixels, to.resolution, to.channels)
+    read = partial(read_image, image_pixels, to.roles.kind, reach, to.resolution, to.channels)
+    images, *why_bad = _each_image(table.column(to.roles.image), read, nothing, threads)
     return cache_table(np.stack(images).reshape(len(table), -1), *why_bad, table.select(kept))
 
 
 def cache_table(pixels: np.ndarray, reasons: list[str | None], files: list[str | None], kept: pa.Table) -> pa.Table:
     """Rows of the cache: pixels, uint8 [N, H*W*C]; what is wrong with them; and the N rows of the kept columns."""
     rows = zip(pixels, kept.to_pylist() if kept.column_names else [{}] * len(pixels), strict=True)
-    contents = (image.tobytes() + json.dumps(values, sort_keys=True).encode() for image, values in rows)
+    contents = (image.tobytes() + json.dumps(values, sort_keys=True, default=str).encode() for image, values in rows)
     digests = np.frombuffer(b"".join(hashlib.blake2b(one, digest_size=8).digest() for one in contents), "<u8")
     flat = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), pixels.shape[1])
     why_bad = {REASON: pa.array(reasons, pa.string()), FILE: pa.array(files, pa.string())}
@@ -272,16 +358,31 @@ def cache_table(pixels: np.ndarray, reasons: list[str | None], files: list[str |
     return pa.table({**columns, **{name: kept.column(name) for name in kept.column_names}})
 
 
-def _each_image(table: pa.Table, roles: ColumnRoles, bad: Any, function: Callable, *args: Any) -> Iterator[tuple]:
+def read_image(function: Callable, kind: str, reach: Reach, *args: Any) -> Any:
+    """`function` of a row's image, the last argument, in a column of that kind. Raises `BadImage`, or `UnreadableFile`."""
+    *others, value = args
+    try:
+        return function(reach.fetched(value), kind, *others)
+    except BadImage as error:
+        if isinstance(error.__cause__, MemoryError):
+            raise UnreadableFile(error.__cause__) from error
+        raise
+
+
+def _each_image(column: pa.ChunkedArray, function: Callable, bad: Any, threads: int) -> Iterator[tuple]:
     """Results of `function` on the images, or `bad` where it raises BadImage; the reasons; the files of the bad ones."""
-    found = []
-    for scalar in table.column(roles.image):  # one by one, since they may be large
-        value = scalar.as_py()
+
+    def one(scalar: pa.Scalar) -> tuple:
+        value = scalar.as_py()  # one by one, since they may be large
         try:
-            found.append((function(value, roles.kind, *args), None, None))
+            return function(value), None, None
         except BadImage as error:
-            found.append((bad, str(error), image_file(value)))
-    return zip(*found, strict=True)
+            return bad, str(error), image_file(value)
+
+    if threads == 1:
+        return zip(*map(one, column), strict=True)
+    with ThreadPoolExecutor(threads) as pool:  # decoding and resizing leave the interpreter free
+        return zip(*pool.map(one, column), strict=True)
 
 
 def _unusable(images: Dataset, needed: str | None = None, num_classes: int | None = None) -> list[SkippedRow]:

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from ..support.errors import ConfigError
 from ..support.options import BELOW_ONE, OptionGroup, at_least, one_of, option
-from .images import CHANNELS
+
+CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 
 # fmt: off
 
@@ -17,8 +18,8 @@ class DataOptions(OptionGroup):
     title: ClassVar[str] = "data"
 
     dataset: str = option(
-        "digits", "Images: 'digits' (built in), a Hub data set, a folder of images, parquet files, or a folder saved by "
-        "Dataset.save_to_disk.")
+        "digits", "Images: 'digits' (built in), a Hub data set, a folder or archive of images, parquet files, or a folder "
+        "saved by Dataset.save_to_disk (docs/data.md).")
     dataset_config: str | None = option(None, "Configuration of a Hub data set.")
     split: str = option("train", "Split of the data set.")
     image_column: str | None = option(None, "Image column. By default the only column that holds images.")
@@ -29,10 +30,12 @@ class DataOptions(OptionGroup):
     cache_dir: str | None = option(
         None, "Cache folder for preprocessed images. By default the datasets library's.", on_resume="tell", in_recipe=False)
     preprocessing_num_workers: int | None = option(
-        None, "Processes that preprocess the images.", at_least(1), on_resume="tell", in_recipe=False)
+        None, "Threads that preprocess the images.", at_least(1), on_resume="tell", in_recipe=False)
     max_bad_fraction: float = option(
         0.01, "Largest share of rows that may be skipped, and listed in skipped.jsonl, because the image cannot be read or the "
         "label or caption is missing. If more rows are bad, the run ends.", BELOW_ONE, on_resume="tell")
+    follow_paths: bool = option(
+        False, "Read images that the rows of local data name by an address or by a path outside of the data's folder.")
     streaming: bool = option(False, "Read images as they are needed instead of preprocessing all of them first.")
 
     def require_resolution(self) -> None:

@@ -7,63 +7,99 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, DatasetDict, IterableDataset
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from huggingface_hub import HfApi
+import huggingface_hub
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset
+from huggingface_hub import HfApi, metadata_load
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
 from .bundled import BUNDLED
+from .columns import ColumnRoles
+from .files import ARCHIVES, PACKED, File, Reach, content_of, stamps
+from .folders import SPLIT_NAMES, TABLES, Account, Folder, read_archives, read_folder
 from .options import DataOptions
 
 logger = logging.getLogger(__name__)
 
 STREAMED_ROWS = 100  # rows of a parquet file decoded at a time; the library's default is a whole row group
 HUB_TIMEOUT = 10  # seconds to wait for the Hub's first answer
-
-IMAGE_EXTENSIONS = frozenset(ImageFolder.EXTENSIONS)
-SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}  # names of folders and files -> the split; the same names as in the `datasets` library
+EXPECTED = ("hidden", "other file")  # what is left out without a warning
 
 
 @dataclass(frozen=True)
 class Source:
+    """Rows of one split, and what is known of where they came from."""
+
     dataset: Dataset | IterableDataset
-    name: str  # of the bundled or Hub data set, or the last part of a local path
-    identity: str  # changes when the data do
+    name: str  # a name only, never a path: of the bundled or Hub data set, or of the folder or file when it was opened
+    identity: str  # changes when the files do; part of the keys of caches
+    reach: Reach = Reach()  # noqa: RUF009 (it is frozen)
+    files: tuple[str, ...] = ()  # local files that hold the rows
+    rows: str = ""  # which rows of these files, or a hash of what is known of the images that the rows name
+
+    def with_classes(self, roles: ColumnRoles) -> "Source":
+        """Without the images outside of class folders if a class is needed, and if others have one."""
+        if not self.rows or self.files or roles.needed != roles.label or not roles.label:
+            return self
+        labels = self.dataset.with_format("arrow")[:].column(roles.label)
+        kept = pc.indices_nonzero(pc.is_valid(labels)).to_pylist()
+        if len(kept) in (0, len(labels)) or not isinstance(self.dataset.features[roles.label], ClassLabel):
+            return self
+        logger.warning("Left out of %r, in no class: %d", self.name, len(labels) - len(kept))
+        return replace(self, dataset=self.dataset.select(kept), identity=hash_of(self.identity, "classes"))
+
+    def linked(self, image_column: str) -> list[str]:
+        """The local files that rows name in place of holding their image, in order. Of a stream, none."""
+        if not isinstance(self.dataset, Dataset) or not isinstance(self.dataset.features[image_column], datasets.Image | dict):
+            return []
+        found = []
+        for table in self.dataset.select_columns([image_column]).with_format("arrow").iter(batch_size=10_000):
+            column = table.column(image_column).combine_chunks()
+            named = pc.struct_field(column, "path") if "path" in [field.name for field in column.type] else None
+            if named is not None:
+                named = named.filter(pc.is_null(pc.struct_field(column, "bytes")))
+                found += [self.reach.local(path) for path in named.to_pylist() if path]
+        return [path for path in found if path is not None]
+
+    def state(self, image_column: str) -> str:
+        """The identity of rows and of the files that they name: changes when an image is replaced by one of the same name."""
+        return hash_of(self.identity, self.reach.anywhere, list(stamps(self.linked(image_column))))
+
+    def content(self, image_column: str) -> str:
+        """A hash of names and content, wherever the files lie; for data on the Hub, of the commit."""
+        files, root = [*self.files, *self.linked(image_column)], self.reach.roots[0] if self.reach.roots else os.sep
+        return hash_of(self.rows, content_of((os.path.relpath(file, root), file) for file in files)) if files else self.identity
 
 
 def load_source(options: DataOptions, streaming: bool = False) -> Source:
     """Loads what `options.dataset` names; local files take precedence over a Hub data set of that name.
 
-    With `streaming`, data on the Hub or in parquet files become an IterableDataset. Everything else is memory-mapped (for a
-    folder of images: the paths), and is a Dataset in any case. Raises DataError for what cannot be loaded or has no rows.
+    With `streaming`, data on the Hub or in tables become an IterableDataset. Everything else is memory-mapped (for a folder of
+    images: the paths), and is a Dataset in any case. Says in one line of the log what it took the data for and what it left
+    out. Raises DataError for what cannot be loaded or has no rows.
     """
     name, split = options.dataset, options.split
-    path = Path(name).expanduser() if name else Path("-")
+    path = Path(os.path.abspath(Path(name).expanduser())) if name else Path("-")
+    found = glob.glob(str(path), recursive=True) if glob.has_magic(name) and not path.exists() else [str(path)]
     if name in BUNDLED:
         if path.exists():
-            logger.warning("--dataset %s is the bundled data set; for the local %s, use ./%s", name, path, path)
-        source = Source(_select_split({"train": BUNDLED[name]()}, split, name), name, hash_of(name, split))
-    elif path.is_dir():
-        source = _load_folder(path, options, streaming)
-    elif path.suffix == ".parquet" and (path.is_file() or glob.has_magic(name)):
-        files = [path] if path.is_file() else [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
-        if not files:
-            raise DataError(f"No file matches --dataset {str(path)!r}. Check the folder, and quote the pattern.")
-        source = _load_parquet(files, path, options, streaming)
-    elif path.exists():
-        raise DataError(f"--dataset {name!r} is a file, but not parquet. Use a folder of images or *.parquet.")
+            logger.warning("--dataset %s is the bundled data set; for the local %s, use ./%s", name, name, name)
+        rows = _select_split({"train": BUNDLED[name]()}, split, name)
+        source = Source(rows, name, hash_of(name, split))
+    elif not found:
+        raise DataError(
+            f"--dataset {name!r}: there is no such folder or parquet file, nor a match of a pattern. Quote patterns."
+        )
+    elif os.path.exists(found[0]):
+        source = _load_local(path, found, options, streaming)
     elif re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", name):
         source = _load_from_hub(name, options, streaming)
     else:
@@ -76,43 +112,68 @@ def load_source(options: DataOptions, streaming: bool = False) -> Source:
     return source
 
 
-def _with_identity(dataset: Dataset, name: str) -> Source:
-    """Identified by the library's fingerprint and by its files, since a folder may be saved anew with the same one."""
-    files = [file["filename"] for file in dataset.cache_files]
-    return Source(dataset, name, hash_of(dataset._fingerprint, _stats(files)))
+def _load_local(path: Path, found: list[str], options: DataOptions, streaming: bool) -> Source:
+    if options.dataset_config is not None:
+        raise DataError(f"--dataset_config {options.dataset_config!r} is for data sets on the Hub; {str(path)!r} is local.")
+    suffixes = {Path(file).suffix.lower() for file in found}
+    files = [File(os.path.basename(file), file, ()) for file in sorted(found)]
+    if path.is_dir():
+        with as_data_error(f"the folder {str(path)!r}"):
+            saved = _saved_data_sets(path)
+            return _load_saved(path, saved, options) if saved else _load_folder(path, read_folder(path), options, streaming)
+    if len(suffixes) == 1 and suffixes <= set(TABLES):
+        return _load_tables(files, path, options, streaming, Account())
+    if suffixes <= set(ARCHIVES):
+        return _load_folder(path, read_archives(path, files), options, streaming)
+    fix = "Unpack it and name the folder." if suffixes & set(PACKED) else "Use a folder or archive of images, or *.parquet."
+    raise DataError(f"--dataset {options.dataset!r} is a file, but not parquet, zip or tar. {fix}")
 
 
-def _stats(files: list[str]) -> list[tuple[int, int]]:
-    return [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
-
-
-def _load_folder(path: Path, options: DataOptions, streaming: bool) -> Source:
+def _saved_data_sets(path: Path) -> dict[str, Path]:
+    """Folders that Dataset.save_to_disk wrote: this one, or those in it."""
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        with as_data_error(f"the saved data set {str(path)!r}"):
-            saved = datasets.load_from_disk(str(path))
-        splits = saved if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}
-        return _with_identity(_select_split(splits, options.split, path), path.resolve().name)
-    images, parquet = _find_files(path)
-    if images:
-        return _with_identity(_load_image_folder(path, options), path.resolve().name)
-    if parquet:
-        return _load_parquet(parquet, path, options, streaming)
-    raise DataError(
-        f"The folder {str(path)!r} holds no images (.png, .jpg, .jpeg, .webp, .gif, .bmp, .tif, .tiff, ...; sub-folders are "
-        "searched too) and no *.parquet files, and was not written by Dataset.save_to_disk."
-    )
+        return {"": path}
+    return {entry.name: entry for entry in sorted(path.iterdir()) if (entry / "state.json").is_file()}
 
 
-def _find_files(path: Path) -> tuple[bool, list[Path]]:
-    """(whether there is an image, or an archive that may hold images; all parquet files). Hidden files are ignored."""
-    parquet = []
-    for folder, subfolders, files in os.walk(path, followlinks=True):
-        subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith((".", "__")))
-        visible = [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
-        if any(file.suffix.lower() in IMAGE_EXTENSIONS or file.suffix.lower() == ".zip" for file in visible):
-            return True, []
-        parquet += [file for file in visible if file.suffix == ".parquet"]
-    return False, parquet
+def _load_saved(path: Path, saved: dict[str, Path], options: DataOptions) -> Source:
+    _refuse_chains(path)
+    with as_data_error(f"the saved data set {str(path)!r}"):
+        loaded = {name: datasets.load_from_disk(str(folder)) for name, folder in saved.items()}
+    splits: Mapping[str, Dataset] = loaded
+    if "" in loaded:
+        splits = loaded[""] if isinstance(loaded[""], DatasetDict) else {str(loaded[""].split or "train"): loaded[""]}
+    dataset, account = _select_split(splits, options.split, path), Account()
+    for entry in sorted(path.iterdir()):
+        if entry.name not in splits and entry.suffix not in (".json", ".arrow", ".lock") and entry.name[0] != ".":
+            account.add("beside the saved data set", entry.name)
+    files = tuple(file["filename"] for file in dataset.cache_files)
+    identity = hash_of(dataset._fingerprint, list(stamps(files)))  # a folder may be saved anew with the same fingerprint
+    _say(path, "a data set saved by Dataset.save_to_disk", _lengths(splits), options.split, account)
+    return Source(dataset, path.name, identity, _reach(path, options), files, options.split)
+
+
+def _reach(folder: Path, options: DataOptions) -> Reach:
+    return Reach((str(folder),), anywhere=options.follow_paths)
+
+
+def _refuse_chains(path: Path) -> None:
+    if "::" in str(path):
+        raise DataError(
+            f"The path {str(path)!r} holds '::', which the datasets library reads as a chain of addresses. Rename it."
+        )
+
+
+def _load_folder(path: Path, folder: Folder, options: DataOptions, streaming: bool) -> Source:
+    """Images as paths, with what describes them; or tables."""
+    if folder.tables:
+        return _load_tables(folder.tables, path, options, streaming, folder.account)
+    dataset = _select_split(folder.splits, options.split, path)
+    root = path if path.is_dir() else path.parent
+    rows = json.dumps(dataset.to_dict(), default=str, ensure_ascii=False).replace(str(root), "")
+    rows = hash_of(rows, str(dataset.features))
+    _say(path, folder.kind, _lengths(folder.splits), options.split, folder.account)
+    return Source(dataset, path.name, rows, _reach(root, options), rows=rows)
 
 
 def _select_split(splits: dict[str, Dataset], split: str, name: str | Path) -> Dataset:
@@ -123,34 +184,36 @@ def _select_split(splits: dict[str, Dataset], split: str, name: str | Path) -> D
         return datasets.concatenate_datasets([splits[one.splitname].select(range(one.from_, one.to)) for one in ranges])
 
 
-def _load_image_folder(path: Path, options: DataOptions) -> Dataset:
-    """A folder of images through `datasets`, with labels from its sub-folders or columns from its metadata file.
-
-    Sub-folders are splits only if all have names of splits and no image lies beside them; the library's own rule would read
-    nothing but a class called "train", or a file with "test" in its name.
-    """
-    folders = {entry.name: entry for entry in sorted(path.iterdir()) if entry.is_dir() and entry.name[0] not in "._"}
-    loose = [file for file in path.iterdir() if file.is_file() and file.suffix.lower() in IMAGE_EXTENSIONS]
-    files, flat = {"train": ["**"]}, False
-    if folders and not loose and all(name.lower() in SPLIT_NAMES for name in folders):
-        files = {}
-        for name in folders:
-            files.setdefault(SPLIT_NAMES[name.lower()], []).append(f"{glob.escape(name)}/**")
-        flat = all(entry.is_file() for folder in folders.values() for entry in folder.iterdir())
-    _check_split(path, options.split, list(files))
-    with as_data_error(f"the images in {str(path)!r}"):
-        given = {"data_dir": glob.escape(str(path)), "data_files": files, "split": options.split}
-        drop_labels = True if flat else None  # names of splits are no classes
-        return datasets.load_dataset("imagefolder", **given, drop_labels=drop_labels, cache_dir=options.cache_dir)
+def _lengths(splits: Mapping[str, Dataset]) -> dict[str, int]:
+    return {name: len(dataset) for name, dataset in splits.items()}
 
 
-def _load_parquet(files: list[Path], path: Path, options: DataOptions, streaming: bool) -> Source:
-    """Parquet files: of a folder, in the splits in their paths (`train/0.parquet`, `test-0-of-2.parquet`); else "train"."""
+def _say(path: Path, kind: str, splits: Mapping[str, int], split: str, account: Account) -> None:
+    """One line in the log of what the data were taken for; a warning if what is left out may be data."""
+    counts = ", ".join(f"{name} {count:,}" for name, count in splits.items())
+    left_out = f". Left out: {account}" if account.names else ""
+    level = logging.WARNING if set(account.names) - set(EXPECTED) else logging.INFO
+    logger.log(level, "%r is read as %s: %s; reading the split %r%s", path.name, kind, counts, split, left_out)
+
+
+def _load_tables(files: list[File], path: Path, options: DataOptions, streaming: bool, account: Account) -> Source:
+    """Parquet or Arrow files, in the splits in their paths (`train/0.parquet`, `test-0-of-2.parquet`); else "train"."""
+    _refuse_chains(path)
+    if path.is_dir() and len(configs := _described_configurations(path / "README.md")) > 1:
+        raise DataError(
+            f"The folder {str(path)!r} has several configurations, {configs} (README.md). Name the files of one, such as "
+            " 'folder/name/*.parquet'."
+        )
+    kinds = {file.suffix for file in files}
+    if len(kinds) > 1:
+        raise DataError(
+            f"{str(path)!r} has both .parquet and .arrow files. Name those to read with a pattern, 'folder/*.parquet'."
+        )
     splits: dict[str, list[str]] = {}
     for file in files:
-        words = [*file.relative_to(path).parent.parts, *re.split(r"[-._\s\d]+", file.stem)] if path.is_dir() else []
-        found = next((SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES), "")
-        splits.setdefault(found, []).append(str(file.resolve()))
+        words = [*file.folders, *re.split(r"[-._\s\d]+", Path(file.stem).name)]
+        found = next((SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES), "") if path.is_dir() else ""
+        splits.setdefault(found, []).append(file.path)
     if "" in splits and len(splits) > 1:
         raise DataError(
             f"Some parquet files in {str(path)!r} are named after a split and others, such as {splits[''][0]!r}, "
@@ -158,15 +221,26 @@ def _load_parquet(files: list[Path], path: Path, options: DataOptions, streaming
         )
     splits = {name or "train": found for name, found in splits.items()}
     _check_split(path, options.split, list(splits))
-    escaped = {name: [glob.escape(file) for file in found] for name, found in splits.items()}
-    name, given = path.resolve().name, {"path": "parquet", "data_files": escaped, "split": options.split}
-    with as_data_error(f"the parquet files {str(path)!r}"):
-        if not streaming:
-            return _with_identity(datasets.load_dataset(**given, cache_dir=options.cache_dir), name)
-        _refuse_slices(options.split)
-        stream = datasets.load_dataset(**given, streaming=True, batch_size=STREAMED_ROWS)
-    read = [file for split in options.split.split("+") for file in splits[split]]
-    return Source(stream, name, hash_of(read, _stats(read)))
+    builder, root = (
+        kinds.pop()[1:],
+        path if path.is_dir() else Path(os.path.commonpath([os.path.dirname(f.path) for f in files])),
+    )
+    name = path.name if path.exists() else root.name
+    read = tuple(file for split in options.split.split("+") for file in splits[split.partition("[")[0]])
+    identity = hash_of(read, list(stamps(read)), options.split)
+    escaped = {split: [glob.escape(file) for file in found] for split, found in splits.items()}
+    given = {"path": builder, "data_files": escaped, "split": options.split}
+    with as_data_error(f"the {builder} files {str(path)!r}"):
+        if streaming:
+            _refuse_slices(options.split)
+            batches = {"batch_size": STREAMED_ROWS} if builder == "parquet" else {}
+            dataset = datasets.load_dataset(**given, streaming=True, **batches)
+        else:  # the library would take a file of the same name and time for the same file
+            cache = cache_folder(options.cache_dir) / f"tables-{hash_of(builder, escaped, identity)}"
+            dataset = datasets.load_dataset(**given, cache_dir=str(cache))
+    kind = f"{len(read)} {builder} file{'s' if len(read) > 1 else ''}"
+    _say(path, kind, {split: len(found) for split, found in splits.items()}, options.split, account)
+    return Source(dataset, name, identity, _reach(root, options), read, options.split)
 
 
 def _refuse_slices(split: str) -> None:
@@ -187,15 +261,25 @@ def _load_from_hub(name: str, options: DataOptions, streaming: bool) -> Source:
     except Exception as error:  # the HTTP client and its exceptions differ between versions of the library
         logger.warning("The Hub cannot be reached (%s); looking for %s in the cache.", describe_exception(error), name)
         reachable = False
+    given = {"split": split, "trust_remote_code": False}
+    caches = datasets.config.HF_CACHE_HOME, huggingface_hub.constants.HF_HUB_CACHE, cache_folder(options.cache_dir).parent
+    reach = Reach(tuple(os.path.abspath(cache) for cache in caches), remote=True, anywhere=options.follow_paths)
     try:
         datasets.config.HF_HUB_OFFLINE = not reachable
-        if not streaming:
-            return _with_identity(datasets.load_dataset(name, config, split=split, cache_dir=options.cache_dir), name)
-        stream = datasets.load_dataset(name, config, split=split, streaming=True)
-        revision = api.dataset_info(name, timeout=HUB_TIMEOUT).sha
-        return Source(stream, name, hash_of(name, config, split, revision))
+        if streaming:
+            dataset = datasets.load_dataset(name, config, streaming=True, **given)
+            identity = hash_of(name, config, split, api.dataset_info(name, timeout=HUB_TIMEOUT).sha)
+        else:
+            dataset = datasets.load_dataset(name, config, cache_dir=options.cache_dir, **given)
+            identity = hash_of(dataset._fingerprint, list(stamps(file["filename"] for file in dataset.cache_files)))
+        logger.info("%r is read from the Hub; reading the split %r", name, split)
+        return Source(dataset, name, identity, reach)
     except Exception as error:
         here = f"--dataset {name!r} is no local folder or file"
+        if config is None and (configs := _configurations(name, reachable)):
+            raise DataError(
+                f"The data set {name!r} has several configurations. Set --dataset_config to one of {configs}."
+            ) from error
         if not reachable:
             why = "offline mode is on (HF_HUB_OFFLINE)" if offline else "the Hub cannot be reached"
             raise DataError(
@@ -205,6 +289,25 @@ def _load_from_hub(name: str, options: DataOptions, streaming: bool) -> Source:
         raise DataError(f"{here}, and loading it from the Hub failed: {describe_exception(error)}") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
+
+
+def _described_configurations(readme: Path) -> list[str]:
+    """The configurations of a copy of a Hub data set, which have tables of their own."""
+    try:
+        return [config["config_name"] for config in metadata_load(readme)["configs"]]
+    except Exception:  # no such file, or one that was not written for the Hub
+        return []
+
+
+def _configurations(name: str, reachable: bool) -> list[str]:
+    """The names of a Hub data set's configurations if there are several and none is the default; else none."""
+    if not reachable:
+        return []
+    try:
+        configs = datasets.get_dataset_config_names(name)
+        return configs if len(configs) > 1 and datasets.get_dataset_default_config_name(name) is None else []
+    except Exception:  # whatever was wrong before is wrong here, and is said
+        return []
 
 
 def _check_split(name: str | Path, split: str, available: list[str]) -> None:

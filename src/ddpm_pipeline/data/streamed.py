@@ -6,13 +6,14 @@ function of the seed; a `Position`, a few numbers, says how far it has been read
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
 import datasets
-import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset
 import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset
 from datasets.arrow_writer import ArrowWriter
@@ -20,13 +21,25 @@ from datasets.arrow_writer import ArrowWriter
 from ..support.atomic import atomic_file
 from ..support.draws import block_order, shard_order
 from ..support.errors import DataError
-from ..support.exceptions import describe_exception
-from .columns import check_column, find_roles, kept_columns, missing_value
+from .columns import check_column, find_roles, kept_columns, missing_value, occurring_classes
+from .files import Reach
 from .images import DEEP_MODES, BadImage, image_file, image_pixels
-from .mapped import ImageData, ImageSet, cache_features, cache_key, cache_table, images_of, load_images, usable_images
+from .mapped import (
+    ImageData,
+    ImageSet,
+    cache_features,
+    cache_key,
+    cache_table,
+    class_names_of,
+    images_of,
+    load_images,
+    read_image,
+    unreadable_rows,
+    usable_images,
+)
 from .options import UNCONDITIONAL, ConditionColumns, DataOptions
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
-from .sources import as_data_error, cache_folder, hash_of, load_source
+from .sources import Source, as_data_error, cache_folder, hash_of, load_source
 
 READ_ROWS = 100  # rows requested at a time
 LOCAL_SHARDS = 256  # shards that a memory-mapped data set is read in
@@ -44,6 +57,8 @@ class StreamData(ImageSet):
     stream: IterableDataset  # the image column, not decoded, and the one that the condition reads
     columns: list[str]  # that can be conditions
     class_names: list[str] | None  # of the label column's values 0, 1, ...
+    classes: pa.Array | None  # the values themselves, of a needed label column that is no ClassLabel
+    reach: Reach
     fingerprint: str  # of the source and of what its rows become, 32 hex digits
     max_bad_fraction: float
 
@@ -75,7 +90,8 @@ class StreamData(ImageSet):
         path = cache_folder(cache_dir) / f"{cache_key('stream', self.fingerprint, count)}.arrow"
         kept = Features({name: feature for name, feature in self.stream.features.items() if name != self.roles.image})
         features = cache_features(kept, self.values_per_image)
-        if not path.exists():
+        known = Dataset.from_file(str(path)).data if path.exists() else None
+        if known is None or unreadable_rows(known):  # such a file may be readable now
             nothing = np.zeros(self.values_per_image, np.uint8)
             with atomic_file(path) as temporary, ArrowWriter(features=features, path=str(temporary)) as writer:
                 for pixels, found, row in self._first_rows(count):
@@ -84,7 +100,7 @@ class StreamData(ImageSet):
                     writer.write_table(made)
                 writer.finalize()
         images = Dataset.from_file(str(path), info=datasets.DatasetInfo(features=features))
-        return usable_images(images, self, repr(self.name), self.max_bad_fraction)
+        return usable_images(images, self, repr(self.name), self.max_bad_fraction, self.classes)
 
     def _first_rows(self, count: int) -> Iterator[tuple[np.ndarray | None, Any, pa.Table]]:
         """Rows in the stream's own order, as `read` gives them and as tables, until `count` of them are usable."""
@@ -102,14 +118,19 @@ class StreamData(ImageSet):
         roles, condition = self.roles, None
         if roles.needed is not None:
             condition = table.column(roles.needed)[index].as_py()
+            condition = condition if self.classes is None else self._class_numbers.get(condition)
             missing = missing_value(condition, roles.needed, roles.num_classes(self.class_names))
             if missing is not None:
                 return None, skipped_row(row, missing, shard=shard)
         value = table.column(roles.image)[index].as_py()
         try:
-            return image_pixels(_fetched(value), roles.kind, self.resolution, self.channels), condition
+            return read_image(image_pixels, roles.kind, self.reach, self.resolution, self.channels, value), condition
         except BadImage as error:
             return None, skipped_row(row, str(error), image_file(value), shard)
+
+    @cached_property
+    def _class_numbers(self) -> dict[Any, int]:
+        return {value: number for number, value in enumerate(self.classes.to_pylist())}
 
     def check_bad_rows(self, skipped: list[SkippedRow], bad: int, seen: int) -> None:
         """Raises DataError if no rows were seen, or if too many of them are bad, or all."""
@@ -126,28 +147,44 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
     """
     options.require_resolution()
     source = load_source(options, streaming=True)
-    stream = source.dataset
-    if isinstance(stream, Dataset):
-        stream = stream.to_iterable_dataset(num_shards=min(len(stream), LOCAL_SHARDS))
-    features = stream.features
+    features = source.dataset.features
     if features is None:
         raise DataError(f"The columns of {options.dataset!r} are unknown before it is read. Drop --streaming.")
     roles = find_roles(features, options.image_column, columns)
+    source = source.with_classes(roles)
+    stream = source.dataset
+    if isinstance(stream, Dataset):
+        stream = stream.to_iterable_dataset(num_shards=min(len(stream), LOCAL_SHARDS))
     image, label = features[roles.image], features.get(roles.label)
-    if label is not None and roles.label == roles.needed and not isinstance(label, ClassLabel):
-        raise DataError(
-            f"--label_column {roles.label!r} has the type {label}, which does not say how many classes there are. "
-            "Make it a ClassLabel (Dataset.cast_column), or drop --streaming."
-        )
+    class_names, classes = list(label.names) if isinstance(label, ClassLabel) else None, None
+    if label is not None and roles.label == roles.needed and class_names is None:
+        classes = _classes(source, roles.label)
+        class_names = class_names_of(classes)
     grey = isinstance(image, datasets.Array2D) or getattr(image, "mode", None) in ("1", "L", *DEEP_MODES)
     resolution, channels = options.resolution, options.channels or (1 if grey else 3)
     read = [roles.image] if roles.needed is None else [roles.image, roles.needed]
     stream, kept = stream.decode(False).select_columns(read), list(kept_columns(features))
-    class_names = list(label.names) if isinstance(label, ClassLabel) else None
-    fingerprint = hash_of(source.identity, roles.image, resolution, channels, roles.needed)
-    return StreamData(
-        source.name, resolution, channels, roles, stream, kept, class_names, fingerprint, options.max_bad_fraction
-    )
+    with as_data_error(f"the files of {source.name!r}"):
+        content = source.content(roles.image)
+    fingerprint = hash_of(content, roles.image, resolution, channels, roles.needed, class_names)
+    about = (source.name, resolution, channels, roles)
+    limit = options.max_bad_fraction
+    return StreamData(*about, stream, kept, class_names, classes, source.reach, fingerprint, limit)
+
+
+def _classes(source: Source, label_column: str) -> pa.Array:
+    """The values of a label column that is no ClassLabel, from local files. Raises DataError for data on the Hub."""
+    with as_data_error(f"the column {label_column!r}"):
+        if isinstance(source.dataset, Dataset):
+            column = source.dataset.select_columns([label_column]).with_format("arrow")[:].column(0)
+        elif source.files:
+            column = pa.dataset.dataset(list(source.files)).to_table([label_column]).column(0)
+        else:
+            raise DataError(
+                f"--label_column {label_column!r} has the type {source.dataset.features[label_column]}, which does not say how "
+                "many classes there are. Drop --streaming, or choose a ClassLabel column."
+            )
+        return occurring_classes(column, label_column)
 
 
 def open_data(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -> ImageData | StreamData:
@@ -158,18 +195,6 @@ def open_data(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -
 def _tables(stream: IterableDataset) -> Iterator[pa.Table]:
     """The stream's rows in tables of READ_ROWS. By `iter`, which gives all rows even in a DataLoader's worker."""
     return stream.with_format("arrow").iter(batch_size=READ_ROWS)
-
-
-def _fetched(value: Any) -> Any:
-    """The value, with the bytes of a remote file. Raises `BadImage`."""
-    path = image_file(value)
-    if path is None or "://" not in path or value.get("bytes") is not None:
-        return value
-    try:
-        with fsspec.open(path, "rb") as file:
-            return {"bytes": file.read(), "path": path}
-    except Exception as error:  # the HTTP client's exceptions differ between versions of the library
-        raise BadImage(f"it cannot be fetched: {describe_exception(error)}") from error
 
 
 @dataclass(frozen=True)

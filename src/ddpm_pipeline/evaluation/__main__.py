@@ -11,13 +11,16 @@ from .options import parse_options
 def main() -> None:
     with reported_errors():
         options = parse_options(sys.argv[1:])
+        from accelerate import PartialState
+
         from . import evaluate  # after parsing, so that --help and mistakes take no seconds
 
         logging.getLogger("diffusers").setLevel(logging.ERROR)
+        logging.basicConfig(format="%(message)s")
+        if main_process := PartialState().is_main_process:  # what the data were taken for
+            logging.getLogger("ddpm_pipeline").setLevel(logging.INFO)
         results = evaluate(options)
-        from accelerate import PartialState
-
-        if PartialState().is_main_process:
+        if main_process:
             print(json.dumps(results, indent=2))
 
 

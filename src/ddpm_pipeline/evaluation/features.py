@@ -3,8 +3,14 @@
 An extractor is a module from images [B, C, H, W] in [-1, 1] to features [B, F].
 """
 
+import contextlib
+import hashlib
 import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -14,9 +20,11 @@ from torch import nn
 from ..data import ImageData
 from ..support.atomic import atomic_file
 from ..support.errors import ConfigError
+from ..support.exceptions import describe_exception
 from ..support.extras import needs_extra
 from ..support.provenance import weights_digest
 from .digits import fit_digits_classifier
+from .options import FEWEST_IMAGES
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
@@ -26,20 +34,45 @@ _HOW_TO_SUPPLY = (
     "evaluate.py) or put the file into torch.hub's checkpoint folder."
 )
 
+_WHAT_TO_NAME = (
+    "Use auto, digits, inception, or MODULE:FUNCTION, where the function takes no arguments and returns a torch module from "
+    "images [B, C, H, W] in [-1, 1] to features [B, F]."
+)
+
 
 def extract(extractor: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Features [B, F] of uint8 images [B, C, H, W], and logits [B, classes] if the extractor has them.
 
     An extractor with logits has a method `features_and_logits`, or a method `features` while the module itself gives logits.
+    Raises ValueError for images of another type or shape, and if the extractor fails or gives anything but features [B, F].
     """
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; give uint8 [B, C, H, W].")
-    scaled = images.to(torch.float32) / 127.5 - 1
-    if hasattr(extractor, "features_and_logits"):
-        return extractor.features_and_logits(scaled)
-    if hasattr(extractor, "features"):
-        return extractor.features(scaled), extractor(scaled)
-    return extractor(scaled), None
+    scaled, name = images.to(torch.float32) / 127.5 - 1, f"the feature extractor {type(extractor).__name__}"
+    try:
+        with torch.no_grad():
+            if hasattr(extractor, "features_and_logits"):
+                features, logits = extractor.features_and_logits(scaled)
+            elif hasattr(extractor, "features"):
+                features, logits = extractor.features(scaled), extractor(scaled)
+            else:
+                features, logits = extractor(scaled), None
+    except (Exception, SystemExit) as error:  # it may be the user's code, which may raise or end in any way
+        raise ValueError(f"{name} fails on images {list(images.shape)}: {describe_exception(error)}.") from error
+    features = _checked(features, name, "features", images)
+    return features, None if logits is None else _checked(logits, name, "logits", images)
+
+
+def _checked(values: Any, name: str, what: str, images: torch.Tensor) -> torch.Tensor:
+    """Features or logits [B, F], float32 or float64. Raises ValueError if they are something else."""
+    if not isinstance(values, torch.Tensor) or values.is_complex():
+        given = getattr(values, "dtype", type(values).__name__)
+        raise ValueError(f"{name} gives {given} as {what}, not a tensor of real numbers [B, F].")
+    if values.ndim != 2 or len(values) != len(images) or not values.shape[1]:
+        advice = "; average maps [B, F, h, w] with .mean(dim=(2, 3))" if values.ndim == 4 else ""
+        given = f"{what} {list(values.shape)} of {len(images)} images"
+        raise ValueError(f"{name} gives {given}, not [{len(images)}, F]{advice}.")
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def feature_extractor(name: str, dataset: str, inception_weights: str | None, option: str = "--features") -> nn.Module:
@@ -54,31 +87,89 @@ def feature_extractor(name: str, dataset: str, inception_weights: str | None, op
             return InceptionFeatures(inception_weights)
         except (ImportError, FileNotFoundError) as error:
             raise ConfigError(f"{option} inception: {error}") from error
-    module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)().eval()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"{option} {name}: {error}. Use auto, digits, inception, or MODULE:FUNCTION, where the function returns a "
-            "torch module from images [B, C, H, W] in [-1, 1] to features [B, F]."
-        ) from error
+        return _made_by_the_user(name)
+    except (Exception, SystemExit) as error:  # it is the user's code, which may raise or end in any way
+        why = str(error) if type(error) is ConfigError else describe_exception(error)
+        raise ConfigError(f"{option} {name}: {why}. {_WHAT_TO_NAME}") from error
+
+
+def _made_by_the_user(name: str) -> nn.Module:
+    """What FUNCTION in MODULE gives."""
+    module_name, _, function_name = name.partition(":")
+    if not (module_name and function_name):
+        raise ConfigError("it is no name of an extractor")
+    with _current_folder_searched():
+        function = getattr(importlib.import_module(module_name), function_name, None)
+        if not callable(function):
+            raise ConfigError(f"{module_name} has no function {function_name}")
+        extractor = function()
+    if not isinstance(extractor, nn.Module):
+        raise ConfigError(f"{function_name}() returned a {type(extractor).__name__}, not a torch module")
+    return extractor.eval()
+
+
+@contextlib.contextmanager
+def _current_folder_searched() -> Iterator[None]:
+    """Within, modules that are found nowhere else are looked for in the current folder, which scripts do not search."""
+
+    class Here:
+        @staticmethod
+        def find_spec(name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+            return PathFinder.find_spec(name, path or [str(Path.cwd())], target)
+
+    sys.meta_path.append(Here)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(Here)
+
+
+def try_extractor(extractor: nn.Module, data: ImageData, option: str) -> None:
+    """Extract the features of two images of noise like those of the data, and of one alone, so that what fails does so before a
+    run. Raises ConfigError, which names the `option`, then, and for features that are not finite, and for too few data.
+    """
+    if len(data) < FEWEST_IMAGES:
+        needed = f"sample quality needs at least {FEWEST_IMAGES}, and thousands for a figure to report"
+        raise ConfigError(f"{option}: {data.name} has {len(data)} images; {needed}. Evaluate the likelihood alone.")
+    shape = (2, data.channels, data.resolution, data.resolution)
+    noise = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    try:
+        for images in (noise, noise[:1]):
+            _finite_features(extractor, images)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error} {_WHAT_TO_NAME}") from error
 
 
 def real_features(data: ImageData, extractor: nn.Module, cache_dir: str | None) -> torch.Tensor:
     """Features [N, F] of all images of the data, from the cache, or else computed and kept there.
 
-    The key is the data's fingerprint and a digest of the extractor's class and weights, so that neither can be mistaken.
+    The key is the data's fingerprint, the extractor's class and weights, and what it makes of the first images, so that neither
+    can be mistaken. Raises ConfigError if features cannot be had or are not finite.
     """
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ddpm_pipeline"
-    path = folder / f"features-{data.fingerprint}-{weights_digest(extractor)}.safetensors"
+    rows = range(len(data))
+    first = _finite_features(extractor, data.pixels(rows[:2]))
+    behaviour = hashlib.sha256(first.numpy().tobytes()).hexdigest()[:8]
+    name = f"features-{data.fingerprint}-{weights_digest(extractor)}-{behaviour}.safetensors"
+    path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ddpm_pipeline" / name
     if path.is_file():
         return load_file(path)["features"]
-    device, rows = next(iter(extractor.state_dict().values()), torch.empty(0)).device, range(len(data))
-    batches = (data.pixels(rows[start : start + REAL_BATCH]).to(device) for start in rows[::REAL_BATCH])
-    with torch.no_grad():
-        features = torch.cat([extract(extractor, batch)[0].cpu() for batch in batches])
+    batches = (data.pixels(rows[start : start + REAL_BATCH]) for start in rows[::REAL_BATCH])
+    features = torch.cat([_finite_features(extractor, batch) for batch in batches])
     with atomic_file(path) as temporary:
         save_file({"features": features.contiguous()}, temporary)
+    return features
+
+
+def _finite_features(extractor: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Features [B, F], on the CPU. Raises ConfigError if there are none, or if some are not finite."""
+    device = next(iter(extractor.state_dict().values()), torch.empty(0)).device
+    try:
+        features = extract(extractor, images.to(device))[0].cpu()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not features.isfinite().all():
+        raise ConfigError(f"the feature extractor {type(extractor).__name__} gives NaN or infinite features.")
     return features
 
 
@@ -104,7 +195,7 @@ class InceptionFeatures(nn.Module):
         try:
             path = None if weights is None else str(weights)
             self.network = NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], path)
-        except (OSError, RuntimeError) as error:  # URLError is an OSError
+        except Exception as error:  # of the network, of a damaged file, of other weights
             raise FileNotFoundError(f"the Inception weights could not be loaded ({error}). {_HOW_TO_SUPPLY}") from error
 
     def features_and_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,16 +29,25 @@ def summary(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 
 def measurements(results: Mapping[str, Any]) -> list[Measurement]:
-    """The figures in the results of `evaluate`, as the model card has them."""
+    """The figures in the results of `evaluate`, as the model card has them: with their standard errors, and with all that says
+    what they are estimates from.
+    """
     data, seed = {name: results[name] for name in ("dataset", "split")}, {"seed": results["seed"]}
     measured = []
     if bits := results.get("bits_per_dim"):
-        settings = {"steps": bits["steps"], "bound": "upper"} | seed
-        measured.append(Measurement("bits/dim", bits["total"], bits["num_images"], settings=settings, **data))
+        calls, steps = bits["network_calls"], bits["steps"]
+        estimate = {"network_calls": f"{calls} of {steps} per image"} if calls < steps else {}
+        settings = {"steps": steps, "bound": "upper", **estimate} | seed
+        error = bits.get("total_standard_error")
+        measured.append(
+            Measurement("bits/dim", bits["total"], bits["num_images"], standard_error=error, settings=settings, **data)
+        )
     if quality := results.get("quality"):
-        settings = {name: quality[name] for name in ("steps", "scheduler", "features")} | seed
+        shared = ("steps", "scheduler", "guidance_scale", "features")
+        settings = {name: quality[name] for name in shared if name in quality} | {"real_images": quality["num_real"]} | seed
+        spread = {"KID": {"std_over_subsets": float(f"{quality['kid_std']:.2g}")}}
         measured += [
-            Measurement(name, quality[name.lower()], quality["num_generated"], settings=settings, **data)
+            Measurement(name, quality[name.lower()], quality["num_generated"], settings=settings | spread.get(name, {}), **data)
             for name in ("FID", "KID", "precision", "recall")
         ]
     return measured

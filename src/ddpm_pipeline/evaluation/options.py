@@ -28,15 +28,36 @@ class EvaluationDataOptions(DataOptions):
 
 
 @dataclass(frozen=True)
+class ConditionOptions(OptionGroup):
+    """Where the classes or captions of a conditional model come from."""
+
+    title: ClassVar[str] = "condition"
+
+    label_column: str | None = option(None, "Column of class labels. By default the only ClassLabel column.")
+    text_column: str | None = option(None, "Column of captions, for a text-to-image model. Of several, the first counts.")
+    caption_template: str | None = option(
+        None, "Caption with {name} in place of the class name, for a text-to-image model and data with labels alone.",
+        Allowed("a text with {name}", lambda value: "{name}" in value))
+
+    def check(self) -> None:
+        if self.text_column is not None and self.caption_template is not None:
+            raise ConfigError("--caption_template makes captions from class labels; drop it, or --text_column.")
+
+
+@dataclass(frozen=True)
 class LikelihoodOptions(OptionGroup):
     title: ClassVar[str] = "likelihood"
 
     num_likelihood_images: int = option(256, "Dataset images to evaluate in bits per dimension; 0 for none.", at_least(0))
     likelihood_steps: int | None = option(None, "Steps of the evaluated chain. By default all of the model's.", at_least(1))
     likelihood_calls: int | None = option(
-        None, "Network calls per image, for an estimate from a stratified subset of the steps. By default all.", at_least(1))
+        None, "Network calls per image, for an estimate from a stratified subset of the steps. By default all.", at_least(3))
     two_term: bool = option(False, "Evaluate the bound in the report's two-term form as well.")
     num_bins: int = option(256, "Levels of a pixel, for bits per dimension.", at_least(2))
+
+    def check(self) -> None:
+        if self.two_term and self.likelihood_calls is not None:
+            raise ConfigError("--two_term follows the whole chain; drop it, or --likelihood_calls.")
 
 
 @dataclass(frozen=True)
@@ -47,7 +68,8 @@ class QualityOptions(OptionGroup):
         1024, "Images to sample for FID, KID, precision and recall; 0 for none.",
         Allowed(f"0 or at least {FEWEST_IMAGES}", lambda value: value == 0 or value >= FEWEST_IMAGES))
     features: str = option(
-        "auto", "Feature extractor: digits, inception, MODULE:FUNCTION, or auto (digits for the digits, else inception).")
+        "auto", "Feature extractor: digits, inception, MODULE:FUNCTION, or auto (digits for the digits, else inception, "
+        "or no samples where that is not installed).")
     inception_weights: str | None = option(None, "File of Inception weights. By default they are downloaded.")
 
 
@@ -68,6 +90,7 @@ class EvaluationOptions(OptionSet):
 
     sampling: SamplingOptions
     data: EvaluationDataOptions
+    condition: ConditionOptions
     likelihood: LikelihoodOptions
     quality: QualityOptions
     results: ResultOptions

@@ -1,13 +1,12 @@
-"""Evaluation of any unconditional DDPM pipeline: `evaluate(EvaluationOptions(model="ddpm-digits", dataset="digits"))`.
+"""Evaluation of any DDPM pipeline: `evaluate(EvaluationOptions(model="ddpm-digits", dataset="digits"))`.
 
 The figures go to evaluation.json and into the model card's metadata. They do not depend on the number of processes.
 """
 
-import json
 import math
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +18,47 @@ from tqdm.auto import tqdm
 
 from ..data import ImageData, load_images, open_stream
 from ..data.skipped import SHOWN, describe
-from ..generation.drawing import sample_uint8
-from ..generation.pipelines import default_steps, load_pipeline, scheduler_for
-from ..hub import record_evaluation
-from ..pipeline_alpha_ddpm import AlphaDDPMPipeline
-from ..support.atomic import write_text
+from ..generation.drawing import sample_uint8, step_bar
+from ..generation.pipelines import Pipeline, condition_of, load_pipeline, scheduler_for, steps_of
 from ..support.draws import RandomStream, image_indices, seeds
 from ..support.errors import ConfigError
 from ..support.provenance import provenance
 from ..support.sharing import my_batches
-from .features import feature_extractor, real_features
-from .figures import likelihood_of, measurements, summary
-from .options import EvaluationOptions
+from .conditions import DataConditions, columns_of
+from .features import feature_extractor, real_features, try_extractor
+from .figures import likelihood_of, summary
+from .options import CHANNELS, EvaluationOptions
 from .quality import ImageQuality
+from .results import check_destinations, split_name, write_results
 
 
 def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     """Bits per dimension of images and the quality of samples; the results as they are written to evaluation.json.
 
-    Raises ConfigError or DataError for a model, data or feature extractor that cannot be used.
+    Raises ConfigError or DataError for a model, data, a feature extractor or files that cannot be used, before anything that
+    takes long.
     """
     began = time.monotonic()
     accelerator, sampling = Accelerator(), options.sampling
     if sampling.num_cpu_threads:
         torch.set_num_threads(sampling.num_cpu_threads)
-    pipe, quality = load_pipeline(sampling.model).to(accelerator.device), options.quality
-    sampler, extractor = scheduler_for(pipe, sampling.scheduler), None
-    if quality.num_images:  # before anything that takes long, in case it cannot be used
-        extractor = feature_extractor(quality.features, options.data.dataset, quality.inception_weights)
-    with accelerator.main_process_first():
-        data = _open_images(options, pipe.unet.config)
-    if accelerator.is_main_process and data.skipped:
-        first = "; ".join(map(describe, data.skipped[:SHOWN]))
-        print(f"warning: {len(data.skipped)} rows cannot be used and are skipped: {first}", file=sys.stderr)
-    about = {"model": Path(sampling.model).name, "dataset": data.name, "split": options.data.split}
-    results = about | {"skipped_rows": len(data.skipped)}
+    if accelerator.is_main_process:
+        check_destinations(options)
+    pipe = load_pipeline(sampling.model).to(accelerator.device)
+    subject = _open(pipe, options, accelerator)
+    results = {
+        "model": Path(sampling.model).name,
+        "dataset": subject.data.name,
+        "split": split_name(options.data),
+        "skipped_rows": len(subject.data.skipped),
+    }
     if options.likelihood.num_likelihood_images:
-        results["bits_per_dim"] = _bits_per_dim(pipe, data, options, accelerator)
-    if extractor is not None:
-        pipe.scheduler = sampler
-        results["quality"] = _quality(pipe, extractor.to(accelerator.device), data, options, accelerator)
+        results["bits_per_dim"] = found = _bits_per_dim(subject, options, accelerator)
+        error = f" ± {found['total_standard_error']:.2g}" if "total_standard_error" in found else ""
+        # whatever becomes of the samples
+        _tell(f"{found['total']:.4f}{error} bits/dim, of {found['num_images']} images", accelerator)
+    if subject.reference is not None:
+        results["quality"] = _quality(subject, options, accelerator)
     results |= {
         "seed": sampling.seed,
         "batch_size": sampling.batch_size,
@@ -67,41 +67,103 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
         **provenance(accelerator.device),
     }
     if accelerator.is_main_process:
-        _write(options, results)
+        write_results(options, results)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
 
 
-def _open_images(options: EvaluationOptions, unet: Any) -> ImageData:
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated."""
+
+    pipe: Pipeline
+    data: ImageData
+    conditions: DataConditions
+    sampler: Any  # a scheduler
+    extractor: nn.Module | None
+    reference: torch.Tensor | None  # features of the data, [N, F]; None if no samples are evaluated
+
+
+def _open(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelerator) -> Subject:
+    """The model with its data, and the features of the data: all that can fail early."""
+    sampler, quality = scheduler_for(pipe, options.sampling.scheduler), options.quality
+    if options.sampling.guidance_scale != 1 and condition_of(pipe) == "none":
+        raise ConfigError(f"--guidance_scale {options.sampling.guidance_scale} needs a conditional model; drop it.")
+    if quality.num_images:  # for their errors
+        steps_of(sampler, options.sampling.num_inference_steps)
+        my_batches(quality.num_images, options.sampling.batch_size, accelerator)
+    extractor = _extractor(options, accelerator)
+    with accelerator.main_process_first():
+        data = _open_images(options, pipe, accelerator)
+    conditions = DataConditions(pipe, data, options.condition)
+    if data.skipped:
+        first = "; ".join(map(describe, data.skipped[:SHOWN]))
+        _tell(f"warning: {len(data.skipped)} rows cannot be used and are skipped: {first}", accelerator)
+    reference = None
+    if extractor is not None:
+        extractor = extractor.to(accelerator.device)
+        try_extractor(extractor, data, f"--features {quality.features}")
+        with accelerator.main_process_first():
+            reference = real_features(data, extractor, options.data.cache_dir)
+    return Subject(pipe, data, conditions, sampler, extractor, reference)
+
+
+def _extractor(options: EvaluationOptions, accelerator: Accelerator) -> nn.Module | None:
+    """The feature extractor; None if no samples are asked for or if, by default, there is none."""
+    quality = options.quality
+    if not quality.num_images:
+        return None
+    try:
+        return feature_extractor(quality.features, options.data.dataset, quality.inception_weights)
+    except ConfigError as error:
+        if quality.features != "auto" or not options.likelihood.num_likelihood_images:
+            raise ConfigError(f"{error} Or evaluate the likelihood alone, with --num_images 0.") from error
+        _tell(f"warning: only the likelihood is evaluated (as with --num_images 0), and no samples: {error}", accelerator)
+        return None
+
+
+def _tell(line: str, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _open_images(options: EvaluationOptions, pipe: Pipeline, accelerator: Accelerator) -> ImageData:
     """The data at the size of the model's images; of a stream the first images, as many as are needed."""
-    size = unet.sample_size if isinstance(unet.sample_size, int) else unet.sample_size[0]
-    own = {"resolution": size, "channels": unet.in_channels}
+    config, columns = pipe.unet.config, columns_of(pipe, options.condition)
+    sizes = {config.sample_size} if isinstance(config.sample_size, int) else {*config.sample_size}
+    if len(sizes) > 1 or config.in_channels not in CHANNELS:
+        shape = f"{config.in_channels} channels and the height and width {config.sample_size}"
+        raise ConfigError(f"the model's images have {shape}; data are read as square images of 1, 3 or 4 channels.")
+    own = {"resolution": sizes.pop(), "channels": config.in_channels}
     for name, value in own.items():
         if (given := getattr(options.data, name)) not in (None, value):
             raise ConfigError(f"--{name} {given} differs from the model's, {value}; leave it out.")
     data = replace(options.data, **own)
     if not data.streaming:
-        return load_images(data)
+        return load_images(data, columns)
     count = max(options.quality.num_images, options.likelihood.num_likelihood_images)
-    return open_stream(data).stored(count, data.cache_dir)
+    return open_stream(data, columns).stored(count, data.cache_dir)
 
 
-def _bits_per_dim(
-    pipe: AlphaDDPMPipeline, data: ImageData, options: EvaluationOptions, accelerator: Accelerator
-) -> dict[str, Any]:
+def _bits_per_dim(subject: Subject, options: EvaluationOptions, accelerator: Accelerator) -> dict[str, Any]:
     """The likelihood of the first images of a random order of the data."""
     likelihood, seed, batch_size = options.likelihood, options.sampling.seed, options.sampling.batch_size
+    pipe, data = subject.pipe, subject.data
     count, main = min(likelihood.num_likelihood_images, len(data)), accelerator.is_main_process
     chosen, noise_seeds = image_indices(seed, len(data), 0, count), seeds(seed, RandomStream.NOISE, 0, count)
     names = ["total", "prior", "diffusion", "decoder", "standard_error", *(["two_term"] if likelihood.two_term else [])]
     rows: dict[str, list[float]] = {name: [] for name in names}
+    how = {
+        "num_inference_steps": likelihood.likelihood_steps, "num_evaluated": likelihood.likelihood_calls,
+        "two_term": likelihood.two_term, "num_bins": likelihood.num_bins, "batch_size": batch_size, "progress": main,
+    }  # fmt: skip
     for batch in tqdm(my_batches(count, batch_size, accelerator), disable=not main, desc="likelihood"):
-        part = likelihood_of(
-            pipe.unet, pipe.scheduler, data.pixels(chosen[batch]), noise_seeds[batch],
-            num_inference_steps=likelihood.likelihood_steps, num_evaluated=likelihood.likelihood_calls,
-            two_term=likelihood.two_term, num_bins=likelihood.num_bins, batch_size=batch_size, progress=main,
-        )  # fmt: skip
+        images, inputs = data.pixels(chosen[batch]), subject.conditions.inputs(chosen[batch])
+        try:
+            part = likelihood_of(pipe.unet, pipe.scheduler, images, noise_seeds[batch], model_kwargs=inputs, **how)
+        except ValueError as error:
+            raise ConfigError(f"the likelihood cannot be evaluated: {error}") from error
         for name in names:
             rows[name] += getattr(part, name).tolist()
     chain = likelihood.likelihood_steps or len(pipe.scheduler)
@@ -114,26 +176,22 @@ def _bits_per_dim(
     }
 
 
-def _quality(
-    pipe: AlphaDDPMPipeline, extractor: nn.Module, data: ImageData, options: EvaluationOptions, accelerator: Accelerator
-) -> dict[str, Any]:
+def _quality(subject: Subject, options: EvaluationOptions, accelerator: Accelerator) -> dict[str, Any]:
     """FID, KID, precision and recall of samples, compared with all of the data."""
-    sampling, steps = options.sampling, default_steps(pipe, options.sampling.num_inference_steps)
-    quality = ImageQuality(extractor, seed=sampling.seed).to(accelerator.device)
-    with accelerator.main_process_first():
-        reference = real_features(data, extractor, options.data.cache_dir)
-    share = reference.tensor_split(accelerator.num_processes)[accelerator.process_index]
+    pipe, sampling, count = subject.pipe, options.sampling, options.quality.num_images
+    steps, main = steps_of(subject.sampler, sampling.num_inference_steps), accelerator.is_main_process
+    pipe.scheduler = subject.sampler
+    request = subject.conditions.request(count, sampling.seed, sampling.guidance_scale)
+    quality = ImageQuality(subject.extractor, seed=sampling.seed).to(accelerator.device)
+    share = subject.reference.tensor_split(accelerator.num_processes)[accelerator.process_index]
     quality.add_real_features(share.to(accelerator.device))
-    batches = my_batches(options.quality.num_images, sampling.batch_size, accelerator)
-    for batch in tqdm(batches, disable=not accelerator.is_main_process, desc="sampling"):
-        quality.update(sample_uint8(pipe, batch, sampling.seed, steps).to(accelerator.device), real=False)
+    batches = my_batches(count, sampling.batch_size, accelerator)
+    _tell(f"sampling {count} images over {steps} steps; --num_images and --num_inference_steps change that", accelerator)
+    with step_bar(pipe, len(batches), steps, main) as shown:
+        for batch in batches:
+            images = sample_uint8(pipe, batch, sampling.seed, steps, request, **shown)
+            quality.update(images.to(accelerator.device), real=False)
     figures = {name: value for name, value in quality.compute()._asdict().items() if not math.isnan(value)}  # as in JSON
-    return figures | {"steps": steps, "scheduler": type(pipe.scheduler).__name__, "features": type(extractor).__name__}
-
-
-def _write(options: EvaluationOptions, results: dict[str, Any]) -> None:
-    folder, output = Path(options.sampling.model), options.results.output
-    path = Path(output) if output else (folder if folder.is_dir() else Path()) / "evaluation.json"
-    write_text(path, json.dumps(results, indent=2) + "\n")
-    if options.results.update_card and (folder / "README.md").is_file():
-        record_evaluation(folder, measurements(results))
+    guidance = {} if request.argument is None else {"guidance_scale": request.guidance_scale}
+    how = {"steps": steps, "scheduler": type(pipe.scheduler).__name__, "features": type(subject.extractor).__name__}
+    return figures | how | guidance

@@ -3,12 +3,14 @@
 Image i is a function of (seed, i), the model and the sampler. Called by `run`, by evaluation and by training.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from ..support.draws import RandomStream, seeds
 from ..support.errors import ConfigError
@@ -23,14 +25,15 @@ class Request:
     """What a pipeline is asked for: a value per image for one argument of its call, with guidance. By default, nothing."""
 
     argument: str | None = None  # "class_labels" or "prompt"
-    values: Sequence[Any] = ()  # one per image
+    values: Sequence[Any] = ()  # one per image; further images begin again with the first
     guidance_scale: float = 1.0
 
     def call(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Arguments of the pipeline's call for the images with these numbers."""
         if self.argument is None:
             return {"batch_size": len(numbers)}
-        return {self.argument: [self.values[number] for number in numbers], "guidance_scale": self.guidance_scale}
+        values = [self.values[number % len(self.values)] for number in numbers]
+        return {self.argument: values, "guidance_scale": self.guidance_scale}
 
 
 UNCONDITIONAL = Request()
@@ -59,18 +62,29 @@ def sample_in_batches(
     return torch.cat([sample(pipe, batch, seed, num_inference_steps, request).images.cpu() for batch in batches])
 
 
+@contextlib.contextmanager
+def step_bar(pipe: Any, num_batches: int, num_inference_steps: int | None, show: bool) -> Iterator[dict[str, Any]]:
+    """A progress bar of the reverse steps of several batches, as options of `sample` and `sample_uint8`."""
+    total = num_batches * (num_inference_steps or pipe.scheduler.config.num_train_timesteps)
+    with tqdm(total=total, desc="sampling", unit="step", disable=not show) as bar:
+
+        def update(*_: Any) -> None:
+            bar.update()
+
+        yield {"callback_on_step_end": update} if show else {}
+
+
 def sample_uint8(
-    pipe: Any, numbers: Sequence[int], seed: int, num_inference_steps: int, request: Request = UNCONDITIONAL
+    pipe: Any, numbers: Sequence[int], seed: int, num_inference_steps: int, request: Request = UNCONDITIONAL, **options: Any
 ) -> torch.Tensor:
     """The images with these numbers, uint8 [b, C, H, W] on the CPU. With a run's seed they begin with those of samples.png.
 
-    Raises ConfigError if the sampler produces NaN or infinite values.
+    Raises ConfigError if the sampler cannot run that many steps, or produces NaN or infinite values.
     """
-    images = sample(pipe, numbers, seed, num_inference_steps, request).images
-    if not images.isfinite().all():
-        failure = f"produced NaN or infinite values when sampling this model in {num_inference_steps} steps"
-        remedy = "use fewer --num_inference_steps or another --scheduler (diffusers' multistep solvers do so at T steps)"
-        raise ConfigError(f"{type(pipe.scheduler).__name__} {failure}; {remedy}.")
+    try:
+        images = sample(pipe, numbers, seed, num_inference_steps, request, **options).images
+    except (ValueError, FloatingPointError) as error:
+        raise ConfigError(f"{error} Options: --num_inference_steps, --scheduler.") from error
     return images.float().mul(255).round().to(torch.uint8).cpu()
 
 

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..support.errors import ConfigError
 from ..support.option_sets import OptionSet
-from ..support.options import OptionGroup, at_least, one_of, option
+from ..support.options import FINITE, SEED, OptionGroup, at_least, one_of, option
 
 SCHEDULERS = {  # diffusers' classes by the names of the samplers; "ddpm" is ours
     "ddpm": "AlphaDDPMScheduler",
@@ -22,12 +23,29 @@ class SamplingOptions(OptionGroup):
 
     title: ClassVar[str] = "model and sampling"
 
-    model: str = option(help="Folder or Hub repository of an unconditional DDPM pipeline.")
+    model: str = option(help="Folder or Hub repository of a DDPM pipeline: unconditional, class-conditional or text-to-image.")
     scheduler: str = option("keep", f"Sampler: keep (the model's own), {', '.join(SCHEDULERS)}.", one_of(("keep", *SCHEDULERS)))
     num_inference_steps: int | None = option(None, "Reverse steps per image. By default the full chain.", at_least(1))
+    guidance_scale: float = option(1.0, "Guidance scale of a conditional model; 1 is none.", FINITE)
     batch_size: int = option(64, "Images per network call of a process.", at_least(1))
-    seed: int = option(0, "Seed of everything random. Image i depends on the seed and i alone.", at_least(0))
+    seed: int = option(0, "Seed of everything random. Image i depends on the seed and i alone.", SEED)
     num_cpu_threads: int | None = option(None, "CPU threads per process.", at_least(1))
+
+
+@dataclass(frozen=True)
+class RequestOptions(OptionGroup):
+    """What a conditional model is asked for."""
+
+    title: ClassVar[str] = "condition"
+
+    class_labels: str | None = option(
+        None, "Classes to sample in turn, names or ids separated by '|'. By default all classes of the model."
+    )
+    prompts: str | None = option(None, "Prompts to sample in turn, separated by '|', or a .txt file with one per line.")
+
+    def check(self) -> None:
+        if self.class_labels is not None and self.prompts is not None:
+            raise ConfigError("--class_labels and --prompts belong to different models; drop one.")
 
 
 @dataclass(frozen=True)
@@ -46,6 +64,7 @@ class GenerationOptions(OptionSet):
     """All options of `generate`: `GenerationOptions(model="ddpm-digits", output_dir="images", num_images=50_000)`."""
 
     sampling: SamplingOptions
+    request: RequestOptions
     output: OutputOptions
 
 

@@ -1,31 +1,54 @@
 """Pipelines to sample from, loaded from a folder or the Hub, and their samplers. Imports diffusers and the pipelines."""
 
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 
 from ..pipeline_alpha_ddpm import AlphaDDPMPipeline
+from ..pipeline_alpha_ddpm_text import AlphaDDPMTextToImagePipeline
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..support.errors import ConfigError
+from ..support.exceptions import describe_exception
 from .options import SCHEDULERS
 
+Pipeline = AlphaDDPMPipeline | AlphaDDPMTextToImagePipeline
 
-def load_pipeline(model: str) -> AlphaDDPMPipeline:
-    """The unconditional pipeline in a folder or Hub repository. Raises ConfigError if there is none."""
+LATENT = ("vae", "vqvae", "movq")  # components of pipelines whose UNet denoises no images
+
+
+def load_pipeline(model: str) -> Pipeline:
+    """The pipeline in a folder or Hub repository: unconditional, or for classes or prompts. Raises ConfigError if there is
+    none, or none that images can be sampled from.
+    """
     try:
-        pipe = AlphaDDPMPipeline.from_pretrained(model)
-    except (OSError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
-        raise ConfigError(f"--model {model} cannot be loaded as an unconditional DDPM pipeline: {error}") from error
+        index = AlphaDDPMPipeline.load_config(model)
+        text = (index.get("text_encoder") or [None])[0] is not None
+        pipe = (AlphaDDPMTextToImagePipeline if text else AlphaDDPMPipeline).from_pretrained(model)
+    except Exception as error:  # the loaders of three libraries raise many types
+        raise ConfigError(f"--model {model} cannot be loaded as a DDPM pipeline: {describe_exception(error)}") from error
     config = pipe.unet.config
-    if not isinstance(pipe.unet, diffusers.UNet2DModel) or config.num_class_embeds or config.class_embed_type:
-        raise ConfigError(f"--model {model} is a conditional model; this command takes unconditional ones only.")
+    if latent := [name for name in LATENT if name in index]:
+        raise ConfigError(f"--model {model} denoises latents (it has a {latent[0]}), not images; name a pixel-space DDPM.")
+    if not isinstance(pipe.unet, diffusers.UNet2DConditionModel if text else diffusers.UNet2DModel):
+        raise ConfigError(f"--model {model} has a {type(pipe.unet).__name__}, which is neither unconditional nor for its text.")
+    if config.class_embed_type:
+        raise ConfigError(f"--model {model}: class_embed_type={config.class_embed_type!r} takes no labels of its own.")
+    if not config.sample_size:
+        raise ConfigError(f"--model {model}: unet/config.json has no sample_size; add the height and width of its images.")
     if missing := [name for name, weight in pipe.unet.named_parameters() if weight.is_meta]:
         raise ConfigError(f"--model {model} has no weights for {', '.join(missing[:3])} of its UNet; save it again.")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def scheduler_for(pipe: AlphaDDPMPipeline, name: str) -> Any:
+def condition_of(pipe: Pipeline) -> Literal["none", "class", "text"]:
+    """What the model's images are conditioned on."""
+    if isinstance(pipe, AlphaDDPMTextToImagePipeline):
+        return "text"
+    return "class" if pipe.unet.config.num_class_embeds else "none"
+
+
+def scheduler_for(pipe: Pipeline, name: str) -> Any:
     """The sampler of this name in `SCHEDULERS`, with the configuration of the pipeline's own, which is called "keep"."""
     if name == "keep":
         return pipe.scheduler
@@ -33,5 +56,11 @@ def scheduler_for(pipe: AlphaDDPMPipeline, name: str) -> Any:
     return scheduler_class.from_config(pipe.scheduler.config)
 
 
-def default_steps(pipe: AlphaDDPMPipeline, num_inference_steps: int | None) -> int:
-    return num_inference_steps or pipe.scheduler.config.num_train_timesteps
+def steps_of(scheduler: Any, num_inference_steps: int | None) -> int:
+    """The number of steps; by default the full chain. Raises ConfigError if the sampler cannot take that many."""
+    steps = num_inference_steps or scheduler.config.num_train_timesteps
+    try:
+        type(scheduler).from_config(scheduler.config).set_timesteps(steps)
+    except Exception as error:  # samplers raise many types
+        raise ConfigError(f"--num_inference_steps {steps}: {describe_exception(error)}") from error
+    return steps

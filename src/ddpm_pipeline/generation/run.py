@@ -1,7 +1,7 @@
 """Sampling in bulk: `generate(GenerationOptions(model="ddpm-digits", output_dir="images", num_images=50_000))`.
 
-Image i is a function of the model, the sampler, the seed and i, whatever the number of processes. A run that was stopped
-continues where it was.
+Image i is a function of the model, the sampler, what is asked for, the seed and i. Batches are those of the numbers, whichever
+are missing and whatever the number of processes, so that a run that was stopped continues with the same bytes.
 """
 
 import json
@@ -9,99 +9,116 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from tqdm.auto import tqdm
 
 from ..data.images import array_to_image
-from ..support.atomic import atomic_file, write_text
+from ..pictures_alpha_ddpm import PIL_MODES
 from ..support.errors import ConfigError
+from ..support.exceptions import describe_exception
 from ..support.pictures import save_picture
 from ..support.provenance import weights_digest
-from ..support.sharing import my_batches
-from .drawing import sample_uint8
-from .options import GenerationOptions, OutputOptions
-from .pipelines import default_steps, load_pipeline, scheduler_for
-
-SETTINGS_FILE = "generation.json"
-PARQUET_FILE = "images.parquet"
+from .drawing import UNCONDITIONAL, Request, sample_uint8, step_bar
+from .folder import check_still_there, image_path, prepare, to_parquet
+from .options import GenerationOptions
+from .pipelines import Pipeline, condition_of, load_pipeline, scheduler_for, steps_of
 
 
 def generate(options: GenerationOptions) -> Path:
     """Sample the images that the folder lacks, and return the folder.
 
-    Raises ConfigError for a model, sampler or folder that cannot be used.
+    Raises ConfigError for a model, sampler, request or folder that cannot be used.
     """
     accelerator, sampling, output = Accelerator(), options.sampling, options.output
     if sampling.num_cpu_threads:
         torch.set_num_threads(sampling.num_cpu_threads)
     pipe = load_pipeline(sampling.model).to(accelerator.device)
     pipe.scheduler = scheduler_for(pipe, sampling.scheduler)
-    steps = default_steps(pipe, sampling.num_inference_steps)
-    settings = {
-        "weights": weights_digest(pipe.unet),
-        "scheduler": json.loads(pipe.scheduler.to_json_string()),
-        "num_inference_steps": steps,
-        "seed": sampling.seed,
-    }
-    todo = [_prepare(output, settings) if accelerator.is_main_process else None]
+    steps, request = steps_of(pipe.scheduler, sampling.num_inference_steps), request_of(pipe, options)
+    if pipe.unet.config.in_channels not in PIL_MODES:
+        raise ConfigError(
+            f"--model {sampling.model} samples {pipe.unet.config.in_channels} channels; PNG files hold 1, 3 or 4."
+        )
+    folder, count, todo = Path(output.output_dir), output.num_images, [None]
+    if accelerator.is_main_process:
+        todo = [prepare(folder, count, _settings(pipe, sampling.seed, steps, request))]
     broadcast_object_list(todo)  # one list, since files appear while other processes still look
     if isinstance(todo[0], str):
         raise ConfigError(todo[0])
-    folder, missing, count = Path(output.output_dir), todo[0], output.num_images
-    accelerator.print(f"{count - len(missing)} of {count} images exist already", file=sys.stderr)
-    mine = _share(missing, sampling.batch_size, accelerator)
-    for batch in tqdm(mine, disable=not (missing and accelerator.is_main_process), desc="batches"):
-        for number, image in zip(batch, sample_uint8(pipe, batch, sampling.seed, steps), strict=True):
-            save_picture(array_to_image(image.permute(1, 2, 0).numpy()), _path(folder, number))
+    missing = set(todo[0])
+    if accelerator.is_main_process:
+        print(f"{count - len(missing)} of {count} images exist already; {steps} steps per image", file=sys.stderr)
+    mine = _share(missing, count, sampling.batch_size, accelerator)
+    with step_bar(pipe, len(mine), steps, bool(missing) and accelerator.is_main_process) as shown:
+        for batch in mine:
+            images = sample_uint8(pipe, batch, sampling.seed, steps, request, **shown)
+            check_still_there(folder)
+            for number, image in zip(batch, images, strict=True):
+                if number in missing:
+                    save_picture(array_to_image(image.permute(1, 2, 0).numpy()), image_path(folder, number))
     accelerator.wait_for_everyone()
-    if output.format == "parquet" and accelerator.is_main_process and missing:
-        _to_parquet(folder, count)
+    if output.format == "parquet" and accelerator.is_main_process:
+        to_parquet(folder, count)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder
 
 
-def _prepare(output: OutputOptions, settings: dict[str, Any]) -> list[int] | str:
-    """The numbers of the images that the folder lacks, or what is wrong with the folder."""
-    folder = Path(output.output_dir)
-    path, whole = folder / SETTINGS_FILE, folder / PARQUET_FILE
-    if path.is_file():
-        if json.loads(path.read_text("utf-8")) != settings:
-            return f"--output_dir {folder} holds images of another model, sampler, number of steps or seed; name another."
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        return f"--output_dir {folder} holds something that this command did not write; name a new folder."
-    write_text(path, json.dumps(settings, indent=2) + "\n")
-    if whole.is_file():
-        stored = pq.read_metadata(whole).num_rows
-        if stored >= output.num_images:
-            return []
-        return f"--output_dir {folder} has {PARQUET_FILE} with {stored} images; to get {output.num_images}, remove it."
-    return [number for number in range(output.num_images) if not _path(folder, number).is_file()]
+def request_of(pipe: Pipeline, options: GenerationOptions) -> Request:
+    """What the model is asked for: the classes or prompts of the options in turn, or all classes. Raises ConfigError if the
+    options do not fit the model.
+    """
+    asked, scale, kind = options.request, options.sampling.guidance_scale, condition_of(pipe)
+    for name, fitting in (("class_labels", "class"), ("prompts", "text")):
+        if getattr(asked, name) is not None and kind != fitting:
+            raise ConfigError(f"--{name} does not fit --model {options.sampling.model}, whose condition is {kind!r}; drop it.")
+    if kind == "text":
+        return Request("prompt", _prompts(asked.prompts), scale)
+    if kind == "class":
+        names = list(pipe.id2label.values())
+        classes = range(len(names) or pipe.unet.config.num_class_embeds)
+        words = [*classes] if asked.class_labels is None else [word.strip() for word in asked.class_labels.split("|")]
+        labels = [int(word) if word not in names and str(word).isdigit() else word for word in words]
+        try:
+            return Request("class_labels", pipe._label_ids(labels), scale)
+        except ValueError as error:
+            raise ConfigError(f"--class_labels {asked.class_labels}: {error}") from error
+    if scale != 1:
+        raise ConfigError(f"--guidance_scale {scale} needs a conditional model, which --model {options.sampling.model} is not.")
+    return UNCONDITIONAL
 
 
-def _share(missing: list[int], batch_size: int, accelerator: Accelerator) -> list[list[int]]:
-    """This process's batches of the missing images. The main process samples alone where there are fewer than processes."""
-    if len(missing) < accelerator.num_processes:
-        return [missing] if missing and accelerator.is_main_process else []
-    batch_size = min(batch_size, -(-len(missing) // accelerator.num_processes))
-    return [[missing[place] for place in batch] for batch in my_batches(len(missing), batch_size, accelerator)]
+def _prompts(given: str | None) -> list[str]:
+    if given is None:
+        raise ConfigError("--prompts is required for a text-to-image model: prompts separated by '|', or a .txt file.")
+    try:
+        lines = Path(given).read_text("utf-8-sig").splitlines() if given.endswith(".txt") else given.split("|")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts {given} cannot be read as UTF-8: {describe_exception(error)}") from error
+    prompts = [line.strip() for line in lines if line.strip() or not given.endswith(".txt")]
+    if not prompts:
+        raise ConfigError(f"--prompts {given} holds no prompts; write one per line.")
+    return prompts
 
 
-def _path(folder: Path, number: int) -> Path:
-    return folder / f"{number:06d}.png"
+def _settings(pipe: Pipeline, seed: int, steps: int, request: Request) -> dict[str, Any]:
+    """What the bytes of the images depend on, as it is kept beside them."""
+    settings = {
+        "weights": weights_digest(pipe.unet),
+        "scheduler": json.loads(pipe.scheduler.to_json_string()),
+        "num_inference_steps": steps,
+        "seed": seed,
+    }
+    if request.argument is not None:
+        settings |= {request.argument: list(request.values), "guidance_scale": request.guidance_scale}
+    if condition_of(pipe) == "text":
+        settings["text_encoder"] = weights_digest(pipe.text_encoder)
+    return settings
 
 
-def _to_parquet(folder: Path, count: int) -> None:
-    """The PNGs as one file that the datasets library reads as images; they are removed once it is complete."""
-    paths = [_path(folder, number) for number in range(count)]
-    rows = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
-    table = pa.table({"image": rows, "number": range(count)})
-    features = {"info": {"features": {"image": {"_type": "Image"}, "number": {"_type": "Value", "dtype": "int64"}}}}
-    with atomic_file(folder / PARQUET_FILE) as temporary:
-        pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), temporary)
-    for path in paths:
-        path.unlink()
+def _share(missing: set[int], count: int, batch_size: int, accelerator: Accelerator) -> list[range]:
+    """This process's share of the batches of 0..count-1 in which an image is missing."""
+    starts = sorted({number // batch_size * batch_size for number in missing})
+    batches = [range(start, min(start + batch_size, count)) for start in starts]
+    return batches[accelerator.process_index :: accelerator.num_processes]

@@ -15,7 +15,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("push", help="push FOLDER to the Hub repository REPO")
     command.add_argument("folder", metavar="FOLDER", type=Path)
     command.add_argument("repo", metavar="REPO", help="owner/name")
-    command.add_argument("--private", action="store_true", default=None, help="create the repository as private")
+    command.add_argument(
+        "--private", action="store_true", default=None, help="push to a private repository only, made if missing"
+    )
     command.add_argument("--revision", help="branch to push to; default: main")
     command.add_argument("--message", help="commit message")
     command.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")

@@ -1,30 +1,33 @@
 """Model cards that say only what is known: built from `model_card.md`, refreshed between marks, with figures as metadata.
 
+Names and captions of others are escaped and shortened, and what looks private is left out, so a card can always be built.
 Imports huggingface_hub alone. Called by `upload`, by evaluation and by training.
 """
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..support.atomic import write_text
 from .files import INDEX, read_object
+from .readme import decoded, metadata, private_lines, section_texts, with_line_ends_of, with_metadata, with_sections
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+logger = logging.getLogger(__name__)
+
 CARD, TEMPLATE = "README.md", Path(__file__).parent / "model_card.md"
 OURS = "ddpm-pipeline"  # marks our evaluation results in a card's metadata, as the metric's configuration
 GENERATED = re.compile(r"(?m)^This is the model card of a .* This model card has been automatically generated\.$")
-SECTION = re.compile(
-    r"(?s)(?P<open><!-- ddpm-pipeline: (?P<name>[\w-]+) -->)(?P<text>.*?)(?P<close><!-- /ddpm-pipeline: (?P=name) -->)"
-)
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+LONGEST, LONGEST_CODE = 200, 2000  # characters of a name or caption, and of a command or an example
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,23 @@ class Measurement:
     value: float
     num_images: int
     dataset: str
-    split: str = "train"
+    split: str | None = None  # None if the data have no splits
     standard_error: float | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)  # steps, scheduler, feature extractor, seed, ...
+    settings: Mapping[str, Any] = field(default_factory=dict)  # steps, network calls, scheduler, features, seed, ...
 
     def as_eval_result(self, task_type: str = "unconditional-image-generation") -> EvalResult:
         task = {"task_type": task_type, "task_name": "Image generation"}
-        data = {"dataset_type": self.dataset, "dataset_name": self.dataset, "dataset_split": self.split}
+        name = _shown(self.dataset, "the name of the data") or "unnamed data"
+        data = {"dataset_type": name, "dataset_name": name, "dataset_split": _shown(self.split, "the split") or None}
         metric = {"metric_type": re.sub(r"\W+", "-", self.metric.lower()), "metric_name": self.metric}
-        settings = {"metric_config": OURS, "metric_args": {"num_images": self.num_images, **self.settings}}
+        error = {} if self.standard_error is None else {"standard_error": self.standard_error}
+        settings = {"metric_config": OURS, "metric_args": {"num_images": self.num_images, **error, **self.how}}
         return EvalResult(metric_value=self.value, **task, **data, **metric, **settings)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The settings as a card shows them."""
+        return {name: value for name, value in _shown_items(self.settings).items() if value != ""}
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,8 @@ class TrainingFacts:
     hub_dataset: str | None = None  # the data set's name on the Hub, if it is there
     facts: Mapping[str, Any] = field(default_factory=dict)  # rows of the table: learning rate, seed, time, ...
     command: str | None = None  # the command line that trains this model, shown below the facts
+    base_model: str | None = None  # the name of the model that was fine-tuned; None if the training began from scratch
+    hub_base_model: str | None = None  # its name on the Hub, if it is there
 
 
 @dataclass(frozen=True)
@@ -66,14 +78,17 @@ class _Kind:
     example: str = ""  # arguments of a call
     our_class: str = "AlphaDDPMPipeline"
     pipeline_tag: str = "unconditional-image-generation"
+    plain_class: str = "DiffusionPipeline"
     why_plain_cannot_sample: str = ""
 
 
 NO_CLASS = " the model loads, but it cannot be told a class, so it cannot sample images"
+NO_VARIANCE = " the model loads, but diffusers' `IFPipeline` samples with a learned variance only, which this model lacks"
 UNCONDITIONAL = _Kind()
 CLASS = _Kind(" class-conditional", "class_labels=[0], guidance_scale=2.0", why_plain_cannot_sample=NO_CLASS)
 TEXT_EXAMPLE = '"what it should show", guidance_scale=2.0'
-TEXT = _Kind(" text-conditional", TEXT_EXAMPLE, "AlphaDDPMTextToImagePipeline", "text-to-image")
+TEXT = _Kind(" text-conditional", TEXT_EXAMPLE, "AlphaDDPMTextToImagePipeline", "text-to-image", "AutoPipelineForText2Image")
+FIXED_TEXT = replace(TEXT, why_plain_cannot_sample=NO_VARIANCE)
 
 
 def build_card(
@@ -99,39 +114,54 @@ def build_card(
         pictures: captions by the names of picture files in the folder.
         example: arguments of the examples' call, as code: a prompt or a label.
 
-    Raises:
-        ValueError: if the folder is not a pipeline, or the card contains a token or the path of the home folder.
+    What looks like a token or a path in the home folder is left out, with a warning. Raises ValueError if the folder is not
+    a pipeline.
     """
     kind, unet, schedule = _configs(model)
-    training, images = training or TrainingFacts(), _images(unet)
-    example, total = example or kind.example, schedule.get("num_train_timesteps", 1000)
-    card = ModelCard.from_template(
-        ModelCardData(
-            library_name="diffusers",
-            pipeline_tag=kind.pipeline_tag,
-            tags=["ddpm", OURS, "pytorch", *(["class-conditional"] if kind is CLASS else [])],
-            license=license,
-            datasets=[training.hub_dataset] if training.hub_dataset else None,
-            model_name=name if evaluation else None,
-            eval_results=[one.as_eval_result(kind.pipeline_tag) for one in evaluation or ()] or None,
-        ),
+    training, images, total = training or TrainingFacts(), _images(unet), schedule.get("num_train_timesteps", 1000)
+    example = _shown_code(example, "the example") or kind.example
+    name = _shown(name, "the name") or "DDPM"
+    address = _shown(repo_id, "the repository's name") or name
+    command = _shown_code(training.command, "the training command")
+    # DDPMPipeline takes 1000 steps by default, however many there are
+    calls = {"plain_call": _example_call(example, total), "our_call": _example_call(example, min(100, total))}
+    if kind.why_plain_cannot_sample:
+        calls["plain_call"] = ""
+    return ModelCard.from_template(
+        _card_data(kind, name, license, training, evaluation or ()),
         template_path=str(TEMPLATE),
-        name=name,
-        repo_id=repo_id or name,
+        name=_prose(name),
+        repo=json.dumps(address, ensure_ascii=False),
+        # diffusers names a module after the repository, which a dot in it would split
+        is_importable="." not in address,
         summary=_summary(kind, images, schedule, training),
-        pictures=dict(pictures or {}),
+        pictures={file: _prose(_shown(caption, "a caption")) for file, caption in (pictures or {}).items()},
         plain_note=kind.why_plain_cannot_sample,
-        # DDPMPipeline takes 1000 steps by default, however many there are
-        plain_call="" if kind.why_plain_cannot_sample else _example_call(example, total),
+        plain_class=kind.plain_class,
+        **calls,
         our_class=kind.our_class,
-        our_call=_example_call(example, min(100, total)),
         training_table=_training_table(training.facts, license),
-        command=training.command or "",
+        command=command,
         evaluation=_evaluation_text(evaluation),
         resolution=images,
     )
-    check_private(str(card))
-    return card
+
+
+def _card_data(
+    kind: _Kind, name: str, license: str | None, training: TrainingFacts, evaluation: Sequence[Measurement]
+) -> ModelCardData:
+    """The front matter."""
+    hub_dataset = _shown(training.hub_dataset, "the name of the data")
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=kind.pipeline_tag,
+        tags=["ddpm", OURS, "pytorch", *(["class-conditional"] if kind is CLASS else [])],
+        license=license,
+        base_model=_shown(training.hub_base_model, "the base model") or None,
+        datasets=[hub_dataset] if hub_dataset else None,
+        model_name=name if evaluation else None,
+        eval_results=[one.as_eval_result(kind.pipeline_tag) for one in evaluation] or None,
+    )
 
 
 def _configs(model: "DiffusionPipeline | Path") -> tuple[_Kind, Mapping[str, Any], Mapping[str, Any]]:
@@ -142,8 +172,54 @@ def _configs(model: "DiffusionPipeline | Path") -> tuple[_Kind, Mapping[str, Any
     else:
         index, unet, schedule = json.loads(model.to_json_string()), model.unet.config, model.scheduler.config
     takes_classes = unet.get("num_class_embeds") or unet.get("class_embed_type")
-    kind = TEXT if "text_encoder" in index else CLASS if takes_classes else UNCONDITIONAL
-    return kind, unet, schedule
+    if "text_encoder" in index:
+        learned = schedule.get("variance_type") in ("learned", "learned_range")
+        return (TEXT if learned else FIXED_TEXT), unet, schedule
+    return (CLASS if takes_classes else UNCONDITIONAL), unet, schedule
+
+
+def _shown(text: str | None, place: str) -> str:
+    """A name or caption of others as one line that is not too long; "" if it looks private, with a warning."""
+    line = " ".join((text or "")[: 2 * LONGEST].split())
+    line = "".join(character if character.isprintable() else " " for character in line)
+    line = line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
+    return "" if _is_private(line, place) else line
+
+
+def _shown_items(items: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with strings as `_shown`."""
+    return {
+        _shown(name, "a name"): _shown(value, f"the value of {name[:LONGEST]!r}") if isinstance(value, str) else value
+        for name, value in items.items()
+    }
+
+
+def _shown_code(code: str | None, place: str) -> str:
+    """A command or an example, which cannot be shortened; "" if it is too long, has several lines or looks private."""
+    if not code or _is_private(code[:LONGEST_CODE], place):
+        return ""
+    if len(code) > LONGEST_CODE or not code.isprintable():
+        logger.warning("the model card leaves out %s, which is long or has several lines", place)
+        return ""
+    return code
+
+
+def _is_private(text: str, place: str) -> bool:
+    if what := next(iter(private_lines(text).values()), None):
+        logger.warning("the model card leaves out %s, which looks like %s", place, what)
+    return what is not None
+
+
+def _prose(text: str) -> str:
+    """Text as Markdown shows it, also in a table: every character that begins a construct is escaped."""
+    return re.sub(r"[\\`*\[\]<>|&~]", r"\\\g<0>", text)
+
+
+def _code(text: str) -> str:
+    """Text as Markdown's inline code (CommonMark 6.1)."""
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
 
 
 def _example_call(arguments: str, steps: int) -> str:
@@ -155,12 +231,15 @@ def _images(unet: Mapping[str, Any]) -> str:
     channels, size = unet.get("in_channels", 3), unet.get("sample_size")
     colours = {1: "grey", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels}-channel")
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    return f"{colours} {width}x{height}"
+    return f"{colours} {width}x{height}" if size else colours
 
 
 def _summary(kind: _Kind, images: str, schedule: Mapping[str, Any], training: TrainingFacts) -> str:
     amount = f"{training.num_images:,} images" if training.num_images else "a stream"
-    source = f", trained from scratch on {amount} of `{training.dataset}`" if training.dataset else ""
+    base, data = _shown(training.base_model, "the base model"), _shown(training.dataset, "the name of the data")
+    origin = "trained from scratch" if training.base_model is None else "fine-tuned"
+    origin += f" from {_code(base)}" if base else ""
+    source = f", {origin} on {amount} of {_code(data) if data else 'unnamed data'}" if training.dataset else ""
     own_betas = schedule.get("trained_betas") is not None
     diffusion = [
         f"{schedule['num_train_timesteps']} steps" if "num_train_timesteps" in schedule else None,
@@ -177,8 +256,9 @@ def _summary(kind: _Kind, images: str, schedule: Mapping[str, Any], training: Tr
 def _training_table(facts: Mapping[str, Any], license: str | None) -> str:
     if not facts:
         return ""
-    rows = {**facts, **({"licence": license} if license else {})}
-    return "\n".join(["| | |", "|---|---|", *(f"| {fact} | {value} |" for fact, value in rows.items())])
+    rows = _shown_items({**facts, **({"licence": license} if license else {})})
+    lines = (f"| {_prose(fact)} | {_prose(str(value))} |" for fact, value in rows.items() if value != "")
+    return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def _evaluation_text(evaluation: Sequence[Measurement] | None) -> str:
@@ -187,55 +267,86 @@ def _evaluation_text(evaluation: Sequence[Measurement] | None) -> str:
     lines = ["| metric | value | images | data | how |", "|---|---|---|---|---|"]
     for one in evaluation:
         error = "" if one.standard_error is None else f" ± {one.standard_error:.2g}"
-        how = ", ".join(f"{name} {value}" for name, value in one.settings.items())
-        figure = f"| {one.metric} | {one.value:.4g}{error} | {one.num_images:,} |"
-        lines.append(f"{figure} {one.dataset} ({one.split}) | {how} |")
+        how = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in one.how.items())
+        split = _prose(_shown(one.split, "the split"))
+        data = _prose(_shown(one.dataset, "the name of the data")) + (f" ({split})" if split else "")
+        figure = f"| {_prose(one.metric)} | {one.value:.4g}{error} | {one.num_images:,} |"
+        lines.append(f"{figure} {data} | {_prose(how)} |")
+    if any(one.standard_error is not None for one in evaluation):
+        lines += ["", "± is one standard error of the mean over images."]
     return "\n".join(lines)
 
 
-def check_private(text: str) -> None:
-    """Raises ValueError if a card gives away a secret or where its author works."""
-    if TOKEN.search(text):
-        raise ValueError("the model card contains what looks like a Hub token (hf_...); remove it.")
-    if (home := str(Path.home())) != "/" and re.search(rf"{re.escape(home)}(?![\w-])", text):
-        raise ValueError(f"the model card contains a local path, {home}; remove it.")
-
-
-def refresh_card(existing: str, new: ModelCard, only: Sequence[str] | None = None) -> str:
+def refresh_card(existing: str, new: ModelCard | str, only: Sequence[str] | None = None) -> str:
     """The README `existing` with our sections as in `new`; everything else in it stays, character by character.
 
-    Sections that are empty in `new` stay too, and so does a README without our marks, unless it is diffusers' blank
-    template. In the metadata, our own evaluation results are replaced. `only` names the sections to refresh.
+    Sections that are empty in `new` stay too, and so does a README without our marks, unless it has front matter alone or is
+    diffusers' blank template: then the text is that of `new`, and the front matter keeps every key. In the front matter of a
+    README with marks, licence, data sets and base model are added, and our own evaluation results are replaced. `only` names
+    the sections to refresh.
     """
-    if not SECTION.search(existing):
-        return str(new) if not existing or _is_blank(existing) else existing
-    texts = {section["name"]: section["text"] for section in SECTION.finditer(str(new)) if section["text"].strip()}
-    texts = {name: text for name, text in texts.items() if only is None or name in only}
-    text = SECTION.sub(lambda old: old["open"] + texts.get(old["name"], old["text"]) + old["close"], existing)
-    return _with_results(text, new) if "evaluation" in texts else text
+    new, marked = str(new), section_texts(existing)
+    if not marked:
+        if not _is_blank(existing):
+            return existing
+        front, keys = REGEX_YAML_BLOCK.match(existing), None
+        body = new[REGEX_YAML_BLOCK.match(new).end() :]
+        refreshed = front[0] + with_line_ends_of(existing, body) if front else new
+    else:
+        texts = {name: text for name, text in section_texts(new).items() if text.strip() and name in marked}
+        texts = {name: text for name, text in texts.items() if only is None or name in only}
+        refreshed, keys = with_sections(existing, texts), ("license", "datasets", "base_model") if "training" in texts else ()
+    try:
+        theirs, ours = metadata(refreshed), metadata(new)
+        changes = _added(theirs, {name: value for name, value in ours.items() if keys is None or name in keys})
+        if marked and "evaluation" in texts:
+            changes["model-index"] = _model_index(theirs.get("model-index"), ours.get("model-index"))
+        return with_metadata(refreshed, changes)
+    except ValueError as error:
+        logger.warning("the front matter of %s stays as it is: %s", CARD, error)
+        return refreshed
 
 
 def _is_blank(text: str) -> bool:
     """Whether a README has no text, or is diffusers' template with nothing filled in."""
-    found = ModelCard(text, ignore_metadata_errors=True).text.strip()
+    front = REGEX_YAML_BLOCK.match(text)
+    found = text[front.end() if front else 0 :].strip()
     sentence = GENERATED.search(found)
     blank = ModelCard.from_template(ModelCardData(), model_description=sentence[0]).text.strip() if sentence else ""
-    return found == blank
+    return found.replace("\r\n", "\n") == blank
 
 
-def _with_results(existing: str, new: ModelCard) -> str:
-    """`existing` with our evaluation results in its metadata replaced by those of `new`."""
-    card = ModelCard(existing, ignore_metadata_errors=True)
-    before = card.data.eval_results or []
+def _added(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """What `ours` adds to the metadata: keys that are missing or empty, and entries of lists."""
+    changes = {}
+    for name, value in ours.items():
+        present = theirs.get(name)
+        if present in (None, "", []):
+            changes[name] = value
+        elif name in ("tags", "datasets"):
+            listed = present if isinstance(present, list) else [present]
+            if more := [entry for entry in value if entry not in listed]:
+                changes[name] = listed + more
+    return changes
+
+
+def _model_index(theirs: Any, ours: Any) -> Any:
+    """The metadata's evaluation results: ours of earlier are replaced, all others stay. Raises ValueError if malformed."""
+    try:
+        models = [{**model, "results": [_not_ours(result) for result in model["results"]]} for model in theirs or []]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"its model-index is malformed ({type(error).__name__}: {error})") from error
+    models = [{**model, "results": [one for one in model["results"] if one["metrics"]]} for model in models]
+    models = [model for model in models if model["results"]]
+    if ours and models:
+        models[0]["results"] += ours[0]["results"]
+    return models or ours
+
+
+def _not_ours(result: Mapping[str, Any]) -> dict[str, Any]:
     # cards of earlier versions carry our mark as the source's name
-    theirs = [result for result in before if OURS not in (result.metric_config, result.source_name)]
-    results = theirs + (new.data.eval_results or [])
-    if results == before:
-        return existing
-    card.data.eval_results = results or None
-    if results:
-        card.data.model_name = card.data.model_name or new.data.model_name
-    return str(card)
+    whole = (result.get("source") or {}).get("name") == OURS
+    return {**result, "metrics": [] if whole else [one for one in result["metrics"] if one.get("config") != OURS]}
 
 
 def record_evaluation(folder: str | Path, evaluation: Sequence[Measurement]) -> None:
@@ -263,7 +374,7 @@ def pictures_in(folder: Path) -> dict[str, str]:
 
 def _example_in(readme: str, kind: _Kind) -> str:
     """The arguments of our class's call in the card's example; "" if the card has none for this kind of model."""
-    use = "".join(found["text"] for found in SECTION.finditer(readme) if found["name"] == "use")
+    use = section_texts(readme).get("use", "")
     calls = re.findall(r"pipe\((.*), num_inference_steps=\d+\)", use)
     fits = calls and kind.our_class in use and ("class_labels" in calls[-1]) == ("class_labels" in kind.example)
     return calls[-1] if fits else ""
@@ -271,4 +382,4 @@ def _example_in(readme: str, kind: _Kind) -> str:
 
 def read_card(folder: Path) -> str:
     """The card in a folder, with its line ends as they are; "" if there is none."""
-    return (folder / CARD).read_bytes().decode("utf-8") if (folder / CARD).is_file() else ""
+    return decoded((folder / CARD).read_bytes()) if (folder / CARD).is_file() else ""

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
 
-from ..support.atomic import remove_folder, sync, sync_folder, temporary_beside, write_text
+from ..support.atomic import remove_leftovers, sync, sync_folder, temporary_beside, write_text
 from ..support.errors import PushError
 from ..support.exceptions import describe_exception
-from .card import CARD, card_of_folder, check_private, read_card, refresh_card
+from .card import CARD, card_of_folder, read_card, refresh_card
 from .files import INDEX, components_of, files_to_push, read_object, stale_files
+from .readme import decoded, metadata, private_lines
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 5
+LEFTOVERS = ".export.*.tmp"  # what a kill leaves of an export
 
 
 @dataclass(frozen=True)
@@ -48,25 +50,46 @@ class PushOptions:
 def export(pipe: "DiffusionPipeline", folder: str | Path, card: ModelCard | None = None) -> None:
     """Save `pipe` into `folder`, in place of an earlier export, which stays as it is until the new one is complete.
 
-    `model_index.json`, which makes a folder a pipeline, is replaced last. The card becomes README.md; in a README that
-    exists already only our sections are refreshed. Other files of the folder stay.
+    Then `model_index.json`, which makes a folder a pipeline, is removed first and written last: whoever looks, or whatever
+    ends the process, finds the earlier model, the new one, or no pipeline, and never parts of two. A later export clears away
+    what a kill left. The card becomes README.md; in a README that exists already only our sections are refreshed. Files that
+    saving a pipeline does not write stay, also in the folders of components.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder, LEFTOVERS)
     temporary = temporary_beside(folder / "export")
     try:
         pipe.save_pretrained(temporary)
         if card is not None:
             write_text(temporary / CARD, refresh_card(read_card(folder), card))
         sync_folder(temporary)
-        for entry in sorted(temporary.iterdir(), key=lambda path: path.name == INDEX):
-            target = folder / entry.name
-            if target.is_dir():
-                remove_folder(target)
-            os.replace(entry, target)
-        sync(folder)
+        _switch(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _switch(source: Path, folder: Path) -> None:
+    """Move a complete pipeline from `source` into `folder`, and remove what else an earlier one would load there."""
+    new = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
+    components = {path.split("/")[0] for path in new if "/" in path}
+    for name in components:
+        if (folder / name).is_symlink():  # what it leads to is not ours to replace
+            (folder / name).unlink()
+        (folder / name).mkdir(exist_ok=True)
+    old = [path.relative_to(folder).as_posix() for name in components for path in (folder / name).iterdir()]
+    (folder / INDEX).unlink(missing_ok=True)
+    sync(folder)
+    for path in stale_files(dict.fromkeys(old), dict.fromkeys(new, "new"), set(), components):
+        (folder / path).unlink()
+    for path in new:
+        if path != INDEX:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source / path, folder / path)
+    for name in (*components, "."):
+        sync(folder / name)
+    os.replace(source / INDEX, folder / INDEX)
+    sync(folder)
 
 
 def push(folder: str | Path, repo_id: str, options: PushOptions | None = None, *, api: HfApi | None = None) -> str:
@@ -74,13 +97,19 @@ def push(folder: str | Path, repo_id: str, options: PushOptions | None = None, *
 
     The repository is created if it does not exist. In a card that is there already only our sections are refreshed, and the
     `stale_files` of an earlier model are deleted. If somebody else commits in the meantime, the push starts over from their
-    commit. `api` is the client, with its token; a new one by default.
+    commit. A card that looks as if it holds a token or a path in the home folder is left out, with a warning. `api` is the
+    client, with its token; a new one by default.
 
     Raises:
         ValueError: if the folder or the repository's name cannot be pushed.
-        PushError: if the Hub did not take the push.
+        PushError: if the Hub did not take the push, or the repository is public and the push was asked to be private.
     """
-    folder, options, api = Path(folder), options or PushOptions(), api or HfApi()
+    folder, options = Path(folder), options or PushOptions()
+    return _push(folder, repo_id, options, api or HfApi(), push_command(folder, repo_id, options))
+
+
+def _push(folder: Path, repo_id: str, options: PushOptions, api: HfApi, again: str) -> str:
+    """`push`, with the line of code or command that an error names for another try."""
     files = files_to_push(folder, options.include)
     attempt = 0
     while True:
@@ -90,12 +119,47 @@ def push(folder: str | Path, repo_id: str, options: PushOptions | None = None, *
         except (ValueError, TypeError):  # what was given is wrong, and stays so
             raise
         except Exception as error:
-            if attempt == options.attempts:
-                command = push_command(folder, repo_id, options.private, options.include)
+            if (advice := _refusal(error, repo_id, options)) is not None or attempt == options.attempts:
                 failure = f"pushing to {repo_id} failed ({describe_exception(error)})"
-                raise PushError(f"{failure}. {folder} is complete; push it later with\n  {command}") from error
+                raise PushError(f"{failure}. {advice or ''}The folder is complete; push it later with\n  {again}") from error
             logger.debug("attempt %d of %d: %s", attempt, options.attempts, describe_exception(error))
             time.sleep(options.first_wait * 2 ** (attempt - 1))
+
+
+def _refusal(error: Exception, repo_id: str, options: PushOptions) -> str | None:
+    """What to do where trying again does not help; None where it may."""
+    if isinstance(error, PublicRepositoryError | OfflineModeIsEnabled):
+        return ""
+    if not isinstance(error, HfHubHTTPError):
+        return None
+    if isinstance(error, RevisionNotFoundError) and options.revision:
+        return f"Create the branch with `hf repos branch create {repo_id} {options.revision}`, or name another. "
+    return {
+        401: "Log in with `hf auth login`, or set HF_TOKEN to a valid token. ",
+        403: "Use a token with the right to write there, or a repository of your own. ",
+        404: "Check the name of the repository and who may see it. ",
+        409: "",
+    }.get(error.response.status_code)
+
+
+class PublicRepositoryError(Exception):
+    """A push was asked to be private, and the repository exists and is public."""
+
+    def __init__(self, repo_id: str):
+        super().__init__(
+            f"{repo_id} exists and is public, and the push was asked to be private; make it private in its settings, name "
+            "another repository, or push without asking for privacy"
+        )
+
+
+def create_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
+    """The full name of the repository, which exists afterwards. Raises PublicRepositoryError rather than to publish what is
+    to be private.
+    """
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(repo_id).private:
+        raise PublicRepositoryError(repo_id)
+    return repo_id
 
 
 def push_pipeline(
@@ -111,24 +175,33 @@ def push_pipeline(
     """Push a pipeline that is in memory; see `push`. A card in the repository keeps its facts and figures."""
     message = commit_message or f"Upload {type(pipe).__name__}"
     options = PushOptions(private=private, commit_message=message, create_pr=create_pr)
+    given = {"variant": variant, "private": private, "commit_message": commit_message, "create_pr": create_pr or None}
+    call = ", ".join([repr(repo_id), *(f"{name}={value!r}" for name, value in given.items() if value is not None)])
     with tempfile.TemporaryDirectory() as temporary:
         pipe.save_pretrained(temporary, variant=variant)
-        return push(temporary, repo_id, options, api=HfApi(token=token))
+        return _push(Path(temporary), repo_id, options, HfApi(token=token), f"pipe.push_to_hub({call})")
 
 
-def push_command(folder: Path, repo_id: str, private: bool | None = None, include: Sequence[str] = ()) -> str:
-    """The command line that pushes a finished folder."""
-    flags = (["--private"] if private else []) + [part for pattern in include for part in ("--include", pattern)]
-    return shlex.join(["python", "-m", "ddpm_pipeline.hub", "push", str(folder), repo_id, *flags])
+def push_command(folder: Path, repo_id: str, options: PushOptions) -> str:
+    """The command line that pushes a finished folder in the same way."""
+    given = {
+        "--private": options.private, "--revision": options.revision, "--message": options.commit_message,
+        "--create_pr": options.create_pr, "--attempts": options.attempts if options.attempts != ATTEMPTS else None,
+    }  # fmt: skip
+    words = ["python", "-m", "ddpm_pipeline.hub", "push", str(folder), repo_id]
+    for flag, value in (*given.items(), *(("--include", pattern) for pattern in options.include)):
+        if value:
+            words += [flag] if value is True else [flag, str(value)]
+    return shlex.join(words)
 
 
 def _commit(api: HfApi, folder: Path, files: Mapping[str, Path], repo_id: str, options: PushOptions) -> str:
     """One attempt to commit the files, and to delete stale ones, on top of the newest commit; the new commit's address."""
-    repo_id = api.create_repo(repo_id, private=options.private, exist_ok=True).repo_id
+    repo_id = create_repository(api, repo_id, options.private)
     info = api.repo_info(repo_id, revision=options.revision, files_metadata=True)
-    readme = _merged_readme(api, folder, repo_id, info.sha).encode("utf-8")
     additions = [CommitOperationAdd(name, str(path)) for name, path in files.items() if name != CARD]
-    additions.append(CommitOperationAdd(CARD, readme))
+    if (readme := _merged_readme(api, folder, repo_id, info.sha)) is not None:
+        additions.append(CommitOperationAdd(CARD, readme.encode("utf-8")))
     stale = stale_files(
         {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings or []},
         {addition.path_in_repo: addition.upload_info.sha256.hex() for addition in additions},
@@ -145,29 +218,48 @@ def _commit(api: HfApi, folder: Path, files: Mapping[str, Path], repo_id: str, o
     ).commit_url
 
 
-def _merged_readme(api: HfApi, folder: Path, repo_id: str, revision: str) -> str:
-    """The README to push: the folder's, with the repository in its examples, merged into the one that is there."""
-    ours, theirs = read_card(folder), _text_on_the_hub(api, repo_id, CARD, revision)
+def _merged_readme(api: HfApi, folder: Path, repo_id: str, revision: str) -> str | None:
+    """The README to push: the folder's, with the repository in its examples, merged into the one that is there; None if the
+    Hub would refuse the result.
+    """
+    ours, theirs = read_card(folder), decoded(_on_the_hub(api, repo_id, CARD, revision))
+    if problem := _problem_of(ours):
+        logger.warning("%s is not pushed: %s", folder / CARD, problem)
+        ours = ""
     new = card_of_folder(folder, repo_id, ours or theirs)
-    if ours:
-        new = ModelCard(refresh_card(ours, new, ["use"]), ignore_metadata_errors=True)
-    check_private(str(new))
     # a pipeline from memory knows the examples, not the pictures
-    return refresh_card(theirs, new, None if ours else ["use"])
+    merged = refresh_card(theirs, refresh_card(ours, new, ["use"]) if ours else new, None if ours else ["use"])
+    try:
+        metadata(merged)
+    except ValueError as error:
+        logger.warning("%s of %s stays as it is: %s", CARD, repo_id, error)
+        return None
+    return merged
+
+
+def _problem_of(readme: str) -> str | None:
+    """Why a README does not leave this machine."""
+    for number, what in private_lines(readme).items():
+        return f"its line {number} holds what looks like {what}; remove it there"
+    try:
+        metadata(readme)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _components(api: HfApi, repo_id: str, revision: str) -> set[str]:
     """The components of the model in a repository; none if its index cannot be read."""
     try:
-        index = json.loads(_text_on_the_hub(api, repo_id, INDEX, revision) or "{}")
+        index = json.loads(_on_the_hub(api, repo_id, INDEX, revision) or b"{}")
     except ValueError:
         return set()
     return components_of(index) if isinstance(index, dict) else set()
 
 
-def _text_on_the_hub(api: HfApi, repo_id: str, path: str, revision: str) -> str:
-    """A file of a repository, with its line ends as they are; "" if there is no file of that name."""
+def _on_the_hub(api: HfApi, repo_id: str, path: str, revision: str) -> bytes:
+    """The content of a file of a repository; b"" if there is no file of that name."""
     try:
-        return Path(api.hf_hub_download(repo_id, path, revision=revision)).read_bytes().decode("utf-8")
+        return Path(api.hf_hub_download(repo_id, path, revision=revision)).read_bytes()
     except EntryNotFoundError:
-        return ""
+        return b""

@@ -93,7 +93,7 @@ def bits_per_dim(
     Args:
         unet: called as `unet(x_t, t, **model_kwargs)`; returns [B, C, H, W] or, with a learned variance, 2C channels.
         scheduler: ours or diffusers' own; its config determines prediction type, variance and clipping.
-        images: [B, C, H, W] in [-1, 1], on the `num_bins` levels.
+        images: [B, C, H, W], or signals and volumes [B, ...], in [-1, 1] on the `num_bins` levels.
         generator: one for all images, or a list of one per image, whose result then does not depend on the others.
         noise: instead of `generator`, called with a timestep and a shape [b, C, H, W].
         model_kwargs: conditions; tensors with a first dimension of B are split into batches along with the images.
@@ -313,9 +313,9 @@ def own_scheduler(
 
 def check_images(images: Tensor, num_bins: int | None, generator: Generators) -> None:
     """Raise ValueError if shape, dtype, number of levels or number of generators do not fit."""
-    if images.ndim != 4 or not len(images) or not images.is_floating_point():
+    if images.ndim < 2 or not len(images) or not images.is_floating_point():
         kind = f"{images.dtype} of shape {tuple(images.shape)}"
-        raise ValueError(f"images are {kind}; give floating-point [B, C, H, W] in [-1, 1].")
+        raise ValueError(f"images are {kind}; give floating-point [B, C, H, W] in [-1, 1], or [B, ...].")
     if num_bins is not None and num_bins < 2:
         raise ValueError(f"num_bins={num_bins} must be at least 2, or None for continuous values.")
     check_generators(generator, len(images))

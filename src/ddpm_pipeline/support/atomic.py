@@ -6,6 +6,7 @@ renamed. A write that fails removes it; what a kill left behind is harmless, and
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,12 @@ from pathlib import Path
 def temporary_beside(path: Path, owner: int | str | None = None) -> Path:
     """The hidden name under which `path` is written: by this process, or by several that agree on an `owner`."""
     return path.with_name(f".{path.name}.{os.getpid() if owner is None else owner}.tmp")
+
+
+def writer_of(path: Path) -> int | None:
+    """The process that writes, or wrote, a file under this temporary name; None for any other name."""
+    found = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+    return int(found[1]) if found else None
 
 
 @contextlib.contextmanager

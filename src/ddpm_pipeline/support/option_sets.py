@@ -1,7 +1,8 @@
 """All options of a command as one object of option groups, and how flags and YAML files become one. Imports no torch."""
 
+import argparse
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, field, fields, make_dataclass, replace
 from functools import cache
 from itertools import zip_longest
@@ -13,6 +14,9 @@ from transformers.hf_argparser import HfArgumentParser
 
 from .errors import ConfigError
 from .options import OptionGroup, option_fields
+from .yaml_files import read_yaml
+
+_NOT_GIVEN = object()
 
 
 class OptionSet:
@@ -35,8 +39,8 @@ class OptionSet:
         given = {name: options.pop(name) for name in groups if isinstance(options.get(name), OptionGroup)}
         if config is not None:
             kept = option_fields(given.values())  # what a group says goes before what the file says
-            stored = self._parsed([], "", config)
-            options = {name: value for name, value in stored.items() if name not in kept} | options
+            stored = self._of_file(config)
+            options = self.merged({name: value for name, value in stored.items() if name not in kept}, options)
         if unknown := [name for name in options if name not in known]:
             raise ConfigError(_unknown_option(f"--{unknown[0]}", known))
         for name, group in groups.items():
@@ -49,6 +53,11 @@ class OptionSet:
 
     def check(self) -> None:
         """Raises ConfigError if options of different groups exclude each other."""
+
+    @classmethod
+    def merged(cls, stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """What a file says, overridden by what is said beside it."""
+        return {**stored, **given}
 
     @classmethod
     @cache
@@ -73,24 +82,28 @@ class OptionSet:
         """The options that a command line asks for, on top of the entries of a `file`. Raises ConfigError if it cannot be
         understood. `flags` are further flags by name with their help, such as `config`, which are accepted and left out.
         """
-        return cls(**cls._parsed(argv, description, file, **flags))
+        given = cls._parsed(argv, description, **flags)
+        return cls(**cls.merged({} if file is None else cls._of_file(file), given))
 
     @classmethod
-    def _parsed(cls, argv: Sequence[str], description: str, file: str | Path | None, **flags: str) -> dict[str, Any]:
-        """What a file and flags say, by name; required options that they leave out are missing."""
+    def _of_file(cls, config: str | Path) -> dict[str, Any]:
+        return cls._parsed(_entries_of_file(cls.config_file(config), cls.declared()), "")
+
+    @classmethod
+    def _parsed(cls, argv: Sequence[str], description: str, **flags: str) -> dict[str, Any]:
+        """What is said by words of a command line, by name."""
         groups, known = [_for_the_parser(group) for group in cls.groups().values()], cls.declared()
         parser = HfArgumentParser(groups, description=description, allow_abbrev=False, exit_on_error=False)
         for name, help in flags.items():
             parser.add_argument(f"--{name}", metavar=name.upper(), help=help)
-        entries = [] if file is None else _entries_of_file(cls.config_file(file), known)
         try:  # argparse itself ends with status 0 after --help
-            namespace, unknown = parser.parse_known_args([*entries, *argv])
+            nothing = argparse.Namespace(**dict.fromkeys(known, _NOT_GIVEN))  # in place of defaults
+            namespace, unknown = parser.parse_known_args([*argv], nothing)
         except Exception as error:
             raise ConfigError(str(error)) from error
         if unknown:
             raise ConfigError(_unknown_option(unknown[0].split("=")[0], [*known, *flags]))
-        given = {name: getattr(namespace, name) for name in known}
-        return {name: value for name, value in given.items() if value is not None or known[name].default is not MISSING}
+        return {name: value for name in known if (value := getattr(namespace, name)) is not _NOT_GIVEN}
 
     def flat(self) -> dict[str, Any]:
         """Every option with its value, by the name of its flag."""
@@ -122,21 +135,38 @@ def _for_the_parser(group: type[OptionGroup]) -> type:
     return make_dataclass(group.__name__, entries, namespace={"_argument_group_name": group.title})
 
 
-def _entries_of_file(path: Path, names: Iterable[str]) -> list[str]:
+def _entries_of_file(path: Path, known: Mapping[str, Field]) -> list[str]:
     """The entries of a YAML file as words of a command line."""
     try:
-        entries = yaml.safe_load(path.read_text("utf-8")) or {}
+        entries = read_yaml(path)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not valid YAML: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"--config {path} is not YAML that can be used: {error}") from error
+    entries = {} if entries is None else entries
     if not isinstance(entries, dict):
         raise ConfigError(f"--config {path} must hold `option: value` lines, not a {type(entries).__name__}.")
-    if unknown := [name for name in entries if name not in names]:
-        raise ConfigError(f"{path}: {_unknown_option(f'--{unknown[0]}', names)}")
-    return [f"--{name}={value}" for name, value in entries.items() if value is not None]
+    words = []
+    for name, value in entries.items():
+        if name not in known:
+            raise ConfigError(f"{path}: {_unknown_option(f'--{name}', known)}")
+        if isinstance(value, dict | list):
+            raise ConfigError(f"--config {path}: {name} must have one value, not a {type(value).__name__}.")
+        if value is not None:
+            value = {"on": "true", "off": "false"}.get(value.lower(), value) if known[name].type is bool else value
+            words.append(f"--{name}={value}")
+    return words
 
 
 def _unknown_option(flag: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(flag, [f"--{name}" for name in names], n=1, cutoff=0.5)
-    return f"unknown option {flag}.{f' Did you mean {near[0]}?' if near else ''} All options: --help."
+    near = " or ".join(f"--{name}" for name in _nearest(flag.removeprefix("--"), list(names)))
+    return f"unknown option {flag}.{f' Did you mean {near}?' if near else ''} All options: --help."
+
+
+def _nearest(given: str, names: Sequence[str]) -> list[str]:
+    """The options that may have been meant: by initials (lr), by words of their names (steps), or by letters."""
+    initials = [name for name in names if "".join(word[0] for word in name.split("_")) == given]
+    words = set(given.split("_"))
+    shared = [name for name in names if words <= set(name.split("_")) or set(name.split("_")) <= words]
+    letters = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    return (initials or [name for name in letters if name in shared] or shared or letters)[:3]

@@ -5,9 +5,12 @@ the tables of the docs all follow from its fields. Imports the standard library 
 """
 
 import math
+import operator
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from types import NoneType
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from .errors import ConfigError
 
@@ -28,6 +31,7 @@ def one_of(names: Sequence[Any]) -> Allowed:
     return Allowed(f"one of {', '.join(map(str, names))}", lambda value: value in names)
 
 
+SEED = Allowed("at least 0 and below 2^63", lambda value: 0 <= value < 2**63)
 POSITIVE = Allowed("a number above 0", lambda value: 0 < value < math.inf)
 FINITE = Allowed("a finite number", math.isfinite)
 BELOW_ONE = Allowed("at least 0 and below 1", lambda value: 0 <= value < 1)
@@ -54,20 +58,52 @@ def option(
     return field(default=default, metadata=facts)
 
 
+def _truth(value: Any) -> bool:
+    if str(value) not in ("True", "False"):  # of Python or numpy
+        raise TypeError
+    return bool(value)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool | str):
+        raise TypeError
+    return float(value)
+
+
+# The values that Python code may give for an option of each type, and what they become. Flags are of the type already.
+KINDS: dict[type, tuple[str, Callable[[Any], Any]]] = {
+    bool: ("True or False", _truth),
+    int: ("a whole number", _whole),
+    float: ("a number", _number),
+    str: ("text", os.fspath),
+}
+
+
 class OptionGroup:
     """Base of the groups; `title` is their heading in `--help`. Raises ConfigError for a value that is not allowed."""
 
     title: ClassVar[str]
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
         for entry in fields(self):
             value, allowed = getattr(self, entry.name), entry.metadata["allowed"]
+            kind = next(hint for hint in get_args(hints[entry.name]) or (hints[entry.name],) if hint is not NoneType)
+            if value is None and entry.default is None:
+                continue
             try:
-                fits = allowed is None or (value is None and entry.default is None) or allowed.holds(value)
-            except TypeError:
-                fits = False
-            if not fits:
+                value = KINDS[kind][1](value)
+            except TypeError as error:
+                raise ConfigError(f"--{entry.name} {value!r} must be {KINDS[kind][0]}.") from error
+            if allowed is not None and not allowed.holds(value):
                 raise ConfigError(f"--{entry.name} {value} must be {allowed.words}.")
+            object.__setattr__(self, entry.name, value)
         self.check()
 
     def check(self) -> None:

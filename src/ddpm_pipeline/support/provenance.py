@@ -36,7 +36,8 @@ def _processor() -> str:
 def weights_digest(module: nn.Module) -> str:
     """16 hex digits of a module's class and weights."""
     digest = hashlib.sha256(type(module).__qualname__.encode())
-    for name, value in sorted(module.state_dict().items()):
+    tensors = {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+    for name, value in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

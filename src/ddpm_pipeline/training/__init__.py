@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING
 
 from ..support.extras import lazy_exports
 
-_MODULES = {"TrainingOptions": ".options", "train": ".loop"}
-__all__ = ["TrainingOptions", "train"]
+_MODULES = {"TrainingOptions": ".options", "export_checkpoint": ".export", "train": ".loop"}
+__all__ = ["TrainingOptions", "export_checkpoint", "train"]
 
 if TYPE_CHECKING:
+    from .export import export_checkpoint
     from .loop import train
     from .options import TrainingOptions
 

@@ -5,6 +5,7 @@ position), whichever process asks for it.
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
@@ -220,6 +221,20 @@ def batch_loader(
     condition, buffer = condition or Condition(), options.shuffle_buffer
     batches = StreamBatches(data, plan, condition, partition, positions, micro_batches, buffer)
     return StreamLoader(DataLoader(batches, **loading), batches)
+
+
+@contextlib.contextmanager
+def lost_workers() -> Iterator[None]:
+    """Within, a worker that was killed ends the run with a DataError: torch raises from a signal handler, wherever that is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(
+            "A worker process that prepares batches was killed, perhaps because memory was short. Resume with --resume latest; "
+            "fewer --dataloader_num_workers or a smaller --shuffle_buffer need less memory."
+        ) from error
 
 
 def _begin_worker(parent: int, worker: int) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from ..data.mapped import ImageSet
 from ..pipeline_alpha_ddpm_text import prepare_prompt
 from ..support.draws import BatchSlice, RandomStream
 from ..support.errors import ConfigError
+from ..support.yaml_files import read_yaml
 from .options import RECIPES, ConditionOptions
 
 DEFAULT_TEMPLATES = ("{name}", "a {name}", "a picture of {name}", "an image of a {name}", "this is a {name}")
@@ -49,25 +49,36 @@ def read_templates(file: str | None, class_names: Sequence[str]) -> Templates:
     path = path if path.exists() or path.is_absolute() else RECIPES / path
     option = f"--caption_templates {path}"
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{option} cannot be read: {error}") from error
     known = {"templates", "names", "held_out"}
     if not isinstance(content, dict) or set(content) - known or not content.get("templates"):
         raise ConfigError(f"{option} must hold `templates`, a list, and may hold `names` and `held_out`.")
-    templates, held_out = ([str(text) for text in content.get(key) or []] for key in ("templates", "held_out"))
+    templates, held_out = (_words(content.get(key), key, option) for key in ("templates", "held_out"))
     if strange := [template for template in templates + held_out if "{name}" not in template]:
         raise ConfigError(f"{option}: {strange[0]!r} has no {{name}}; put it where the class name belongs.")
-    given = {str(name): values for name, values in (content.get("names") or {}).items()}
+    given = content.get("names") or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{option}: names must have a line per class, `class: [name, another name]`.")
     if unknown := sorted(set(given) - set(class_names)):
         raise ConfigError(f"{option}: {unknown[0]!r} is not a class; the classes are {', '.join(class_names[:10])}.")
-    names = [[str(value) for value in given.get(name, [name])] for name in class_names]
+    names = [_words(given.get(name, [name]), name, option) for name in class_names]
     if empty := [name for name, values in zip(class_names, names, strict=True) if not values]:
         raise ConfigError(f"{option}: the class {empty[0]!r} has an empty list of names; name it, or leave it out.")
     never = frozenset(map(prepare_prompt, Templates(held_out, names).all()))
     if clash := [caption for caption in Templates(templates, names).all() if prepare_prompt(caption) in never]:
         raise ConfigError(f"{option}: {clash[0]!r} is held out and also made by a template; remove one of them.")
     return Templates(templates, names, never)
+
+
+def _words(value: Any, key: str, option: str) -> list[str]:
+    """A list of texts. Raises ConfigError for anything else, of which YAML makes it where a text has a colon or a bracket."""
+    value = [] if value is None else value
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        odd = next((text for text in value if not isinstance(text, str)), value) if isinstance(value, list) else value
+        raise ConfigError(f"{option}: {key} must be a list of texts, and {odd!r} is none; put a text with a colon in quotes.")
+    return value
 
 
 def without_words(text: str, rng: np.random.Generator, share: float) -> str:
@@ -105,6 +116,13 @@ class Captions:
             return self.templates.caption(int(value), rng, self.options.word_dropout)
         texts = _texts(value)
         return without_words(texts[rng.integers(len(texts))], rng, self.options.word_dropout) if texts else ""
+
+    def identity(self) -> dict[str, Any] | None:
+        """The templates, as JSON; None for a column of texts, which belongs to the data."""
+        if self.templates is None:
+            return None
+        held_out = sorted(self.templates.held_out)
+        return {"templates": list(self.templates.templates), "names": self.templates.names, "held out": held_out}
 
     def all(self) -> Iterator[str]:
         """Every caption with all words, in the data's order; of a stream those of the first rows."""

@@ -5,7 +5,9 @@ of the network (`inputs`, on the device), and ends in a pipeline. For a share of
 guidance.
 """
 
+import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,17 @@ from transformers import PreTrainedModel
 from ..data.mapped import ImageSet
 from ..generation.drawing import UNCONDITIONAL, Request
 from ..pipeline_alpha_ddpm import AlphaDDPMPipeline
-from ..pipeline_alpha_ddpm_text import AlphaDDPMTextToImagePipeline, tokenize
+from ..pipeline_alpha_ddpm_text import MAX_TOKENS, AlphaDDPMTextToImagePipeline, tokenize
 from ..sampling_alpha_ddpm import describe_conditions
 from ..support.draws import BatchSlice, RandomStream
 from ..support.errors import ConfigError
+from ..support.provenance import weights_digest
 from .captions import Captions
+from .export import is_checkpoint, pipeline_of
 from .options import ConditionOptions
-from .text_encoders import load_text_encoder, make_small_encoder, make_tokenizer
+from .text_encoders import load_text_encoder, make_small_encoder, make_tokenizer, tokenizer_digest
+
+logger = logging.getLogger(__name__)
 
 SMALL = "small"  # the text encoder that is trained from scratch with the UNet
 CACHED_STATES = 2**28  # bytes of a frozen encoder's states
@@ -42,6 +48,10 @@ class Condition:
         """What the UNet's config needs for this condition."""
         return {}
 
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must find as it was: JSON values by the names that messages use."""
+        return {}
+
     def draw(self, values: Sequence[Any] | None, where: BatchSlice) -> Any:
         """The conditions of b images with these values of `column`: None, int64 [b] or b strings. Each is a function of the
         value and of (seed, step, position).
@@ -50,6 +60,10 @@ class Condition:
 
     def inputs(self, drawn: Any, device: torch.device) -> dict[str, Tensor]:
         """Those as arguments of the network, on the device."""
+        return {}
+
+    def probe(self, count: int) -> dict[str, Tensor]:
+        """Arguments of the UNet for so many images, of the right shapes and types."""
         return {}
 
     def network(self, unet: nn.Module) -> nn.Module:
@@ -62,6 +76,10 @@ class Condition:
     def preview(self, count: int) -> tuple[Request, int | None]:
         """A request for about `count` images, and the columns of their grid, with one row per condition."""
         return UNCONDITIONAL, None
+
+    def row_names(self, request: Request, columns: int | None) -> list[str]:
+        """What each row of such a grid shows: the names of classes, or prompts."""
+        return [str(value) for value in request.values[::columns]]
 
     def facts(self) -> dict[str, str]:
         """For the model card."""
@@ -86,9 +104,15 @@ class ClassCondition(Condition):
     def unet_config(self) -> dict[str, Any]:
         return {"num_class_embeds": len(self.names) + 1}
 
+    def identity(self) -> dict[str, Any]:
+        return {"class names": self.names}
+
     def draw(self, values: Sequence[int], where: BatchSlice) -> Tensor:
         dropped = torch.from_numpy(_dropped(where, self.options))
         return torch.as_tensor(values, dtype=torch.int64).masked_fill(dropped, len(self.names))
+
+    def probe(self, count: int) -> dict[str, Tensor]:
+        return {"class_labels": torch.zeros(count, dtype=torch.int64)}
 
     def inputs(self, drawn: Tensor, device: torch.device) -> dict[str, Tensor]:
         return {"class_labels": drawn.to(device, non_blocking=True)}
@@ -99,6 +123,9 @@ class ClassCondition(Condition):
 
     def preview(self, count: int) -> tuple[Request, int | None]:
         return _rows("class_labels", list(range(len(self.names))), count, self.options)
+
+    def row_names(self, request: Request, columns: int | None) -> list[str]:
+        return [self.names[label] for label in request.values[::columns]]
 
     def facts(self) -> dict[str, str]:
         dropout = f"{self.options.condition_dropout:.0%} of the labels"
@@ -131,9 +158,14 @@ class TextCondition(Condition):
         self.options, self.captions = options, Captions(options, data)
         self.column = self.captions.column
         self.source = options.text_encoder or (None if init_from else SMALL)
+        if init_from and self.source:
+            logger.warning("--text_encoder %s takes the place of the text encoder of %s", self.source, init_from)
         if self.source == SMALL:
             self.tokenizer = make_tokenizer(self.captions.all())
             self.text_encoder = make_small_encoder(self.tokenizer)
+        elif self.source is None and is_checkpoint(init_from):
+            saved = pipeline_of(init_from)
+            self.tokenizer, self.text_encoder = saved.tokenizer, saved.text_encoder
         else:
             self.tokenizer, self.text_encoder = load_text_encoder(self.source, init_from)
         self.trained = self.source == SMALL or options.train_text_encoder
@@ -143,6 +175,20 @@ class TextCondition(Condition):
     def unet_config(self) -> dict[str, Any]:
         encoder = self.text_encoder.config
         return {"cross_attention_dim": getattr(encoder, "hidden_size", None) or encoder.d_model}
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "tokenizer": f"{len(self.tokenizer)} tokens, {tokenizer_digest(self.tokenizer)}",
+            "frozen text encoder": None if self.trained else self._frozen_digest,
+            "captions of classes": self.captions.identity(),
+        }
+
+    @cached_property
+    def _frozen_digest(self) -> str:
+        return weights_digest(self.text_encoder)
+
+    def probe(self, count: int) -> dict[str, Tensor]:
+        return {"encoder_hidden_states": torch.zeros(count, MAX_TOKENS, self.unet_config()["cross_attention_dim"])}
 
     def draw(self, values: Sequence[Any], where: BatchSlice) -> list[str]:
         return self.captions.draw(values, where, _dropped(where, self.options))

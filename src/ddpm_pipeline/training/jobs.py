@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from ..data.mapped import ImageSet
-from ..evaluation.features import feature_extractor, real_features
+from ..evaluation.features import feature_extractor, real_features, try_extractor
 from ..evaluation.figures import likelihood_of
 from ..evaluation.quality import ImageQuality
 from ..generation.drawing import sample_in_batches, sample_process, sample_uint8
@@ -25,14 +25,16 @@ from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..support.atomic import write_text
 from ..support.draws import RandomStream, seeds
 from ..support.errors import ConfigError, NumericalError, Stopped
+from ..support.exceptions import describe_exception
 from ..support.pictures import grid, save_picture
 from .batches import BatchLoader
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, export_command
 from .conditions import Condition
+from .export import describe_run
 from .options import TrainingOptions
-from .output_folder import OPTIONS_FILE
+from .output_folder import OPTIONS_FILE, TRACKER_PROJECT, OutputFolder
 from .pusher import Pusher
-from .record import model_card
+from .record import model_card, origin_of
 from .state import TrainingState
 from .stop import StopRequest, in_any_process
 from .telemetry import Telemetry
@@ -66,6 +68,7 @@ class Run:
     options: TrainingOptions
     accelerator: Accelerator
     folder: Path
+    output: OutputFolder | None  # the same folder as the main process holds it
     data: ImageSet
     condition: Condition
     state: TrainingState
@@ -79,7 +82,9 @@ class Run:
     def __post_init__(self) -> None:
         options, watching, optimisation = self.options, self.options.watching, self.options.optimisation
         self.total = optimisation.max_train_steps  # updates in all
+        self.origin = origin_of(options, self.data.name, self.data.num_images, self.accelerator.num_processes)
         self.batch_size = optimisation.batch_size // optimisation.gradient_accumulation_steps  # of images to sample
+        self.preview_steps = min(watching.preview_inference_steps, len(self.scheduler))
         self.checkpoints = Checkpoints(self.accelerator, self.folder, options.run.checkpoints_total_limit)
         # with a scheduler of its own: previews choose shorter chains, and the bound is that of the full one
         self.pipe = self.condition.pipeline(self.state.unet, AlphaDDPMScheduler.from_config(self.scheduler.config))
@@ -88,18 +93,26 @@ class Run:
         if watching.eval_samples:
             extractor = feature_extractor(watching.eval_features, options.data.dataset, None, "--eval_features")
             self.extractor = extractor.to(self.accelerator.device)
+            try_extractor(self.extractor, self.data, f"--eval_features {watching.eval_features}")
         self.telemetry = Telemetry(self.accelerator, self.folder, self.state.updater, self.first, self.total)
 
     def in_main_process(self, job: Callable[["Run", int], None], done: int) -> bool:
         """Do the job in the main process, with the EMA weights, while the others wait. Returns whether any process was asked to
         stop meanwhile; the job is then left where it is.
         """
-        if self.accelerator.is_main_process:
+        if self.output is not None:
+            self.output.check()
             with contextlib.suppress(Stopped), self.stop.interrupts(self.state.unet), self.state.ema_weights():
                 job(self, done)
         (stopping,) = in_any_process(self.accelerator, self.stop.reason is not None)
         self.telemetry.restart_clock()
         return stopping
+
+    def note_progress(self, done: int) -> None:
+        """After every update."""
+        self.telemetry.note_progress(done)
+        if self.output is not None and done == self.first + 1:
+            self.output.keep()
 
     def numerical_error(self, what: str) -> NumericalError:
         self.checkpoints.close()
@@ -107,6 +120,26 @@ class Run:
             f"{what} (train.log names the images). The last good checkpoint is {self.checkpoints.last}. Look at those images, "
             "or train again with a lower --learning_rate or without --mixed_precision."
         )
+
+
+@contextlib.contextmanager
+def not_essential(what: str) -> Iterator[None]:
+    """Within, an error is logged: the model matters more than pictures and figures of it."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as error:
+        logger.warning("%s failed, and the run goes on without: %s", what, describe_exception(error))
+
+
+def stopped(run: Run, done: int) -> Stopped:
+    """What a run that was asked to stop raises, when its last checkpoint is on the disk and its push is done or given up."""
+    run.checkpoints.close()
+    if run.pusher is not None:
+        run.pusher.abandon(run.stop)
+    why, model = run.stop.reason or "another process", export_command(run.checkpoints.last)
+    return Stopped(f"stopped by {why} after update {done}; for a model as of now, {model}")
 
 
 def report(run: Run, done: int) -> None:
@@ -118,15 +151,18 @@ def preview(run: Run, done: int, only_if_missing: bool = False) -> None:
     """samples/step-N.png, with fewer reverse steps."""
     watching, path = run.options.watching, run.folder / "samples" / f"step-{done:08d}.png"
     if not (only_if_missing and path.is_file()):
-        save_grid(run, watching.preview_images, watching.preview_inference_steps, path)
+        with not_essential("a preview"):
+            save_grid(run, watching.preview_images, run.preview_steps, path)
 
 
 def save_grid(run: Run, count: int, steps: int | None, path: Path) -> None:
-    """A picture of about `count` images, in equal rows, one per condition."""
+    """A picture of about `count` images, in equal rows, one per condition; a text file beside it says which row is what."""
     request, columns = run.condition.preview(count)
     count = len(request.values) or count
     images = sample_in_batches(run.pipe, count, run.batch_size, run.options.run.seed, steps, request)
     save_picture(grid(images, columns), path)
+    if rows := run.condition.row_names(request, columns):
+        write_text(path.with_suffix(".txt"), "".join(f"row {row}: {name}\n" for row, name in enumerate(rows, start=1)))
 
 
 def push_snapshot(run: Run, done: int) -> None:
@@ -135,7 +171,12 @@ def push_snapshot(run: Run, done: int) -> None:
 
 def evaluate(run: Run, done: int) -> None:
     """Bits per dimension of some images, and FID, KID, precision and recall of samples, with the same noise every time."""
-    run.telemetry.log(likelihood(run) | (quality(run) if run.extractor is not None else {}), done)
+    figures: dict[str, float] = {}
+    for measure in (likelihood, *([quality] if run.extractor is not None else [])):
+        with not_essential("an evaluation"):
+            figures |= measure(run)
+    if figures:
+        run.telemetry.log(figures, done)
 
 
 def likelihood(run: Run) -> dict[str, float]:
@@ -157,22 +198,20 @@ def quality(run: Run) -> dict[str, float]:
     measured.add_real_features(real_features(run.data, extractor, run.options.data.cache_dir).to(pipe.device))
     for start in range(0, watching.eval_samples, run.batch_size):
         batch = range(start, min(start + run.batch_size, watching.eval_samples))
-        try:
-            images = sample_uint8(pipe, batch, seed, watching.preview_inference_steps)
-        except ConfigError as error:  # no reason to end the run
-            logger.warning("samples cannot be evaluated: %s", error)
-            return {}
+        images = sample_uint8(pipe, batch, seed, run.preview_steps)
         measured.update(images.to(pipe.device), real=False)
     figures = measured.compute()._asdict()
     return {f"eval_{name}": figures[name] for name in FIGURES if not math.isnan(figures[name])}
 
 
 def save_checkpoint(run: Run, done: int) -> None:
+    if run.output is not None:
+        run.output.check()  # before a folder of that name is made anew
     with run.telemetry.timer("checkpoint", on_device=False):
         if not run.state.weights_are_finite():
             raise run.numerical_error(f"the weights after {done} updates are not finite")
         note_skipped_rows(run)  # a resumed run does not meet those before a checkpoint again
-        run.checkpoints.save(run.state, done, own=run.batches.state_dict())
+        run.checkpoints.save(run.state, done, run.batches.state_dict(), partial(describe_run, run, done))
     run.telemetry.restart_clock()
 
 
@@ -185,9 +224,10 @@ def begin(run: Run, previews: Every) -> None:
     """Write down what the run is, and make the preview that an earlier attempt was stopped before, if it is missing."""
     data, accelerator, options = run.data, run.accelerator, run.options
     if accelerator.is_main_process:
+        run.checkpoints.set_aside(run.first, options.run.resume)
         write_text(run.folder / OPTIONS_FILE, options.to_yaml())
         run.telemetry.skipped.add(data.skipped)
-    accelerator.init_trackers("ddpm-pipeline", {name: value for name, value in options.flat().items() if value})
+    start_tracker(run)
     images = f"{data.num_images} images" if data.num_images else "a stream"
     logger.info(
         "%s: %s of %dx%dx%d; %.2f M parameters; updates %d to %d of %d images; %s, %s, %d threads",
@@ -201,6 +241,17 @@ def begin(run: Run, previews: Every) -> None:
     run.telemetry.restart_clock()
 
 
+def start_tracker(run: Run) -> None:
+    """Raises ConfigError if the tracker cannot be started, such as without an account."""
+    options = {name: value for name, value in run.options.flat().items() if value}
+    anew = {"tensorboard": {"purge_step": run.first + 1}}  # drops what was logged after the checkpoint that we resume from
+    try:
+        run.accelerator.init_trackers(TRACKER_PROJECT, options, init_kwargs=anew)
+    except Exception as error:  # each tracker has its own
+        tracker = run.options.watching.report_to
+        raise ConfigError(f"--report_to {tracker} cannot be started: {describe_exception(error)}") from error
+
+
 def finish(run: Run) -> None:
     """samples.png over the full chain, process.png from noise to images, and the model, in the main process. Raises Stopped, or
     PushError if all is done but the last push.
@@ -209,14 +260,25 @@ def finish(run: Run) -> None:
     run.telemetry.bar.close()  # its rate is that of updates, not of sampling
     run.telemetry.summarize()
     run.accelerator.unwrap_model(run.state.model, keep_fp32_wrapper=False)  # samples show what the saved weights make
-    if run.accelerator.is_main_process:
+    if run.output is not None:
+        run.output.check()
         with run.state.ema_weights(), run.stop.interrupts(run.state.unet):
-            logger.info("sampling %d images over %d steps", run.options.watching.num_samples, len(run.pipe.scheduler))
-            save_grid(run, run.options.watching.num_samples, None, run.folder / "samples.png")
-            process = sample_process(run.pipe, run.options.run.seed, run.condition.preview(4)[0])
-            save_picture(process, run.folder / "process.png")
+            draw_samples(run)
             export(run.pipe, run.folder, model_card(run, run.folder, run.total))
+        run.output.check()  # what was written before it was removed is gone
         seconds = time.monotonic() - run.began
-        logger.info("done in %.0f s: the model, its card and samples.png are in %s", seconds, run.folder)
+        logger.info("done in %.0f s: the model and its card are in %s", seconds, run.folder)
         if run.pusher is not None:
-            logger.info("pushed: %s", run.pusher.finish())
+            logger.info("pushed: %s", run.pusher.finish(run.stop))
+
+
+def draw_samples(run: Run) -> None:
+    """samples.png, and process.png from noise to images."""
+    watching, seed = run.options.watching, run.options.run.seed
+    steps = min(watching.sample_inference_steps or len(run.scheduler), len(run.scheduler))
+    logger.info("sampling %d images over %d steps", watching.num_samples, steps)
+    run.pipe.set_progress_bar_config(desc="sampling", leave=False)
+    with not_essential("samples.png"):
+        save_grid(run, watching.num_samples, steps, run.folder / "samples.png")
+    with not_essential("process.png"):
+        save_picture(sample_process(run.pipe, seed, run.condition.preview(4)[0]), run.folder / "process.png")

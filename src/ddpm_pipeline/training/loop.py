@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,15 @@ from ..data import open_data
 from ..data.mapped import ImageSet, to_model_range
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..support.draws import noise_of
-from ..support.errors import Stopped
-from .batches import BatchLoader, BatchPlan, batch_loader
+from .batches import BatchLoader, BatchPlan, batch_loader, lost_workers
 from .checkpoints import find_checkpoint, load_checkpoint
 from .conditions import Condition, build_condition
-from .jobs import Every, Run, begin, evaluate, finish, preview, push_snapshot, report, save_checkpoint
+from .identity import identity_of
+from .jobs import Every, Run, begin, evaluate, finish, preview, push_snapshot, report, save_checkpoint, stopped
 from .models import build_model, objective_for
 from .objectives import NoisedBatch, min_snr_weights, per_image_loss
 from .options import TrainingOptions
-from .output_folder import prepare_output_folder
+from .output_folder import output_folder
 from .processes import seed_dropout, seed_weights, start_processes
 from .pusher import Pusher
 from .state import MAX_IN_A_ROW, build_state
@@ -31,6 +31,16 @@ from .stop import StopRequest
 from .telemetry import logging_to
 
 
+@contextlib.contextmanager
+def forgotten_accelerator() -> Iterator[None]:
+    """Afterwards the next run of this process may choose another precision, however this one ended."""
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state()
+
+
+@forgotten_accelerator()
 def train(options: TrainingOptions) -> Path:
     """Train as the options say, and return the folder with the model.
 
@@ -42,28 +52,29 @@ def train(options: TrainingOptions) -> Path:
     stop = StopRequest(options.run.max_train_time, began)
     accelerator, options = start_processes(options)
     folder, main = Path(options.run.output_dir), accelerator.is_main_process
-    with accelerator.main_process_first():
-        if main:
-            prepare_output_folder(folder, options.run)
-        pusher = Pusher(options.hub, folder) if options.hub.push_to_hub and main else None
-
+    holding = output_folder(folder, options.run) if main else contextlib.nullcontext()
+    with holding as output, logging_to(folder, accelerator) as start_log:
         # What it learns from
-        data = open_data(options.data, options.condition.columns)
-    with logging_to(folder, accelerator):
+        with accelerator.main_process_first():
+            pusher = Pusher(options.hub, folder) if options.hub.push_to_hub and main else None
+            data = open_data(options.data, options.condition.columns)
         seed_weights(options.run.seed)
         condition = build_condition(options.condition, data, options.model.init_from)
 
         # What it learns
         unet, scheduler = build_model(options.model, options.diffusion, data.resolution, data.channels, condition)
         options = resolved(options, data, scheduler)
-        checkpoint = find_checkpoint(folder, options, accelerator) if options.run.resume else None
+        checkpoint = find_checkpoint(folder, options, accelerator, partial(identity_of, data, condition, unet, scheduler))
         state = build_state(accelerator, unet, condition.network(unet), options)
         first, position = load_checkpoint(accelerator, state, checkpoint) if checkpoint else (0, None)
         batches = open_batches(data, condition, options, accelerator, first, position)
         objective = partial(losses_of, scheduler=scheduler, condition=condition, options=options)
 
         # What happens along the way
-        run = Run(options, accelerator, folder, data, condition, state, scheduler, batches, pusher, stop, first, began)
+        if output is not None:
+            output.set_aside()  # not before all of the above has succeeded
+        start_log()
+        run = Run(options, accelerator, folder, output, data, condition, state, scheduler, batches, pusher, stop, first, began)
         watching, in_main = options.watching, run.in_main_process
         previews = Every(watching.preview_every, partial(in_main, preview), at_end="never", on_stop="never")
         jobs = [
@@ -76,7 +87,7 @@ def train(options: TrainingOptions) -> Path:
 
         # The loop
         try:
-            with stop.listening():
+            with stop.listening(), lost_workers():
                 begin(run, previews)
                 for done in range(first + 1, run.total + 1):
                     stopping = update(run, objective, done - 1)
@@ -84,8 +95,7 @@ def train(options: TrainingOptions) -> Path:
                         if job.is_due(done, run.total, stopping):
                             stopping = bool(job.run(done)) or stopping
                     if stopping:
-                        run.checkpoints.close()
-                        raise Stopped(f"stopped by {stop.reason or 'another process'} after update {done}")
+                        raise stopped(run, done)
                 finish(run)
         finally:
             close(run)
@@ -143,7 +153,7 @@ def update(run: Run, objective: Callable[..., torch.Tensor], step: int) -> bool:
             observed.append(accelerator.gather((timesteps, losses.detach())))
     with timer("optimizer"):
         grad_norm, stopping = state.updater(step, torch.cat(image_losses), indices, stop=run.stop.reason is not None)
-    run.telemetry.bar.update()
+    run.note_progress(step + 1)
     if grad_norm is not None:
         run.telemetry.note_update(torch.stack(mean_losses).mean(), grad_norm)
         for observation in observed:  # after the last draw, which so does not depend on how the update was divided
@@ -183,4 +193,3 @@ def close(run: Run) -> None:
     run.state.model = None
     run.accelerator.free_memory()
     run.accelerator.end_training()
-    AcceleratorState._reset_state()  # so that the next run of this process may choose another precision

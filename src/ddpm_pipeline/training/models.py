@@ -1,16 +1,23 @@
 """The UNet and the schedule that a run starts from: a preset, a config file, or an existing pipeline."""
 
 import json
+import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from huggingface_hub.utils import HFValidationError
 
 from ..scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES, AlphaDDPMScheduler
 from ..support.errors import ConfigError
-from .conditions import Condition
+from ..support.exceptions import describe_exception
+from ..tables_alpha_ddpm import OWN_KEY
+from .conditions import ClassCondition, Condition
+from .export import built, is_checkpoint, pipeline_of
 from .options import DiffusionOptions, ModelOptions
+
+logger = logging.getLogger(__name__)
 
 
 def _blocks(*channels: int, attention: int | None = None, **config: Any) -> dict[str, Any]:
@@ -44,24 +51,29 @@ def build_model(
     `--init_from` cannot be used, or do not fit the images.
     """
     condition = condition or Condition()
+    what = f"--init_from {model.init_from}" if model.init_from else f"the model ({model.model}) or its schedule"
     try:
         if model.init_from is not None:
-            unet, scheduler = _from_pipeline(model.init_from, diffusion.schedule, condition)
+            unet, scheduler = _from_pipeline(model, diffusion.schedule, condition)
         else:
             outputs = channels * (1 + (diffusion.variance_type in LEARNED_VARIANCE_TYPES))
             images = {"sample_size": resolution, "in_channels": channels, "out_channels": outputs}
-            unet = condition.unet_class.from_config(_unet_config(model, images, condition))
+            unet = built(partial(condition.unet_class.from_config, _unet_config(model, images, condition)))
             scheduler = AlphaDDPMScheduler(**diffusion.schedule)
+        _check_fits(unet.config, scheduler.config.variance_type, resolution, channels)
+        needs = {"num_class_embeds": None, "class_embed_type": None, **condition.unet_config()}
+        for name, need in needs.items():
+            if (has := unet.config.get(name)) != need:
+                raise ConfigError(
+                    f"{model.init_from or model.model}: the UNet has {name}={has}, and this --condition with these data needs "
+                    f"{need}."
+                )
+        _check_timesteps(unet.config, len(scheduler))
+        _check_runs(unet, (channels, resolution, resolution), condition)
     except ConfigError:
         raise
-    except (ValueError, TypeError, OSError, NotImplementedError, HFValidationError) as error:
-        what = f"--init_from {model.init_from}" if model.init_from else f"the model ({model.model}) or its schedule"
-        raise ConfigError(f"{what} cannot be used: {error}") from error
-    _check_fits(unet.config, scheduler.config.variance_type, resolution, channels)
-    for name, need in {"num_class_embeds": None, **condition.unet_config()}.items():
-        if (has := unet.config.get(name)) != need:
-            what = model.init_from or model.model
-            raise ConfigError(f"{what}: the UNet has {name}={has}, and this --condition with these data needs {need}.")
+    except Exception as error:  # a UNet raises many types for settings that do not go together
+        raise ConfigError(f"{what} cannot be used: {describe_exception(error)}") from error
     objective_for(diffusion.objective, scheduler)
     return unet, scheduler
 
@@ -84,16 +96,49 @@ def objective_for(objective: str | None, scheduler: AlphaDDPMScheduler) -> str:
     return objective
 
 
-def _from_pipeline(source: str, schedule: dict[str, Any], condition: Condition) -> tuple[UNet, AlphaDDPMScheduler]:
-    pipe = condition.pipeline_class.from_pretrained(source, low_cpu_mem_usage=False)
+def _from_pipeline(model: ModelOptions, schedule: dict[str, Any], condition: Condition) -> tuple[UNet, AlphaDDPMScheduler]:
+    """The UNet and the scheduler of a model or a checkpoint; what options change about them is said."""
+    source = model.init_from
+    load = pipeline_of if is_checkpoint(source) else condition.pipeline_class.from_pretrained
+    pipe = load(source, **({} if load is pipeline_of else {"low_cpu_mem_usage": False}))
     if not isinstance(pipe.unet, condition.unet_class):
         raise ConfigError(
             f"--init_from {source} has a {type(pipe.unet).__name__}, and this --condition needs a "
             f"{condition.unet_class.__name__}."
         )
+    if model.model != "auto":
+        logger.warning("--model %s has no effect: the network is that of --init_from %s", model.model, source)
+    for name, value in schedule.items():
+        if (before := pipe.scheduler.config.get(name)) != value:
+            logger.warning("--%s %s replaces %s, with which %s was trained", name, value, before, source)
     if schedule.keys() & {"beta_schedule", "beta_start", "beta_end", "num_train_timesteps"}:
         schedule = {"trained_betas": None, **schedule}  # flags of the schedule take the place of stored values
-    return pipe.unet.float(), AlphaDDPMScheduler.from_config(pipe.scheduler.config, **schedule)
+    return _adapted(pipe.unet.float(), model, condition), AlphaDDPMScheduler.from_config(pipe.scheduler.config, **schedule)
+
+
+def _adapted(unet: UNet, model: ModelOptions, condition: Condition) -> UNet:
+    """The UNet with the dropout that was asked for, and with the embeddings of the data's classes, found by their names."""
+    changed = {} if model.dropout is None else {"dropout": model.dropout}
+    own = (unet.config.get(OWN_KEY) or {}).get("class_names")
+    names = condition.names if isinstance(condition, ClassCondition) else own
+    if own is None and names is not None:
+        logger.warning("%s does not name its classes: they are taken in their order", model.init_from)
+    if own and names != own:
+        changed["num_class_embeds"] = len(names) + 1
+    if all(unet.config.get(name) == value for name, value in changed.items()) and names == (own or names):
+        return unet
+    fresh, weights = type(unet).from_config({**unet.config, **changed}), unet.state_dict()
+    if own and names != own:
+        rows, known = fresh.class_embedding.weight.detach().clone(), weights["class_embedding.weight"]
+        rows[-1] = known[-1]  # of no class
+        for row, name in enumerate(names):
+            if name in own:
+                rows[row] = known[own.index(name)]
+        weights["class_embedding.weight"] = rows
+        new, gone = ([name for name in some if name not in others] for some, others in ((names, own), (own, names)))
+        logger.warning("classes of %s are found by name; new: %s; left out: %s", model.init_from, new, gone)
+    fresh.load_state_dict(weights)
+    return fresh
 
 
 def _unet_config(model: ModelOptions, images: dict[str, int], condition: Condition) -> dict[str, Any]:
@@ -121,6 +166,11 @@ def _unet_config(model: ModelOptions, images: dict[str, int], condition: Conditi
         raise ConfigError(f"--model {path} is not a JSON file: {error}") from error
     if not isinstance(stored, dict):
         raise ConfigError(f"--model {path} must hold the config of a {condition.unet_class.__name__}, a JSON object.")
+    if (made_for := stored.get("_class_name", condition.unet_class.__name__)) != condition.unet_class.__name__:
+        raise ConfigError(f"--model {path} is of a {made_for}, and this --condition needs a {condition.unet_class.__name__}.")
+    stored = {name: value for name, value in stored.items() if value is not None or name not in images}
+    if stored.get("sample_size") in (size := images["sample_size"], [size, size]):
+        stored["sample_size"] = size  # in the form that pipelines take
     return {**images, **condition.unet_config(), **stored, **dropout}
 
 
@@ -132,6 +182,26 @@ def _with_cross_attention(preset: dict[str, Any]) -> dict[str, Any]:
         down[-1], up[0] = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
     kept = {name: value for name, value in preset.items() if name != "add_attention"}  # the middle always attends
     return {**kept, "down_block_types": tuple(down), "up_block_types": tuple(up)}
+
+
+def _check_runs(unet: UNet, image: tuple[int, int, int], condition: Condition) -> None:
+    """Raises what a UNet like this one raises for a batch as training makes it, tried without memory."""
+    with torch.device("meta"), torch.no_grad():
+        like = type(unet).from_config(unet.config)
+        timesteps = torch.zeros(2, dtype=torch.int64)
+        shape = tuple(like(torch.zeros(2, *image), timesteps, **condition.probe(2)).sample.shape)
+    if shape[2:] != image[1:]:
+        raise ConfigError(f"the UNet makes images of {shape[2:]} pixels from {image[1:]}; use a --model that keeps the size.")
+
+
+def _check_timesteps(config: Any, num_train_timesteps: int) -> None:
+    """Raises ConfigError if the UNet's embedding does not take the timesteps 0..T-1: "fourier" takes their logarithm."""
+    kind, most = config.get("time_embedding_type"), config.get("num_train_timesteps") or 0
+    if kind == "fourier" or (kind == "learned" and most < num_train_timesteps):
+        raise ConfigError(
+            f"time_embedding_type={kind} of the UNet{f' for {most} timesteps' if kind == 'learned' else ''} does not take the "
+            f"timesteps 0 to {num_train_timesteps - 1}; use 'positional'."
+        )
 
 
 def _check_fits(config: Any, variance_type: str, resolution: int, channels: int) -> None:
@@ -146,9 +216,10 @@ def _check_fits(config: Any, variance_type: str, resolution: int, channels: int)
     if (taken := config.in_channels) != channels:
         raise ConfigError(f"the images have {channels} channels and the UNet takes {taken}; use --channels {taken}.")
     size = config.sample_size
-    size = (size, size) if isinstance(size, int) else size
-    if size is not None and tuple(size) != (resolution, resolution):
-        raise ConfigError(f"the UNet is made for images of {size[0]}x{size[1]} pixels; use --resolution {size[0]}.")
+    size = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if size not in ((None, None), (resolution, resolution)):
+        fix = f"use --resolution {size[0]}" if len(set(size)) == 1 else "only square images can be trained on"
+        raise ConfigError(f"the UNet is made for images of {'x'.join(map(str, size))} pixels, not {resolution}; {fix}.")
     learned = variance_type in LEARNED_VARIANCE_TYPES
     if config.out_channels != channels * (1 + learned):
         raise ConfigError(

@@ -3,7 +3,7 @@
 Flags override the file or recipe that `--config` names. Imports no torch, so that mistakes are reported at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from ..data.options import ConditionColumns, TrainingDataOptions
 from ..support.errors import ConfigError
 from ..support.option_sets import OptionSet, value_of
-from ..support.options import BELOW_ONE, FINITE, POSITIVE, Allowed, OptionGroup, at_least, one_of, option
+from ..support.options import BELOW_ONE, FINITE, POSITIVE, SEED, Allowed, OptionGroup, at_least, one_of, option
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT_RECIPE = "digits"  # the main job: used where neither --config nor --dataset is given
@@ -21,7 +21,9 @@ CONDITIONS = ("none", "class", "text")
 OBJECTIVES = ("simple", "hybrid", "bound")
 TIMESTEP_SAMPLINGS = ("uniform", "stratified", "importance")
 TRAINABLE_VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")  # accelerate's
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+MOST_WARMUP = 500  # updates, by default
 HYBRID_BOUND_WEIGHT = 0.001  # λ of L_simple + λ L_vlb (Nichol & Dhariwal 2021, §3.1), L_vlb in bits per dimension
 
 # an option that neither the trained model nor a resumed run depends on
@@ -54,6 +56,11 @@ class ConditionOptions(OptionGroup):
         text_only = ("text_column", "caption_templates", "text_encoder", "train_text_encoder", "preview_prompts")
         if self.condition != "text" and (given := [name for name in text_only if getattr(self, name)]):
             raise ConfigError(f"--{given[0]} needs --condition text, and this is --condition {self.condition}.")
+        if self.condition == "none" and self.label_column:
+            raise ConfigError(f"--label_column {self.label_column} has no effect without --condition class or text; add one.")
+        others = [name for name in ("caption_templates", "label_column") if self.text_column and getattr(self, name)]
+        if others:
+            raise ConfigError(f"--text_column and --{others[0]} are two sources of captions; drop one.")
 
     @property
     def columns(self) -> ConditionColumns:
@@ -67,7 +74,8 @@ class ModelOptions(OptionGroup):
     model: str = option("auto", "UNet: a preset (tiny, 32, 64, 128, 256), 'auto' (by resolution), or a config file.")
     dropout: float | None = option(None, "Dropout in the UNet. By default the preset's own.", BELOW_ONE)
     init_from: str | None = option(
-        None, "Hub repository or folder of a DDPM pipeline to fine-tune (weights and schedule).", on_resume="tell")
+        None, "Hub repository or folder of a DDPM pipeline, or a run's checkpoint, to fine-tune (weights and schedule).",
+        on_resume="tell")
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,8 @@ class OptimisationOptions(OptionGroup):
     learning_rate: float = option(1e-4, "Peak learning rate of AdamW.", POSITIVE)
     lr_scheduler: str = option(
         "cosine", f"Learning-rate schedule over updates: {', '.join(LR_SCHEDULERS)}.", one_of(LR_SCHEDULERS))
-    lr_warmup_steps: int = option(500, "Updates over which the learning rate rises to its peak.", at_least(0))
+    lr_warmup_steps: int | None = option(
+        None, "Updates over which the learning rate rises to its peak. By default a tenth of all, at most 500.", at_least(0))
     adam_beta1: float = option(0.9, "AdamW's decay of the gradient mean.", BELOW_ONE)
     adam_beta2: float = option(0.999, "AdamW's decay of the squared-gradient mean.", BELOW_ONE)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon.", POSITIVE)
@@ -136,6 +145,25 @@ class OptimisationOptions(OptionGroup):
         0.9999, "Highest decay of the EMA of the weights, which is what is saved; 0 turns it off.", BELOW_ONE)
     ema_power: float = option(
         0.75, "The EMA decay rises as 1 - (1 + step)^-power; use 2/3 for long runs, 3/4 for short ones.", POSITIVE)
+
+    def check(self) -> None:
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ConfigError(
+                f"--batch_size {self.batch_size} cannot be divided into --gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps} micro-batches; use a multiple of {self.gradient_accumulation_steps}."
+            )
+        if self.max_train_steps is not None and self.warmup_steps >= self.max_train_steps:
+            raise ConfigError(
+                f"--lr_warmup_steps {self.lr_warmup_steps} is not below the number of updates, {self.max_train_steps}, so that "
+                f"the learning rate would never reach --learning_rate; use fewer, or leave it out for "
+                f"{min(MOST_WARMUP, self.max_train_steps // 10)}."
+            )
+
+    @property
+    def warmup_steps(self) -> int:
+        """The warm-up of a run whose number of updates is known."""
+        default = min(MOST_WARMUP, self.max_train_steps // 10)
+        return default if self.lr_warmup_steps is None else self.lr_warmup_steps
 
 
 @dataclass(frozen=True)
@@ -156,14 +184,18 @@ class HardwareOptions(OptionGroup):
 class RunOptions(OptionGroup):
     title: ClassVar[str] = "run"
 
-    seed: int = option(0, "Seed of everything random.", at_least(0))
+    seed: int = option(0, "Seed of everything random.", SEED)
     output_dir: str | None = option(
         None, "Folder for the model. By default ddpm-NAME for a data set called NAME.", on_resume="allow", in_recipe=False)
     overwrite: bool = option(
-        False, "Remove an earlier run's files from the output folder and start anew.", on_resume="allow", in_recipe=False)
+        False, "Start anew in the output folder of an earlier run, whose files go once the new run has begun.",
+        on_resume="allow", in_recipe=False)
     resume: str | None = option(
         None, "Resume from 'latest' or from a checkpoint folder. If there is no checkpoint yet, 'latest' starts a new run.",
         on_resume="allow", in_recipe=False)
+    accept_changed_data: bool = option(
+        False, "Resume although images, labels or captions are not those of the checkpoint.", on_resume="allow",
+        in_recipe=False)
     max_train_time: float | None = _free(
         None, "Minutes after which the run writes a checkpoint and stops, as it does on a signal (docs/training.md).",
         Allowed("a number of minutes above 0", POSITIVE.holds))
@@ -181,7 +213,7 @@ class WatchingOptions(OptionGroup):
 
     preview_every: int = _free(1000, "Updates between preview pictures; 0 makes none.", at_least(0))
     preview_images: int = _free(64, "Images per preview.", at_least(1))
-    preview_inference_steps: int = _free(100, "Reverse steps for previews.", at_least(1))
+    preview_inference_steps: int = _free(100, "Reverse steps for previews, at most the full chain.", at_least(1))
     eval_every: int = _free(
         0, "Updates between evaluations of the EMA weights; 0 makes none (docs/evaluation.md).", at_least(0))
     eval_images: int = _free(64, "Number of dataset images used in each evaluation.", at_least(1))
@@ -191,9 +223,11 @@ class WatchingOptions(OptionGroup):
         Allowed("0 or at least 5", lambda value: value == 0 or value >= 5))
     eval_features: str = _free(
         "auto", "Feature extractor for these: digits, inception, MODULE:FUNCTION, or auto (digits for the digits).")
-    num_samples: int = _free(64, "Images in the final samples.png, sampled over the full chain.", at_least(1))
+    num_samples: int = _free(64, "Images in the final samples.png.", at_least(1))
+    sample_inference_steps: int | None = _free(
+        None, "Reverse steps for samples.png. By default the full chain, as a call of the pipeline takes.", at_least(1))
     log_every: int = _free(50, "Updates between log lines.", at_least(1))
-    report_to: str = _free("none", "Tracker: none, tensorboard or wandb.", one_of(("none", "tensorboard", "wandb")))
+    report_to: str = _free("none", f"Tracker: none, {', '.join(TRACKERS)}.", one_of(("none", *TRACKERS)))
 
     def check(self) -> None:
         if self.eval_samples and not self.eval_every:
@@ -213,7 +247,7 @@ class HubOptions(OptionGroup):
     push_logs: bool = _free(False, "Push metrics.jsonl as well.")
 
     def check(self) -> None:
-        for name in ("push_every", "hub_model_id"):
+        for name in ("push_every", "hub_model_id", "hub_private", "push_logs"):
             if getattr(self, name) and not self.push_to_hub:
                 raise ConfigError(f"--{name} {getattr(self, name)} has no effect without --push_to_hub; add it.")
 
@@ -249,6 +283,13 @@ class TrainingOptions(OptionSet):
             )
         if self.watching.eval_every and self.condition.condition != "none":
             raise ConfigError("--eval_every evaluates unconditional models only; drop it, or use --condition none.")
+
+    @classmethod
+    def merged(cls, stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """A recipe's warm-up is meant for its number of updates: a run that is made too short for it has the default one."""
+        steps, options = given.get("max_train_steps"), super().merged(stored, given)
+        too_long = isinstance(steps, int) and steps <= stored.get("lr_warmup_steps", 0)
+        return options | {"lr_warmup_steps": None} if too_long and "lr_warmup_steps" not in given else options
 
     @classmethod
     def config_file(cls, config: str | Path) -> Path:

@@ -8,7 +8,8 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from ..support.draws import RandomStream, seeds
 from ..support.errors import ConfigError
@@ -27,12 +28,16 @@ def start_processes(options: TrainingOptions) -> tuple[Accelerator, TrainingOpti
     """
     folder = options.run.output_dir or default_output_dir(options.data.dataset)
     precision, optimisation = options.hardware.mixed_precision, options.optimisation
+    _check_environment(optimisation.gradient_accumulation_steps)
     tracker = None if options.watching.report_to == "none" else options.watching.report_to
+    if tracker is not None and tracker not in map(str, get_available_trackers()):
+        raise ConfigError(f"--report_to {tracker} needs a library that is not installed: pip install {tracker}")
     buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     waiting = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
     accelerator = Accelerator(
-        mixed_precision=precision, log_with=tracker, project_dir=folder, kwargs_handlers=[buckets, waiting]
-    )
+        mixed_precision=precision, log_with=tracker, project_dir=folder, kwargs_handlers=[buckets, waiting],
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `loop.update` divides, once
+    )  # fmt: skip
     if accelerator.distributed_type not in REPLICATED:
         raise ConfigError(
             f"accelerate is configured for {accelerator.distributed_type.value}, which shards weights; use MULTI_GPU (every "
@@ -47,6 +52,22 @@ def start_processes(options: TrainingOptions) -> tuple[Accelerator, TrainingOpti
     if accelerator.device.type == "cpu":
         torch.set_num_threads(options.hardware.num_cpu_threads or _cores_per_process(accelerator))
     return accelerator, options.with_values(output_dir=folder, mixed_precision=accelerator.mixed_precision)
+
+
+def _check_environment(passes: int) -> None:
+    """Raises ConfigError for what `accelerate launch` or its configuration says and training would do in another way."""
+    told = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(passes))
+    if told != str(passes):
+        raise ConfigError(
+            f"accelerate is told to accumulate {told} micro-batches per update (ACCELERATE_GRADIENT_ACCUMULATION_STEPS), and "
+            f"this run {passes}; unset it, or say the same with --gradient_accumulation_steps."
+        )
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        raise ConfigError(
+            f"accelerate is told to compile with {backend} (ACCELERATE_DYNAMO_BACKEND, --dynamo_backend), which a resumed run "
+            "would not know of; unset it and use --compile."
+        )
 
 
 def default_output_dir(dataset: str) -> str:

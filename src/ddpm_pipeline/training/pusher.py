@@ -10,14 +10,16 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import HFValidationError, LocalTokenNotFoundError, validate_repo_id
 
-from ..hub import PushOptions, push
-from ..hub.upload import ATTEMPTS
-from ..support.errors import ConfigError, PushError
+from ..hub import PushOptions, push, push_command
+from ..hub.upload import ATTEMPTS, PublicRepositoryError, create_repository
+from ..support.errors import ConfigError, PushError, Stopped
 from ..support.exceptions import describe_exception
 from .options import HubOptions
+from .stop import StopRequest, in_background
 
 logger = logging.getLogger(__name__)
 
+NEVER = StopRequest(None, 0.0)  # no request to stop
 SNAPSHOT = ".push"  # the folder, in the output folder, that a push during training reads
 
 
@@ -33,6 +35,7 @@ class Pusher:
         self.include = ("metrics.jsonl",) if options.push_logs else ()
         self.repo_id = self._prepare(options.hub_model_id)
         self._under_way: Future | None = None
+        self._message = ""  # of the commit under way
         self._reported = False
 
     def _prepare(self, repo_id: str | None) -> str:
@@ -41,8 +44,10 @@ class Pusher:
             user = self.api.whoami()["name"]
             repo_id = repo_id or f"{user}/{self.folder.resolve().name}"
             validate_repo_id(repo_id)
-            repo_id = self.api.create_repo(repo_id, private=self.private, exist_ok=True).repo_id
+            repo_id = create_repository(self.api, repo_id, self.private)
             self.api.auth_check(repo_id, write=True)
+        except PublicRepositoryError as error:
+            raise ConfigError(f"--hub_private: {error}.") from error
         except LocalTokenNotFoundError as error:
             raise ConfigError(
                 "--push_to_hub needs a Hub token with write access: run `hf auth login`, or set HF_TOKEN."
@@ -80,30 +85,63 @@ class Pusher:
             logger.info("the previous push is still under way; step %d is not pushed", step)
             return False
         snapshot = self.folder / SNAPSHOT
-        shutil.rmtree(snapshot, ignore_errors=True)
-        snapshot.mkdir(parents=True)
-        if previews := sorted((self.folder / "samples").glob("step-*.png")):
-            shutil.copyfile(previews[-1], snapshot / "samples.png")
-        write_snapshot(snapshot)
-        self._under_way = self.api.run_as_future(self._push, snapshot, f"Training in progress, step {step}", 3)
+        try:
+            shutil.rmtree(snapshot, ignore_errors=True)
+            snapshot.mkdir(parents=True)
+            if previews := sorted((self.folder / "samples").glob("step-*.png")):
+                shutil.copyfile(previews[-1], snapshot / "samples.png")
+            write_snapshot(snapshot)
+        except Stopped:
+            raise
+        except Exception as error:  # a full disk, say: what is needed there is needed by checkpoints
+            shutil.rmtree(snapshot, ignore_errors=True)
+            self._report_failure(error)
+            return False
+        self._begin(snapshot, f"Training in progress, step {step}", 3)
         return True
 
-    def finish(self) -> str:
-        """Push the finished folder and return the commit's URL. Raises PushError with the command that pushes it later."""
-        if self._under_way is not None:
-            self._under_way.exception()  # waits
-            self._report()
-        shutil.rmtree(self.folder / SNAPSHOT, ignore_errors=True)
-        return self._push(self.folder, "Training done")
+    def abandon(self, stop: StopRequest = NEVER) -> bool:
+        """Wait for the push under way, and give it up if the run was asked to stop and it does not end soon. Returns whether it
+        has ended.
+        """
+        if self._under_way is None or stop.waits_for(self._under_way):
+            return True
+        command = push_command(self.folder / SNAPSHOT, self.repo_id, self._options(self._message))
+        logger.warning("the push under way is given up; to repeat it:\n  %s", command)
+        return False
 
-    def _push(self, folder: Path, message: str, attempts: int = ATTEMPTS) -> str:
-        options = PushOptions(self.private, commit_message=message, include=self.include, attempts=attempts)
+    def finish(self, stop: StopRequest = NEVER) -> str:
+        """Push the finished folder and return the commit's URL. Raises PushError with the command that pushes it later, also
+        where the run is asked to stop and the push does not end soon.
+        """
+        message = "Training done"
+        if self.abandon(stop):
+            self._report()
+            shutil.rmtree(self.folder / SNAPSHOT, ignore_errors=True)
+            self._begin(self.folder, message, ATTEMPTS)
+            if stop.waits_for(self._under_way):
+                return self._under_way.result()
+        why = f"the push to {self.repo_id} is given up, since {stop.reason} asked the run to end"
+        command = push_command(self.folder, self.repo_id, self._options(message))
+        raise PushError(f"{why}. {self.folder} is complete; push it later with\n  {command}")
+
+    def _options(self, message: str, attempts: int = ATTEMPTS) -> PushOptions:
+        return PushOptions(self.private, commit_message=message, include=self.include, attempts=attempts)
+
+    def _begin(self, folder: Path, message: str, attempts: int) -> None:
+        self._message = message
+        self._under_way = in_background(self._push, folder, self._options(message, attempts))
+
+    def _push(self, folder: Path, options: PushOptions) -> str:
         return push(folder, self.repo_id, options, api=self.api)
 
     def _report(self) -> None:
         error = self._under_way.exception() if self._under_way is not None and self._under_way.done() else None
-        if error is not None and not self._reported:
+        if error is not None:
+            self._report_failure((error.__cause__ if isinstance(error, PushError) else None) or error)
+
+    def _report_failure(self, error: BaseException) -> None:
+        if not self._reported:
             self._reported = True
-            cause = describe_exception((error.__cause__ if isinstance(error, PushError) else None) or error)
             what = "Training continues and later pushes try again; their failures are not reported."
-            logger.warning("pushing to %s failed (%s). %s", self.repo_id, cause, what)
+            logger.warning("pushing to %s failed (%s). %s", self.repo_id, describe_exception(error), what)

@@ -108,7 +108,8 @@ class TrainingState:
         return sum(parameter.numel() for parameter in self.network.parameters())
 
     def weights_are_finite(self) -> bool:
-        return bool(torch.stack([weight.isfinite().all() for weight in self.network.parameters()]).all())
+        averages = [] if self.ema is None else self.ema.shadow_params
+        return bool(torch.stack([weight.isfinite().all() for weight in (*self.network.parameters(), *averages)]).all())
 
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -147,7 +148,7 @@ def build_state(accelerator: Accelerator, unet: Any, network: nn.Module, options
         weight_decay=optimisation.weight_decay,
         fused=accelerator.device.type in ("cuda", "cpu"),
     )
-    updates = {"num_warmup_steps": optimisation.lr_warmup_steps, "num_training_steps": optimisation.max_train_steps}
+    updates = {"num_warmup_steps": optimisation.warmup_steps, "num_training_steps": optimisation.max_train_steps}
     lr_scheduler = get_scheduler(optimisation.lr_scheduler, optimizer, **updates)  # not prepared: it counts updates
     model, optimizer = accelerator.prepare(torch.compile(network) if hardware.compile else network, optimizer)
     updater = Updater(accelerator, network, optimizer, lr_scheduler, ema, optimisation.max_grad_norm)

@@ -5,12 +5,15 @@ The first signal is a request: the current update is finished, a checkpoint is w
 """
 
 import contextlib
+import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +21,8 @@ from accelerate import Accelerator
 from ..support.errors import Stopped
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+LONGEST_PUSH = 6.0  # seconds after a request until a push is given up
+LONGEST_END = 4.0  # seconds that the process then takes to end, whatever its threads do
 ONE_REQUEST = 2.0  # seconds in which signals count as one: launchers pass on what a terminal or Slurm sends to all
 
 
@@ -28,6 +33,7 @@ class StopRequest:
         self.max_minutes, self.began = max_minutes, began
         self._signal: signal.Signals | None = None
         self._asked_at = 0.0
+        self._patience = math.inf  # a reading of time.monotonic, until which `waits_for` does
 
     @property
     def reason(self) -> str | None:
@@ -59,6 +65,14 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
+    def waits_for(self, future: Future) -> bool:
+        """Wait until it is done, or until LONGEST_PUSH after a request; returns whether it is done."""
+        while not future.done() and time.monotonic() < self._patience:
+            if self.reason is not None:
+                self._patience = min(self._patience, time.monotonic() + LONGEST_PUSH)
+            wait([future], timeout=0.1)
+        return future.done()
+
     @contextlib.contextmanager
     def interrupts(self, network: torch.nn.Module) -> Iterator[None]:
         """Within, the next call of the network after a request raises Stopped: for long work that can be repeated."""
@@ -72,6 +86,29 @@ class StopRequest:
             yield
         finally:
             hook.remove()
+
+
+def in_background(function: Callable[..., Any], *arguments: Any) -> Future:
+    """The function's result to come. Unlike a pool's, its thread does not keep the process from ending."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def end_soon(status: int) -> None:
+    """End this process with the status in LONGEST_END, if it does not end by itself: Python waits for the threads of libraries,
+    which a connection that stalls may hold for minutes.
+    """
+    timer = threading.Timer(LONGEST_END, os._exit, (status,))
+    timer.daemon = True
+    timer.start()
 
 
 def in_any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:

@@ -6,7 +6,8 @@ import logging
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import psutil
@@ -17,30 +18,45 @@ from tqdm.auto import tqdm
 
 from ..data.skipped import SkippedLog, SkippedRow
 from ..support.atomic import write_text
+from ..support.exceptions import describe_exception
 from .state import Updater
 
 logger = logging.getLogger(__name__)
 
+ESTIMATE_AFTER = 10  # updates, of which the first takes longer
+
 
 @contextlib.contextmanager
-def logging_to(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Within, the package's main process logs to the console and to train.log, and the other processes log errors only."""
-    package = logging.getLogger(__name__.partition(".")[0])
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if accelerator.is_main_process:
-        handlers.append(logging.FileHandler(folder / "train.log"))
+def logging_to(folder: Path, accelerator: Accelerator) -> Iterator[Callable[[], None]]:
+    """Within, the package's main process logs to the console, and the other processes log errors only. Yields a function to
+    call once the folder is this run's: from then on train.log has all messages, also those before and those for it alone.
+    """
+    package, form = logging.getLogger(__name__.partition(".")[0]), logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    console, kept = logging.StreamHandler(sys.stderr), MemoryHandler(10_000, logging.CRITICAL, flushOnClose=False)
+    console.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    console.setFormatter(form)
+    handlers: list[logging.Handler] = [console, *([kept] if accelerator.is_main_process else [])]
+
+    def start_file() -> None:
+        if accelerator.is_main_process:
+            file = logging.FileHandler(folder / "train.log", encoding="utf-8")
+            file.setFormatter(form)
+            kept.setTarget(file)
+            kept.flush()
+            kept.capacity = 1
+
     before = package.level
-    package.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    package.setLevel(logging.DEBUG if accelerator.is_main_process else logging.ERROR)
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         package.addHandler(handler)
     try:
-        yield
+        yield start_file
     finally:
         package.setLevel(before)
         for handler in handlers:
             package.removeHandler(handler)
-            handler.close()
+        if kept.target is not None:
+            kept.target.close()
 
 
 def _step_of(line: str) -> float:
@@ -85,6 +101,16 @@ class StepTimer:
         return taken
 
 
+def duration(seconds: float) -> str:
+    """Such as "2 h 10 min"."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    hours, days = minutes // 60 % 24, minutes // 1440
+    parts = {"d": days, "h": hours, "min": 0 if days else minutes % 60}
+    return " ".join(f"{number} {unit}" for unit, number in parts.items() if number)
+
+
 def memory(device: torch.device) -> dict[str, float]:
     """GiB used by this process, and the most that its GPU held."""
     used = {"memory_gib": psutil.Process().memory_info().rss / 2**30}
@@ -108,11 +134,18 @@ class Telemetry:
         self._losses: list[torch.Tensor] = []  # one per update since the last report
         self._grad_norm = float("nan")  # of the last update
         self._spent: Counter[str] = Counter()  # seconds by part of an update
+        self._first_step = first_step
+        self._tracker_fails = False
         self.restart_clock()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """A line of metrics.jsonl, which the tracker gets too."""
-        self.accelerator.log(dict(metrics), step=step)
+        try:
+            self.accelerator.log(dict(metrics), step=step)
+        except Exception as error:  # each tracker has its own
+            if not self._tracker_fails:
+                logger.warning("the tracker failed, and the run goes on: %s", describe_exception(error))
+            self._tracker_fails = True
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -120,6 +153,17 @@ class Telemetry:
     def restart_clock(self) -> None:
         """Images per second are counted from here on."""
         self._clock = time.monotonic()
+
+    def note_progress(self, done: int) -> None:
+        """After every update; after the first few, log how long the rest will take."""
+        self.bar.update()
+        now, since = time.monotonic(), done - self._first_step
+        if since == 1:
+            self._second_began = now
+        elif since == ESTIMATE_AFTER and done < self.bar.total:
+            rate = (since - 1) / max(now - self._second_began, 1e-9)
+            left = duration((self.bar.total - done) / rate)
+            logger.info("about %s to go at %.3g updates/s, without previews, evaluations and final samples", left, rate)
 
     def note_update(self, loss: torch.Tensor, grad_norm: float) -> None:
         self._losses.append(loss)
@@ -149,6 +193,8 @@ class Telemetry:
         if self.skipped:
             metrics["skipped_rows"] = len(self.skipped)
         self.log(metrics | memory(self.accelerator.device), done)
+        each = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if not name.endswith("_seconds"))
+        logger.debug("update %d of %d: %s", done, self.bar.total, each)
         self._losses = []
         self.restart_clock()
         self.bar.set_postfix(shown, refresh=False)

@@ -1,5 +1,6 @@
 """Tokenizers and text encoders: a small one built from the captions, or any text model of transformers."""
 
+import json
 from collections.abc import Iterable
 from itertools import islice
 
@@ -8,6 +9,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..data.sources import hash_of
 from ..pipeline_alpha_ddpm_text import MAX_TOKENS
 from ..support.errors import ConfigError
 
@@ -37,6 +39,14 @@ def make_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """32 hex digits of what turns a text into numbers: vocabulary, normalisation, splitting."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    calls = ("truncation", "padding")  # which the latest call left
+    return hash_of({name: value for name, value in sorted(state.items()) if name not in calls})
+
+
 def make_small_encoder(tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel:
     """A CLIP-style text transformer of under 2 M parameters, with weights from torch's global generator."""
     size = {**SMALL_ENCODER, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_TOKENS}
@@ -45,18 +55,19 @@ def make_small_encoder(tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel:
 
 
 def load_text_encoder(source: str | None, init_from: str | None) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Tokenizer and encoder, in float32, from a Hub name or folder, or from the pipeline `init_from` if `source` is None.
-    Raises ConfigError if they cannot be used.
+    """Tokenizer and encoder, in float32, from a Hub name or folder, or from the pipeline `init_from` if `source` is None. No
+    code of theirs is run and nothing pickled is opened. Raises ConfigError if they cannot be used.
     """
     name, option = (source, f"--text_encoder {source}") if source else (init_from, f"--init_from {init_from}")
-    of_tokenizer, of_encoder = ({} if source else {"subfolder": part} for part in ("tokenizer", "text_encoder"))
+    safe = {"trust_remote_code": False}  # given explicitly, since transformers would ask on standard input
+    of_tokenizer, of_encoder = (safe | ({} if source else {"subfolder": part}) for part in ("tokenizer", "text_encoder"))
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **of_tokenizer)
         config = transformers.AutoConfig.from_pretrained(name, **of_encoder)
         text_models = transformers.AutoModelForTextEncoding
         loader = text_models if type(config) in text_models._model_mapping else transformers.AutoModel
         loader = CLIPTextModel if config.model_type == "clip" else loader  # the text half of a whole CLIP
-        encoder = loader.from_pretrained(name, dtype=torch.float32, **of_encoder)
+        encoder = loader.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **of_encoder)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{option} cannot be used as a text encoder: {error}") from error
     positions = getattr(encoder.config, "max_position_embeddings", None)

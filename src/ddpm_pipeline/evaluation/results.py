@@ -1,0 +1,83 @@
+"""Where the figures of an evaluation go: a JSON file and the model card, both tried before anything is computed."""
+
+import glob
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..data.bundled import BUNDLED
+from ..data.folders import split_word
+from ..data.options import DataOptions
+from ..hub.card import CARD, card_of_folder, read_card, record_evaluation, refresh_card
+from ..support.atomic import temporary_beside, write_text
+from ..support.errors import ConfigError
+from ..support.exceptions import describe_exception
+from .figures import measurements
+from .options import EvaluationOptions
+
+SPECIMEN = {  # results that have every figure of the card
+    "dataset": "data", "split": "test", "seed": 0,
+    "bits_per_dim": dict.fromkeys(("total", "num_images", "steps", "network_calls", "total_standard_error"), 1),
+    "quality": dict.fromkeys(
+        ("fid", "kid", "kid_std", "precision", "recall", "num_real", "num_generated", "steps", "scheduler", "features"), 1),
+}  # fmt: skip
+
+
+def json_file(options: EvaluationOptions) -> Path:
+    folder, output = Path(options.sampling.model), options.results.output
+    return Path(output) if output else (folder if folder.is_dir() else Path()) / "evaluation.json"
+
+
+def card_folder(options: EvaluationOptions) -> Path | None:
+    """The model's folder, if its card is to be updated."""
+    folder = Path(options.sampling.model)
+    return folder if options.results.update_card and (folder / CARD).is_file() else None
+
+
+def split_name(data: DataOptions) -> str | None:
+    """The split, as results name it; None for local files without splits, all of which the default stands for."""
+    path = Path(data.dataset).expanduser()
+    local = data.dataset not in BUNDLED and (path.exists() or glob.has_magic(data.dataset))
+    with_splits = path.is_dir() and any(split_word(entry.stem)[0] for entry in path.iterdir())
+    return data.split if data.split != "train" or not local or with_splits else None
+
+
+def check_destinations(options: EvaluationOptions) -> None:
+    """Raises ConfigError if the figures could not be written."""
+    path, folder = json_file(options), card_folder(options)
+    if path.is_dir():
+        raise ConfigError(f"--output {path} is a folder; name a file in it.")
+    _try_to_write(path, "name another file with --output")
+    if folder is None:
+        return
+    advice = "or leave the card as it is with --update_card false"
+    _try_to_write(folder / CARD, advice)
+    try:
+        existing = read_card(folder)
+        refresh_card(existing, card_of_folder(folder, folder.resolve().name, existing, measurements(SPECIMEN)), ["evaluation"])
+    except Exception as error:  # its front matter may be anything
+        raise ConfigError(f"{folder / CARD} cannot be updated: {describe_exception(error)}; mend it, {advice}.") from error
+
+
+def _try_to_write(path: Path, advice: str) -> None:
+    temporary = temporary_beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}; make its folder writable, {advice}.") from error
+
+
+def write_results(options: EvaluationOptions, results: Mapping[str, Any]) -> None:
+    """Write the figures; if that fails in spite of all, print them and raise ConfigError."""
+    text, path, folder = json.dumps(results, indent=2), json_file(options), card_folder(options)
+    try:
+        write_text(path, text + "\n")
+        if folder is not None:
+            path = folder / CARD
+            record_evaluation(folder, measurements(results))
+    except Exception as error:
+        print(text, flush=True)
+        raise ConfigError(f"{path} cannot be written: {describe_exception(error)}. The figures are printed above.") from error

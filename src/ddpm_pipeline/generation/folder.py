@@ -1,0 +1,119 @@
+"""The folder that images are sampled into: whose images it holds, which are missing, and all of them as one parquet file."""
+
+import json
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from ..support.atomic import atomic_file, write_text, writer_of
+from ..support.errors import ConfigError
+from ..support.exceptions import describe_exception
+
+SETTINGS_FILE = "generation.json"
+PARQUET_FILE = "images.parquet"
+DIGESTED = ("weights", "scheduler", "text_encoder")  # settings that a message only names
+ROWS_AT_ONCE = 1000  # images of the parquet file in memory
+
+
+def prepare(folder: Path, count: int, settings: dict[str, Any]) -> list[int] | str:
+    """The numbers of the images 0..count-1 that the folder lacks, or what is wrong with the folder."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            return f"--output_dir {folder} is a file; name a new folder."
+        found = {path.name for path in folder.iterdir() if writer_of(path) is None} if folder.exists() else set()
+        if found <= {SETTINGS_FILE}:  # also of a run that ended before its first image
+            write_text(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+        elif SETTINGS_FILE not in found:
+            return f"--output_dir {folder} holds something that this command did not write; name a new folder."
+        elif problem := _difference(folder, settings):
+            return problem
+        _remove_leftovers(folder)
+        return _missing(folder, count)
+    except OSError as error:
+        return f"--output_dir {folder} cannot be used: {error}"
+
+
+def check_still_there(folder: Path) -> None:
+    """Raises ConfigError if the folder was removed or renamed meanwhile: writing on would make a part look like the whole."""
+    if not (folder / SETTINGS_FILE).is_file():
+        raise ConfigError(f"--output_dir {folder} was removed or renamed during the run; bring it back and repeat the command.")
+
+
+def _difference(folder: Path, settings: dict[str, Any]) -> str | None:
+    """Why a folder's images are not those of these settings."""
+    try:
+        kept = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
+        different = [name for name in {**settings, **kept} if kept.get(name) != settings.get(name)]
+    except (ValueError, TypeError, AttributeError) as error:
+        return f"--output_dir {folder}: {SETTINGS_FILE} is damaged ({error}), so its images cannot be told; name a new folder."
+    if not different:
+        return None
+    shown = [f"other {name}" if name in DIGESTED else f"{name} {_short(kept.get(name))}" for name in different]
+    wanted = [f"{name} {_short(settings.get(name))}" for name in different if name not in DIGESTED]
+    rather = f" rather than {', '.join(wanted)}" if wanted else ""
+    return f"--output_dir {folder} holds images of {', '.join(shown)}{rather}; name a new folder."
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(repr(value), 60)
+
+
+def _missing(folder: Path, count: int) -> list[int] | str:
+    """The numbers of the images that are not there whole, in files or in one."""
+    whole = folder / PARQUET_FILE
+    if whole.is_file():
+        try:
+            stored = pq.read_metadata(whole).num_rows
+        except (OSError, pa.ArrowException) as error:
+            return f"--output_dir {folder}: {whole.name} is damaged ({describe_exception(error)}); remove it to sample again."
+        if stored < count:
+            return f"--output_dir {folder} has {PARQUET_FILE} with {stored} images; to get {count}, remove it."
+        print(f"the images are in {whole}", file=sys.stderr)
+        return []
+    missing = [number for number in range(count) if not _is_whole(image_path(folder, number))]
+    damaged = [path for path in (image_path(folder, number) for number in missing) if path.exists()]
+    if damaged:
+        print(f"{len(damaged)} damaged images are sampled again, such as {damaged[0]}", file=sys.stderr)
+    return missing
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            image.verify()  # the checksums of all of its parts
+    except Exception:  # there is no such file, or PIL raises one of many types
+        return False
+    return True
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half-written, but nothing that another process here is writing."""
+    for path in folder.iterdir():
+        if (writer := writer_of(path)) is not None and not psutil.pid_exists(writer):
+            path.unlink(missing_ok=True)
+
+
+def image_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.png"
+
+
+def to_parquet(folder: Path, count: int) -> None:
+    """The PNGs as one file that the datasets library reads as images; they are removed once it is complete."""
+    features = {"info": {"features": {"image": {"_type": "Image"}, "number": {"_type": "Value", "dtype": "int64"}}}}
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    schema = pa.schema({"image": image, "number": pa.int64()}, metadata={"huggingface": json.dumps(features)})
+    paths = [image_path(folder, number) for number in range(count)]
+    if not (folder / PARQUET_FILE).is_file():
+        with atomic_file(folder / PARQUET_FILE) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+            for start in range(0, count, ROWS_AT_ONCE):
+                rows = [{"bytes": path.read_bytes(), "path": path.name} for path in paths[start : start + ROWS_AT_ONCE]]
+                columns = {"image": rows, "number": range(start, start + len(rows))}
+                writer.write_table(pa.Table.from_pydict(columns, schema))
+    for path in paths:
+        path.unlink(missing_ok=True)

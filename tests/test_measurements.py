@@ -1,0 +1,55 @@
+"""The figures in README and docs are those in benchmarks/results."""
+
+import json
+import runpy
+
+import pytest
+
+from helpers import ROOT
+
+RESULTS = ROOT / "benchmarks/results"
+
+
+def measured(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def words_of(page: str) -> str:
+    """A page's text, wherever its lines break."""
+    return " ".join((ROOT / page).read_text("utf-8").split())
+
+
+@pytest.mark.parametrize("name", ["few_steps", "scale"])
+def test_tables_of_benchmarks_are_made_of_their_figures(name):
+    table = runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))["table"]
+    assert table(measured(name)) == (RESULTS / f"{name}.md").read_text("utf-8")
+
+
+def test_bits_per_dimension():
+    for name in ("digits_evaluation", "digits_likelihood_evaluation"):
+        bits = measured(name)["bits_per_dim"]
+        for page in ("README.md", "docs/likelihood.md"):
+            assert f"{bits['total']:.2f} ± {bits['total_standard_error']:.2f}" in words_of(page)
+    full_chain = {row["sampler"]: row["bits_per_dim"] for row in measured("few_steps")["rows"] if "bits_per_dim" in row}
+    plain, analytic, from_errors = (full_chain[name] for name in ("fixed_small", "analytic", "analytic, from errors"))
+    assert f"({analytic:.2f} bits/dim, where β̃ gives {plain:.2f})" in words_of("docs/likelihood.md")
+    assert f"is better ({from_errors:.2f})" in words_of("docs/likelihood.md")
+    assert f"{plain:.2f} bits/dim rather than" in words_of("README.md")
+
+
+def test_the_best_of_few_steps():
+    rows, page = measured("few_steps")["rows"], (ROOT / "README.md").read_text("utf-8")
+    for steps in {row["steps"] for row in rows}:
+        at = [row for row in rows if row["steps"] == steps]
+        distance = min(row["frechet_distance"] for row in at if "frechet_distance" in row)
+        ours = min(row["frechet_distance"] for row in at if "bits_per_dim" in row and "frechet_distance" in row)
+        bound = min(row["bits_per_dim"] for row in at if "bits_per_dim" in row)
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| {steps} |"))
+        cells = [cell.strip() for cell in line.split("|")]
+        assert f"{distance:.2f}" in cells[2] and f"{ours:.2f}" in cells[3] and f"{bound:.2f}" in cells[4], line
+
+
+def test_the_table_of_scale():
+    lines = [line for line in (RESULTS / "scale.md").read_text("utf-8").splitlines() if line.startswith("|")]
+    page = (ROOT / "docs/scale.md").read_text("utf-8")
+    assert len(lines) > 9 and all(line in page for line in lines[2:])  # below its head
