@@ -11,6 +11,8 @@ _LAZY = {
     "ReverseMoments": "scheduling_alpha_ddpm",
     "AlphaDDPMPipeline": "pipeline_alpha_ddpm",
     "AlphaDDPMTextToImagePipeline": "pipeline_alpha_ddpm_text",
+    "AlphaDDPMBlocks": "modular_alpha_ddpm",
+    "AlphaDDPMTextBlocks": "modular_alpha_ddpm",
     "describe_conditions": "sampling_alpha_ddpm",
     "push_pipeline": "hub",  # which the pipelines look up here, so that they work without the hub room as well
 }
@@ -18,6 +20,7 @@ __all__ = ["__version__", *_LAZY]
 
 if TYPE_CHECKING:
     from .hub import push_pipeline
+    from .modular_alpha_ddpm import AlphaDDPMBlocks, AlphaDDPMTextBlocks
     from .pipeline_alpha_ddpm import AlphaDDPMPipeline
     from .pipeline_alpha_ddpm_text import AlphaDDPMTextToImagePipeline
     from .sampling_alpha_ddpm import describe_conditions

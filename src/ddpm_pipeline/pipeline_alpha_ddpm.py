@@ -4,8 +4,6 @@ Travels inside model repositories as `pipeline.py`, for those who trust a reposi
 every sibling that travels with it, because diffusers' loader copies only what this file itself imports.
 """
 
-import difflib
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,10 +12,12 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
+from .conditioning_alpha_ddpm import ClassConditioning, ClassLabels
 from .editing_alpha_ddpm import Batch
+from .modular_alpha_ddpm import AlphaDDPMBlocks
 from .pictures_alpha_ddpm import Images
 from .samplers_alpha_ddpm import Steps, plain
-from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output, check_unet
+from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Guidance, Output, check_unet
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
 from .tables_alpha_ddpm import Generators, check_integer
@@ -25,10 +25,8 @@ from .tables_alpha_ddpm import Generators, check_integer
 # diffusers runs the pipeline.py of every local folder in one and the same module, where it wants to find a single class
 globals().pop("AlphaDDPMTextToImagePipeline", None)
 
-ClassLabels = int | str | Sequence[int | str | None] | Tensor
 
-
-class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
+class AlphaDDPMPipeline(StockFormatMixin, ClassConditioning, AlphaDDPMSampling, DiffusionPipeline):
     """Image generation, unconditional or for class labels.
 
     Loads any repository of diffusers' `DDPMPipeline`; a `DDPMScheduler` becomes an `AlphaDDPMScheduler` of the same config, any
@@ -42,6 +40,7 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _stock_class = "DDPMPipeline"
     _scheduler_class = AlphaDDPMScheduler
+    _blocks_class = AlphaDDPMBlocks
 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler):
         super().__init__()
@@ -119,67 +118,3 @@ class AlphaDDPMPipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
         batch = Batch.of(batch_size, num_images_per_prompt, edit)
         conditioning = self._class_conditioning(labels, batch, guidance)
         return self._sample(batch, conditioning, edit, output, generator, steps)
-
-    @property
-    def id2label(self) -> dict[int, str]:
-        """Class names by id; empty if the model has none."""
-        return dict(enumerate(self._own_settings.get("class_names") or []))
-
-    @property
-    def _num_embeddings(self) -> int:
-        return self.unet.config.get("num_class_embeds") or 0
-
-    @property
-    def _null_label(self) -> int | None:
-        """The id for "no class": that of the embedding after the named classes."""
-        return len(self.id2label) if 0 < len(self.id2label) < self._num_embeddings else None
-
-    def _label_ids(self, class_labels: ClassLabels) -> list[int]:
-        if not self._num_embeddings:
-            raise ValueError("class_labels were given to a model without classes; leave them out.")
-        class_labels = plain(class_labels)
-        several = isinstance(class_labels, Sequence) and not isinstance(class_labels, str)
-        labels = list(class_labels) if several else [class_labels]
-        if not labels:
-            raise ValueError("class_labels is empty; give at least one label.")
-        return [self._label_id(label) for label in labels]
-
-    def _label_id(self, label: int | str | None) -> int:
-        if label is None:
-            if self._null_label is None:
-                raise ValueError("class_labels holds None, but this model has no embedding for 'no class'.")
-            return self._null_label
-        names = list(self.id2label.values())
-        if isinstance(label, str):
-            if label not in names:
-                raise ValueError(f"class_labels: there is no class {label!r}; {self._nearest_names(label, names)}.")
-            return names.index(label)
-        count = len(names) or self._num_embeddings
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
-            raise ValueError(f"class_labels: {label!r} is not a class of this model, whose ids are 0 to {count - 1}.")
-        return label
-
-    def _nearest_names(self, label: str, names: list[str]) -> str:
-        if not names:
-            return f"this model has no names, only ids from 0 to {self._num_embeddings - 1}"
-        folded = difflib.get_close_matches(label.casefold(), [name.casefold() for name in names], n=5)
-        if near := [name for name in names if name.casefold() in folded]:
-            return f"near it: {', '.join(map(repr, near))}"
-        return f"its classes are {', '.join(map(repr, names[:10]))}{', ...' if len(names) > 10 else ''}"
-
-    def _class_conditioning(self, labels: list[int] | None, batch: Batch, guidance: Guidance) -> Conditioning:
-        asked = labels is not None
-        if not asked:
-            if guidance.in_use:
-                warnings.warn(f"guidance_scale={guidance.scale} has no effect without class_labels.", stacklevel=4)
-            if not self._num_embeddings:
-                return Conditioning({}, guidance=guidance)
-            labels = [self._label_id(None)]
-        ids = batch.spread(torch.tensor(labels, device=self._execution_device), "class_labels")
-        if not (asked and guidance.in_use):
-            return Conditioning({"class_labels": ids}, guidance=guidance)
-        if self._null_label is None:
-            needed = "an embedding for 'no class', which this model lacks"
-            raise ValueError(f"guidance_scale={guidance.scale} needs {needed}; use guidance_scale=1.")
-        self._warn_if_never_unconditional()
-        return Conditioning({"class_labels": ids}, {"class_labels": torch.full_like(ids, self._null_label)}, guidance)

@@ -5,7 +5,6 @@ tokens, the unconditional half first in the batch, the variance half unguided, t
 Travels inside model repositories as `pipeline.py`. Imports every sibling that travels with it.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -15,7 +14,9 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .editing_alpha_ddpm import Batch, expanded
+from .conditioning_alpha_ddpm import MAX_TOKENS, TextConditioning
+from .editing_alpha_ddpm import Batch
+from .modular_alpha_ddpm import AlphaDDPMTextBlocks
 from .pictures_alpha_ddpm import Images
 from .samplers_alpha_ddpm import Steps
 from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output, check_unet
@@ -26,24 +27,8 @@ from .tables_alpha_ddpm import Generators
 # diffusers runs the pipeline.py of every local folder in one and the same module, where it wants to find a single class
 globals().pop("AlphaDDPMPipeline", None)
 
-MAX_TOKENS = 77  # IFPipeline pads to 77, whatever the tokenizer
-SHOWN = 200  # most characters of a cut prompt that the warning shows
 
-
-def prepare_prompt(prompt: str) -> str:
-    """The prompt as the tokenizer gets it, in training and in sampling."""
-    return prompt.lower().strip()
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, each int64 [B, 77], cut and padded."""
-    prompts = [prepare_prompt(prompt) for prompt in prompts]
-    fixed_length = {"padding": "max_length", "max_length": MAX_TOKENS, "truncation": True}
-    tokens = tokenizer(prompts, **fixed_length, return_attention_mask=True, return_tensors="pt")
-    return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
-
-
-class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, DiffusionPipeline):
+class AlphaDDPMTextToImagePipeline(StockFormatMixin, TextConditioning, AlphaDDPMSampling, DiffusionPipeline):
     """Text-to-image generation with a pixel-space DDPM.
 
     What it saves loads and runs with diffusers alone, as `IFPipeline`, if the scheduler's variance is learned.
@@ -59,6 +44,7 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
     model_cpu_offload_seq = "text_encoder->unet"
     _stock_class = "IFPipeline"
     _scheduler_class = AlphaDDPMScheduler
+    _blocks_class = AlphaDDPMTextBlocks
     _stock_components: ClassVar = {
         **dict.fromkeys(("safety_checker", "feature_extractor", "watermarker"), (None, None)),
         "requires_safety_checker": False,
@@ -136,77 +122,6 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, AlphaDDPMSampling, Diffusio
             self._warn_if_never_unconditional()
             null_kwargs = {"encoder_hidden_states": batch.spread(null_states, "negative prompts")}
         return self._sample(batch, Conditioning(kwargs, null_kwargs, guidance), edit, output, generator, steps)
-
-    @torch.no_grad()
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None,
-        do_classifier_free_guidance: bool = True,
-        num_images_per_prompt: int = 1,
-        device: torch.device | None = None,
-        negative_prompt: str | list[str] | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        clean_caption: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Text states of the prompts and, for guidance, of the negative ones, each [B, 77, D], as in `IFPipeline`.
-
-        B is the number of prompts times `num_images_per_prompt`, those of one prompt being neighbours. `clean_caption` strips
-        links, mark-up and punctuation from the prompts as `IFPipeline` does, which training does not.
-        """
-        device = device or self._execution_device
-        states = self._states(prompt, prompt_embeds, "prompt", clean_caption)
-        prompt_embeds = states.repeat_interleave(num_images_per_prompt, dim=0).to(device)
-        if do_classifier_free_guidance:
-            if negative_prompt is None and negative_prompt_embeds is None:
-                negative_prompt = ""
-            null_states = self._states(negative_prompt, negative_prompt_embeds, "negative_prompt", clean_caption)
-            null_states = expanded(null_states, len(states), "negative prompts")
-            if null_states.shape[1] != states.shape[1]:
-                lengths = f"{states.shape[1]} and {null_states.shape[1]} tokens"
-                raise ValueError(f"prompt_embeds and negative_prompt_embeds have {lengths}; guidance needs equal lengths.")
-            negative_prompt_embeds = null_states.repeat_interleave(num_images_per_prompt, dim=0).to(device)
-        else:
-            negative_prompt_embeds = None
-        return prompt_embeds, negative_prompt_embeds
-
-    def _encode(self, prompts: list[str]) -> Tensor:
-        """Text states [B, 77, D] of the prompts; a warning shows what is cut."""
-        for prompt in prompts:
-            ids = self.tokenizer(prepare_prompt(prompt), verbose=False).input_ids
-            if len(ids) > MAX_TOKENS:
-                cut = self.tokenizer.decode(ids[MAX_TOKENS - 1 : -1]).strip()
-                cut = cut if len(cut) <= SHOWN else f"{cut[:SHOWN]}... ({len(cut)} characters)"
-                problem = f"the prompt has more than {MAX_TOKENS} tokens; this was cut from it: {cut!r}"
-                warnings.warn(problem, stacklevel=7)
-        tokens = {name: ids.to(self._execution_device) for name, ids in tokenize(self.tokenizer, prompts).items()}
-        return self.text_encoder(**tokens)[0]
-
-    def _states(self, prompt: Any, embeds: Tensor | None, name: str, clean_caption: bool) -> Tensor:
-        """The states given as `embeds`, or those of the prompts, [B, tokens, D]. `name` is the prompt's in the call."""
-        if (prompt is None) == (embeds is None):
-            raise ValueError(f"give either {name} or {name}_embeds.")
-        if embeds is None:
-            prompts = [prompt] if isinstance(prompt, str) else prompt
-            if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
-                raise ValueError(f"{name} must be a string or a list of strings with at least one, not {prompt!r}.")
-            if self.text_encoder is None:
-                raise ValueError(f"without a text encoder this pipeline cannot read {name}={prompt!r}; give {name}_embeds.")
-            embeds = self._encode(_cleaned(prompts) if clean_caption else list(prompts))
-        embeds = torch.as_tensor(embeds)
-        if self.unet is not None:
-            width = self.unet.config.get("encoder_hid_dim") or self.unet.config.cross_attention_dim
-            if embeds.ndim != 3 or embeds.shape[2] != width:
-                raise ValueError(f"{name}_embeds has shape {tuple(embeds.shape)}; this model takes [B, tokens, {width}].")
-        reader = self.text_encoder if self.unet is None else self.unet
-        return embeds.to(self._execution_device, reader.dtype)
-
-
-def _cleaned(prompts: list[str]) -> list[str]:
-    """As `IFPipeline` cleans them, which needs beautifulsoup4 and ftfy."""
-    from diffusers import IFPipeline  # slow to import
-
-    return IFPipeline.__new__(IFPipeline)._text_preprocessing(list(prompts), clean_caption=True)
 
 
 def _check_components(unet: Any, text_encoder: Any) -> None:

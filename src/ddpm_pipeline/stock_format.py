@@ -52,6 +52,7 @@ class StockFormatMixin:
 
     _stock_class: ClassVar[str]  # stands for the pipeline in its index
     _scheduler_class: ClassVar[type]  # replaces stock's
+    _blocks_class: ClassVar[type]  # its blocks of Modular Diffusers
     _stock_components: ClassVar[dict[str, Any]] = {}  # what else the stock class wants in the index
 
     @classmethod
@@ -78,13 +79,14 @@ class StockFormatMixin:
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `model_index.json`, which diffusers does last of all, and the code of this pipeline beside it."""
+        """Write `model_index.json`, which diffusers does last of all, and the code of this pipeline and its blocks."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         for name, source in self.shipped_files().items():
             target = Path(save_directory, name)
             if source.resolve() != target.resolve():
                 shutil.copyfile(source, target)
         _tidy_configs(Path(save_directory))
+        self._blocks_class().save_pretrained(save_directory)  # modular_config.json
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def save_pretrained(

@@ -11,7 +11,8 @@ from typing import Any
 
 INDEX = "model_index.json"
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
-EXTRA_FILES = ("README.md", "evaluation.json", "*.png", "*.gif", "*.jpg")  # pushed from the top of a folder
+# pushed from the top of a folder
+EXTRA_FILES = ("README.md", "modular_config.json", "evaluation.json", "*.png", "*.gif", "*.jpg")
 
 # What saving a pipeline writes into the folder of a component, besides weights
 CONFIGS = frozenset((
