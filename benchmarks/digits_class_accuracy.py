@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline
+from ddpm_pipeline.conditioning_alpha_ddpm import prepare_prompt
 from ddpm_pipeline.data import ConditionColumns, load_images
 from ddpm_pipeline.evaluation.digits import NUM_CLASSES, fit_digits_classifier, load_digits_images
-from ddpm_pipeline.pipeline_alpha_ddpm_text import prepare_prompt
 from ddpm_pipeline.support.draws import BatchSlice, image_indices
 from ddpm_pipeline.support.pictures import grid, save_picture
 from ddpm_pipeline.support.provenance import provenance

@@ -13,8 +13,8 @@ from tokenizers import normalizers
 from transformers import BertConfig, BertModel
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline
+from ddpm_pipeline.conditioning_alpha_ddpm import prepare_prompt, tokenize
 from ddpm_pipeline.data import ConditionColumns, DataOptions, load_images
-from ddpm_pipeline.pipeline_alpha_ddpm_text import prepare_prompt, tokenize
 from ddpm_pipeline.support.draws import image_indices
 from ddpm_pipeline.support.errors import ConfigError
 from ddpm_pipeline.training import TrainingOptions, train

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
+from ..conditioning_alpha_ddpm import tokenize
 from ..data import ConditionColumns, ImageData
 from ..generation.drawing import UNCONDITIONAL, Request
 from ..generation.pipelines import Pipeline, condition_of
-from ..pipeline_alpha_ddpm_text import tokenize
 from ..support.draws import image_indices
 from ..support.errors import ConfigError
 from .options import ConditionOptions

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..conditioning_alpha_ddpm import prepare_prompt
 from ..data.mapped import ImageSet
-from ..pipeline_alpha_ddpm_text import prepare_prompt
 from ..support.draws import BatchSlice, RandomStream
 from ..support.errors import ConfigError
 from ..support.yaml_files import read_yaml

@@ -17,10 +17,11 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..conditioning_alpha_ddpm import MAX_TOKENS, tokenize
 from ..data.mapped import ImageSet
 from ..generation.drawing import UNCONDITIONAL, Request
 from ..pipeline_alpha_ddpm import AlphaDDPMPipeline
-from ..pipeline_alpha_ddpm_text import MAX_TOKENS, AlphaDDPMTextToImagePipeline, tokenize
+from ..pipeline_alpha_ddpm_text import AlphaDDPMTextToImagePipeline
 from ..sampling_alpha_ddpm import describe_conditions
 from ..support.draws import BatchSlice, RandomStream
 from ..support.errors import ConfigError

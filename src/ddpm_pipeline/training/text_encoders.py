@@ -9,8 +9,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..conditioning_alpha_ddpm import MAX_TOKENS
 from ..data.sources import hash_of
-from ..pipeline_alpha_ddpm_text import MAX_TOKENS
 from ..support.errors import ConfigError
 
 SMALL_ENCODER = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
