@@ -27,12 +27,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conditioning_alpha_ddpm import ClassConditioning, ClassLabels, TextConditioning
-from .editing_alpha_ddpm import Batch, Start, keep, start_chain
+from .editing_alpha_ddpm import Batch, Chain, start_chain
 from .pictures_alpha_ddpm import Images
-from .samplers_alpha_ddpm import Steps, checked_generators, next_timesteps, reserved, reverse_step, set_timesteps
+from .samplers_alpha_ddpm import Steps, checked_generators, reserved, reverse_step, set_timesteps
 from .sampling_alpha_ddpm import AlphaDDPMSampling, check_finite, network_outputs, to_images, usable_channels
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
-from .tables_alpha_ddpm import Generators, standard_normal
+from .tables_alpha_ddpm import Generators
 
 DENOISER_INPUTS = "denoiser_input_fields"  # diffusers' name for what the guider hands to the UNet
 
@@ -42,6 +42,7 @@ PER_PROMPT = InputParam.template("num_images_per_prompt")
 X = InputParam("latents", Tensor, description="x_t, [B, C, H, W].")
 LATENTS = OutputParam.template("latents")
 TIMESTEPS = InputParam("timesteps", description="Timesteps of the chain, noise first; by default evenly spaced.")
+CHAIN = InputParam("chain", Chain, description="From the step that starts the chain.")
 CONDITIONS = InputParam(kwargs_type=DENOISER_INPUTS, description="What goes to the UNet, each with its negative.")
 UNET_ARGUMENTS = {"class_ids": "class_labels", "prompt_embeds": "encoder_hidden_states"}
 
@@ -154,7 +155,7 @@ class NoiseStep(Block):
     ]
     gives: ClassVar = [
         LATENTS,
-        OutputParam("start", Start, "Where the chain starts, and what it keeps of the image it starts from."),
+        OutputParam("chain", Chain, "Where the chain starts, and what it keeps of the image it starts from."),
         OutputParam("batch", Batch, "How many images there are per prompt, label or image."),
     ]
 
@@ -164,8 +165,8 @@ class NoiseStep(Block):
         state.batch = Batch.of(state.num_prompts, state.num_images_per_prompt, edit)
         state.generator = checked_generators(state.generator, state.batch.size)
         noise = parts._start_noise(edit.latents, state.batch.size, state.generator)
-        state.start = start_chain(components.scheduler, edit, state.batch, noise, state.generator)
-        state.latents = state.start.x
+        state.chain = start_chain(components.scheduler, edit, state.batch, noise, state.generator)
+        state.latents = state.chain.x
 
 
 class ImageStep(NoiseStep):
@@ -233,13 +234,11 @@ class PredictStep(Block):
 class ReverseStep(Block):
     description = "In the loop: one step of the reverse process, after which kept pixels are put back."
     uses: ClassVar = [SCHEDULER]
-    takes: ClassVar = [X, TIMESTEPS, GENERATOR, InputParam("start", Start, description="From the step that starts the chain.")]
+    takes: ClassVar = [X, CHAIN]
 
     def __call__(self, components: Any, state: BlockState, i: int, t: Tensor) -> tuple[Any, BlockState]:
-        scheduler, following = components.scheduler, next_timesteps(components.scheduler)
-        state.latents = reverse_step(scheduler, state.model_output, t, state.latents, state.generator).prev_sample
-        if i in following:
-            state.latents = keep(scheduler, state.latents, state.start, following[i], state.generator)
+        step = reverse_step(components.scheduler, state.model_output, t, state.latents, state.chain.generator)
+        state.latents = state.chain.keep(step.prev_sample, i)
         return components, state
 
 
@@ -253,17 +252,15 @@ class DenoiseStep(LoopSequentialPipelineBlocks):
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        view, scheduler = self.get_block_state(state), components.scheduler
-        timesteps, following, finite = view.timesteps[view.start.first :], next_timesteps(scheduler), []
-        with reserved(scheduler):
-            for at, t in enumerate(self.progress_bar(timesteps), start=view.start.first):
-                for repeat in range(1 if following.get(at) is None else view.start.passes):
-                    if repeat:
-                        noise = standard_normal(view.latents.shape, view.latents, view.generator)
-                        view.latents = scheduler.forward_step(view.latents, t, noise)
-                    components, view = self.loop_step(components, view, i=at, t=t)
-                finite.append(torch.stack([tensor.isfinite().all() for tensor in (view.model_output, view.latents)]))
-        check_finite(finite, timesteps, components.unet, scheduler)
+        view = self.get_block_state(state)
+        chain = view.chain
+        with reserved(components.scheduler):
+            for index, t in self.progress_bar(chain.steps):
+                for repeat in chain.repeats(index):
+                    view.latents = chain.again(repeat, view.latents, t)
+                    components, view = self.loop_step(components, view, i=index, t=t)
+                chain.watch(view.model_output, view.latents)
+        check_finite(chain, components.unet)
         self.set_block_state(state, view)
         return components, state
 
@@ -299,7 +296,7 @@ class AlphaDDPMTextBlocks(AlphaDDPMBlocks):
     """Those of `AlphaDDPMTextToImagePipeline`."""
 
     block_classes: ClassVar = [TextEncoderStep, SetTimestepsStep, StartStep, ConditionsStep, TextDenoiseStep, DecodeStep]
-    block_names: ClassVar = ["text_encoder", "set_timesteps", "start", "conditions", "denoise", "decode"]
+    block_names: ClassVar = ["text_encoder", *AlphaDDPMBlocks.block_names[1:]]
     description = "Images from text by the reverse process of DDPM."
     _workflow_map: ClassVar = {
         "text2image": {"prompt": True},
