@@ -191,10 +191,11 @@ class ModularCases(
 
     @property
     def expected_workflow_blocks(self) -> dict[str, list[tuple[str, str]]]:
-        names = [self.condition[0], "set_timesteps", "start", "conditions", "denoise", "decode"]
+        names = [self.condition[0], "set_timesteps", "start", "denoise", "decode"]
         starts = {self.workflow: "NoiseStep", "image2image": "ImageStep", "inpainting": "MaskStep"}
-        after = ["ConditionsStep", self.denoise, "DecodeStep"]
-        steps = {name: [self.condition[1], "SetTimestepsStep", start, *after] for name, start in starts.items()}
+        steps = {
+            name: [self.condition[1], "SetTimestepsStep", start, self.denoise, "DecodeStep"] for name, start in starts.items()
+        }
         return {name: list(zip(names, classes, strict=True)) for name, classes in steps.items()}
 
     def test_modular_index_consistency(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,23 +6,14 @@ inside model repositories, whose `modular_config.json` names it, and imports eve
 """
 
 from copy import deepcopy
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import AutoPipelineBlocks, DDPMScheduler, LoopSequentialPipelineBlocks, SequentialPipelineBlocks, UNet2DModel
 from diffusers.configuration_utils import FrozenDict
-from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
-from diffusers.modular_pipelines import (
-    AutoPipelineBlocks,
-    BlockState,
-    ComponentSpec,
-    InputParam,
-    LoopSequentialPipelineBlocks,
-    ModularPipelineBlocks,
-    OutputParam,
-    PipelineState,
-    SequentialPipelineBlocks,
-)
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.modular_pipelines import BlockState, ComponentSpec, InputParam, ModularPipelineBlocks, OutputParam, PipelineState
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,7 +21,7 @@ from .conditioning_alpha_ddpm import ClassConditioning, ClassLabels, TextConditi
 from .editing_alpha_ddpm import Batch, Chain, start_chain
 from .pictures_alpha_ddpm import Images
 from .samplers_alpha_ddpm import Steps, checked_generators, reserved, reverse_step, set_timesteps
-from .sampling_alpha_ddpm import AlphaDDPMSampling, check_finite, network_outputs, to_images, usable_channels
+from .sampling_alpha_ddpm import AlphaDDPMSampling, check_finite, guided_output, to_images
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .tables_alpha_ddpm import Generators
 
@@ -44,12 +35,9 @@ LATENTS = OutputParam.template("latents")
 TIMESTEPS = InputParam("timesteps", description="Timesteps of the chain, noise first; by default evenly spaced.")
 CHAIN = InputParam("chain", Chain, description="From the step that starts the chain.")
 CONDITIONS = InputParam(kwargs_type=DENOISER_INPUTS, description="What goes to the UNet, each with its negative.")
+NUM_PROMPTS = OutputParam("num_prompts", int, "Number of prompts or labels, or None if any number of images may share them.")
+GUIDER = partial(ComponentSpec, "guider", ClassifierFreeGuidance, default_creation_method="from_config")
 UNET_ARGUMENTS = {"class_ids": "class_labels", "prompt_embeds": "encoder_hidden_states"}
-
-
-def guider_spec(guidance_scale: float) -> ComponentSpec:
-    config = FrozenDict({"guidance_scale": guidance_scale})
-    return ComponentSpec("guider", ClassifierFreeGuidance, config=config, default_creation_method="from_config")
 
 
 class Parts(ClassConditioning, TextConditioning, AlphaDDPMSampling):
@@ -92,7 +80,7 @@ class ClassLabelsStep(Block):
     gives: ClassVar = [
         OutputParam("class_ids", Tensor, "Embeddings to use, [1 or N].", DENOISER_INPUTS),
         OutputParam("negative_class_ids", Tensor, "The embedding for 'no class', [1 or N].", DENOISER_INPUTS),
-        OutputParam("num_prompts", int, "Number of labels, or None if any number of images may share them."),
+        NUM_PROMPTS,
     ]
 
     def run(self, components: Any, state: BlockState) -> None:
@@ -104,20 +92,14 @@ class ClassLabelsStep(Block):
 
 class TextEncoderStep(Block):
     description = "Encodes prompts, and the negative prompts that guidance leads away from."
-    uses: ClassVar = [
-        ComponentSpec("text_encoder", PreTrainedModel), ComponentSpec("tokenizer", PreTrainedTokenizerBase), UNET
-    ]  # fmt: skip
+    uses: ClassVar = [ComponentSpec("text_encoder", PreTrainedModel), ComponentSpec("tokenizer", PreTrainedTokenizerBase), UNET]
     takes: ClassVar = [
         InputParam("prompt", str | list[str], description="What to show; one for all images, or one per image."),
         InputParam("negative_prompt", str | list[str], description="What to lead away from; by default the empty prompt."),
         InputParam("prompt_embeds", Tensor, description="Text states [N, 77, D] in place of the prompt."),
         InputParam("negative_prompt_embeds", Tensor, description="Those in place of the negative prompt."),
     ]
-    gives: ClassVar = [
-        OutputParam.template("prompt_embeds"),
-        OutputParam.template("negative_prompt_embeds"),
-        OutputParam("num_prompts", int, "Number of prompts, or None if any number of images may share one."),
-    ]
+    gives: ClassVar = [*map(OutputParam.template, ("prompt_embeds", "negative_prompt_embeds")), NUM_PROMPTS]
 
     def run(self, components: Any, state: BlockState) -> None:
         given = {name: state[name] for name in ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")}
@@ -141,32 +123,31 @@ class SetTimestepsStep(Block):
         if isinstance(loaded, DDPMScheduler):
             components.scheduler = AlphaDDPMScheduler.from_config(loaded.config)
             components.scheduler._diffusers_load_id = loaded._diffusers_load_id  # where it came from, for saving
-        steps = Steps(state.num_inference_steps, state.timesteps, state.sigmas)
-        state.timesteps = set_timesteps(components.scheduler, steps)
+        asked = Steps(state.num_inference_steps, state.timesteps, state.sigmas)
+        state.timesteps = set_timesteps(components.scheduler, asked)
 
 
 class NoiseStep(Block):
-    description = "Starts the chain from noise."
+    description = "Starts the chain from noise, with a condition for each image."
     takes: ClassVar = [
         InputParam("num_prompts", int, description="From the step that reads the conditions."),
         PER_PROMPT,
         InputParam("latents", Tensor, description="The noise N(0, I) to use, [B, C, H, W]."),
         GENERATOR,
+        CONDITIONS,
     ]
-    gives: ClassVar = [
-        LATENTS,
-        OutputParam("chain", Chain, "Where the chain starts, and what it keeps of the image it starts from."),
-        OutputParam("batch", Batch, "How many images there are per prompt, label or image."),
-    ]
+    gives: ClassVar = [LATENTS, OutputParam("chain", Chain, "Where it starts, and what it keeps of the image it starts from.")]
 
     def run(self, components: Any, state: BlockState) -> None:
         parts, given = Parts(components), state.as_dict().get
         edit = parts._edit(given("image"), given("strength"), given("mask_image"), given("num_resamples") or 1, state.latents)
-        state.batch = Batch.of(state.num_prompts, state.num_images_per_prompt, edit)
-        state.generator = checked_generators(state.generator, state.batch.size)
-        noise = parts._start_noise(edit.latents, state.batch.size, state.generator)
-        state.chain = start_chain(components.scheduler, edit, state.batch, noise, state.generator)
+        batch = Batch.of(state.num_prompts, state.num_images_per_prompt, edit)
+        generator = checked_generators(state.generator, batch.size)
+        noise = parts._start_noise(edit.latents, batch.size, generator)
+        state.chain = start_chain(components.scheduler, edit, batch, noise, generator)
         state.latents = state.chain.x
+        for name, rows in state[DENOISER_INPUTS].items():
+            state[name] = batch.spread(rows, name)
 
 
 class ImageStep(NoiseStep):
@@ -194,40 +175,17 @@ class StartStep(AutoPipelineBlocks):
     description = "Where the chain starts: an image with a mask if `mask_image` is given, an image if `image` is, else noise."
 
 
-class ConditionsStep(Block):
-    description = "Repeats the conditions so that there is one for each image."
-    uses: ClassVar = []
-    takes: ClassVar = [InputParam("batch", Batch, description="From the step that starts the chain."), CONDITIONS]
-
-    def run(self, components: Any, state: BlockState) -> None:
-        for name, rows in state[DENOISER_INPUTS].items():
-            state[name] = state.batch.spread(rows, name)
-
-
 class PredictStep(Block):
     description = "In the loop: what the UNet predicts under each condition, put together by the guider."
     takes: ClassVar = [X, TIMESTEPS, CONDITIONS]
 
     def __call__(self, components: Any, state: BlockState, i: int, t: Tensor) -> tuple[Any, BlockState]:
-        guider, scheduler, x = components.guider, components.scheduler, state.latents
+        guider = components.guider
         guider.set_state(step=i, num_inference_steps=len(state.timesteps), timestep=t)
         rows = {name: state[name] for name in UNET_ARGUMENTS if state[name] is not None}
         nulls = {name: state[f"negative_{name}"] for name in rows}
         given = {UNET_ARGUMENTS[name]: (c, c if nulls[name] is None else nulls[name]) for name, c in rows.items()}
-        batches = guider.prepare_inputs(given)
-        conditions = [{name: batch[name] for name in given} for batch in batches]
-        if type(guider).prepare_models is BaseGuidance.prepare_models:  # one batch, the unconditional half first as in _sample
-            outputs = network_outputs(components.unet, scheduler, x, t, *conditions[::-1])[::-1]
-        else:  # the guider changes the network from one to the next
-            outputs = []
-            for condition in conditions:
-                guider.prepare_models(components.unet)
-                outputs += network_outputs(components.unet, scheduler, x, t, condition)
-                guider.cleanup_models(components.unet)
-        for batch, output in zip(batches, outputs, strict=True):
-            batch.noise_pred = output[:, : x.shape[1]]
-        output = torch.cat([guider(batches)[0], outputs[0][:, x.shape[1] :]], dim=1)  # a variance half is not guided
-        state.model_output = usable_channels(scheduler, output, x.shape[1])
+        state.model_output = guided_output(components.unet, components.scheduler, state.latents, t, guider, given)
         return components, state
 
 
@@ -247,13 +205,13 @@ class DenoiseStep(LoopSequentialPipelineBlocks):
     model_name = Block.model_name
     block_classes: ClassVar = [PredictStep, ReverseStep]
     block_names: ClassVar = ["predict", "step"]
-    loop_expected_components: ClassVar = [SCHEDULER, guider_spec(1.0)]
+    loop_expected_components: ClassVar = [SCHEDULER, GUIDER(config=FrozenDict({"guidance_scale": 1.0}))]
     loop_intermediate_outputs: ClassVar = [LATENTS]
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         view = self.get_block_state(state)
-        chain = view.chain
+        chain: Chain = view.chain
         with reserved(components.scheduler):
             for index, t in self.progress_bar(chain.steps):
                 for repeat in chain.repeats(index):
@@ -266,7 +224,7 @@ class DenoiseStep(LoopSequentialPipelineBlocks):
 
 
 class TextDenoiseStep(DenoiseStep):
-    loop_expected_components: ClassVar = [SCHEDULER, guider_spec(2.0)]
+    loop_expected_components: ClassVar = [SCHEDULER, GUIDER(config=FrozenDict({"guidance_scale": 2.0}))]
 
 
 class DecodeStep(Block):
@@ -283,8 +241,8 @@ class AlphaDDPMBlocks(SequentialPipelineBlocks):
     """Those of `AlphaDDPMPipeline`."""
 
     model_name = Block.model_name
-    block_classes: ClassVar = [ClassLabelsStep, SetTimestepsStep, StartStep, ConditionsStep, DenoiseStep, DecodeStep]
-    block_names: ClassVar = ["class_labels", "set_timesteps", "start", "conditions", "denoise", "decode"]
+    block_classes: ClassVar = [ClassLabelsStep, SetTimestepsStep, StartStep, DenoiseStep, DecodeStep]
+    block_names: ClassVar = ["class_labels", "set_timesteps", "start", "denoise", "decode"]
     description = "Images from noise by the reverse process of DDPM, unconditional or for class labels."
     outputs: ClassVar = [OutputParam.template("images")]
     _workflow_map: ClassVar = {
@@ -295,11 +253,10 @@ class AlphaDDPMBlocks(SequentialPipelineBlocks):
 class AlphaDDPMTextBlocks(AlphaDDPMBlocks):
     """Those of `AlphaDDPMTextToImagePipeline`."""
 
-    block_classes: ClassVar = [TextEncoderStep, SetTimestepsStep, StartStep, ConditionsStep, TextDenoiseStep, DecodeStep]
+    block_classes: ClassVar = [TextEncoderStep, SetTimestepsStep, StartStep, TextDenoiseStep, DecodeStep]
     block_names: ClassVar = ["text_encoder", *AlphaDDPMBlocks.block_names[1:]]
     description = "Images from text by the reverse process of DDPM."
     _workflow_map: ClassVar = {
-        "text2image": {"prompt": True},
-        "image2image": {"prompt": True, "image": True},
+        "text2image": {"prompt": True}, "image2image": {"prompt": True, "image": True},
         "inpainting": {"prompt": True, "image": True, "mask_image": True},
-    }
+    }  # fmt: skip

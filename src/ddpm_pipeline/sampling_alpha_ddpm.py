@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler
+from diffusers.guiders import BaseGuidance
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
@@ -143,6 +144,24 @@ def predict(unet: Any, scheduler: Any, x: Tensor, t: Tensor, conditioning: Condi
         output = guide(unconditional, conditional, channels, scale, conditioning.guidance.rescale)
     else:
         (output,) = network_outputs(unet, scheduler, x, t, conditioning.kwargs)
+    return usable_channels(scheduler, output, channels)
+
+
+def guided_output(unet: Any, scheduler: Any, x: Tensor, t: Tensor, guider: BaseGuidance, conditions: dict) -> Tensor:
+    """The network's output, guided by one of diffusers' guiders. `conditions` are pairs, the unconditional half last."""
+    batches, channels = guider.prepare_inputs(conditions), x.shape[1]
+    kwargs = [{name: batch[name] for name in conditions} for batch in batches]
+    if type(guider).prepare_models is BaseGuidance.prepare_models:  # in one batch, the unconditional half first as in `predict`
+        outputs = network_outputs(unet, scheduler, x, t, *kwargs[::-1])[::-1]
+    else:  # the guider changes the network from one to the next
+        outputs = []
+        for condition in kwargs:
+            guider.prepare_models(unet)
+            outputs += network_outputs(unet, scheduler, x, t, condition)
+            guider.cleanup_models(unet)
+    for batch, output in zip(batches, outputs, strict=True):
+        batch.noise_pred = output[:, :channels]
+    output = torch.cat([guider(batches)[0], outputs[0][:, channels:]], dim=1)  # a variance half is not guided
     return usable_channels(scheduler, output, channels)
 
 
