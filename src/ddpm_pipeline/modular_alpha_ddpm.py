@@ -26,17 +26,13 @@ from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .tables_alpha_ddpm import Generators
 
 DENOISER_INPUTS = "denoiser_input_fields"  # diffusers' name for what the guider hands to the UNet
-
 UNET, SCHEDULER = ComponentSpec("unet", UNet2DModel), ComponentSpec("scheduler", DDPMScheduler)
-GENERATOR = InputParam("generator", Generators, description="One generator for all images, or one per image.")
-PER_PROMPT = InputParam.template("num_images_per_prompt")
 X = InputParam("latents", Tensor, description="x_t, [B, C, H, W].")
-LATENTS = OutputParam.template("latents")
 TIMESTEPS = InputParam("timesteps", description="Timesteps of the chain, noise first; by default evenly spaced.")
-CHAIN = InputParam("chain", Chain, description="From the step that starts the chain.")
 CONDITIONS = InputParam(kwargs_type=DENOISER_INPUTS, description="What goes to the UNet, each with its negative.")
 NUM_PROMPTS = OutputParam("num_prompts", int, "Number of prompts or labels, or None if any number of images may share them.")
 GUIDER = partial(ComponentSpec, "guider", ClassifierFreeGuidance, default_creation_method="from_config")
+PROMPT, IMAGE, MASK = {"prompt": True}, {"image": True}, {"mask_image": True}  # inputs that make a workflow
 UNET_ARGUMENTS = {"class_ids": "class_labels", "prompt_embeds": "encoder_hidden_states"}
 
 
@@ -53,7 +49,6 @@ class Block(ModularPipelineBlocks):
     """A block says in class attributes what it uses, takes and gives; `run` works on its view of the state."""
 
     model_name = "alpha-ddpm"
-    description = ""
     uses: ClassVar[list[ComponentSpec]] = [UNET, SCHEDULER]
     takes: ClassVar[list[InputParam]] = []
     gives: ClassVar[list[OutputParam]] = []
@@ -103,9 +98,8 @@ class TextEncoderStep(Block):
 
     def run(self, components: Any, state: BlockState) -> None:
         given = {name: state[name] for name in ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")}
-        states = Parts(components).encode_prompt(state.prompt, True, **given)
-        state.prompt_embeds, state.negative_prompt_embeds = states
-        state.num_prompts = len(states[0]) if len(states[0]) > 1 else None
+        state.prompt_embeds, state.negative_prompt_embeds = Parts(components).encode_prompt(state.prompt, True, **given)
+        state.num_prompts = len(state.prompt_embeds) if len(state.prompt_embeds) > 1 else None
 
 
 class SetTimestepsStep(Block):
@@ -123,20 +117,19 @@ class SetTimestepsStep(Block):
         if isinstance(loaded, DDPMScheduler):
             components.scheduler = AlphaDDPMScheduler.from_config(loaded.config)
             components.scheduler._diffusers_load_id = loaded._diffusers_load_id  # where it came from, for saving
-        asked = Steps(state.num_inference_steps, state.timesteps, state.sigmas)
-        state.timesteps = set_timesteps(components.scheduler, asked)
+        state.timesteps = set_timesteps(components.scheduler, Steps(state.num_inference_steps, state.timesteps, state.sigmas))
 
 
 class NoiseStep(Block):
     description = "Starts the chain from noise, with a condition for each image."
     takes: ClassVar = [
         InputParam("num_prompts", int, description="From the step that reads the conditions."),
-        PER_PROMPT,
+        InputParam.template("num_images_per_prompt"),
         InputParam("latents", Tensor, description="The noise N(0, I) to use, [B, C, H, W]."),
-        GENERATOR,
+        InputParam("generator", Generators, description="One generator for all images, or one per image."),
         CONDITIONS,
     ]
-    gives: ClassVar = [LATENTS, OutputParam("chain", Chain, "Where it starts, and what it keeps of the image it starts from.")]
+    gives: ClassVar = [OutputParam.template("latents"), OutputParam("chain", Chain, "Where it starts, and what it keeps.")]
 
     def run(self, components: Any, state: BlockState) -> None:
         parts, given = Parts(components), state.as_dict().get
@@ -180,19 +173,18 @@ class PredictStep(Block):
     takes: ClassVar = [X, TIMESTEPS, CONDITIONS]
 
     def __call__(self, components: Any, state: BlockState, i: int, t: Tensor) -> tuple[Any, BlockState]:
-        guider = components.guider
-        guider.set_state(step=i, num_inference_steps=len(state.timesteps), timestep=t)
+        components.guider.set_state(step=i, num_inference_steps=len(state.timesteps), timestep=t)
         rows = {name: state[name] for name in UNET_ARGUMENTS if state[name] is not None}
         nulls = {name: state[f"negative_{name}"] for name in rows}
         given = {UNET_ARGUMENTS[name]: (c, c if nulls[name] is None else nulls[name]) for name, c in rows.items()}
-        state.model_output = guided_output(components.unet, components.scheduler, state.latents, t, guider, given)
+        state.model_output = guided_output(components.unet, components.scheduler, state.latents, t, components.guider, given)
         return components, state
 
 
 class ReverseStep(Block):
     description = "In the loop: one step of the reverse process, after which kept pixels are put back."
     uses: ClassVar = [SCHEDULER]
-    takes: ClassVar = [X, CHAIN]
+    takes: ClassVar = [X, InputParam("chain", Chain, description="From the step that starts the chain.")]
 
     def __call__(self, components: Any, state: BlockState, i: int, t: Tensor) -> tuple[Any, BlockState]:
         step = reverse_step(components.scheduler, state.model_output, t, state.latents, state.chain.generator)
@@ -206,12 +198,12 @@ class DenoiseStep(LoopSequentialPipelineBlocks):
     block_classes: ClassVar = [PredictStep, ReverseStep]
     block_names: ClassVar = ["predict", "step"]
     loop_expected_components: ClassVar = [SCHEDULER, GUIDER(config=FrozenDict({"guidance_scale": 1.0}))]
-    loop_intermediate_outputs: ClassVar = [LATENTS]
+    loop_intermediate_outputs: ClassVar = [OutputParam.template("latents")]
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         view = self.get_block_state(state)
-        chain: Chain = view.chain
+        chain = view.chain
         with reserved(components.scheduler):
             for index, t in self.progress_bar(chain.steps):
                 for repeat in chain.repeats(index):
@@ -245,9 +237,7 @@ class AlphaDDPMBlocks(SequentialPipelineBlocks):
     block_names: ClassVar = ["class_labels", "set_timesteps", "start", "denoise", "decode"]
     description = "Images from noise by the reverse process of DDPM, unconditional or for class labels."
     outputs: ClassVar = [OutputParam.template("images")]
-    _workflow_map: ClassVar = {
-        "unconditional": {}, "image2image": {"image": True}, "inpainting": {"image": True, "mask_image": True}
-    }  # fmt: skip
+    _workflow_map: ClassVar = {"unconditional": {}, "image2image": IMAGE, "inpainting": IMAGE | MASK}
 
 
 class AlphaDDPMTextBlocks(AlphaDDPMBlocks):
@@ -256,7 +246,4 @@ class AlphaDDPMTextBlocks(AlphaDDPMBlocks):
     block_classes: ClassVar = [TextEncoderStep, SetTimestepsStep, StartStep, TextDenoiseStep, DecodeStep]
     block_names: ClassVar = ["text_encoder", *AlphaDDPMBlocks.block_names[1:]]
     description = "Images from text by the reverse process of DDPM."
-    _workflow_map: ClassVar = {
-        "text2image": {"prompt": True}, "image2image": {"prompt": True, "image": True},
-        "inpainting": {"prompt": True, "image": True, "mask_image": True},
-    }  # fmt: skip
+    _workflow_map: ClassVar = {"text2image": PROMPT, "image2image": PROMPT | IMAGE, "inpainting": PROMPT | IMAGE | MASK}

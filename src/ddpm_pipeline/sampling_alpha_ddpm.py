@@ -5,7 +5,6 @@ functions take the UNet, the scheduler and tensors, and no pipeline. Travels ins
 """
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,7 +19,7 @@ from .editing_alpha_ddpm import AlphaDDPMEditing, Batch, Chain, Edit, start_chai
 from .pictures_alpha_ddpm import PIL_MODES
 from .samplers_alpha_ddpm import Steps, advice, checked_generators, plain, reserved, reverse_step, set_timesteps, takes_variance
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
-from .tables_alpha_ddpm import OWN_KEY, Generators
+from .tables_alpha_ddpm import OWN_KEY, Generators, warn
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_INPUTS = ("latents", "pred_original_sample", "image")  # the last is what `latents` was called once
@@ -295,4 +294,4 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
         if self._own_settings.get("condition_dropout") == 0:
             problem = "but this one was trained without condition dropout: expect poor images"
             fix = "Use guidance_scale=1, or train with --condition_dropout 0.1."
-            warnings.warn(f"guidance needs the model without its condition, {problem}. {fix}", stacklevel=4)
+            warn(f"guidance needs the model without its condition, {problem}. {fix}", stacklevel=4)
