@@ -169,6 +169,8 @@ class AlphaDDPMEditing:
 
     def _latents_in(self, latents: Any) -> Tensor:
         """z ~ N(0, I) as given, in the precision of the chain."""
+        if isinstance(latents, list | tuple):
+            latents = torch.stack([torch.as_tensor(each) for each in latents])
         latents, (_, *shape) = torch.as_tensor(latents), self._shape(1)
         fits = latents.ndim == 4 and list(latents.shape[1:]) == shape and latents.is_floating_point()
         if not (fits and latents.isfinite().all()):
