@@ -88,7 +88,7 @@ class Batch:
         return expanded(rows, self.prompts, what).repeat_interleave(self.per_prompt, dim=0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Chain:
     """A reverse chain in its scheduler: where it starts, and what it keeps of the image it starts from."""
 

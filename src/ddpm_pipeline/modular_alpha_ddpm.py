@@ -1,8 +1,7 @@
 """The pipelines as blocks of diffusers' Modular Diffusers, over the same functions as the pipelines' own loop.
 
-A block reads its inputs from the state of the pipeline and writes its outputs there; blocks can be replaced, inserted or run
-alone. The guider is a component, so that any of diffusers' guiders can take the place of classifier-free guidance. Travels
-inside model repositories, whose `modular_config.json` names it, and imports every sibling that travels with it.
+A block reads its inputs from the state of the pipeline and writes its outputs there, beside what the caller gave. Travels inside
+model repositories, whose `modular_config.json` names it, and imports every sibling that travels with it.
 """
 
 from copy import deepcopy
@@ -20,26 +19,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .conditioning_alpha_ddpm import ClassConditioning, ClassLabels, TextConditioning
 from .editing_alpha_ddpm import Batch, Chain, start_chain
 from .pictures_alpha_ddpm import Images
-from .samplers_alpha_ddpm import Steps, checked_generators, reserved, reverse_step, set_timesteps
-from .sampling_alpha_ddpm import AlphaDDPMSampling, check_finite, guided_output, to_images
+from .samplers_alpha_ddpm import Steps, checked_generators, plain, reserved, reverse_step, set_timesteps
+from .sampling_alpha_ddpm import AlphaDDPMSampling, Output, check_finite, check_unet, guided_output, to_images
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
-from .tables_alpha_ddpm import Generators
+from .tables_alpha_ddpm import Generators, check_integer
 
 DENOISER_INPUTS = "denoiser_input_fields"  # diffusers' name for what the guider hands to the UNet
 UNET, SCHEDULER = ComponentSpec("unet", UNet2DModel), ComponentSpec("scheduler", DDPMScheduler)
 X = InputParam("latents", Tensor, description="x_t, [B, C, H, W].")
-TIMESTEPS = InputParam("timesteps", description="Timesteps of the chain, noise first; by default evenly spaced.")
+CHAIN = InputParam("chain", Chain, description="From the step that starts the chain.")
 CONDITIONS = InputParam(kwargs_type=DENOISER_INPUTS, description="What goes to the UNet, each with its negative.")
 NUM_PROMPTS = OutputParam("num_prompts", int, "Number of prompts or labels, or None if any number of images may share them.")
 GUIDER = partial(ComponentSpec, "guider", ClassifierFreeGuidance, default_creation_method="from_config")
 PROMPT, IMAGE, MASK = {"prompt": True}, {"image": True}, {"mask_image": True}  # inputs that make a workflow
-UNET_ARGUMENTS = {"class_ids": "class_labels", "prompt_embeds": "encoder_hidden_states"}
+UNET_ARGUMENTS = {"class_ids": "class_labels", "text_states": "encoder_hidden_states"}
 
 
 class Parts(ClassConditioning, TextConditioning, AlphaDDPMSampling):
     """The components of a modular pipeline, with the methods of our pipelines."""
 
     def __init__(self, components: Any):
+        check_unet(components.unet)
         self.unet, self.scheduler = components.unet, components.scheduler
         self.text_encoder, self.tokenizer = (getattr(components, name, None) for name in ("text_encoder", "tokenizer"))
         self._execution_device = components._execution_device
@@ -49,7 +49,7 @@ class Block(ModularPipelineBlocks):
     """A block says in class attributes what it uses, takes and gives; `run` works on its view of the state."""
 
     model_name = "alpha-ddpm"
-    uses: ClassVar[list[ComponentSpec]] = [UNET, SCHEDULER]
+    uses: ClassVar[list[ComponentSpec]] = []
     takes: ClassVar[list[InputParam]] = []
     gives: ClassVar[list[OutputParam]] = []
 
@@ -82,6 +82,7 @@ class ClassLabelsStep(Block):
         parts = Parts(components)
         labels = None if state.class_labels is None else parts._label_ids(state.class_labels)
         state.class_ids, state.negative_class_ids = parts._class_rows(labels)
+        check_integer("batch_size", 1 if state.batch_size is None else plain(state.batch_size), 1)
         state.num_prompts = state.batch_size or (len(labels) if labels and len(labels) > 1 else None)
 
 
@@ -94,12 +95,16 @@ class TextEncoderStep(Block):
         InputParam("prompt_embeds", Tensor, description="Text states [N, 77, D] in place of the prompt."),
         InputParam("negative_prompt_embeds", Tensor, description="Those in place of the negative prompt."),
     ]
-    gives: ClassVar = [*map(OutputParam.template, ("prompt_embeds", "negative_prompt_embeds")), NUM_PROMPTS]
+    gives: ClassVar = [
+        OutputParam("text_states", Tensor, "Of the prompts, [N, 77, D].", DENOISER_INPUTS),
+        OutputParam("negative_text_states", Tensor, "Of the negative prompts, [N, 77, D].", DENOISER_INPUTS),
+        NUM_PROMPTS,
+    ]
 
     def run(self, components: Any, state: BlockState) -> None:
         given = {name: state[name] for name in ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")}
-        state.prompt_embeds, state.negative_prompt_embeds = Parts(components).encode_prompt(state.prompt, True, **given)
-        state.num_prompts = len(state.prompt_embeds) if len(state.prompt_embeds) > 1 else None
+        state.text_states, state.negative_text_states = Parts(components).encode_prompt(state.prompt, True, **given)
+        state.num_prompts = len(state.text_states) if len(state.text_states) > 1 else None
 
 
 class SetTimestepsStep(Block):
@@ -107,33 +112,37 @@ class SetTimestepsStep(Block):
     uses: ClassVar = [SCHEDULER]
     takes: ClassVar = [
         InputParam("num_inference_steps", int, description="Number of steps; by default every timestep of training."),
-        TIMESTEPS,
+        InputParam("timesteps", description="Timesteps of the chain, noise first; by default evenly spaced."),
         InputParam("sigmas", list[float], description="The noise levels themselves, for schedulers that take them."),
     ]
-    gives: ClassVar = [OutputParam("timesteps", Tensor, "Of the whole chain, noise first.")]
 
     def run(self, components: Any, state: BlockState) -> None:
         loaded = components.scheduler
         if isinstance(loaded, DDPMScheduler):
             components.scheduler = AlphaDDPMScheduler.from_config(loaded.config)
-            components.scheduler._diffusers_load_id = loaded._diffusers_load_id  # where it came from, for saving
-        state.timesteps = set_timesteps(components.scheduler, Steps(state.num_inference_steps, state.timesteps, state.sigmas))
+            components.scheduler._diffusers_load_id = getattr(loaded, "_diffusers_load_id", "null")  # its source, for saving
+        set_timesteps(components.scheduler, Steps(state.num_inference_steps, state.timesteps, state.sigmas))
 
 
 class NoiseStep(Block):
     description = "Starts the chain from noise, with a condition for each image."
+    uses: ClassVar = [UNET, SCHEDULER]
     takes: ClassVar = [
         InputParam("num_prompts", int, description="From the step that reads the conditions."),
         InputParam.template("num_images_per_prompt"),
         InputParam("latents", Tensor, description="The noise N(0, I) to use, [B, C, H, W]."),
         InputParam("generator", Generators, description="One generator for all images, or one per image."),
         CONDITIONS,
+        InputParam("chain", Chain, description="Of an earlier call, whose result is not taken for noise."),
+        InputParam("strength", float, description="Fraction of the chain to run; by default 0.5, or 1 with a mask."),
+        InputParam("num_resamples", int, 1, description="With a mask, passes per step, for a better fit of old and new."),
     ]
     gives: ClassVar = [OutputParam.template("latents"), OutputParam("chain", Chain, "Where it starts, and what it keeps.")]
 
     def run(self, components: Any, state: BlockState) -> None:
         parts, given = Parts(components), state.as_dict().get
-        edit = parts._edit(given("image"), given("strength"), given("mask_image"), given("num_resamples") or 1, state.latents)
+        latents = None if state.chain is not None and state.latents is state.chain.x else state.latents
+        edit = parts._edit(given("image"), state.strength, given("mask_image"), state.num_resamples, latents)
         batch = Batch.of(state.num_prompts, state.num_images_per_prompt, edit)
         generator = checked_generators(state.generator, batch.size)
         noise = parts._start_noise(edit.latents, batch.size, generator)
@@ -145,20 +154,12 @@ class NoiseStep(Block):
 
 class ImageStep(NoiseStep):
     description = "Starts the chain from an image, noised to the first of the last `strength` of its steps."
-    takes: ClassVar = [
-        *NoiseStep.takes,
-        InputParam("image", Images, required=True, description="Picture to start from; one, or one per image."),
-        InputParam("strength", float, description="Fraction of the chain to run; by default 0.5, or 1 with a mask."),
-    ]
+    takes: ClassVar = [*NoiseStep.takes, InputParam("image", Images, required=True, description="To start from.")]
 
 
 class MaskStep(ImageStep):
     description = "Starts the chain from an image of which a mask's white part is painted anew."
-    takes: ClassVar = [
-        *ImageStep.takes,
-        InputParam("mask_image", Images, required=True, description="White is painted anew, black is kept."),
-        InputParam("num_resamples", int, 1, description="Passes per step, for a better fit of old and new."),
-    ]
+    takes: ClassVar = [*ImageStep.takes, InputParam("mask_image", Images, required=True, description="White is painted anew.")]
 
 
 class StartStep(AutoPipelineBlocks):
@@ -170,24 +171,24 @@ class StartStep(AutoPipelineBlocks):
 
 class PredictStep(Block):
     description = "In the loop: what the UNet predicts under each condition, put together by the guider."
-    takes: ClassVar = [X, TIMESTEPS, CONDITIONS]
+    uses: ClassVar = [UNET]
+    takes: ClassVar = [X, CHAIN, CONDITIONS]
 
     def __call__(self, components: Any, state: BlockState, i: int, t: Tensor) -> tuple[Any, BlockState]:
-        components.guider.set_state(step=i, num_inference_steps=len(state.timesteps), timestep=t)
-        rows = {name: state[name] for name in UNET_ARGUMENTS if state[name] is not None}
-        nulls = {name: state[f"negative_{name}"] for name in rows}
-        given = {UNET_ARGUMENTS[name]: (c, c if nulls[name] is None else nulls[name]) for name, c in rows.items()}
-        state.model_output = guided_output(components.unet, components.scheduler, state.latents, t, components.guider, given)
+        guider, scheduler = components.guider, state.chain.scheduler
+        guider.set_state(step=i, num_inference_steps=len(scheduler.timesteps), timestep=t)
+        rows = {UNET_ARGUMENTS[name]: (state[name], state[f"negative_{name}"]) for name in UNET_ARGUMENTS}
+        given = {name: (c, c if null is None else null) for name, (c, null) in rows.items() if c is not None}
+        state.model_output = guided_output(components.unet, scheduler, state.latents, t, guider, given)
         return components, state
 
 
 class ReverseStep(Block):
     description = "In the loop: one step of the reverse process, after which kept pixels are put back."
-    uses: ClassVar = [SCHEDULER]
-    takes: ClassVar = [X, InputParam("chain", Chain, description="From the step that starts the chain.")]
+    takes: ClassVar = [X, CHAIN]
 
     def __call__(self, components: Any, state: BlockState, i: int, t: Tensor) -> tuple[Any, BlockState]:
-        step = reverse_step(components.scheduler, state.model_output, t, state.latents, state.chain.generator)
+        step = reverse_step(state.chain.scheduler, state.model_output, t, state.latents, state.chain.generator)
         state.latents = state.chain.keep(step.prev_sample, i)
         return components, state
 
@@ -197,36 +198,36 @@ class DenoiseStep(LoopSequentialPipelineBlocks):
     model_name = Block.model_name
     block_classes: ClassVar = [PredictStep, ReverseStep]
     block_names: ClassVar = ["predict", "step"]
-    loop_expected_components: ClassVar = [SCHEDULER, GUIDER(config=FrozenDict({"guidance_scale": 1.0}))]
+    loop_expected_components: ClassVar = [GUIDER(config=FrozenDict({"guidance_scale": 1.0}))]
     loop_intermediate_outputs: ClassVar = [OutputParam.template("latents")]
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         view = self.get_block_state(state)
         chain = view.chain
-        with reserved(components.scheduler):
+        with reserved(chain.scheduler):
             for index, t in self.progress_bar(chain.steps):
                 for repeat in chain.repeats(index):
                     view.latents = chain.again(repeat, view.latents, t)
                     components, view = self.loop_step(components, view, i=index, t=t)
                 chain.watch(view.model_output, view.latents)
         check_finite(chain, components.unet)
+        chain.x = view.latents
         self.set_block_state(state, view)
         return components, state
 
 
 class TextDenoiseStep(DenoiseStep):
-    loop_expected_components: ClassVar = [SCHEDULER, GUIDER(config=FrozenDict({"guidance_scale": 2.0}))]
+    loop_expected_components: ClassVar = [GUIDER(config=FrozenDict({"guidance_scale": 2.0}))]
 
 
 class DecodeStep(Block):
     description = "Turns x_0 into pictures."
-    uses: ClassVar = []
     takes: ClassVar = [X, InputParam.template("output_type")]
     gives: ClassVar = [OutputParam.template("images")]
 
     def run(self, components: Any, state: BlockState) -> None:
-        state.images = to_images(state.latents, state.output_type)
+        state.images = to_images(state.latents, Output(state.output_type).type)
 
 
 class AlphaDDPMBlocks(SequentialPipelineBlocks):
