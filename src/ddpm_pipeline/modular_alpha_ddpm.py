@@ -1,6 +1,6 @@
 """The pipelines as blocks of diffusers' Modular Diffusers, over the same functions as the pipelines' own loop.
 
-A block reads its inputs from the state of the pipeline and writes its outputs there, beside what the caller gave. Travels inside
+A block reads its inputs from the pipeline's state and writes its outputs there, beside what the caller gave. Travels inside
 model repositories, whose `modular_config.json` names it, and imports every sibling that travels with it.
 """
 
@@ -24,7 +24,7 @@ from .sampling_alpha_ddpm import AlphaDDPMSampling, Output, check_finite, check_
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .tables_alpha_ddpm import Generators, check_integer
 
-DENOISER_INPUTS = "denoiser_input_fields"  # diffusers' name for what the guider hands to the UNet
+DENOISER_INPUTS = "denoiser_input_fields"  # as diffusers calls what the guider hands to the UNet
 UNET, SCHEDULER = ComponentSpec("unet", UNet2DModel), ComponentSpec("scheduler", DDPMScheduler)
 X = InputParam("latents", Tensor, description="x_t, [B, C, H, W].")
 CHAIN = InputParam("chain", Chain, description="From the step that starts the chain.")
@@ -203,8 +203,7 @@ class DenoiseStep(LoopSequentialPipelineBlocks):
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        view = self.get_block_state(state)
-        chain = view.chain
+        chain = (view := self.get_block_state(state)).chain
         with reserved(chain.scheduler):
             for index, t in self.progress_bar(chain.steps):
                 for repeat in chain.repeats(index):

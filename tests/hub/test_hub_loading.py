@@ -112,7 +112,7 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 import torch
-from diffusers import ComponentsManager, DDPMPipeline, DDPMScheduler, DiffusionPipeline, IFPipeline, ModularPipeline
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, IFPipeline
 STEPS, OWN, CALLS, KEPT = {STEPS}, {OWN!r}, {CALLS!r}, {KEPT!r}
 EXPECTED = np.load(os.environ["EXPECTED"])
 
@@ -207,20 +207,6 @@ def check_trusted_class_model_has_all_features():
     same(pipe, "class")
     raises(ValueError, lambda: pipe(class_labels="tow"), "near it: 'two'")
     assert len(pipe(class_labels=["one", None], num_inference_steps=3).images) == 2
-
-def check_modular_pipelines_give_the_images_of_the_pipelines():
-    raises(ValueError, lambda: ModularPipeline.from_pretrained("org/ddpm"), "trust_remote_code")
-    manager = ComponentsManager()
-    calls = {"ddpm": {"batch_size": 2}, "class": {"class_labels": ["two", "zero"]}, "text": {"prompt": "zero"}}
-    for name, call in calls.items():
-        pipe = DiffusionPipeline.from_pretrained(f"org/{name}", custom_pipeline=f"org/{name}", **TRUST)
-        modular = ModularPipeline.from_pretrained(f"org/{name}", components_manager=manager, collection=name, **TRUST)
-        modular.load_components(dtype=torch.float32)
-        call |= {"num_inference_steps": 3, "output_type": "np"}
-        expected = pipe(**call, generator=torch.Generator().manual_seed(7)).images
-        found = modular(**call, generator=torch.Generator().manual_seed(7), output="images")
-        assert np.array_equal(found, expected), name
-    assert len(manager.components) == 8, manager.components.keys()
 
 def check_code_of_another_repository_does_not_get_in_the_way():
     first = DiffusionPipeline.from_pretrained("org/own", custom_pipeline="org/own", **TRUST)
