@@ -1,16 +1,24 @@
-"""diffusers' own tests of schedulers and pipelines, with a class of ours or of stock in place: `diffusers_suites.py` runs this.
+"""diffusers' own tests, with a class of ours or of stock in place: `diffusers_suites.py` runs this.
 
 The package `tests` is that of a checkout of diffusers, and DIFFUSERS_CASES says whose classes are tested: "ours" or "stock".
 """
 
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, IFPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, IFPipeline, ImagePipelineOutput, ModularPipeline, UNet2DModel
+from tests.modular_pipelines.testing_utils import (
+    BaseModularPipelineTesterConfig,
+    ModularGuiderTesterMixin,
+    ModularLoadingTesterMixin,
+    ModularPipelineTesterMixin,
+    ModularWorkflowTesterMixin,
+)
 from tests.pipelines import deepfloyd_if
 from tests.pipelines.ddpm import test_ddpm
 from tests.pipelines.deepfloyd_if import test_if
@@ -26,7 +34,14 @@ from tests.pipelines.testing_utils import BasePipelineTesterConfig, PipelineTest
 from tests.schedulers import test_scheduler_ddpm
 from transformers import T5Config
 
-from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, AlphaDDPMTextToImagePipeline, describe_conditions
+from ddpm_pipeline import (
+    AlphaDDPMBlocks,
+    AlphaDDPMPipeline,
+    AlphaDDPMScheduler,
+    AlphaDDPMTextBlocks,
+    AlphaDDPMTextToImagePipeline,
+    describe_conditions,
+)
 from text_models import make_encoder, make_tokenizer, make_unet
 
 OURS = os.environ["DIFFUSERS_CASES"] == "ours"
@@ -150,3 +165,57 @@ class TestIF(test_if.IFPipelineFastTests):
             patch.setattr(deepfloyd_if.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
             components = super().get_dummy_components()
         return {name: part for name, part in components.items() if name not in STOCK_ONLY} | ABSENT
+
+
+class ModularCases(
+    BaseModularPipelineTesterConfig,
+    ModularPipelineTesterMixin,
+    ModularGuiderTesterMixin,
+    ModularLoadingTesterMixin,
+    ModularWorkflowTesterMixin,
+):
+    """On a folder with everything: what a pipeline saves, whose code is trusted, and what a modular pipeline saves."""
+
+    @pytest.fixture(autouse=True, scope="class")
+    def folder(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+        blocks_class, folder = self.pipeline_blocks_class, str(tmp_path_factory.mktemp("model"))
+        load = ModularPipeline.from_pretrained
+        request.cls.pretrained_model_name_or_path = folder
+        with pytest.MonkeyPatch.context() as patch:
+            # where diffusers looks for the blocks of a modular pipeline that was saved, as such, without code
+            patch.setattr(diffusers, blocks_class.__name__, blocks_class, raising=False)
+            patch.setattr(ModularPipeline, "from_pretrained", lambda path, **kwargs: load(path, True, **kwargs))
+            self.model_class(**self.components.get_dummy_components()).save_pretrained(folder)
+            self.get_pipeline().save_pretrained(folder, overwrite_modular_index=True)
+            yield
+
+    @property
+    def expected_workflow_blocks(self) -> dict[str, list[tuple[str, str]]]:
+        names = [self.condition[0], "set_timesteps", "start", "denoise", "decode"]
+        starts = {self.workflow: "NoiseStep", "image2image": "ImageStep", "inpainting": "MaskStep"}
+        steps = {
+            name: [self.condition[1], "SetTimestepsStep", start, self.denoise, "DecodeStep"] for name, start in starts.items()
+        }
+        return {name: list(zip(names, classes, strict=True)) for name, classes in steps.items()}
+
+    def test_modular_index_consistency(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With the former default of an argument, as the test expects: the index says where the components came from."""
+        save = ModularPipeline.save_pretrained
+        monkeypatch.setattr(ModularPipeline, "save_pretrained", lambda *args: save(*args, overwrite_modular_index=False))
+        super().test_modular_index_consistency(tmp_path)
+
+    def get_dummy_inputs(self, seed: int = 0) -> dict[str, Any]:
+        return self.components.get_dummy_inputs() | {"generator": self.get_generator(seed)}
+
+
+if OURS:
+
+    class TestModularClass(ModularCases):
+        model_class, pipeline_blocks_class, components = AlphaDDPMPipeline, AlphaDDPMBlocks, TestClass()
+        params = batch_params = frozenset(["class_labels"])
+        workflow, condition, denoise = "unconditional", ("class_labels", "ClassLabelsStep"), "DenoiseStep"
+
+    class TestModularText(ModularCases):
+        model_class, pipeline_blocks_class, components = AlphaDDPMTextToImagePipeline, AlphaDDPMTextBlocks, TestText()
+        params = batch_params = frozenset(["prompt", "negative_prompt"])
+        workflow, condition, denoise = "text2image", ("text_encoder", "TextEncoderStep"), "TextDenoiseStep"

@@ -4,7 +4,6 @@ Mixed into the pipelines, and used by the modular blocks. Travels inside model r
 """
 
 import difflib
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from .editing_alpha_ddpm import Batch, expanded
 from .samplers_alpha_ddpm import plain
 from .sampling_alpha_ddpm import Conditioning, Guidance
+from .tables_alpha_ddpm import warn
 
 ClassLabels = int | str | Sequence[int | str | None] | Tensor
 
@@ -96,7 +96,7 @@ class ClassConditioning:
         rows, null_rows = ({"class_labels": batch.spread(ids, "class_labels")} for ids in self._class_rows(labels))
         if labels is None:
             if guidance.in_use:
-                warnings.warn(f"guidance_scale={guidance.scale} has no effect without class_labels.", stacklevel=4)
+                warn(f"guidance_scale={guidance.scale} has no effect without class_labels.", stacklevel=4)
             return Conditioning(rows if self._num_embeddings else {}, guidance=guidance)
         if not guidance.in_use:
             return Conditioning(rows, guidance=guidance)
@@ -151,7 +151,7 @@ class TextConditioning:
                 cut = self.tokenizer.decode(ids[MAX_TOKENS - 1 : -1]).strip()
                 cut = cut if len(cut) <= SHOWN else f"{cut[:SHOWN]}... ({len(cut)} characters)"
                 problem = f"the prompt has more than {MAX_TOKENS} tokens; this was cut from it: {cut!r}"
-                warnings.warn(problem, stacklevel=7)
+                warn(problem, stacklevel=7)
         tokens = {name: ids.to(self._execution_device) for name, ids in tokenize(self.tokenizer, prompts).items()}
         return self.text_encoder(**tokens)[0]
 

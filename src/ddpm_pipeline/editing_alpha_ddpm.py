@@ -6,7 +6,8 @@ because the Hub's loader wants one per repository.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,16 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .pictures_alpha_ddpm import Images, read_masks, read_pictures
-from .samplers_alpha_ddpm import Steps, check_start, checked_generators, order_of, plain, seed_own_noise, set_timesteps
+from .samplers_alpha_ddpm import (
+    Steps,
+    check_start,
+    checked_generators,
+    next_timesteps,
+    order_of,
+    plain,
+    seed_own_noise,
+    set_timesteps,
+)
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .tables_alpha_ddpm import Generators, check_integer, standard_normal
 
@@ -78,18 +88,55 @@ class Batch:
         return expanded(rows, self.prompts, what).repeat_interleave(self.per_prompt, dim=0)
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a chain starts, and what it keeps of the image it starts from."""
+@dataclass
+class Chain:
+    """A reverse chain in its scheduler: where it starts, and what it keeps of the image it starts from."""
 
+    scheduler: Any
+    generator: Generators
     x: Tensor  # [B, C, H, W] before the step of index `first`
     first: int
     passes: int = 1  # per step
     original: Tensor | None = None  # x_0, [B, C, H, W]
     kept: Tensor | None = None  # where its pixels are kept, bool [B, 1, H, W]
+    finite: list[Tensor] = field(default_factory=list)  # whether each step's network output and x are, bool [2]
+
+    @cached_property
+    def steps(self) -> list[tuple[int, Tensor]]:
+        """Index and timestep of each network call."""
+        return list(enumerate(self.scheduler.timesteps))[self.first :]
+
+    @cached_property
+    def following(self) -> dict[int, Tensor | None]:
+        return next_timesteps(self.scheduler)
+
+    def repeats(self, index: int) -> range:
+        """How often to go through a step. The last, into clean data, cannot be repeated."""
+        return range(1 if self.following.get(index) is None else self.passes)
+
+    def again(self, repeat: int, x: Tensor, t: Tensor) -> Tensor:
+        """x_t; for a repeat noised back from x_s, so that painted and kept pixels come to fit each other (RePaint)."""
+        return self.scheduler.forward_step(x, t, standard_normal(x.shape, x, self.generator)) if repeat else x
+
+    def keep(self, x: Tensor, index: int) -> Tensor:
+        """x_s after the step of this index, with kept pixels put back, unless x_s is the inside of a step."""
+        return self.keep_at(self.following[index], x) if index in self.following else x
+
+    def keep_at(self, t: Tensor | None, x: Tensor) -> Tensor:
+        """x_t with kept pixels drawn from q(x_t | x_0), or x_0's for clean data, t = None (Lugmayr et al. 2022, eq. 8)."""
+        if self.kept is None:
+            return x
+        if t is None:
+            return torch.where(self.kept, self.original, x)
+        noise = standard_normal(x.shape, x, self.generator)
+        return torch.where(self.kept, self.scheduler.add_noise(self.original, noise, t.repeat(len(x))), x)
+
+    def watch(self, model_output: Tensor, x: Tensor) -> None:
+        """Note whether a step's tensors are finite. Read at the end, they cost a single wait for the device."""
+        self.finite.append(torch.stack([model_output.isfinite().all(), x.isfinite().all()]))
 
 
-def start_chain(scheduler: Any, edit: Edit, batch: Batch, noise: Tensor, generator: Generators) -> Start:
+def start_chain(scheduler: Any, edit: Edit, batch: Batch, noise: Tensor, generator: Generators) -> Chain:
     """Noise, or the image noised to the first timestep of the chain that is run. `noise` ~ N(0, I) is [B, C, H, W].
 
     Raises ValueError if the sampler cannot start there.
@@ -98,7 +145,7 @@ def start_chain(scheduler: Any, edit: Edit, batch: Batch, noise: Tensor, generat
     first = edit.first_step(len(timesteps[::order])) * order
     original, kept = batch.spread(edit.image, "images"), batch.spread(edit.kept, "masks")
     if first >= len(timesteps):
-        return Start(original, len(timesteps))
+        return Chain(scheduler, generator, original, len(timesteps))
     check_start(scheduler, first, edit.num_resamples)
     seed_own_noise(scheduler, generator)
     if hasattr(scheduler, "set_begin_index"):  # before add_noise, which reads it
@@ -107,18 +154,8 @@ def start_chain(scheduler: Any, edit: Edit, batch: Batch, noise: Tensor, generat
         x = noise * scheduler.init_noise_sigma
     else:
         x = scheduler.add_noise(original, noise, timesteps[first].repeat(len(original)))
-    start = Start(x, first, edit.num_resamples, original, kept)
-    return replace(start, x=keep(scheduler, x, start, timesteps[first], generator))
-
-
-def keep(scheduler: Any, x: Tensor, start: Start, t: Tensor | None, generator: Generators) -> Tensor:
-    """x_t with kept pixels drawn from q(x_t | x_0), or x_0's for clean data, t = None (Lugmayr et al. 2022, eq. 8)."""
-    if start.kept is None:
-        return x
-    if t is None:
-        return torch.where(start.kept, start.original, x)
-    noise = standard_normal(x.shape, x, generator)
-    return torch.where(start.kept, scheduler.add_noise(start.original, noise, t.repeat(len(x))), x)
+    chain = Chain(scheduler, generator, x, first, edit.num_resamples, original, kept)
+    return replace(chain, x=chain.keep_at(timesteps[first], x))
 
 
 class AlphaDDPMEditing:
@@ -132,6 +169,8 @@ class AlphaDDPMEditing:
 
     def _latents_in(self, latents: Any) -> Tensor:
         """z ~ N(0, I) as given, in the precision of the chain."""
+        if isinstance(latents, list | tuple):
+            latents = torch.stack([torch.as_tensor(each) for each in latents])
         latents, (_, *shape) = torch.as_tensor(latents), self._shape(1)
         fits = latents.ndim == 4 and list(latents.shape[1:]) == shape and latents.is_floating_point()
         if not (fits and latents.isfinite().all()):

@@ -1,60 +1,45 @@
 """The pipelines as blocks of diffusers' Modular Diffusers, over the same functions as the pipelines' own loop.
 
-A block reads its inputs from the state of the pipeline and writes its outputs there; blocks can be replaced, inserted or run
-alone. The guider is a component, so that any of diffusers' guiders can take the place of classifier-free guidance. Travels
-inside model repositories, whose `modular_config.json` names it, and imports every sibling that travels with it.
+A block reads its inputs from the pipeline's state and writes its outputs there, beside what the caller gave. Travels inside
+model repositories, whose `modular_config.json` names it, and imports every sibling that travels with it.
 """
 
 from copy import deepcopy
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import AutoPipelineBlocks, DDPMScheduler, LoopSequentialPipelineBlocks, SequentialPipelineBlocks, UNet2DModel
 from diffusers.configuration_utils import FrozenDict
-from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
-from diffusers.modular_pipelines import (
-    AutoPipelineBlocks,
-    BlockState,
-    ComponentSpec,
-    InputParam,
-    LoopSequentialPipelineBlocks,
-    ModularPipelineBlocks,
-    OutputParam,
-    PipelineState,
-    SequentialPipelineBlocks,
-)
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.modular_pipelines import BlockState, ComponentSpec, InputParam, ModularPipelineBlocks, OutputParam, PipelineState
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conditioning_alpha_ddpm import ClassConditioning, ClassLabels, TextConditioning
-from .editing_alpha_ddpm import Batch, Start, keep, start_chain
+from .editing_alpha_ddpm import Batch, Chain, start_chain
 from .pictures_alpha_ddpm import Images
-from .samplers_alpha_ddpm import Steps, checked_generators, next_timesteps, reserved, reverse_step, set_timesteps
-from .sampling_alpha_ddpm import AlphaDDPMSampling, check_finite, network_outputs, to_images, usable_channels
+from .samplers_alpha_ddpm import Steps, checked_generators, plain, reserved, reverse_step, set_timesteps
+from .sampling_alpha_ddpm import AlphaDDPMSampling, Output, check_finite, check_unet, guided_output, to_images
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
-from .tables_alpha_ddpm import Generators, standard_normal
+from .tables_alpha_ddpm import Generators, check_integer
 
-DENOISER_INPUTS = "denoiser_input_fields"  # diffusers' name for what the guider hands to the UNet
-
+DENOISER_INPUTS = "denoiser_input_fields"  # as diffusers calls what the guider hands to the UNet
 UNET, SCHEDULER = ComponentSpec("unet", UNet2DModel), ComponentSpec("scheduler", DDPMScheduler)
-GENERATOR = InputParam("generator", Generators, description="One generator for all images, or one per image.")
-PER_PROMPT = InputParam.template("num_images_per_prompt")
 X = InputParam("latents", Tensor, description="x_t, [B, C, H, W].")
-LATENTS = OutputParam.template("latents")
-TIMESTEPS = InputParam("timesteps", description="Timesteps of the chain, noise first; by default evenly spaced.")
+CHAIN = InputParam("chain", Chain, description="From the step that starts the chain.")
 CONDITIONS = InputParam(kwargs_type=DENOISER_INPUTS, description="What goes to the UNet, each with its negative.")
-UNET_ARGUMENTS = {"class_ids": "class_labels", "prompt_embeds": "encoder_hidden_states"}
-
-
-def guider_spec(guidance_scale: float) -> ComponentSpec:
-    config = FrozenDict({"guidance_scale": guidance_scale})
-    return ComponentSpec("guider", ClassifierFreeGuidance, config=config, default_creation_method="from_config")
+NUM_PROMPTS = OutputParam("num_prompts", int, "Number of prompts or labels, or None if any number of images may share them.")
+GUIDER = partial(ComponentSpec, "guider", ClassifierFreeGuidance, default_creation_method="from_config")
+PROMPT, IMAGE, MASK = {"prompt": True}, {"image": True}, {"mask_image": True}  # inputs that make a workflow
+UNET_ARGUMENTS = {"class_ids": "class_labels", "text_states": "encoder_hidden_states"}
 
 
 class Parts(ClassConditioning, TextConditioning, AlphaDDPMSampling):
     """The components of a modular pipeline, with the methods of our pipelines."""
 
     def __init__(self, components: Any):
+        check_unet(components.unet)
         self.unet, self.scheduler = components.unet, components.scheduler
         self.text_encoder, self.tokenizer = (getattr(components, name, None) for name in ("text_encoder", "tokenizer"))
         self._execution_device = components._execution_device
@@ -64,8 +49,7 @@ class Block(ModularPipelineBlocks):
     """A block says in class attributes what it uses, takes and gives; `run` works on its view of the state."""
 
     model_name = "alpha-ddpm"
-    description = ""
-    uses: ClassVar[list[ComponentSpec]] = [UNET, SCHEDULER]
+    uses: ClassVar[list[ComponentSpec]] = []
     takes: ClassVar[list[InputParam]] = []
     gives: ClassVar[list[OutputParam]] = []
 
@@ -91,21 +75,20 @@ class ClassLabelsStep(Block):
     gives: ClassVar = [
         OutputParam("class_ids", Tensor, "Embeddings to use, [1 or N].", DENOISER_INPUTS),
         OutputParam("negative_class_ids", Tensor, "The embedding for 'no class', [1 or N].", DENOISER_INPUTS),
-        OutputParam("num_prompts", int, "Number of labels, or None if any number of images may share them."),
+        NUM_PROMPTS,
     ]
 
     def run(self, components: Any, state: BlockState) -> None:
         parts = Parts(components)
         labels = None if state.class_labels is None else parts._label_ids(state.class_labels)
         state.class_ids, state.negative_class_ids = parts._class_rows(labels)
+        check_integer("batch_size", 1 if state.batch_size is None else plain(state.batch_size), 1)
         state.num_prompts = state.batch_size or (len(labels) if labels and len(labels) > 1 else None)
 
 
 class TextEncoderStep(Block):
     description = "Encodes prompts, and the negative prompts that guidance leads away from."
-    uses: ClassVar = [
-        ComponentSpec("text_encoder", PreTrainedModel), ComponentSpec("tokenizer", PreTrainedTokenizerBase), UNET
-    ]  # fmt: skip
+    uses: ClassVar = [ComponentSpec("text_encoder", PreTrainedModel), ComponentSpec("tokenizer", PreTrainedTokenizerBase), UNET]
     takes: ClassVar = [
         InputParam("prompt", str | list[str], description="What to show; one for all images, or one per image."),
         InputParam("negative_prompt", str | list[str], description="What to lead away from; by default the empty prompt."),
@@ -113,16 +96,15 @@ class TextEncoderStep(Block):
         InputParam("negative_prompt_embeds", Tensor, description="Those in place of the negative prompt."),
     ]
     gives: ClassVar = [
-        OutputParam.template("prompt_embeds"),
-        OutputParam.template("negative_prompt_embeds"),
-        OutputParam("num_prompts", int, "Number of prompts, or None if any number of images may share one."),
+        OutputParam("text_states", Tensor, "Of the prompts, [N, 77, D].", DENOISER_INPUTS),
+        OutputParam("negative_text_states", Tensor, "Of the negative prompts, [N, 77, D].", DENOISER_INPUTS),
+        NUM_PROMPTS,
     ]
 
     def run(self, components: Any, state: BlockState) -> None:
         given = {name: state[name] for name in ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")}
-        states = Parts(components).encode_prompt(state.prompt, True, **given)
-        state.prompt_embeds, state.negative_prompt_embeds = states
-        state.num_prompts = len(states[0]) if len(states[0]) > 1 else None
+        state.text_states, state.negative_text_states = Parts(components).encode_prompt(state.prompt, True, **given)
+        state.num_prompts = len(state.text_states) if len(state.text_states) > 1 else None
 
 
 class SetTimestepsStep(Block):
@@ -130,60 +112,54 @@ class SetTimestepsStep(Block):
     uses: ClassVar = [SCHEDULER]
     takes: ClassVar = [
         InputParam("num_inference_steps", int, description="Number of steps; by default every timestep of training."),
-        TIMESTEPS,
+        InputParam("timesteps", description="Timesteps of the chain, noise first; by default evenly spaced."),
         InputParam("sigmas", list[float], description="The noise levels themselves, for schedulers that take them."),
     ]
-    gives: ClassVar = [OutputParam("timesteps", Tensor, "Of the whole chain, noise first.")]
 
     def run(self, components: Any, state: BlockState) -> None:
         loaded = components.scheduler
         if isinstance(loaded, DDPMScheduler):
             components.scheduler = AlphaDDPMScheduler.from_config(loaded.config)
-            components.scheduler._diffusers_load_id = loaded._diffusers_load_id  # where it came from, for saving
-        steps = Steps(state.num_inference_steps, state.timesteps, state.sigmas)
-        state.timesteps = set_timesteps(components.scheduler, steps)
+            components.scheduler._diffusers_load_id = getattr(loaded, "_diffusers_load_id", "null")  # its source, for saving
+        set_timesteps(components.scheduler, Steps(state.num_inference_steps, state.timesteps, state.sigmas))
 
 
 class NoiseStep(Block):
-    description = "Starts the chain from noise."
+    description = "Starts the chain from noise, with a condition for each image."
+    uses: ClassVar = [UNET, SCHEDULER]
     takes: ClassVar = [
         InputParam("num_prompts", int, description="From the step that reads the conditions."),
-        PER_PROMPT,
+        InputParam.template("num_images_per_prompt"),
         InputParam("latents", Tensor, description="The noise N(0, I) to use, [B, C, H, W]."),
-        GENERATOR,
+        InputParam("generator", Generators, description="One generator for all images, or one per image."),
+        CONDITIONS,
+        InputParam("chain", Chain, description="Of an earlier call, whose result is not taken for noise."),
+        InputParam("strength", float, description="Fraction of the chain to run; by default 0.5, or 1 with a mask."),
+        InputParam("num_resamples", int, 1, description="With a mask, passes per step, for a better fit of old and new."),
     ]
-    gives: ClassVar = [
-        LATENTS,
-        OutputParam("start", Start, "Where the chain starts, and what it keeps of the image it starts from."),
-        OutputParam("batch", Batch, "How many images there are per prompt, label or image."),
-    ]
+    gives: ClassVar = [OutputParam.template("latents"), OutputParam("chain", Chain, "Where it starts, and what it keeps.")]
 
     def run(self, components: Any, state: BlockState) -> None:
         parts, given = Parts(components), state.as_dict().get
-        edit = parts._edit(given("image"), given("strength"), given("mask_image"), given("num_resamples") or 1, state.latents)
-        state.batch = Batch.of(state.num_prompts, state.num_images_per_prompt, edit)
-        state.generator = checked_generators(state.generator, state.batch.size)
-        noise = parts._start_noise(edit.latents, state.batch.size, state.generator)
-        state.start = start_chain(components.scheduler, edit, state.batch, noise, state.generator)
-        state.latents = state.start.x
+        latents = None if state.chain is not None and state.latents is state.chain.x else state.latents
+        edit = parts._edit(given("image"), state.strength, given("mask_image"), state.num_resamples, latents)
+        batch = Batch.of(state.num_prompts, state.num_images_per_prompt, edit)
+        generator = checked_generators(state.generator, batch.size)
+        noise = parts._start_noise(edit.latents, batch.size, generator)
+        state.chain = start_chain(components.scheduler, edit, batch, noise, generator)
+        state.latents = state.chain.x
+        for name, rows in state[DENOISER_INPUTS].items():
+            state[name] = batch.spread(rows, name)
 
 
 class ImageStep(NoiseStep):
     description = "Starts the chain from an image, noised to the first of the last `strength` of its steps."
-    takes: ClassVar = [
-        *NoiseStep.takes,
-        InputParam("image", Images, required=True, description="Picture to start from; one, or one per image."),
-        InputParam("strength", float, description="Fraction of the chain to run; by default 0.5, or 1 with a mask."),
-    ]
+    takes: ClassVar = [*NoiseStep.takes, InputParam("image", Images, required=True, description="To start from.")]
 
 
 class MaskStep(ImageStep):
     description = "Starts the chain from an image of which a mask's white part is painted anew."
-    takes: ClassVar = [
-        *ImageStep.takes,
-        InputParam("mask_image", Images, required=True, description="White is painted anew, black is kept."),
-        InputParam("num_resamples", int, 1, description="Passes per step, for a better fit of old and new."),
-    ]
+    takes: ClassVar = [*ImageStep.takes, InputParam("mask_image", Images, required=True, description="White is painted anew.")]
 
 
 class StartStep(AutoPipelineBlocks):
@@ -193,53 +169,27 @@ class StartStep(AutoPipelineBlocks):
     description = "Where the chain starts: an image with a mask if `mask_image` is given, an image if `image` is, else noise."
 
 
-class ConditionsStep(Block):
-    description = "Repeats the conditions so that there is one for each image."
-    uses: ClassVar = []
-    takes: ClassVar = [InputParam("batch", Batch, description="From the step that starts the chain."), CONDITIONS]
-
-    def run(self, components: Any, state: BlockState) -> None:
-        for name, rows in state[DENOISER_INPUTS].items():
-            state[name] = state.batch.spread(rows, name)
-
-
 class PredictStep(Block):
     description = "In the loop: what the UNet predicts under each condition, put together by the guider."
-    takes: ClassVar = [X, TIMESTEPS, CONDITIONS]
+    uses: ClassVar = [UNET]
+    takes: ClassVar = [X, CHAIN, CONDITIONS]
 
     def __call__(self, components: Any, state: BlockState, i: int, t: Tensor) -> tuple[Any, BlockState]:
-        guider, scheduler, x = components.guider, components.scheduler, state.latents
-        guider.set_state(step=i, num_inference_steps=len(state.timesteps), timestep=t)
-        rows = {name: state[name] for name in UNET_ARGUMENTS if state[name] is not None}
-        nulls = {name: state[f"negative_{name}"] for name in rows}
-        given = {UNET_ARGUMENTS[name]: (c, c if nulls[name] is None else nulls[name]) for name, c in rows.items()}
-        batches = guider.prepare_inputs(given)
-        conditions = [{name: batch[name] for name in given} for batch in batches]
-        if type(guider).prepare_models is BaseGuidance.prepare_models:  # one batch, the unconditional half first as in _sample
-            outputs = network_outputs(components.unet, scheduler, x, t, *conditions[::-1])[::-1]
-        else:  # the guider changes the network from one to the next
-            outputs = []
-            for condition in conditions:
-                guider.prepare_models(components.unet)
-                outputs += network_outputs(components.unet, scheduler, x, t, condition)
-                guider.cleanup_models(components.unet)
-        for batch, output in zip(batches, outputs, strict=True):
-            batch.noise_pred = output[:, : x.shape[1]]
-        output = torch.cat([guider(batches)[0], outputs[0][:, x.shape[1] :]], dim=1)  # a variance half is not guided
-        state.model_output = usable_channels(scheduler, output, x.shape[1])
+        guider, scheduler = components.guider, state.chain.scheduler
+        guider.set_state(step=i, num_inference_steps=len(scheduler.timesteps), timestep=t)
+        rows = {UNET_ARGUMENTS[name]: (state[name], state[f"negative_{name}"]) for name in UNET_ARGUMENTS}
+        given = {name: (c, c if null is None else null) for name, (c, null) in rows.items() if c is not None}
+        state.model_output = guided_output(components.unet, scheduler, state.latents, t, guider, given)
         return components, state
 
 
 class ReverseStep(Block):
     description = "In the loop: one step of the reverse process, after which kept pixels are put back."
-    uses: ClassVar = [SCHEDULER]
-    takes: ClassVar = [X, TIMESTEPS, GENERATOR, InputParam("start", Start, description="From the step that starts the chain.")]
+    takes: ClassVar = [X, CHAIN]
 
     def __call__(self, components: Any, state: BlockState, i: int, t: Tensor) -> tuple[Any, BlockState]:
-        scheduler, following = components.scheduler, next_timesteps(components.scheduler)
-        state.latents = reverse_step(scheduler, state.model_output, t, state.latents, state.generator).prev_sample
-        if i in following:
-            state.latents = keep(scheduler, state.latents, state.start, following[i], state.generator)
+        step = reverse_step(state.chain.scheduler, state.model_output, t, state.latents, state.chain.generator)
+        state.latents = state.chain.keep(step.prev_sample, i)
         return components, state
 
 
@@ -248,61 +198,52 @@ class DenoiseStep(LoopSequentialPipelineBlocks):
     model_name = Block.model_name
     block_classes: ClassVar = [PredictStep, ReverseStep]
     block_names: ClassVar = ["predict", "step"]
-    loop_expected_components: ClassVar = [SCHEDULER, guider_spec(1.0)]
-    loop_intermediate_outputs: ClassVar = [LATENTS]
+    loop_expected_components: ClassVar = [GUIDER(config=FrozenDict({"guidance_scale": 1.0}))]
+    loop_intermediate_outputs: ClassVar = [OutputParam.template("latents")]
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        view, scheduler = self.get_block_state(state), components.scheduler
-        timesteps, following, finite = view.timesteps[view.start.first :], next_timesteps(scheduler), []
-        with reserved(scheduler):
-            for at, t in enumerate(self.progress_bar(timesteps), start=view.start.first):
-                for repeat in range(1 if following.get(at) is None else view.start.passes):
-                    if repeat:
-                        noise = standard_normal(view.latents.shape, view.latents, view.generator)
-                        view.latents = scheduler.forward_step(view.latents, t, noise)
-                    components, view = self.loop_step(components, view, i=at, t=t)
-                finite.append(torch.stack([tensor.isfinite().all() for tensor in (view.model_output, view.latents)]))
-        check_finite(finite, timesteps, components.unet, scheduler)
+        chain = (view := self.get_block_state(state)).chain
+        with reserved(chain.scheduler):
+            for index, t in self.progress_bar(chain.steps):
+                for repeat in chain.repeats(index):
+                    view.latents = chain.again(repeat, view.latents, t)
+                    components, view = self.loop_step(components, view, i=index, t=t)
+                chain.watch(view.model_output, view.latents)
+        check_finite(chain, components.unet)
+        chain.x = view.latents
         self.set_block_state(state, view)
         return components, state
 
 
 class TextDenoiseStep(DenoiseStep):
-    loop_expected_components: ClassVar = [SCHEDULER, guider_spec(2.0)]
+    loop_expected_components: ClassVar = [GUIDER(config=FrozenDict({"guidance_scale": 2.0}))]
 
 
 class DecodeStep(Block):
     description = "Turns x_0 into pictures."
-    uses: ClassVar = []
     takes: ClassVar = [X, InputParam.template("output_type")]
     gives: ClassVar = [OutputParam.template("images")]
 
     def run(self, components: Any, state: BlockState) -> None:
-        state.images = to_images(state.latents, state.output_type)
+        state.images = to_images(state.latents, Output(state.output_type).type)
 
 
 class AlphaDDPMBlocks(SequentialPipelineBlocks):
     """Those of `AlphaDDPMPipeline`."""
 
     model_name = Block.model_name
-    block_classes: ClassVar = [ClassLabelsStep, SetTimestepsStep, StartStep, ConditionsStep, DenoiseStep, DecodeStep]
-    block_names: ClassVar = ["class_labels", "set_timesteps", "start", "conditions", "denoise", "decode"]
+    block_classes: ClassVar = [ClassLabelsStep, SetTimestepsStep, StartStep, DenoiseStep, DecodeStep]
+    block_names: ClassVar = ["class_labels", "set_timesteps", "start", "denoise", "decode"]
     description = "Images from noise by the reverse process of DDPM, unconditional or for class labels."
     outputs: ClassVar = [OutputParam.template("images")]
-    _workflow_map: ClassVar = {
-        "unconditional": {}, "image2image": {"image": True}, "inpainting": {"image": True, "mask_image": True}
-    }  # fmt: skip
+    _workflow_map: ClassVar = {"unconditional": {}, "image2image": IMAGE, "inpainting": IMAGE | MASK}
 
 
 class AlphaDDPMTextBlocks(AlphaDDPMBlocks):
     """Those of `AlphaDDPMTextToImagePipeline`."""
 
-    block_classes: ClassVar = [TextEncoderStep, SetTimestepsStep, StartStep, ConditionsStep, TextDenoiseStep, DecodeStep]
-    block_names: ClassVar = ["text_encoder", "set_timesteps", "start", "conditions", "denoise", "decode"]
+    block_classes: ClassVar = [TextEncoderStep, SetTimestepsStep, StartStep, TextDenoiseStep, DecodeStep]
+    block_names: ClassVar = ["text_encoder", *AlphaDDPMBlocks.block_names[1:]]
     description = "Images from text by the reverse process of DDPM."
-    _workflow_map: ClassVar = {
-        "text2image": {"prompt": True},
-        "image2image": {"prompt": True, "image": True},
-        "inpainting": {"prompt": True, "image": True, "mask_image": True},
-    }
+    _workflow_map: ClassVar = {"text2image": PROMPT, "image2image": PROMPT | IMAGE, "inpainting": PROMPT | IMAGE | MASK}

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,6 +71,14 @@ class Steps:
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} were given; give the number of steps, timesteps or sigmas.")
         vars(self).update(given)
+        for name, levels in given.items():
+            if name != "count" and not _descends(levels):
+                raise ValueError(f"{name}={levels!r} must be strictly descending numbers of at least 0, noise first.")
+
+
+def _descends(levels: Any) -> bool:
+    numbers = isinstance(levels, list) and len(levels) > 0 and all(isinstance(level, int | float) for level in levels)
+    return numbers and levels[-1] >= 0 and all(high > low for high, low in pairwise(levels))
 
 
 def plain(value: Any) -> Any:
@@ -89,6 +98,9 @@ def sampler_of(scheduler: Any) -> Sampler:
     if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
         raise ValueError(f"{kind.__name__} is set to flow matching, which a DDPM model does not do; {advice()}.")
     sampler = known or Sampler()
+    if config.get("rescale_betas_zero_snr") and config.get("prediction_type") == "epsilon":
+        problem = f"{kind.__name__} is set to a chain that ends without signal, of which a noise prediction says nothing"
+        raise ValueError(f"{problem}; set rescale_betas_zero_snr=False, or use a model that predicts x_0 or v.")
     if config.get("prediction_type") == "sample" and not sampler.sample_prediction:
         problem = f"{kind.__name__} cannot use a model with prediction_type='sample'"
         raise ValueError(f"{problem}; {advice(sample_prediction=True)}.")
@@ -134,6 +146,10 @@ def set_timesteps(scheduler: Any, steps: Steps) -> Tensor:
         given = [f"{name}={value}" for name, value in vars(steps).items() if value is not None and name != "count"]
         asked = given[0] if given else f"{count} steps"
         raise ValueError(f"{kind} cannot run {asked} ({error}); choose others, or {advice()}.") from error
+    lowest, highest = float(scheduler.timesteps.min()), float(scheduler.timesteps.max())
+    if not 0 <= lowest <= highest <= total - 1:
+        problem = f"{kind} cannot run {count} steps: they have timesteps from {lowest:g} to {highest:g}, outside 0..{total - 1}"
+        raise ValueError(f"{problem}; set steps_offset=0, choose another num_inference_steps, or {advice()}.")
     levels = getattr(scheduler, "sigmas", scheduler.timesteps)[: len(scheduler.timesteps)]
     if order_of(scheduler) == 1 and sampler_of(scheduler).middle and (levels[1:] == levels[:-1]).any():
         problem = f"{kind} cannot run {count} steps: two of them would have the same noise"

@@ -5,31 +5,21 @@ functions take the UNet, the scheduler and tensors, and no pipeline. Travels ins
 """
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler
+from diffusers.guiders import BaseGuidance
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
-from .editing_alpha_ddpm import AlphaDDPMEditing, Batch, Edit, Start, keep, start_chain
+from .editing_alpha_ddpm import AlphaDDPMEditing, Batch, Chain, Edit, start_chain
 from .pictures_alpha_ddpm import PIL_MODES
-from .samplers_alpha_ddpm import (
-    Steps,
-    advice,
-    checked_generators,
-    next_timesteps,
-    plain,
-    reserved,
-    reverse_step,
-    set_timesteps,
-    takes_variance,
-)
+from .samplers_alpha_ddpm import Steps, advice, checked_generators, plain, reserved, reverse_step, set_timesteps, takes_variance
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
-from .tables_alpha_ddpm import OWN_KEY, Generators, standard_normal
+from .tables_alpha_ddpm import OWN_KEY, Generators, warn
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_INPUTS = ("latents", "pred_original_sample", "image")  # the last is what `latents` was called once
@@ -156,6 +146,24 @@ def predict(unet: Any, scheduler: Any, x: Tensor, t: Tensor, conditioning: Condi
     return usable_channels(scheduler, output, channels)
 
 
+def guided_output(unet: Any, scheduler: Any, x: Tensor, t: Tensor, guider: BaseGuidance, conditions: dict) -> Tensor:
+    """The network's output, guided by one of diffusers' guiders. `conditions` are pairs, the unconditional half last."""
+    batches, channels = guider.prepare_inputs(conditions), x.shape[1]
+    kwargs = [{name: batch[name] for name in conditions} for batch in batches]
+    if type(guider).prepare_models is BaseGuidance.prepare_models:  # in one batch, the unconditional half first as in `predict`
+        outputs = network_outputs(unet, scheduler, x, t, *kwargs[::-1])[::-1]
+    else:  # the guider changes the network from one to the next
+        outputs = []
+        for condition in kwargs:
+            guider.prepare_models(unet)
+            outputs += network_outputs(unet, scheduler, x, t, condition)
+            guider.cleanup_models(unet)
+    for batch, output in zip(batches, outputs, strict=True):
+        batch.noise_pred = output[:, :channels]
+    output = torch.cat([guider(batches)[0], outputs[0][:, channels:]], dim=1)  # a variance half is not guided
+    return usable_channels(scheduler, output, channels)
+
+
 def to_images(x: Tensor, output_type: str) -> Any:
     """x_0 [B, C, H, W] in [-1, 1] as one of OUTPUT_TYPES; "latent" is x_0 itself."""
     if output_type == "latent":
@@ -167,16 +175,13 @@ def to_images(x: Tensor, output_type: str) -> Any:
     return DiffusionPipeline.numpy_to_pil(array) if output_type == "pil" else array
 
 
-def check_finite(finite: list[Tensor], timesteps: Tensor, unet: Any, scheduler: Any) -> None:
-    """Raise FloatingPointError if a step's network output or x is not: `finite` holds both, bool [2], for each step.
-
-    Reading them once, at the end, costs a single wait for the device.
-    """
-    wrong = (~torch.stack(finite)).nonzero() if finite else []  # [steps, 2]
+def check_finite(chain: Chain, unet: Any) -> None:
+    """Raise FloatingPointError if a step's network output or x was not finite."""
+    wrong = (~torch.stack(chain.finite)).nonzero() if chain.finite else []  # [steps, 2]
     if not len(wrong):
         return
     index, by_sampler = wrong[0].tolist()
-    kind, count = type(scheduler).__name__, len(timesteps)
+    kind, (_, t) = type(chain.scheduler).__name__, chain.steps[index]
     if by_sampler:
         cause = f"the sampler's own step; use another num_inference_steps, or {advice()}"
     elif not all(weight.isfinite().all() for weight in unet.parameters()):
@@ -185,7 +190,7 @@ def check_finite(finite: list[Tensor], timesteps: Tensor, unet: Any, scheduler: 
         cause = "the UNet, in float16; use bfloat16 or float32, as in pipe.to(dtype=torch.float32)"
     else:
         cause = f"the UNet's output; use a guidance_scale nearer 1 or more num_inference_steps, or {advice()}"
-    where = f"step {index + 1} of {count} (timestep {timesteps[index].item():g})"
+    where = f"step {index + 1} of {len(chain.steps)} (timestep {t.item():g})"
     raise FloatingPointError(f"{kind} produced NaN or infinite values at {where}. They came from {cause}.")
 
 
@@ -244,41 +249,33 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
             raise ValueError(f"output_type='pil' cannot show the {channels} channels of this model; use 'pt' or 'np'.")
         generator = checked_generators(generator, batch.size)
         with reserved(self.scheduler):
-            timesteps = set_timesteps(self.scheduler, steps)
+            set_timesteps(self.scheduler, steps)
             noise = self._start_noise(edit.latents, batch.size, generator)
-            start = start_chain(self.scheduler, edit, batch, noise, generator)
-            x, frames = self._denoise(timesteps, start, conditioning, output, generator)
+            chain = start_chain(self.scheduler, edit, batch, noise, generator)
+            x, frames = self._denoise(chain, conditioning, output)
         self.maybe_free_model_hooks()
         result = AlphaDDPMOutput(to_images(x, output.type), torch.stack(frames) if frames else None)
         return result if output.as_dict else result.to_tuple()
 
-    def _denoise(
-        self, timesteps: Tensor, start: Start, conditioning: Conditioning, output: Output, generator: Generators
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _denoise(self, chain: Chain, conditioning: Conditioning, output: Output) -> tuple[Tensor, list[Tensor]]:
         """x_0 [B, C, H, W] and, if asked for, all x_t."""
-        scheduler, guidance, total = self.scheduler, conditioning.guidance, len(timesteps)
-        self._guidance_scale, self._num_timesteps, self._interrupt = guidance.scale, total - start.first, False
-        x, frames, finite = start.x, [start.x.cpu()] if output.trajectory else [], []
-        following = next_timesteps(scheduler)
+        scheduler, guidance, total = self.scheduler, conditioning.guidance, len(self.scheduler.timesteps)
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance.scale, len(chain.steps), False
+        x, frames = chain.x, [chain.x.cpu()] if output.trajectory else []
 
-        for index, t in enumerate(self.progress_bar(timesteps[start.first :])):
-            at = start.first + index
-            for repeat in range(1 if following.get(at) is None else start.passes):
-                if repeat:  # RePaint goes back to t, so that painted and kept pixels come to fit each other
-                    x = scheduler.forward_step(x, t, standard_normal(x.shape, x, generator))
-                scale = self.guidance_scale if guidance.covers(at / total) else 1.0
+        for index, t in self.progress_bar(chain.steps):
+            for repeat in chain.repeats(index):
+                x = chain.again(repeat, x, t)
+                scale = self.guidance_scale if guidance.covers(index / total) else 1.0
                 model_output = predict(self.unet, scheduler, x, t, conditioning, scale)
-                step = reverse_step(scheduler, model_output, t, x, generator)
-                x = step.prev_sample
-                if at in following:
-                    x = keep(scheduler, x, start, following[at], generator)
-            x = output.call_back(self, index, t, x, step)
-            finite.append(torch.stack([model_output.isfinite().all(), x.isfinite().all()]))
-            if output.trajectory:
-                frames.append(x.cpu())
+                step = reverse_step(scheduler, model_output, t, x, chain.generator)
+                x = chain.keep(step.prev_sample, index)
+            x = output.call_back(self, index - chain.first, t, x, step)
+            chain.watch(model_output, x)
+            frames += [x.cpu()] if output.trajectory else []
             if self.interrupt:
                 break
-        check_finite(finite, timesteps[start.first :], self.unet, scheduler)
+        check_finite(chain, self.unet)
         return x, frames
 
     def _start_noise(self, latents: Tensor | None, size: int, generator: Generators) -> Tensor:
@@ -297,4 +294,4 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
         if self._own_settings.get("condition_dropout") == 0:
             problem = "but this one was trained without condition dropout: expect poor images"
             fix = "Use guidance_scale=1, or train with --condition_dropout 0.1."
-            warnings.warn(f"guidance needs the model without its condition, {problem}. {fix}", stacklevel=4)
+            warn(f"guidance needs the model without its condition, {problem}. {fix}", stacklevel=4)

@@ -269,7 +269,7 @@ def _component_class(index_path: Path, folder: Path, name: str, value: Any) -> t
         raise ValueError(f"{index_path}: {name} comes from {library!r}; known libraries are {', '.join(LIBRARIES)}.")
     component_class = getattr(module, class_name, None)
     if not isinstance(component_class, type):
-        return None  # diffusers says that there is none
+        raise ValueError(f"{index_path}: {name} is a {class_name!r}, which the installed {library} lacks; upgrade {library}.")
     if issubclass(component_class, diffusers.DiffusionPipeline):
         # whose own components diffusers would load without these checks, and from pickles
         raise ValueError(f"{index_path}: {name} is a pipeline, {class_name}; its parts must be models, each in its own folder.")

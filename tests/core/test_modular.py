@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, ModularPipeline
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, ModularPipeline, SequentialPipelineBlocks
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance, TangentialClassifierFreeGuidance
 from torch import Tensor
 
@@ -126,6 +126,8 @@ def test_another_scheduler_takes_its_place(pipelines: dict) -> None:
     again.load_components()
     again.update_components(scheduler=DPMSolverMultistepScheduler.from_config(pipe.scheduler.config))
     assert torch.equal(again(**call(batch_size=2), output="images"), other(**call(batch_size=2)).images)
+    again.update_components(scheduler=DDPMScheduler.from_config(pipe.scheduler.config))  # made by hand: it was not loaded
+    assert torch.equal(again(**call(batch_size=2), output="images"), pipe(**call(batch_size=2)).images)
 
 
 def test_a_block_can_be_inserted(pipelines: dict) -> None:
@@ -144,6 +146,39 @@ def test_a_block_can_be_inserted(pipelines: dict) -> None:
     modular.load_components()
     expected = pipe(**call(batch_size=2)).images.flip(-1)
     assert torch.equal(modular(**call(batch_size=2), output="images"), expected)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_state_can_be_used_again_and_between_pipelines(pipelines: dict, name: str) -> None:
+    """What the caller gave is still in it, and the chain that it holds goes on in a pipeline of the other blocks."""
+    _, modular, folder = pipelines[name]
+    arguments = call(**CONDITIONS[name]) | {"num_images_per_prompt": 2, "generator": torch.Generator().manual_seed(4)}
+    state = modular(**arguments)
+    again = modular(state=state, generator=torch.Generator().manual_seed(4), output="images")
+    assert torch.equal(again, state.get("images"))
+    names, halves = list(modular.blocks.sub_blocks), []
+    for part in (names[:3], names[3:]):
+        blocks = SequentialPipelineBlocks.from_blocks_dict({name: modular.blocks.sub_blocks[name] for name in part})
+        halves.append(blocks.init_pipeline(str(folder)))
+        halves[-1].load_components()
+    halves[1].update_components(guider=modular.guider)
+    arguments |= {"generator": torch.Generator().manual_seed(4)}
+    middle = halves[0](**{name: value for name, value in arguments.items() if name != "output_type"})
+    assert torch.equal(halves[1](state=middle, output_type="pt", output="images"), again)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"strength": 0.5}, "strength needs an image"),
+        ({"num_resamples": 2}, "num_resamples=2"),
+        ({"output_type": "gif"}, "output_type='gif'"),
+    ],
+)
+def test_what_the_pipelines_refuse_is_refused(pipelines: dict, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipelines["plain"][1](**call(batch_size=2, num_inference_steps=1) | changes)
 
 
 def test_workflows_need_what_they_name() -> None:

@@ -227,7 +227,7 @@ def test_a_callback_ends_the_chain_and_its_index_counts_the_steps_that_are_run()
 def test_latents_are_the_noise_to_start_from_and_come_out_unclipped():
     pipe, noise = make(), torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = draw(pipe, batch_size=3, num_inference_steps=1)  # one step has no other noise
-    for latents in (noise, noise.double(), noise.numpy()):
+    for latents in (noise, noise.double(), noise.numpy(), list(noise)):
         assert torch.equal(pipe(latents=latents, num_inference_steps=1, output_type="pt").images, expected)
     x = pipe(latents=noise, num_inference_steps=1, output_type="latent").images
     assert x.max() > 1e-3 and torch.equal((x / 2 + 0.5).clamp(0, 1), expected)

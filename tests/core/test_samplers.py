@@ -209,6 +209,29 @@ def test_flow_matching_is_refused_also_where_a_sampler_offers_it():
             pipe_with("DPMSolverMultistepScheduler", **config)(num_inference_steps=4)
 
 
+@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler])
+@pytest.mark.parametrize(
+    ("config", "steps", "problem"),
+    [
+        ({"timestep_spacing": "trailing"}, 794, "timesteps from -1 to 999"),  # diffusers rounds to one timestep too many
+        ({"timestep_spacing": "leading", "steps_offset": 1}, 1000, "timesteps from 1 to 1000"),
+        ({"rescale_betas_zero_snr": True}, 10, "ends without signal"),
+    ],
+)
+def test_chains_that_leave_what_was_trained_are_refused(kind, config, steps, problem):
+    pipe = AlphaDDPMPipeline(tiny_unet(), kind(**config))
+    with pytest.raises(ValueError, match=f"{kind.__name__} .*{problem}"):
+        pipe(num_inference_steps=steps)
+
+
+@pytest.mark.parametrize("levels", [[0, 5], [5, 5, 1], [5, -1], [], "ab", [float("nan")], 5])
+@pytest.mark.parametrize("name", ["timesteps", "sigmas"])
+def test_levels_that_do_not_go_down_from_noise_are_refused(name, levels):
+    pipe = AlphaDDPMPipeline(tiny_unet(), EulerDiscreteScheduler())
+    with pytest.raises(ValueError, match=f"{name}=.* strictly descending"):
+        pipe(**{name: levels})
+
+
 def test_a_scheduler_of_one_s_own_is_taken_if_it_has_what_a_chain_needs():
     class Mine(DDIMScheduler):
         pass

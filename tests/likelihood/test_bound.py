@@ -260,6 +260,8 @@ def test_conditions_are_cut_along_with_the_images():
         (torch.full((1, 1, 8, 8), torch.nan), {}, "off the 256 levels"),
         (torch.ones(1, 1, 8, 8, dtype=torch.uint8), {}, "floating-point"),
         (torch.ones(8), {}, "floating-point"),
+        (torch.ones(1, 8, 8), {}, r"this network takes floating-point \[B, 1, H, W\]"),
+        (torch.ones(1, 3, 8, 8), {}, "this network takes"),
         (torch.ones(1, 1, 8, 8), {"num_bins": 1}, "num_bins=1"),
         (torch.ones(1, 1, 8, 8), {"num_evaluated": 2}, "num_evaluated=2"),
         (torch.ones(1, 1, 8, 8), {"num_evaluated": 4, "two_term": True}, "whole chains"),

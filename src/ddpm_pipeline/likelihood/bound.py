@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -109,7 +110,7 @@ def bits_per_dim(
     """
     bound = BoundOptions(**options)
     chain = own_scheduler(scheduler, bound.num_inference_steps, bound.timesteps)
-    check_images(images, bound.num_bins, generator)
+    check_images(unet, images, bound.num_bins, generator)
     strata = _strata(chain, bound, noise)
     calls = len(chain.timesteps) if strata is None else bound.num_evaluated
     total = -(-len(images) // bound.batch_size) * calls
@@ -311,11 +312,14 @@ def own_scheduler(
     return chain
 
 
-def check_images(images: Tensor, num_bins: int | None, generator: Generators) -> None:
+def check_images(unet: Any, images: Tensor, num_bins: int | None, generator: Generators) -> None:
     """Raise ValueError if shape, dtype, number of levels or number of generators do not fit."""
-    if images.ndim < 2 or not len(images) or not images.is_floating_point():
+    of_pictures = isinstance(unet, UNet2DModel | UNet2DConditionModel)
+    fits = images.ndim == 4 and images.shape[1] == unet.config.in_channels if of_pictures else images.ndim >= 2
+    if not fits or not len(images) or not images.is_floating_point():
+        needed = f"[B, {unet.config.in_channels}, H, W]" if of_pictures else "[B, ...]"
         kind = f"{images.dtype} of shape {tuple(images.shape)}"
-        raise ValueError(f"images are {kind}; give floating-point [B, C, H, W] in [-1, 1], or [B, ...].")
+        raise ValueError(f"images are {kind}; this network takes floating-point {needed} in [-1, 1].")
     if num_bins is not None and num_bins < 2:
         raise ValueError(f"num_bins={num_bins} must be at least 2, or None for continuous values.")
     check_generators(generator, len(images))
