@@ -1,0 +1,95 @@
+"""What is held out is known by the names that others give to splits, and is never taken for training."""
+
+import pytest
+
+from data_helpers import encoded, load, parquet, rgb, stream_of
+from ddpm_pipeline.data import DataError
+from ddpm_pipeline.data.folders import read_folder
+
+
+def splits(folder, *names: str, **texts: str) -> dict[str, list[str]]:
+    """The names of the images that are read, by split."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(encoded(rgb(0)) if name.endswith("png") else texts[name.replace(".", "_")].encode())
+    rows = {
+        split: [row["path"] for row in rows.data["image"].to_pylist()] for split, rows in read_folder(folder).splits.items()
+    }
+    return {split: [path[len(str(folder)) + 1 :] for path in paths] for split, paths in rows.items()}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "TRAIN VALID TEST",
+        "trainset valset testset",
+        "train_set val_set test_set",
+        "TrainData ValData TestData",
+        "imagesTr imagesVal imagesTs",
+        "train validation_set test_images",
+        "train-cat val-cat test-cat",
+        "01_train 02_val 03_test",
+        "train dev hold-out",
+        "train minival test-dev",
+        "tr va te",
+        "trains vals tests",
+    ],
+)
+@pytest.mark.parametrize("place", ["{}/a/1.png", "x/{}/1.png", "a/{}/1.png b/{}/1.png preview.png", "{}_1.png"])
+def test_names_of_folders_and_files(tmp_path, names, place):
+    if "{}_" in place:  # too short to mean a split in the name of a file
+        names = names.replace("imagesTr imagesVal imagesTs", "a-train a-val a-test").replace("tr va te", "trn val tst")
+    train, validation, test = ([one.format(name) for one in place.split() if "{}" in one] for name in names.split())
+    found = splits(tmp_path, *train, *validation, *test, *(one for one in place.split() if "{}" not in one))
+    assert found == {"train": train, "validation": validation, "test": test}
+
+
+def test_folders_that_hold_the_same_as_train_are_not_its_classes(tmp_path):
+    names = ["train/cat/1.png", "train/dog/1.png", "unseen/cat/1.png"]
+    assert splits(tmp_path, *names) == {"train": names[:2], "unseen": names[2:]}
+
+
+def test_a_tie_of_kinds_is_decided_alike_everywhere(tmp_path):
+    """By the images, not by the order of a set."""
+    names = [f"{split}_{kind}/1.png" for split in ("train", "test") for kind in ("images", "masks")]
+    assert splits(tmp_path, *names) == {
+        "train": names[:1], "test": names[2:3], "test_masks": names[3:], "train_masks": names[1:2],
+    }  # fmt: skip
+
+
+def test_words_within_the_names_of_classes(tmp_path):
+    names = ["cat/1.png", "test tube/1.png", "train station/1.png"]
+    assert splits(tmp_path, *names) == {"train": names}
+
+
+@pytest.mark.parametrize("ending", ["txt", "csv"])
+def test_lists_that_say_more_or_name_images_that_are_not_there(tmp_path, ending):
+    lists = {f"train_list_{ending}": "name,label\nimgs/a.png,0\ngone,1\n", f"val_{ending}": "imgs\\b.png 7\n"}
+    files = [f"train_list.{ending}", f"val.{ending}"]
+    found = splits(tmp_path, "imgs/a.png", "imgs/b.png", "imgs/c.png", *files, **lists)
+    assert found == {"train": ["imgs/a.png"], "validation": ["imgs/b.png"]}
+
+
+@pytest.mark.parametrize("column", ["split", "Subset", "partition"])
+def test_columns_of_metadata(tmp_path, column):
+    rows = "\n".join([f"file_name,{column}", "a.png,train", "b.png,holdout", "c.png,extra", "d.png,", "e.png,Val"])
+    found = splits(tmp_path, *(f"{name}.png" for name in "abcde"), "metadata.csv", metadata_csv=rows)
+    assert found == {"train": ["a.png", "d.png"], "validation": ["e.png"], "test": ["b.png"], "extra": ["c.png"]}
+    found = splits(tmp_path, "metadata.csv", metadata_csv=f"file_name,{column}\na.png,left\nb.png,right")
+    assert found == {"train": ["a.png", "b.png"]}
+
+
+def test_tables(tmp_path, caplog):
+    for folder, names in {"x": ("trainset", "holdout"), "y": ("train", "train-val")}.items():
+        (tmp_path / folder).mkdir()
+        for number, name in enumerate(names):
+            parquet(tmp_path / folder / f"{name}.parquet", [encoded(rgb(number))])
+    assert len(load(tmp_path / "x", cache_dir=str(tmp_path / "cache"))) == 1
+    with pytest.raises(DataError, match=r"others, such as .*train-val\.parquet"):
+        stream_of(tmp_path / "y")
+    assert not caplog.records
+    parquet(tmp_path / "z.parquet", [encoded(rgb(0))] * 2, split=["train", "test"])
+    for read in (stream_of, load):
+        caplog.clear()
+        read(tmp_path / "z.parquet", cache_dir=str(tmp_path / "cache"))
+        assert "column 'split'" in caplog.text
