@@ -57,6 +57,14 @@ def test_a_file_that_could_not_be_read_once_is_read_the_next_time(load, tmp_path
     assert_holds(stream.stored(3, str(tmp_path / "cache")), 0, 1, 2)
 
 
+def test_sizes_are_read_from_headers_alone(load, tmp_path, monkeypatch):
+    folder, read, asked = three(tmp_path / "x"), files.read_bytes, []
+    (folder / "3.png").write_bytes(b"no image")
+    monkeypatch.setattr(files, "read_bytes", lambda path, *limit: asked.append(path[-5:]) or read(path, *limit))
+    assert_holds(load(folder, max_bad_fraction=0.5), 0, 1, 2)
+    assert sorted(asked) == ["0.png", "1.png", "2.png", "3.png", "3.png"]
+
+
 def test_memory_that_is_short_once_leaves_no_image_out(load, tmp_path, monkeypatch):
     folder = three(tmp_path / "x")
     with monkeypatch.context() as patch:

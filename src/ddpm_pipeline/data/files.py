@@ -243,6 +243,12 @@ class Reach:
         except Exception as error:  # the HTTP client's exceptions differ between versions of the library
             raise UnreadableFile(error) from error
 
+    def file_of(self, value: Any) -> dict[str, Any]:
+        """The image of a row as an ordinary file on this machine, if it is one: its beginning may say enough."""
+        path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else None
+        local = self.local(path) if path and not in_archive(path) else None
+        return {"path": local} if local and os.path.isfile(local) else {}
+
     def local(self, path: str) -> str | None:
         """The file on this machine that has to be there for this path of a row; None if it may not be read, or is remote."""
         found = in_archive(path)
