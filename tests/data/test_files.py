@@ -171,6 +171,16 @@ def test_archives_are_read_or_refused_with_what_to_do(load, tmp_path):
         shutil.rmtree(tmp_path / "one")
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_archive_packed_elsewhere_or_twice(load, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for seed, name in enumerate(["cat\\1.png", "dog\\1.png", "dog\\1.png"]):
+            archive.writestr(name, encoded(rgb(seed)))
+    data = load(tmp_path / "x.zip")
+    assert_holds(data, 0, 2)
+    assert data.class_names == ["cat", "dog"]
+
+
 def test_a_pattern_of_shards_is_read_as_one(load, tmp_path):
     (tmp_path / "shards").mkdir()
     for shard in range(2):

@@ -79,6 +79,17 @@ def test_columns_of_metadata(tmp_path, column):
     assert found == {"train": ["a.png", "b.png"]}
 
 
+def test_empty_cells_and_lines_that_are_no_rows(tmp_path):
+    names = ["a.png", "b.png", "metadata.csv"]
+    splits(tmp_path / "x", *names, metadata_csv="file_name,label,text\na.png,,\nb.png,cat,a cat\n")
+    data = load(tmp_path / "x", condition="class", max_bad_fraction=0.5, cache_dir=str(tmp_path / "cache"))
+    assert data.class_names == ["cat"] and list(data.values("text")) == ["a cat"]
+    assert list(read_folder(tmp_path / "x").splits["train"]["text"]) == ["", "a cat"]
+    for number, content in enumerate(("[]", '"a.png"', "", "\n")):
+        with pytest.raises(DataError, match="metadata"):
+            splits(tmp_path / str(number), "a.png", "metadata.jsonl", metadata_jsonl=content)
+
+
 def test_tables(tmp_path, caplog):
     for folder, names in {"x": ("trainset", "holdout"), "y": ("train", "train-val")}.items():
         (tmp_path / folder).mkdir()

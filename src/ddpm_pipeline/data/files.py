@@ -145,7 +145,7 @@ def list_archive(archive: File, folders: tuple[str, ...], account: Account) -> l
             "folder."
         ) from error
     for member in members:
-        inside = PurePosixPath(member)
+        inside = PurePosixPath(member.replace("\\", "/"))  # as some programs pack on Windows
         parts = [part for part in inside.parts if part not in ("/", "..")]  # nothing is unpacked, so that none leads out
         name = "/".join([archive.name, *parts])
         if any(part.startswith(".") or part in HIDDEN for part in parts):
@@ -158,10 +158,10 @@ def list_archive(archive: File, folders: tuple[str, ...], account: Account) -> l
 def _members(path: str) -> list[str]:
     if path.lower().endswith(".zip"):
         with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if not info.is_dir()]
-            if any(info.flag_bits & 1 for info in members):
+            members = {info.filename: info for info in archive.infolist() if not info.is_dir()}  # the last of a name
+            if any(info.flag_bits & 1 for info in members.values()):
                 raise ValueError("it is encrypted")
-            return [info.filename for info in members]
+            return list(members)
     return list(_tar_index(path, _stamp(os.stat(path))))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, List, Value
@@ -304,29 +305,32 @@ def _metadata_table(file: File) -> pa.Table:
             return pq.read_table(io.BytesIO(read_bytes(file.path)))
         content = read_bytes(file.path).decode("utf-8-sig")
         if file.suffix == ".csv":
-            delimiter = _delimiter(content)
-            words = [
-                name
-                for name in content.partition("\n")[0].split(delimiter)
-                if name.strip('" \r').endswith(("file_name", "text"))
-            ]
-            types = {name.strip('" \r'): pa.string() for name in words}  # also where they look like numbers
-            parsing = pa.csv.ParseOptions(newlines_in_values=True, delimiter=delimiter)
-            converting = pa.csv.ConvertOptions(column_types=types)
-            return pa.csv.read_csv(io.BytesIO(content.encode()), parse_options=parsing, convert_options=converting)
+            return _csv_table(content)
         rows = [json.loads(line) for line in content.split("\n") if line.strip()]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError('each line must be an object such as {"file_name": "1.png"}')
         names = list(dict.fromkeys(name for row in rows for name in row))
         return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
-    except (OSError, ValueError, AttributeError, TypeError, DataError) as error:  # pyarrow's are ValueErrors
+    except (OSError, ValueError, DataError) as error:  # pyarrow's are ValueErrors
         raise DataError(f"The metadata file {file.path!r} cannot be read: {describe_exception(error)}") from error
 
 
-def _delimiter(content: str) -> str:
+def _csv_table(content: str) -> pa.Table:
+    """File names and texts as they stand, also where they look like numbers; a label that is empty is missing."""
     head = content.partition("\n")[0]
     try:
-        return csv.Sniffer().sniff(head, ",;\t").delimiter
+        delimiter = csv.Sniffer().sniff(head, ",;\t").delimiter
     except csv.Error:
-        return ","
+        delimiter = ","
+    names = [name.strip('" \r') for name in head.split(delimiter)]
+    words = [name for name in names if name.endswith(("file_name", "text"))]
+    parsing = pa.csv.ParseOptions(newlines_in_values=True, delimiter=delimiter)
+    converting = pa.csv.ConvertOptions(column_types=dict.fromkeys(words, pa.string()))
+    table = pa.csv.read_csv(io.BytesIO(content.encode()), parse_options=parsing, convert_options=converting)
+    if "label" in names and pa.types.is_string(table["label"].type):
+        labels = pc.if_else(pc.equal(table["label"], ""), None, table["label"])
+        table = table.set_column(names.index("label"), "label", labels)
+    return table
 
 
 def _dataset(rows: list[dict[str, Any]], features: Features) -> Dataset:
