@@ -243,7 +243,7 @@ def test_name_that_is_not_on_the_hub(load, monkeypatch):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), NotFound)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     try:
         with pytest.raises(DataError, match=r"DatasetNotFoundError: .*'owner/none'"):

@@ -24,7 +24,7 @@ from huggingface_hub import get_session
 
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
-from .images import BadImage
+from .images import BadImage, image_file
 
 MAX_FILE_BYTES = 2**30  # of one image; the largest that is decoded (64 million pixels of 16 bytes) fits
 MAX_REMOTE_BYTES = 2**28  # of one that another machine sends, or a service that never ends
@@ -233,8 +233,8 @@ class Reach:
 
     def fetched(self, value: Any) -> Any:
         """The image of a row, with its bytes in place of its path. Raises `BadImage`, or `UnreadableFile`."""
-        path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else None
-        if not path:
+        path = image_file(value, alone=True)
+        if path is None:
             return value
         try:
             return {"bytes": self._read(path), "path": path}
@@ -245,7 +245,7 @@ class Reach:
 
     def file_of(self, value: Any) -> dict[str, Any]:
         """The image of a row as an ordinary file on this machine, if it is one: its beginning may say enough."""
-        path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else None
+        path = image_file(value, alone=True)
         local = self.local(path) if path and not in_archive(path) else None
         return {"path": local} if local and os.path.isfile(local) else {}
 

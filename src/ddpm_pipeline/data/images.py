@@ -101,9 +101,10 @@ def image_shape(value: Any, kind: str) -> tuple[int, int, int]:
     return image_size_and_channels(_stored_image(value, kind))
 
 
-def image_file(value: Any) -> str | None:
-    """The file that a row's image came from, if the row names one."""
-    return (value.get("path") if isinstance(value, dict) else None) or None
+def image_file(value: Any, alone: bool = False) -> str | None:
+    """The file that a row's image came from, if the row names one; if asked for, only where it stands `alone` for the image."""
+    named = isinstance(value, dict) and not (alone and value.get("bytes") is not None)
+    return (value.get("path") if named else None) or None
 
 
 def _stored_image(value: Any, kind: str) -> ImageSource:

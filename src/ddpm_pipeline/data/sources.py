@@ -248,10 +248,8 @@ def _load_tables(files: list[File], path: Path, options: DataOptions, streaming:
         )
     splits = {name or "train": found for name, found in splits.items()}
     _check_split(path, options.split, list(splits))
-    builder, root = (
-        kinds.pop()[1:],
-        path if path.is_dir() else Path(os.path.commonpath([os.path.dirname(f.path) for f in files])),
-    )
+    builder = kinds.pop()[1:]
+    root = path if path.is_dir() else Path(os.path.commonpath([os.path.dirname(file.path) for file in files]))
     name = path.name if path.exists() else root.name
     read = tuple(file for split in options.split.split("+") for file in splits[split.partition("[")[0]])
     identity = hash_of(read, list(stamps(read)), options.split)
