@@ -111,9 +111,9 @@ def _most(contents: Contents, path: Path, account: Account) -> tuple[str, Conten
         contents.tables += [file for file in contents.metadata if file.suffix in TABLES]
     rows = {file: _rows(file) for file in contents.tables}
     tables = [file for file in contents.tables if rows[file] is not None]
-    archives, hidden = [file for file in contents.archives if file.suffix in ARCHIVES], Account()
+    archives, within = [file for file in contents.archives if file.suffix in ARCHIVES], Account()
     try:
-        inside = _unpacked(archives, hidden)
+        inside = _unpacked(archives, within)
     except DataError:
         if not (contents.pictures or tables):
             raise
@@ -139,7 +139,8 @@ def _most(contents: Contents, path: Path, account: Account) -> tuple[str, Conten
         return kind, replace(contents, tables=tables)
     account.leave_out("archive", [*inside.archives, *(file for file in contents.archives if file not in archives)])
     account.leave_out("metadata beside archives", contents.metadata)
-    account.names.update(hidden.names)
+    for reason, names in within.names.items():
+        account.names[reason] += names
     return kind, inside
 
 

@@ -34,12 +34,15 @@ DOMAINS = ("A", "B")  # of unpaired data: trainA, trainB, testA, testB
 LISTS = (".txt", ".csv")
 MAX_LIST_BYTES = 2**28  # of a file that lists the images of a split
 
+Folders = tuple[str, ...]  # that a picture lies in
+Splits = dict[str, tuple[str, Folders]]  # name -> (split, the class that is left of the name, if any)
+
 
 @dataclass(frozen=True)
 class Picture:
     file: File
     split: str
-    folders: tuple[str, ...]  # that may be its class
+    folders: Folders  # that may be its class
 
 
 def split_word(name: str) -> tuple[str | None, str]:
@@ -58,7 +61,7 @@ def split_word(name: str) -> tuple[str | None, str]:
     return min(found), rest if rest in DOMAINS else rest.lower()  # "test" before "validation"
 
 
-def splits_of(folders: Mapping[str, set[str]]) -> dict[str, tuple[str, tuple[str, ...]]] | None:
+def splits_of(folders: Mapping[str, set[str]]) -> Splits | None:
     """(split, class folders that are left of the name) of each of these folders, given what is in them; None if they are none.
 
     A lone "train" among others may be a class, unless they hold the same folders. A "test" among others is no class: the
@@ -125,11 +128,7 @@ def pictures_in_splits(files: list[File], others: list[File], described: bool, a
 
 
 def _in_folders(
-    files: list[File],
-    folders: Mapping[tuple[str, ...], tuple[str, ...]],
-    level: int,
-    splits: dict[str, tuple[str, tuple[str, ...]]],
-    account: Account,
+    files: list[File], folders: Mapping[Folders, Folders], level: int, splits: Splits, account: Account
 ) -> list[Picture]:
     pictures, for_training = [], any(split == "train" and kept != (name,) for name, (split, kept) in splits.items())
     for file in files:
@@ -147,7 +146,7 @@ def _in_folders(
 def _without_companions(files: list[File], account: Account) -> list[File]:
     """Without masks and the like, which lie beside a folder called "images" that has at least as many pictures."""
 
-    def steps(folders: tuple[str, ...]) -> list[tuple[tuple[str, ...], str]]:
+    def steps(folders: Folders) -> list[tuple[Folders, str]]:
         return [(folders[:depth], name) for depth, name in enumerate((*folders, ""))]
 
     counts, held = Counter(), Counter()
@@ -157,7 +156,7 @@ def _without_companions(files: list[File], account: Account) -> list[File]:
             held[parent] += count if name.lower() in IMAGE_FOLDERS else 0
 
     @cache
-    def companion(folders: tuple[str, ...]) -> bool:
+    def companion(folders: Folders) -> bool:
         beside = (step for step in steps(folders) if step[1].lower() not in IMAGE_FOLDERS and not split_word(step[1])[0])
         return any(counts[parent, name] <= held[parent] for parent, name in beside)
 
