@@ -67,7 +67,7 @@ def splits_of(folders: Mapping[str, set[str]]) -> Splits | None:
     A lone "train" among others may be a class, unless they hold the same folders. A "test" among others is no class: the
     others are for training.
     """
-    short = {name.lower() for name in folders} <= SHORT.keys() and len(folders) > 1
+    short = {"tr"} < {name.lower() for name in folders} <= SHORT.keys()
     words = {name: (SHORT[name.lower()], "") if short else split_word(name) for name in sorted(folders)}
     marked = {name: word for name, word in words.items() if word[0]}
     if not marked:
