@@ -4,6 +4,7 @@ import colorsys
 import json
 import struct
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from ddpm_pipeline.data.images import (
     BadImage,
     array_to_image,
     image_extensions,
-    image_size_and_channels,
+    image_shape,
     native_channels,
     open_image,
     to_array,
@@ -329,7 +330,7 @@ def test_paths_and_bytes_are_alike(as_path, tmp_path):
     rgb = noise(SIDE, SIDE, 3)
     Image.fromarray(rgb).save(tmp_path / "a.png")
     assert np.array_equal(np.asarray(open_image(as_path(tmp_path / "a.png"))), rgb)
-    assert image_size_and_channels(as_path(tmp_path / "a.png")) == (SIDE, SIDE, 3)
+    assert image_shape(as_path(tmp_path / "a.png"), "image") == (SIDE, SIDE, 3)
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -359,7 +360,7 @@ def test_bad_files(data, reason, tmp_path):
 def test_bombs_are_refused_whatever_pil_is_set_to(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert MAX_PIXELS < 20000 * 20000
-    for read in (open_image, image_size_and_channels):
+    for read in (open_image, partial(image_shape, kind="bytes")):
         with pytest.raises(BadImage, match=r"20000x20000 .* bomb"):
             read(bomb(20000, 20000))
 
@@ -447,7 +448,7 @@ def test_native_channels_of_palettes_are_those_of_the_colours_in_use():
     assert native_channels(palette_image(grey, indices)) == 1
     grey[indices[0, 0]] = (255, 0, 0)
     assert native_channels(palette_image(grey, indices)) == 3
-    assert image_size_and_channels(encoded(palette_image(grey, indices))) == (SIDE, SIDE, 3)
+    assert image_shape(encoded(palette_image(grey, indices)), "bytes") == (SIDE, SIDE, 3)
 
 
 # Arrays and arguments

@@ -60,6 +60,9 @@ def test_flat_folder(load, tmp_path):
     assert (data.resolution, data.channels, data.name) == (8, 3, "pictures")
     assert data.class_names is None
     assert data.label_column is None
+    for one in ("0.png", "*.png"):
+        with pytest.raises(DataError, match="name the folder"):
+            load(tmp_path / "pictures" / one)
 
 
 def test_splits_of_folders_are_divided_and_named(load, tmp_path):

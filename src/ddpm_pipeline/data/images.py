@@ -41,14 +41,6 @@ def open_image(source: ImageSource) -> Image.Image:
         return settled(image)
 
 
-def image_size_and_channels(source: ImageSource) -> tuple[int, int, int]:
-    """(width, height, native channels), before any EXIF rotation; only palettes need decoding."""
-    with as_bad_image(), _opened(source) as image:
-        size = image.size
-        mapped = image.format == "TIFF" and image.mode in ("P", "PA")  # its palette may have to be settled
-        return *size, native_channels(settled(image) if mapped else image)
-
-
 def native_channels(image: Image.Image) -> int:
     """1 if the image's mode, or every palette colour that its pixels use, is grey; else 3. Transparency does not count."""
     grey = _uses_only_grey(image) if image.mode in ("P", "PA") else image.mode in GREY_MODES
@@ -97,8 +89,13 @@ def image_pixels(value: Any, kind: str, resolution: int, channels: int) -> np.nd
 
 
 def image_shape(value: Any, kind: str) -> tuple[int, int, int]:
-    """(width, height, native channels) of one row's image, from its header if that suffices. Raises `BadImage`."""
-    return image_size_and_channels(_stored_image(value, kind))
+    """(width, height, native channels) of one row's image, before any EXIF rotation; only palettes need more than the header.
+
+    Raises `BadImage`.
+    """
+    with as_bad_image(), _opened(_stored_image(value, kind)) as image:
+        mapped = image.format == "TIFF" and image.mode in ("P", "PA")  # its palette may have to be settled
+        return *image.size, native_channels(settled(image) if mapped else image)
 
 
 def image_file(value: Any, alone: bool = False) -> str | None:
