@@ -1,6 +1,7 @@
 """What is held out is known by the names that others give to splits, and is never taken for training."""
 
 import pytest
+from datasets import Dataset
 
 from data_helpers import encoded, load, parquet, rgb, stream_of
 from ddpm_pipeline.data import DataError
@@ -70,6 +71,26 @@ def test_lists_that_say_more_or_name_images_that_are_not_there(tmp_path, ending)
     assert found == {"train": ["imgs/a.png"], "validation": ["imgs/b.png"]}
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list_eval_partition.txt", "a.png 0\nb.png 1\nc.png 2\n"),
+        ("train_test_split.csv", "image,split\na.png,train\nb.png,val\nc.png,test"),
+    ],
+)
+def test_lists_whose_lines_say_the_split(tmp_path, name, content):
+    found = splits(tmp_path, "x/a.png", "x/b.png", "x/c.png", name, **{name.replace(".", "_"): content})
+    assert found == {"train": ["x/a.png"], "validation": ["x/b.png"], "test": ["x/c.png"]}
+
+
+def test_a_list_of_held_out_images_alone(tmp_path):
+    """Other lines, and images whose number looks like a name, decide nothing."""
+    found = splits(
+        tmp_path, "a.png", "b.png", "test.txt", "train_test_split.txt", test_txt="b.png", train_test_split_txt="1 1\n"
+    )
+    assert found == {"train": ["a.png"], "test": ["b.png"]}
+
+
 @pytest.mark.parametrize("column", ["split", "Subset", "partition"])
 def test_columns_of_metadata(tmp_path, column):
     rows = "\n".join([f"file_name,{column}", "a.png,train", "b.png,holdout", "c.png,extra", "d.png,", "e.png,Val"])
@@ -99,8 +120,10 @@ def test_tables(tmp_path, caplog):
     with pytest.raises(DataError, match=r"others, such as .*train-val\.parquet"):
         stream_of(tmp_path / "y")
     assert not caplog.records
-    parquet(tmp_path / "z.parquet", [encoded(rgb(0))] * 2, split=["train", "test"])
-    for read in (stream_of, load):
+    divided = parquet(tmp_path / "z.parquet", [encoded(rgb(0))] * 2, split=["train", "test"])
+    coded = Dataset.from_parquet(str(divided), cache_dir=str(tmp_path / "cache")).class_encode_column("split")
+    coded.save_to_disk(tmp_path / "coded")
+    for read, source in ((stream_of, divided), (load, divided), (load, tmp_path / "coded")):
         caplog.clear()
-        read(tmp_path / "z.parquet", cache_dir=str(tmp_path / "cache"))
+        read(source, cache_dir=str(tmp_path / "cache"))
         assert "column 'split'" in caplog.text

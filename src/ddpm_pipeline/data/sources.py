@@ -122,7 +122,8 @@ def _warn_of_held_out_rows(source: Source) -> None:
     if name is None or (isinstance(source.dataset, IterableDataset) and not source.files):
         return
     with contextlib.suppress(pa.ArrowException):  # of a stream of .arrow files
-        values = [str(value) for value in column_of(source, name).unique().to_pylist() if value not in (None, "")]
+        feature, values = source.dataset.features[name], column_of(source, name).unique().drop_null().to_pylist()
+        values = feature.int2str(values) if isinstance(feature, ClassLabel) else [str(value) for value in values if value != ""]
         if len(values) > 1 and split_in_column(values):
             words = (
                 "All rows of %r are read, whatever the column %r says (%s). Keep held-out rows in another file, test.parquet."

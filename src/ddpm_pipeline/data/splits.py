@@ -32,6 +32,7 @@ SPLIT_COLUMNS = ("split", "subset", "partition", "phase", "set")
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "leftimg8bit")
 DOMAINS = ("A", "B")  # of unpaired data: trainA, trainB, testA, testB
 LISTS = (".txt", ".csv")
+PARTITIONS = {"0": "train", "1": "validation", "2": "test"}  # as in CelebA
 MAX_LIST_BYTES = 2**28  # of a file that lists the images of a split
 
 Folders = tuple[str, ...]  # that a picture lies in
@@ -165,12 +166,16 @@ def _without_companions(files: list[File], account: Account) -> list[File]:
 
 
 def _listed(files: list[File], others: list[File], account: Account) -> dict[File, str] | None:
-    """The splits that train.txt, val.txt and test.txt list, as in Pascal VOC; None without such files for these images."""
+    """The splits that train.txt, val.txt and test.txt list, or the lines of a file called split or partition; else None.
+
+    Without a list for training, images in no list are for training.
+    """
     lists, stems = defaultdict(list), {file.stem for file in files}
     for file in others:
         split, rest = split_word(posixpath.basename(file.stem))
-        if file.suffix in LISTS and split and not rest and file.stem not in stems:
-            lists[posixpath.dirname(file.name)].append((split, file))
+        meant = (split and not rest) or re.search("split|partition", posixpath.basename(file.stem).lower())
+        if file.suffix in LISTS and meant and file.stem not in stems:
+            lists[posixpath.dirname(file.name)].append((None if rest else split, file))
     if not lists:
         return None
     ends = {file: _ends(file.name) for file in files}
@@ -179,17 +184,21 @@ def _listed(files: list[File], others: list[File], account: Account) -> dict[Fil
     best: tuple[dict[File, str], list[File]] = {}, []
     for group in lists.values():
         here, missed = {}, 0
-        for split, listing in group:
+        for of_all, listing in group:
+            codes = SPLIT_NAMES | (PARTITIONS if "partition" in listing.name.lower() else {})
             for line in filter(str.strip, (text_of(listing, MAX_LIST_BYTES) or "").splitlines()):
                 named = (end for part in (line, *re.split(r"[\s,;]+", line)) for end in reversed(_ends(part)))
                 file = next((by_name[end] for end in named if end in by_name), None)
-                here.update({file: split} if file else {})
-                missed += file is None
-        if len(here) > max(len(best[0]), min(missed, len(files) / 2)):
+                split = of_all or codes.get(re.split(r"[\s,;]+", line.strip())[-1].lower())
+                here.update({file: split} if file and split else {})
+                missed += not (file and split)
+        if len(here) > len(best[0]) and len(here) >= min(missed, len(files) / 2):
             best = here, [listing for _, listing in group]
-    if "train" not in best[0].values():
+    if not best[0]:
         return None
     others[:] = [file for file in others if file not in best[1]]
+    if "train" not in best[0].values():
+        return {file: best[0].get(file, "train") for file in files}
     account.leave_out("image in no list of a split", (file for file in files if file not in best[0]))
     return best[0]
 
