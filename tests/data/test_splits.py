@@ -83,6 +83,12 @@ def test_lists_whose_lines_say_the_split(tmp_path, name, content):
     assert found == {"train": ["x/a.png"], "validation": ["x/b.png"], "test": ["x/c.png"]}
 
 
+def test_a_list_that_cannot_be_read_is_warned_of(tmp_path, caplog):
+    splits(tmp_path, "a.png", "b.png", "train_test_split.txt", train_test_split_txt="1 1\n2 0\n")
+    stream_of(tmp_path)
+    assert caplog.records[0].levelname == "WARNING" and "train_test_split.txt" in caplog.text
+
+
 def test_a_list_of_held_out_images_alone(tmp_path):
     """Other lines, and images whose number looks like a name, decide nothing."""
     found = splits(

@@ -28,7 +28,7 @@ from ..support.exceptions import describe_exception
 from .columns import image_columns
 from .files import ARCHIVES, PACKED, Account, File, in_archive, list_archive, list_files, read_bytes, some, text_of
 from .images import image_extensions
-from .splits import SPLIT_COLUMNS, Picture, pictures_in_splits, split_in_column, split_word
+from .splits import SPLIT_COLUMNS, Picture, may_divide, pictures_in_splits, split_in_column, split_word
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 CAPTIONS = (".txt", ".caption")
@@ -200,7 +200,10 @@ def _dataset_splits(contents: Contents, path: Path, account: Account) -> tuple[d
             for (_, row), text in zip(rows, texts, strict=True):
                 row["text"] = text if isinstance(features["text"], Value) or isinstance(text, list | None) else [text]
         words = "with captions beside them" if texts else ""
-    account.leave_out("other file", (file for file in contents.others if file.name not in used))
+    unread = [file for file in contents.others if file.name not in used]
+    dividing = {file for file in unread if may_divide(file)} if {split for split, _ in rows} == {"train"} else set()
+    account.leave_out("file that may say what is held out, in no known way", sorted(dividing, key=lambda file: file.name))
+    account.leave_out("other file", (file for file in unread if file not in dividing))
     if len(names) > 1 and "label" not in features:
         features["label"] = ClassLabel(names=names)
         for _, row in rows:
@@ -266,7 +269,8 @@ def _metadata_rows(
     features = {image_names.get(name, name): feature for name, feature in Features.from_arrow_schema(whole.schema).items()}
     features |= dict.fromkeys(image_names.values(), datasets.Image())
     rows, named, start = [], set(), 0
-    divider = next((name for name in whole.column_names if name.lower() in SPLIT_COLUMNS), None)
+    strings = [field.name for field in whole.schema if pa.types.is_string(field.type)]
+    divider = next((name for name in strings if name.lower() in SPLIT_COLUMNS), None)
     divided = divider is None or len({picture.split for picture in pictures}) > 1
     meant = None if divided else split_in_column(whole.column(divider).unique().to_pylist())
     for file, table, columns in tables:

@@ -32,6 +32,7 @@ SPLIT_COLUMNS = ("split", "subset", "partition", "phase", "set")
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "leftimg8bit")
 DOMAINS = ("A", "B")  # of unpaired data: trainA, trainB, testA, testB
 LISTS = (".txt", ".csv")
+LINES_SAY = re.compile("(split|partition)[^/]*$", re.IGNORECASE)  # names of lists whose lines say the split
 PARTITIONS = {"0": "train", "1": "validation", "2": "test"}  # as in CelebA
 MAX_LIST_BYTES = 2**28  # of a file that lists the images of a split
 
@@ -173,7 +174,7 @@ def _listed(files: list[File], others: list[File], account: Account) -> dict[Fil
     lists, stems = defaultdict(list), {file.stem for file in files}
     for file in others:
         split, rest = split_word(posixpath.basename(file.stem))
-        meant = (split and not rest) or re.search("split|partition", posixpath.basename(file.stem).lower())
+        meant = (split and not rest) or LINES_SAY.search(file.stem)
         if file.suffix in LISTS and meant and file.stem not in stems:
             lists[posixpath.dirname(file.name)].append((None if rest else split, file))
     if not lists:
@@ -201,6 +202,11 @@ def _listed(files: list[File], others: list[File], account: Account) -> dict[Fil
         return {file: best[0].get(file, "train") for file in files}
     account.leave_out("image in no list of a split", (file for file in files if file not in best[0]))
     return best[0]
+
+
+def may_divide(file: File) -> bool:
+    """Whether a file's name says that it is about images that are held out."""
+    return split_word(posixpath.basename(file.stem))[0] in ("validation", "test") or bool(LINES_SAY.search(file.stem))
 
 
 def _ends(name: str) -> list[str]:
