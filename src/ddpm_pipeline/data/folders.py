@@ -316,7 +316,7 @@ def _metadata_table(file: File) -> pa.Table:
             raise ValueError('each line must be an object such as {"file_name": "1.png"}')
         names = list(dict.fromkeys(name for row in rows for name in row))
         return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
-    except (OSError, ValueError, DataError) as error:  # pyarrow's are ValueErrors
+    except (OSError, ValueError, TypeError, DataError) as error:  # pyarrow's are one of these
         raise DataError(f"The metadata file {file.path!r} cannot be read: {describe_exception(error)}") from error
 
 

@@ -206,7 +206,8 @@ def _listed(files: list[File], others: list[File], account: Account) -> dict[Fil
 
 def may_divide(file: File) -> bool:
     """Whether a file's name says that it is about images that are held out."""
-    return split_word(posixpath.basename(file.stem))[0] in ("validation", "test") or bool(LINES_SAY.search(file.stem))
+    held_out = split_word(posixpath.basename(file.stem))[0] in ("validation", "test") or LINES_SAY.search(file.stem)
+    return bool(held_out) and file.suffix in (*LISTS, ".tsv", ".json", ".jsonl", ".mat")
 
 
 def _ends(name: str) -> list[str]:
