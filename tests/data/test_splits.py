@@ -50,17 +50,29 @@ def test_folders_that_hold_the_same_as_train_are_not_its_classes(tmp_path):
     assert splits(tmp_path, *names) == {"train": names[:2], "unseen": names[2:]}
 
 
-def test_a_tie_of_kinds_is_decided_alike_everywhere(tmp_path):
-    """By the images, not by the order of a set."""
-    names = [f"{split}_{kind}/1.png" for split in ("train", "test") for kind in ("images", "masks")]
+def test_a_tie_of_kinds_is_decided_for_the_images(tmp_path):
+    names = [f"{split}_{kind}/1.png" for split in ("train", "test") for kind in ("images", "depth")]
     assert splits(tmp_path, *names) == {
-        "train": names[:1], "test": names[2:3], "test_masks": names[3:], "train_masks": names[1:2],
+        "train": names[:1], "test": names[2:3], "test_depth": names[3:], "train_depth": names[1:2],
     }  # fmt: skip
 
 
-def test_words_within_the_names_of_classes(tmp_path):
-    names = ["cat/1.png", "test tube/1.png", "train station/1.png"]
+def test_splits_of_different_classes(tmp_path):
+    assert splits(tmp_path, "train_cats/1.png", "test_dogs/2.png") == {
+        "train": ["train_cats/1.png"],
+        "test": ["test_dogs/2.png"],
+    }
+
+
+@pytest.mark.parametrize(
+    "names", [["cat/1.png", "test tube/1.png", "train station/1.png"], ["test_1.png", "train_1.png", "z.png"]]
+)
+def test_words_within_other_names(tmp_path, names):
     assert splits(tmp_path, *names) == {"train": names}
+
+
+def test_what_lies_beside_a_held_out_folder_is_for_training(tmp_path):
+    assert splits(tmp_path, "3.png", "a/1.png", "test/2.png") == {"train": ["3.png", "a/1.png"], "test": ["test/2.png"]}
 
 
 @pytest.mark.parametrize("ending", ["txt", "csv"])
