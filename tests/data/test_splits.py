@@ -119,8 +119,8 @@ def test_columns_of_metadata(tmp_path, column):
 
 
 def test_empty_cells_and_lines_that_are_no_rows(tmp_path):
-    names = ["a.png", "b.png", "metadata.csv"]
-    splits(tmp_path / "x", *names, metadata_csv="file_name,label,text\na.png,,\nb.png,cat,a cat\n")
+    names = ["a.png", "s/b.png", "metadata.csv"]
+    splits(tmp_path / "x", *names, metadata_csv="file_name,label,text\na.png,,\ns\\b.png,cat,a cat\n")
     data = load(tmp_path / "x", condition="class", max_bad_fraction=0.5, cache_dir=str(tmp_path / "cache"))
     assert data.class_names == ["cat"] and list(data.values("text")) == ["a cat"]
     assert list(read_folder(tmp_path / "x").splits["train"]["text"]) == ["", "a cat"]
