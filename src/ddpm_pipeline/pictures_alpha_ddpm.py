@@ -3,25 +3,16 @@
 Training and evaluation (`data/images.py`) and the pipelines (`editing_alpha_ddpm.py`) read every picture here. What cannot be
 read as it was meant is refused with a reason. Travels inside model repositories; imports no sibling.
 
-| picture | read as |
-|---|---|
-| PIL "1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV" | 8 bits, grey or RGB |
-| PIL "I;16" (all byte orders) | 0..65535, or the file's own depth: 12-bit TIFF is 0..4095 |
-| PIL "I" | 0..65535; refused beyond, and if no value is above 255 (8 or 16 bits?) unless the file (PGM) tells |
-| PIL "F", arrays and tensors of floats | 0..1, or 0..255 if the largest value is at least 32; else refused, like NaN |
-| arrays and tensors of booleans | 0 is black, 1 is white |
-| arrays and tensors of uint16 | 0..65535; refused if no value is above 255 (8 or 16 bits?) |
-| arrays and tensors of other integers | 0..255; refused beyond and, but for uint8, if all are 0 or 1 (black and white?) |
-| complex numbers, objects, quantized and sparse tensors | refused |
-| files whose orientation is in EXIF | turned upright |
-| TIFF in which 0 is white, bitmaps of Photoshop | inverted, whatever the depth |
-| TIFF and FITS of signed integers, formats that PIL has run by another program | refused |
+Files and PIL images have the values that their mode and their format say, arrays those of their type: booleans are black and
+white, uint16 is 0..65535, other integers 0..255, floats 0..1 or, if the largest is at least 32, 0..255. Where that leaves
+black or white in doubt (no value of uint16 above 255; 0 and 1 in other integers but uint8; signed files; NaN), the picture is
+refused.
 
-PIL itself reduces colours of 16 bits to 8. ICC profiles are ignored, as by every loader of this field.
-
-Grey becomes RGB by repetition, colours become grey by ITU-R 601 luma, and transparency is composited on white, unless RGBA is
-asked for. Arrays have their channels last and tensors first; 2 channels or more than 4 are taken as they are, never as colours.
-In masks, integers that are all 0 or 1 are black and white; masks with transparency or colours are refused.
+EXIF turns it upright, and white and black are exchanged where a file's 0 is white. PIL itself reduces colours of 16 bits to 8.
+ICC profiles are ignored, as by every loader of this field. Grey becomes RGB by repetition, colours become grey by ITU-R 601
+luma, and transparency is composited on white, unless RGBA is asked for. Arrays have their channels last and tensors first; 2
+channels or more than 4 are taken as they are, never as colours. In masks, integers that are all 0 or 1 are black and white;
+masks with transparency or colours are refused.
 """
 
 from collections.abc import Callable, Iterator, Sequence

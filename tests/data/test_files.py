@@ -57,6 +57,14 @@ def test_a_file_that_could_not_be_read_once_is_read_the_next_time(load, tmp_path
     assert_holds(stream.stored(3, str(tmp_path / "cache")), 0, 1, 2)
 
 
+def test_sizes_are_read_from_headers_alone(load, tmp_path, monkeypatch):
+    folder, read, asked = three(tmp_path / "x"), files.read_bytes, []
+    (folder / "3.png").write_bytes(b"no image")
+    monkeypatch.setattr(files, "read_bytes", lambda path, *limit: asked.append(path[-5:]) or read(path, *limit))
+    assert_holds(load(folder, max_bad_fraction=0.5), 0, 1, 2)
+    assert sorted(asked) == ["0.png", "1.png", "2.png", "3.png", "3.png"]
+
+
 def test_memory_that_is_short_once_leaves_no_image_out(load, tmp_path, monkeypatch):
     folder = three(tmp_path / "x")
     with monkeypatch.context() as patch:
@@ -163,6 +171,16 @@ def test_archives_are_read_or_refused_with_what_to_do(load, tmp_path):
         shutil.rmtree(tmp_path / "one")
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_archive_packed_elsewhere_or_twice(load, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for seed, name in enumerate(["cat\\1.png", "dog\\1.png", "dog\\1.png"]):
+            archive.writestr(name, encoded(rgb(seed)))
+    data = load(tmp_path / "x.zip")
+    assert_holds(data, 0, 2)
+    assert data.class_names == ["cat", "dog"]
+
+
 def test_a_pattern_of_shards_is_read_as_one(load, tmp_path):
     (tmp_path / "shards").mkdir()
     for shard in range(2):
@@ -207,7 +225,7 @@ def service():
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/1.png", asked
     server.shutdown()
     server.server_close()

@@ -4,6 +4,7 @@ import colorsys
 import json
 import struct
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from ddpm_pipeline.data.images import (
     BadImage,
     array_to_image,
     image_extensions,
-    image_size_and_channels,
+    image_shape,
     native_channels,
     open_image,
     to_array,
@@ -57,14 +58,6 @@ def test_grey_is_kept_exactly_and_repeated():
     assert np.array_equal(to_array(image, SIDE, 1), grey[..., None])
     assert np.array_equal(to_array(image, SIDE, 3), np.stack([grey] * 3, axis=-1))
     assert np.array_equal(to_array(image, SIDE, 4), np.stack([grey] * 3 + [np.full_like(grey, 255)], axis=-1))
-
-
-def test_bilevel():
-    bits = noise(SIDE, SIDE, high=2)
-    image = open_image(encoded(Image.fromarray(bits.astype(bool))))
-    assert image.mode == "1"
-    assert np.array_equal(to_array(image, SIDE, 1)[..., 0], bits * 255)
-    assert np.array_equal(to_array(image, SIDE, 3)[..., 1], bits * 255)
 
 
 def test_bilevel_is_resized_with_grey_levels():
@@ -215,30 +208,7 @@ def test_lab():
     assert_pixels(to_array(image, 4, 3), np.broadcast_to(srgb, (4, 4, 3)), within=2)
 
 
-def test_rgbx():
-    rgbx = noise(SIDE, SIDE, 4)
-    assert np.array_equal(to_array(Image.fromarray(rgbx, "RGBX"), SIDE, 3), rgbx[..., :3])
-
-
 # Grey beyond 8 bits
-
-
-@pytest.mark.parametrize("order", ["<u2", ">u2"])
-@pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_16_bit_files_keep_their_range(format, order):
-    values = np.linspace(0, 65535, SIDE * SIDE).round().astype(order).reshape(SIDE, SIDE)
-    image = open_image(encoded(Image.fromarray(values), format))
-    assert image.mode in ("I;16", "I;16B")
-    assert_pixels(to_array(image, SIDE, 1)[..., 0], values / 257.0, within=0.501)
-    assert np.array_equal(to_array(image, SIDE, 3)[..., 2], to_array(image, SIDE, 1)[..., 0])
-
-
-@pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I;16N", "I"])
-def test_every_16_bit_mode(mode):
-    types = {"I;16B": ">u2", "I": "=i4", "I;16N": "=u2"}
-    values = noise(SIDE, SIDE, high=65536, dtype=types.get(mode, "<u2"))
-    image = Image.frombytes(mode, (SIDE, SIDE), values.tobytes())
-    assert_pixels(to_array(image, SIDE, 1)[..., 0], values / 257.0, within=0.501)
 
 
 def test_16_bit_values_of_8_bit_images_come_back():
@@ -265,26 +235,6 @@ def test_transparent_value_of_a_16_bit_png():
     image = open_image(png(2, 2, 16, 0, b"".join(b"\0" + row.astype(">u2").tobytes() for row in values), b"\x01\x2c"))
     assert to_array(image, 2, 1)[..., 0].tolist() == [[0, 255], [156, 255]]
     assert to_array(image, 2, 4)[..., 3].tolist() == [[255, 0], [255, 255]]
-
-
-@pytest.mark.parametrize("top", [1, 255])
-def test_floating_point_ranges(top):
-    values = np.linspace(0, top, SIDE * SIDE, dtype=np.float32).reshape(SIDE, SIDE)
-    image = open_image(encoded(Image.fromarray(values), "TIFF"))
-    assert image.mode == "F"
-    assert_pixels(to_array(image, SIDE, 1)[..., 0], values * (255 / top), within=0.501)
-
-
-@pytest.mark.parametrize("values", [[-1.0, 0.5], [0, 256.0], [np.nan, 0], [0, np.inf]])
-def test_floating_point_outside_its_ranges(values):
-    with pytest.raises(BadImage, match=r"values"):
-        to_array(Image.fromarray(np.array([values, values], np.float32)), 2, 1)
-
-
-@pytest.mark.parametrize("values", [[-5, 100], [0, 70000]])
-def test_whole_numbers_beyond_16_bits(values):
-    with pytest.raises(BadImage, match=r"values go from .* 0\.\.65535"):
-        to_array(Image.fromarray(np.array([values, values], np.int32)), 2, 1)
 
 
 # Size
@@ -380,7 +330,7 @@ def test_paths_and_bytes_are_alike(as_path, tmp_path):
     rgb = noise(SIDE, SIDE, 3)
     Image.fromarray(rgb).save(tmp_path / "a.png")
     assert np.array_equal(np.asarray(open_image(as_path(tmp_path / "a.png"))), rgb)
-    assert image_size_and_channels(as_path(tmp_path / "a.png")) == (SIDE, SIDE, 3)
+    assert image_shape(as_path(tmp_path / "a.png"), "image") == (SIDE, SIDE, 3)
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -407,15 +357,10 @@ def test_bad_files(data, reason, tmp_path):
             open_image(source)
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(BadImage, match="FileNotFoundError"):
-        open_image(tmp_path / "none.png")
-
-
 def test_bombs_are_refused_whatever_pil_is_set_to(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert MAX_PIXELS < 20000 * 20000
-    for read in (open_image, image_size_and_channels):
+    for read in (open_image, partial(image_shape, kind="bytes")):
         with pytest.raises(BadImage, match=r"20000x20000 .* bomb"):
             read(bomb(20000, 20000))
 
@@ -440,8 +385,8 @@ for name in ("png", "webp"):
     shape = image_shape(str(folder / name), "image")
     image_pixels(str(folder / name), "image", 64, 3)
     large[name] = [*shape, peak_kib() - before]
-result = fuzz(400, 0)
-rows = parquet(folder / "x.parquet", [data for *_, data in mutated_files(400, 0)])
+result = fuzz(200, 0)
+rows = parquet(folder / "x.parquet", [data for *_, data in mutated_files(200, 0)])
 data = load(rows, resolution=16, channels=3, max_bad_fraction=0.99, cache_dir=str(folder))
 usable = data.rows_of(range(len(data))).tolist()
 print(json.dumps(result | {"usable": usable, "large": large, "grown": peak_kib() - before}))
@@ -463,7 +408,7 @@ def watched(tmp_path_factory):
 
 def test_mutated_files_end_in_pixels_or_in_bad_image(watched):
     """Of six formats; the benchmark does the same with ten thousand."""
-    assert watched["files"] == 400 and 100 < watched["refused"] < 300  # the mutations do bite, and not on everything
+    assert watched["files"] == 200 and 50 < watched["refused"] < 150  # the mutations do bite, and not on everything
     assert set(watched["refused_by_format"]) == {"PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"}
     assert watched["usable"] == [row for row, good in enumerate(watched["_good"]) if good]
     assert watched["grown"] / 1024 < 800
@@ -490,14 +435,9 @@ def test_the_endings_are_those_of_files_that_give_pixels():
 # Native channels
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "I;16", "I;16B", "I", "F"])
-def test_native_channels_of_grey(mode):
-    assert native_channels(Image.new(mode, (2, 2))) == 1
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"])
-def test_native_channels_of_colour(mode):
-    assert native_channels(Image.new(mode, (2, 2))) == 3
+def test_native_channels():
+    for channels, modes in {1: "1 L LA La I;16 I;16B I F", 3: "RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV"}.items():
+        assert {native_channels(Image.new(mode, (2, 2))) for mode in modes.split()} == {channels}
 
 
 def test_native_channels_of_palettes_are_those_of_the_colours_in_use():
@@ -508,7 +448,7 @@ def test_native_channels_of_palettes_are_those_of_the_colours_in_use():
     assert native_channels(palette_image(grey, indices)) == 1
     grey[indices[0, 0]] = (255, 0, 0)
     assert native_channels(palette_image(grey, indices)) == 3
-    assert image_size_and_channels(encoded(palette_image(grey, indices))) == (SIDE, SIDE, 3)
+    assert image_shape(encoded(palette_image(grey, indices)), "bytes") == (SIDE, SIDE, 3)
 
 
 # Arrays and arguments

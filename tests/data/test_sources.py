@@ -60,57 +60,21 @@ def test_flat_folder(load, tmp_path):
     assert (data.resolution, data.channels, data.name) == (8, 3, "pictures")
     assert data.class_names is None
     assert data.label_column is None
+    for one in ("0.png", "*.png"):
+        with pytest.raises(DataError, match="name the folder"):
+            load(tmp_path / "pictures" / one)
 
 
-def test_folder_of_classes(load, tmp_path):
-    for seed, name in enumerate(["cat", "dog", "cat"]):
-        write_image(tmp_path / "pets" / name / f"{seed}.png", rgb(seed))
-    data = load(tmp_path / "pets")
-    assert_holds(data, 0, 1, 2)
-    assert data.class_names == ["cat", "dog"]
-    labels = data.column("label", range(3)).tolist()
-    dog = [i for i, image in enumerate(all_pixels(data)) if np.array_equal(image, rgb(1))]
-    assert [i for i in range(3) if labels[i] == 1] == dog
-
-
-def test_nested_folders(load, tmp_path):
-    write_image(tmp_path / "deep" / "0.png", rgb(0))
-    write_image(tmp_path / "deep" / "a" / "b" / "1.PNG", rgb(1))
-    write_image(tmp_path / "deep" / ".hidden" / "2.png", rgb(2))
-    assert_holds(load(tmp_path / "deep"), 0, 1)
-
-
-def test_folder_with_metadata(load, tmp_path):
-    for seed in range(2):
-        write_image(tmp_path / "pictures" / f"{seed}.png", rgb(seed))
-    lines = ['{"file_name": "1.png", "text": "a one"}', '{"file_name": "0.png", "text": "a zero"}']
-    (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
-    data = load(tmp_path / "pictures", text_column="text")
-    for image, text in zip(all_pixels(data), data.column("text", range(2)), strict=True):
-        assert np.array_equal(image, rgb({"a zero": 0, "a one": 1}[text]))
-
-
-@pytest.mark.parametrize("classes", [False, True])
-def test_folders_named_after_splits(load, tmp_path, classes):
+def test_splits_of_folders_are_divided_and_named(load, tmp_path):
     for seed in range(4):
-        folder = tmp_path / "pictures" / ("train" if seed < 3 else "val")
-        write_image(folder / ("xyz"[seed % 2] if classes else "") / f"{seed}.png", rgb(seed))
-    data = load(tmp_path / "pictures")
-    assert_holds(data, 0, 1, 2)
-    assert data.class_names == (["x", "y"] if classes else None)
-    assert_holds(load(tmp_path / "pictures", split="validation"), 3)
-    assert len(load(tmp_path / "pictures", split="train[:2]")) == 2
+        write_image(tmp_path / "pictures" / ("train" if seed < 3 else "val") / f"{seed}.png", rgb(seed))
+    assert_holds(load(tmp_path / "pictures", split="train[:1]+validation"), 0, 3)
     with pytest.raises(DataError, match=r"no split 'test'.*\['train', 'validation'\]"):
         load(tmp_path / "pictures", split="test")
 
 
 def test_words_of_splits_elsewhere_leave_nothing_out(load, tmp_path):
     """The library's own rule would find only train/, and only "my test.png"."""
-    for seed, name in enumerate(["bus", "car", "train"]):
-        write_image(tmp_path / "vehicles" / name / f"{seed}.png", rgb(seed))
-    data = load(tmp_path / "vehicles")
-    assert_holds(data, 0, 1, 2)
-    assert data.class_names == ["bus", "car", "train"]
     write_image(tmp_path / "beside" / "train" / "0.png", rgb(0))
     write_image(tmp_path / "beside" / "1.png", rgb(1))
     assert_holds(load(tmp_path / "beside"), 0, 1)
@@ -243,7 +207,7 @@ def test_name_that_is_not_on_the_hub(load, monkeypatch):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), NotFound)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     try:
         with pytest.raises(DataError, match=r"DatasetNotFoundError: .*'owner/none'"):

@@ -14,6 +14,9 @@ from ..support.errors import DataError
 from .options import ConditionColumns
 
 KINDS = ("image", "image struct", "array", "bytes")  # of image columns, the most telling type first
+IMAGE_COLUMNS = (
+    "Image columns hold the Image feature, {bytes, path} structs, arrays [H, W] or [H, W, C] of uint8 (cast others), or bytes."
+)
 MAX_CLASSES = 2**16
 RESERVED = ("pixels", "pixels_digest", "skipped_reason", "skipped_file")  # the cache's own columns
 
@@ -65,10 +68,7 @@ def find_image_column(features: Features, named: str | None = None) -> str:
     if named is not None:
         check_column(named, features, "--image_column ")
         if kinds[named] is None:
-            raise DataError(
-                f"--image_column {named!r} has the type {features[named]}, which holds no images. Image columns hold "
-                "the Image feature, {bytes, path} structs, uint8 arrays [H, W] or [H, W, C], or bytes."
-            )
+            raise DataError(f"--image_column {named!r} has the type {features[named]}, which holds no images. {IMAGE_COLUMNS}")
         return named
     for kind in KINDS:
         candidates = [name for name in features if kinds[name] == kind]
@@ -77,7 +77,7 @@ def find_image_column(features: Features, named: str | None = None) -> str:
         if candidates:
             return candidates[0]
     columns = ", ".join(f"{name} ({feature})" for name, feature in features.items())
-    raise DataError(f"The data set has no image column. Its columns are: {columns}.")
+    raise DataError(f"The data set has no image column. Its columns are: {columns}. {IMAGE_COLUMNS}")
 
 
 def image_columns(features: Features) -> list[str]:

@@ -7,12 +7,14 @@ A file in an archive has a path such as "zip://cat/1.png::/data/pets.zip", as in
 import contextlib
 import hashlib
 import os
+import posixpath
 import stat
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,7 +24,7 @@ from huggingface_hub import get_session
 
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
-from .images import BadImage
+from .images import BadImage, image_file
 
 MAX_FILE_BYTES = 2**30  # of one image; the largest that is decoded (64 million pixels of 16 bytes) fits
 MAX_REMOTE_BYTES = 2**28  # of one that another machine sends, or a service that never ends
@@ -32,6 +34,7 @@ SAMPLING_THREADS = 16  # since files may lie on a network
 ARCHIVES = (".zip", ".tar")
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".lz4")  # cannot be read in any order
 HIDDEN = ("__MACOSX", "__pycache__")
+SHOWN = 3  # names in a message
 UNREADABLE = "the file cannot be read now"  # how the reason of an `UnreadableFile` begins
 
 
@@ -52,18 +55,38 @@ class File:
     @property
     def stem(self) -> str:
         """The name without its last suffix."""
-        return str(PurePosixPath(self.name).with_suffix(""))
+        return posixpath.splitext(self.name)[0]
 
     @property
     def suffix(self) -> str:
-        return PurePosixPath(self.name).suffix.lower()
+        return posixpath.splitext(self.name)[1].lower()
 
 
-def list_files(root: Path, leave_out: Callable[[str, str], None]) -> list[File]:
+@dataclass
+class Account:
+    """What was left out, and why: for one line of the log."""
+
+    names: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, reason: str, name: str) -> None:
+        self.names[reason].append(name)
+
+    def leave_out(self, reason: str, files: Iterable[File]) -> None:
+        for file in files:
+            self.add(reason, file.name)
+
+    def __str__(self) -> str:
+        return "; ".join(f"{reason}: {len(names)} ({some(names)})" for reason, names in sorted(self.names.items()))
+
+
+def some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def list_files(root: Path, account: Account) -> list[File]:
     """All files under a folder, sorted by name; links are followed, and each folder is read once.
 
-    `leave_out(reason, name)` is told of hidden files, broken links and links that lead in a circle. Raises DataError for a
-    folder that cannot be read.
+    Accounts for hidden files, broken links and links that lead in a circle. Raises DataError for a folder that cannot be read.
     """
     files, read, links = [], set(), []
     above = os.path.realpath(root) + os.sep
@@ -73,22 +96,22 @@ def list_files(root: Path, leave_out: Callable[[str, str], None]) -> list[File]:
         for entry in _entries(folder):
             name = "/".join([*names, entry.name])
             if entry.name.startswith(".") or entry.name in HIDDEN:
-                leave_out("hidden", name)
+                account.add("hidden", name)
             elif not _is_text(entry.name):
-                leave_out("name that is no text", ascii(name))
+                account.add("name that is no text", ascii(name))
             elif entry.is_dir():
                 links.append((entry.path, names, name)) if entry.is_symlink() else enter(entry.path, (*names, entry.name))
             elif entry.is_file():
                 files.append(File(name, entry.path, names))
             else:
-                leave_out("broken link" if entry.is_symlink() else "no ordinary file", name)
+                account.add("broken link" if entry.is_symlink() else "no ordinary file", name)
 
     enter(str(root), ())
     while links:  # after the real folders, so that what is linked twice is read under its own name
         path, names, name = links.pop(0)
         real = os.path.realpath(path)
         if real in read or above.startswith(real + os.sep):
-            leave_out("link to a folder that is read already", name)
+            account.add("link to a folder that is read already", name)
         else:
             enter(path, (*names, os.path.basename(path)))
     return sorted(files, key=lambda file: file.name)
@@ -111,7 +134,7 @@ def _entries(folder: str) -> list[os.DirEntry]:
         ) from error
 
 
-def list_archive(archive: File, folders: tuple[str, ...], leave_out: Callable[[str, str], None]) -> list[File]:
+def list_archive(archive: File, folders: tuple[str, ...], account: Account) -> list[File]:
     """The files in a zip or an uncompressed tar, as if it were one of these folders. Raises DataError if it cannot be read."""
     scheme, files = archive.suffix[1:], []
     try:
@@ -122,11 +145,11 @@ def list_archive(archive: File, folders: tuple[str, ...], leave_out: Callable[[s
             "folder."
         ) from error
     for member in members:
-        inside = PurePosixPath(member)
+        inside = PurePosixPath(member.replace("\\", "/"))  # as some programs pack on Windows
         parts = [part for part in inside.parts if part not in ("/", "..")]  # nothing is unpacked, so that none leads out
         name = "/".join([archive.name, *parts])
         if any(part.startswith(".") or part in HIDDEN for part in parts):
-            leave_out("hidden", name)
+            account.add("hidden", name)
         else:
             files.append(File(name, f"{scheme}://{member}::{archive.path}", (*folders, *parts[:-1])))
     return sorted(files, key=lambda file: file.name)
@@ -135,10 +158,10 @@ def list_archive(archive: File, folders: tuple[str, ...], leave_out: Callable[[s
 def _members(path: str) -> list[str]:
     if path.lower().endswith(".zip"):
         with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if not info.is_dir()]
-            if any(info.flag_bits & 1 for info in members):
+            members = {info.filename: info for info in archive.infolist() if not info.is_dir()}  # the last of a name
+            if any(info.flag_bits & 1 for info in members.values()):
                 raise ValueError("it is encrypted")
-            return [info.filename for info in members]
+            return list(members)
     return list(_tar_index(path, _stamp(os.stat(path))))
 
 
@@ -190,6 +213,16 @@ def _limited(path: str, size: int, limit: int, start: int = 0) -> bytes:
         return file.read(size)
 
 
+def text_of(file: File, limit: int) -> str | None:
+    """The content of a small UTF-8 file; None of any other."""
+    try:
+        return read_bytes(file.path, limit).decode("utf-8-sig")
+    except (UnicodeDecodeError, DataError):
+        return None
+    except OSError as error:
+        raise DataError(f"The file {file.path!r} cannot be read: {describe_exception(error)}.") from error
+
+
 @dataclass(frozen=True)
 class Reach:
     """Which files the rows of a data set may name: a table is written by others, and may name any file or address."""
@@ -200,8 +233,8 @@ class Reach:
 
     def fetched(self, value: Any) -> Any:
         """The image of a row, with its bytes in place of its path. Raises `BadImage`, or `UnreadableFile`."""
-        path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else None
-        if not path:
+        path = image_file(value, alone=True)
+        if path is None:
             return value
         try:
             return {"bytes": self._read(path), "path": path}
@@ -209,6 +242,12 @@ class Reach:
             raise BadImage(f"the row's file cannot be read: {error}") from error
         except Exception as error:  # the HTTP client's exceptions differ between versions of the library
             raise UnreadableFile(error) from error
+
+    def file_of(self, value: Any) -> dict[str, Any]:
+        """The image of a row as an ordinary file on this machine, if it is one: its beginning may say enough."""
+        path = image_file(value, alone=True)
+        local = self.local(path) if path and not in_archive(path) else None
+        return {"path": local} if local and os.path.isfile(local) else {}
 
     def local(self, path: str) -> str | None:
         """The file on this machine that has to be there for this path of a row; None if it may not be read, or is remote."""

@@ -24,7 +24,7 @@ MAX_PIXELS = 2**26
 
 GREY_MODES = ("1", "L", "LA", "La", *DEEP_MODES)
 
-ImageSource = bytes | str | Path
+ImageSource = bytes | str | Path | np.ndarray  # a file's content or path, or pixels, uint8
 
 
 def image_extensions() -> frozenset[str]:
@@ -33,20 +33,12 @@ def image_extensions() -> frozenset[str]:
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """The decoded image of a file's bytes or path, upright, in the file's mode and with the values that are meant.
+    """The decoded image, upright, in the file's mode and with the values that are meant.
 
     Raises `BadImage` for a file that is missing, empty, truncated, not an image, or absurdly large.
     """
     with as_bad_image(), _opened(source) as image:
         return settled(image)
-
-
-def image_size_and_channels(source: ImageSource) -> tuple[int, int, int]:
-    """(width, height, native channels) of a file's bytes or path, before any EXIF rotation; only palettes need decoding."""
-    with as_bad_image(), _opened(source) as image:
-        size = image.size
-        mapped = image.format == "TIFF" and image.mode in ("P", "PA")  # its palette may have to be settled
-        return *size, native_channels(settled(image) if mapped else image)
 
 
 def native_channels(image: Image.Image) -> int:
@@ -93,26 +85,26 @@ def array_to_image(array: np.ndarray) -> Image.Image:
 
 def image_pixels(value: Any, kind: str, resolution: int, channels: int) -> np.ndarray:
     """One row's image, uint8 [resolution, resolution, channels], from its value in a column of that kind. Raises `BadImage`."""
-    source = _stored_image(value, kind)
-    image = array_to_image(source) if isinstance(source, np.ndarray) else open_image(source)
-    return to_array(image, resolution, channels)
+    return to_array(open_image(_stored_image(value, kind)), resolution, channels)
 
 
 def image_shape(value: Any, kind: str) -> tuple[int, int, int]:
-    """(width, height, native channels) of one row's image, from its header if that suffices. Raises `BadImage`."""
-    source = _stored_image(value, kind)
-    if isinstance(source, np.ndarray):
-        image = array_to_image(source)
-        return *image.size, native_channels(image)
-    return image_size_and_channels(source)
+    """(width, height, native channels) of one row's image, before any EXIF rotation; only palettes need more than the header.
+
+    Raises `BadImage`.
+    """
+    with as_bad_image(), _opened(_stored_image(value, kind)) as image:
+        mapped = image.format == "TIFF" and image.mode in ("P", "PA")  # its palette may have to be settled
+        return *image.size, native_channels(settled(image) if mapped else image)
 
 
-def image_file(value: Any) -> str | None:
-    """The file that a row's image came from, if the row names one."""
-    return (value.get("path") if isinstance(value, dict) else None) or None
+def image_file(value: Any, alone: bool = False) -> str | None:
+    """The file that a row's image came from, if the row names one; if asked for, only where it stands `alone` for the image."""
+    named = isinstance(value, dict) and not (alone and value.get("bytes") is not None)
+    return (value.get("path") if named else None) or None
 
 
-def _stored_image(value: Any, kind: str) -> bytes | str | np.ndarray:
+def _stored_image(value: Any, kind: str) -> ImageSource:
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if value is None:
@@ -126,6 +118,9 @@ def _stored_image(value: Any, kind: str) -> bytes | str | np.ndarray:
 @contextmanager
 def _opened(source: ImageSource) -> Iterator[Image.Image]:
     """The image with only its header read; its file is closed at the end."""
+    if isinstance(source, np.ndarray):
+        yield array_to_image(source)
+        return
     if (len(source) if isinstance(source, bytes) else os.path.getsize(source)) == 0:
         raise BadImage("the file is empty (0 bytes)")
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:

@@ -65,7 +65,7 @@ class ImageSet:
     added, removed or replaced, when a caption or label is edited or a class renamed, and with the resolution and channels.
 
     - `ImageData`: of the preprocessed pixels of the usable rows in order, with the names, types and values of their columns.
-    - `StreamData`: of local files, of their names within the data, their sizes, and the first and last 64 KB of each (so an
+    - `StreamData`: of local files, of their names within the data, their sizes, and the first and last 8 KB of each (so an
       equally long edit in the middle of a large parquet file goes unnoticed), of the classes and of the columns read; of data
       on the Hub, of the commit. The two kinds never agree.
     """
@@ -223,7 +223,7 @@ def _note_resizing(source: Source, to: ImageSet) -> None:
     """Log that the images are resized or change their channels, as far as the first one tells."""
     first = source.dataset.with_format("arrow")[:1].column(to.roles.image)[0]
     with contextlib.suppress(BadImage):
-        width, height, channels = read_image(image_shape, to.roles.kind, source.reach, first.as_py())
+        width, height, channels = _shape_of(to.roles.kind, source.reach, first.as_py())
         size, wanted = (width, height, channels), (to.resolution, to.resolution, to.channels)
         if size != wanted:
             shapes = " to ".join(f"{w}x{h} with {c} channels" for w, h, c in (size, wanted))
@@ -334,10 +334,18 @@ def cache_features(kept: Features, size: int) -> Features:
 
 
 def _scan_batch(table: pa.Table, *, roles: ColumnRoles, reach: Reach, threads: int) -> pa.Table:
-    look = partial(read_image, image_shape, roles.kind, reach)
+    look = partial(_shape_of, roles.kind, reach)
     shapes, *why_bad = _each_image(table.column(roles.image), look, (0, 0, 0), threads)
     columns = dict(zip(SIZES, [*zip(*shapes, strict=True), *why_bad], strict=True))
     return pa.Table.from_pydict(columns, schema=SIZES.arrow_schema)
+
+
+def _shape_of(kind: str, reach: Reach, value: Any) -> tuple[int, int, int]:
+    """`image_shape` of a row's image, whose file is read as a whole only if its header does not suffice."""
+    with contextlib.suppress(BadImage):
+        if file := reach.file_of(value):
+            return image_shape(file, kind)
+    return read_image(image_shape, kind, reach, value)
 
 
 def _preprocess_batch(table: pa.Table, *, kept: list[str], to: ImageSet, reach: Reach, threads: int) -> pa.Table:

@@ -14,7 +14,9 @@ from typing import Any
 
 import datasets
 import huggingface_hub
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset
 from huggingface_hub import HfApi, metadata_load
 from huggingface_hub.errors import HfHubHTTPError
@@ -23,9 +25,10 @@ from ..support.errors import DataError
 from ..support.exceptions import describe_exception
 from .bundled import BUNDLED
 from .columns import ColumnRoles
-from .files import ARCHIVES, PACKED, File, Reach, content_of, stamps
-from .folders import SPLIT_NAMES, TABLES, Account, Folder, read_archives, read_folder
+from .files import ARCHIVES, PACKED, Account, File, Reach, content_of, some, stamps
+from .folders import TABLES, Folder, read_archives, read_folder
 from .options import DataOptions
+from .splits import SPLIT_COLUMNS, split_in_column, split_word
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +112,30 @@ def load_source(options: DataOptions, streaming: bool = False) -> Source:
         )
     if isinstance(source.dataset, Dataset) and len(source.dataset) == 0:
         raise DataError(f"The data set {name!r} has no rows in its split {split!r}. Choose another split.")
+    _warn_of_held_out_rows(source)
     return source
+
+
+def _warn_of_held_out_rows(source: Source) -> None:
+    """Log that a column would divide the rows of a table, which the names of its files alone do."""
+    name = next((name for name in source.dataset.column_names or () if name.lower() in SPLIT_COLUMNS), None)
+    if name is None or (isinstance(source.dataset, IterableDataset) and not source.files):
+        return
+    with contextlib.suppress(pa.ArrowException):  # of a stream of .arrow files
+        feature, values = source.dataset.features[name], column_of(source, name).unique().drop_null().to_pylist()
+        values = feature.int2str(values) if isinstance(feature, ClassLabel) else [str(value) for value in values if value != ""]
+        if len(values) > 1 and split_in_column(values):
+            words = (
+                "All rows of %r are read, whatever the column %r says (%s). Keep held-out rows in another file, test.parquet."
+            )
+            logger.warning(words, source.name, name, some(values))
+
+
+def column_of(source: Source, name: str) -> pa.ChunkedArray:
+    """One column of memory-mapped rows, or of the parquet files of a stream."""
+    if isinstance(source.dataset, Dataset):
+        return source.dataset.select_columns([name]).with_format("arrow")[:].column(0)
+    return pa.dataset.dataset(list(source.files)).to_table([name]).column(0)
 
 
 def _load_local(path: Path, found: list[str], options: DataOptions, streaming: bool) -> Source:
@@ -125,7 +151,8 @@ def _load_local(path: Path, found: list[str], options: DataOptions, streaming: b
         return _load_tables(files, path, options, streaming, Account())
     if suffixes <= set(ARCHIVES):
         return _load_folder(path, read_archives(path, files), options, streaming)
-    fix = "Unpack it and name the folder." if suffixes & set(PACKED) else "Use a folder or archive of images, or *.parquet."
+    fix = "Use a folder or archive of images, or *.parquet. Of images, name the folder that holds them."
+    fix = "Unpack it and name the folder." if suffixes & set(PACKED) else fix
     raise DataError(f"--dataset {options.dataset!r} is a file, but not parquet, zip or tar. {fix}")
 
 
@@ -212,8 +239,8 @@ def _load_tables(files: list[File], path: Path, options: DataOptions, streaming:
         )
     splits: dict[str, list[str]] = {}
     for file in files:
-        words = [*file.folders, *re.split(r"[-._\s\d]+", Path(file.stem).name)]
-        found = next((SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES), "") if path.is_dir() else ""
+        words = [split_word(name)[0] for name in (*file.folders, Path(file.stem).name)] if path.is_dir() else []
+        found = next(filter(None, words), "")
         splits.setdefault(found, []).append(file.path)
     if "" in splits and len(splits) > 1:
         raise DataError(
@@ -222,10 +249,8 @@ def _load_tables(files: list[File], path: Path, options: DataOptions, streaming:
         )
     splits = {name or "train": found for name, found in splits.items()}
     _check_split(path, options.split, list(splits))
-    builder, root = (
-        kinds.pop()[1:],
-        path if path.is_dir() else Path(os.path.commonpath([os.path.dirname(f.path) for f in files])),
-    )
+    builder = kinds.pop()[1:]
+    root = path if path.is_dir() else Path(os.path.commonpath([os.path.dirname(file.path) for file in files]))
     name = path.name if path.exists() else root.name
     read = tuple(file for split in options.split.split("+") for file in splits[split.partition("[")[0]])
     identity = hash_of(read, list(stamps(read)), options.split)

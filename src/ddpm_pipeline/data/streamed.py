@@ -13,7 +13,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset
 import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset
 from datasets.arrow_writer import ArrowWriter
@@ -39,7 +38,7 @@ from .mapped import (
 )
 from .options import UNCONDITIONAL, ConditionColumns, DataOptions
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
-from .sources import Source, as_data_error, cache_folder, hash_of, load_source
+from .sources import Source, as_data_error, cache_folder, column_of, hash_of, load_source
 
 READ_ROWS = 100  # rows requested at a time
 LOCAL_SHARDS = 256  # shards that a memory-mapped data set is read in
@@ -175,16 +174,12 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
 def _classes(source: Source, label_column: str) -> pa.Array:
     """The values of a label column that is no ClassLabel, from local files. Raises DataError for data on the Hub."""
     with as_data_error(f"the column {label_column!r}"):
-        if isinstance(source.dataset, Dataset):
-            column = source.dataset.select_columns([label_column]).with_format("arrow")[:].column(0)
-        elif source.files:
-            column = pa.dataset.dataset(list(source.files)).to_table([label_column]).column(0)
-        else:
+        if isinstance(source.dataset, IterableDataset) and not source.files:
             raise DataError(
                 f"--label_column {label_column!r} has the type {source.dataset.features[label_column]}, which does not say how "
                 "many classes there are. Drop --streaming, or choose a ClassLabel column."
             )
-        return occurring_classes(column, label_column)
+        return occurring_classes(column_of(source, label_column), label_column)
 
 
 def open_data(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -> ImageData | StreamData:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.bundled import BUNDLED
-from ..data.folders import split_word
 from ..data.options import DataOptions
+from ..data.splits import split_word
 from ..hub.card import CARD, card_of_folder, read_card, record_evaluation, refresh_card
 from ..support.atomic import temporary_beside, write_text
 from ..support.errors import ConfigError
