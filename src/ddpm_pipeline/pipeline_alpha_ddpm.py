@@ -111,7 +111,7 @@ class AlphaDDPMPipeline(StockFormatMixin, ClassConditioning, AlphaDDPMSampling, 
         elif labels is not None and len(labels) > 1:
             batch_size = len(labels)
         steps = Steps(num_inference_steps, timesteps, sigmas)
-        callback_inputs = tuple(callback_on_step_end_tensor_inputs)
+        callback_inputs = callback_on_step_end_tensor_inputs
         output = Output(output_type, return_dict, output_trajectory, callback_on_step_end, callback_inputs)
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         edit = self._edit(image, strength, mask_image, num_resamples, latents)

@@ -109,7 +109,7 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, TextConditioning, AlphaDDPM
         """
         check_unet(self.unet)  # it may have been replaced
         steps = Steps(num_inference_steps, timesteps, sigmas)
-        callback_inputs = tuple(callback_on_step_end_tensor_inputs)
+        callback_inputs = callback_on_step_end_tensor_inputs
         output = Output(output_type, return_dict, output_trajectory, callback_on_step_end, callback_inputs)
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         given = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}

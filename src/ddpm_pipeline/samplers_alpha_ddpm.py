@@ -90,29 +90,30 @@ def plain(value: Any) -> Any:
 
 def sampler_of(scheduler: Any) -> Sampler:
     """What a scheduler can do. Raises ValueError if it cannot sample from a DDPM model at all, or not from this kind."""
-    kind, config = type(scheduler), getattr(scheduler, "config", {})
-    known = next((SAMPLERS[base.__name__] for base in kind.__mro__ if base.__name__ in SAMPLERS), None)
-    foreign = kind.__module__.startswith("diffusers.") or not all(hasattr(scheduler, name) for name in NEEDED)
+    kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    known = next((SAMPLERS[base.__name__] for base in type(scheduler).__mro__ if base.__name__ in SAMPLERS), None)
+    foreign = type(scheduler).__module__.startswith("diffusers.") or not all(hasattr(scheduler, name) for name in NEEDED)
     if known is None and foreign:
-        raise ValueError(f"{kind.__name__} cannot sample from a DDPM model; {advice()}.")
+        raise ValueError(f"{kind} cannot sample from a DDPM model; {advice(kind)}.")
     if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
-        raise ValueError(f"{kind.__name__} is set to flow matching, which a DDPM model does not do; {advice()}.")
+        raise ValueError(f"{kind} is set to flow matching, which a DDPM model does not do; {advice(kind)}.")
     sampler = known or Sampler()
     if config.get("rescale_betas_zero_snr") and config.get("prediction_type") == "epsilon":
-        problem = f"{kind.__name__} is set to a chain that ends without signal, of which a noise prediction says nothing"
+        problem = f"{kind} is set to a chain that ends without signal, of which a noise prediction says nothing"
         raise ValueError(f"{problem}; set rescale_betas_zero_snr=False, or use a model that predicts x_0 or v.")
     if config.get("prediction_type") == "sample" and not sampler.sample_prediction:
-        problem = f"{kind.__name__} cannot use a model with prediction_type='sample'"
-        raise ValueError(f"{problem}; {advice(sample_prediction=True)}.")
+        problem = f"{kind} cannot use a model with prediction_type='sample'"
+        raise ValueError(f"{problem}; {advice(kind, sample_prediction=True)}.")
     if config.get("thresholding") and not sampler.thresholding:
-        problem = f"{kind.__name__} cannot do the thresholding that its config asks for"
-        raise ValueError(f"{problem}; set thresholding=False, or {advice(thresholding=True)}.")
+        problem = f"{kind} cannot do the thresholding that its config asks for"
+        raise ValueError(f"{problem}; set thresholding=False, or {advice(kind, thresholding=True)}.")
     return sampler
 
 
-def advice(**wanted: bool) -> str:
-    """Samplers that can do what is wanted, in words."""
-    able = [name for name, sampler in SAMPLERS.items() if all(getattr(sampler, key) == wanted[key] for key in wanted)]
+def advice(kind: str, **wanted: bool) -> str:
+    """Samplers of another kind that can do what is wanted, in words."""
+    others = {name: sampler for name, sampler in SAMPLERS.items() if name != kind}
+    able = [name for name, sampler in others.items() if all(getattr(sampler, key) == wanted[key] for key in wanted)]
     return f"use {', '.join(able[:NAMED])}"
 
 
@@ -120,9 +121,9 @@ def check_start(scheduler: Any, first: int, num_resamples: int) -> None:
     """Raise ValueError if the sampler cannot begin with its step of index `first`, or go over steps again."""
     sampler, kind = sampler_of(scheduler), type(scheduler).__name__
     if first and not sampler.middle:
-        raise ValueError(f"{kind} cannot begin in the middle of its chain; use strength=1, or {advice(middle=True)}.")
+        raise ValueError(f"{kind} cannot begin in the middle of its chain; use strength=1, or {advice(kind, middle=True)}.")
     if num_resamples > 1 and not sampler.resamples:
-        raise ValueError(f"num_resamples={num_resamples} needs steps back, which {kind} lacks; {advice(resamples=True)}.")
+        raise ValueError(f"num_resamples={num_resamples} needs steps back, which {kind} lacks; {advice(kind, resamples=True)}.")
 
 
 def set_timesteps(scheduler: Any, steps: Steps) -> Tensor:
@@ -145,15 +146,15 @@ def set_timesteps(scheduler: Any, steps: Steps) -> Tensor:
     except Exception as error:  # whatever a scheduler stumbles over
         given = [f"{name}={value}" for name, value in vars(steps).items() if value is not None and name != "count"]
         asked = given[0] if given else f"{count} steps"
-        raise ValueError(f"{kind} cannot run {asked} ({error}); choose others, or {advice()}.") from error
+        raise ValueError(f"{kind} cannot run {asked} ({error}); choose others, or {advice(kind)}.") from error
     lowest, highest = float(scheduler.timesteps.min()), float(scheduler.timesteps.max())
     if not 0 <= lowest <= highest <= total - 1:
         problem = f"{kind} cannot run {count} steps: they have timesteps from {lowest:g} to {highest:g}, outside 0..{total - 1}"
-        raise ValueError(f"{problem}; set steps_offset=0, choose another num_inference_steps, or {advice()}.")
+        raise ValueError(f"{problem}; set steps_offset=0, choose another num_inference_steps, or {advice(kind)}.")
     levels = getattr(scheduler, "sigmas", scheduler.timesteps)[: len(scheduler.timesteps)]
     if order_of(scheduler) == 1 and sampler_of(scheduler).middle and (levels[1:] == levels[:-1]).any():
         problem = f"{kind} cannot run {count} steps: two of them would have the same noise"
-        raise ValueError(f"{problem}; choose fewer num_inference_steps, timestep_spacing='trailing', or {advice()}.")
+        raise ValueError(f"{problem}; choose fewer num_inference_steps, timestep_spacing='trailing', or {advice(kind)}.")
     return scheduler.timesteps
 
 

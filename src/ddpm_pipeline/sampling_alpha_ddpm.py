@@ -86,15 +86,24 @@ class Output:
     def __post_init__(self) -> None:
         if self.type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={self.type!r} is not one of {', '.join(OUTPUT_TYPES)}.")
-        if unknown := sorted(set(self.callback_inputs) - set(CALLBACK_INPUTS)):
+        if self.callback is not None and not callable(self.callback):
+            raise TypeError(
+                f"callback_on_step_end={self.callback!r} must be a function (pipe, index, timestep, tensors) -> dict."
+            )
+        if unknown := [name for name in self._tensor_inputs if name not in CALLBACK_INPUTS]:
             raise ValueError(f"callback_on_step_end_tensor_inputs={unknown} are not in {', '.join(CALLBACK_INPUTS)}.")
+
+    @property
+    def _tensor_inputs(self) -> list[str]:
+        names = getattr(self.callback, "tensor_inputs", self.callback_inputs)  # diffusers' PipelineCallbacks bring their own
+        return [names] if isinstance(names, str) else list(names)
 
     def call_back(self, pipe: Any, index: int, t: Tensor, x: Tensor, step: Any) -> Tensor:
         """Show a step to the callback, if any, and return x [B, C, H, W] or what replaces it."""
         if self.callback is None:
             return x
         tensors = {"latents": x, "image": x, "pred_original_sample": getattr(step, "pred_original_sample", None)}
-        returned = self.callback(pipe, index, t, {name: tensors[name] for name in self.callback_inputs}) or {}
+        returned = self.callback(pipe, index, t, {name: tensors[name] for name in self._tensor_inputs}) or {}
         return next((returned[name] for name in ("latents", "image") if returned.get(name, x) is not x), x)
 
 
@@ -183,13 +192,13 @@ def check_finite(chain: Chain, unet: Any) -> None:
     index, by_sampler = wrong[0].tolist()
     kind, (_, t) = type(chain.scheduler).__name__, chain.steps[index]
     if by_sampler:
-        cause = f"the sampler's own step; use another num_inference_steps, or {advice()}"
+        cause = f"the sampler's own step; use another num_inference_steps, or {advice(kind)}"
     elif not all(weight.isfinite().all() for weight in unet.parameters()):
         cause = "the UNet, whose weights are not finite; load another checkpoint"
     elif unet.dtype == torch.float16:
         cause = "the UNet, in float16; use bfloat16 or float32, as in pipe.to(dtype=torch.float32)"
     else:
-        cause = f"the UNet's output; use a guidance_scale nearer 1 or more num_inference_steps, or {advice()}"
+        cause = f"the UNet's output; use a guidance_scale nearer 1 or more num_inference_steps, or {advice(kind)}"
     where = f"step {index + 1} of {len(chain.steps)} (timestep {t.item():g})"
     raise FloatingPointError(f"{kind} produced NaN or infinite values at {where}. They came from {cause}.")
 
