@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 from diffusers import UNet2DModel
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, close_session
 
 import ddpm_pipeline
 import hub_server
@@ -175,7 +175,7 @@ FAULTS = {
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that waits a second for an answer, not ten, and starts its own retries at once."""
-    from huggingface_hub.utils import _http, close_session, set_client_factory
+    from huggingface_hub.utils import _http, set_client_factory
 
     original = _http.default_client_factory
 
@@ -230,6 +230,15 @@ def test_refused_push_is_not_tried_again(hub, client: HfApi, folder: Path, statu
     with pytest.raises(PushError, match=advice):
         push(folder, f"org/refused-{status}", PushOptions(first_wait=30), api=client)
     assert 100 - fault.times == 1
+
+
+def test_push_is_not_tried_again_where_the_user_is_offline(client: HfApi, folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    close_session()  # it may have been made before
+    monkeypatch.setattr("ddpm_pipeline.hub.upload.time.sleep", lambda seconds: pytest.fail("a second try"))
+    with pytest.raises(PushError, match=r"offline(.|\n)*hub push"):
+        push(folder, "org/offline", api=client)
+    close_session()
 
 
 def test_push_to_a_branch_that_is_missing_is_refused_at_once(hub, client: HfApi, folder: Path) -> None:
