@@ -79,8 +79,8 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def sampler_of(scheduler: Any) -> Sampler:
-    """What a scheduler can do. Raises ValueError if it cannot sample from a DDPM model at all, or not from this kind."""
+def general_sampler_of(scheduler: Any) -> Sampler:
+    """What a scheduler can do with some DDPM model. Raises ValueError if it cannot sample from any."""
     kind, config = type(scheduler), getattr(scheduler, "config", {})
     known = next((SAMPLERS[base.__name__] for base in kind.__mro__ if base.__name__ in SAMPLERS), None)
     foreign = kind.__module__.startswith("diffusers.") or not all(hasattr(scheduler, name) for name in NEEDED)
@@ -88,7 +88,12 @@ def sampler_of(scheduler: Any) -> Sampler:
         raise ValueError(f"{kind.__name__} cannot sample from a DDPM model; {advice()}.")
     if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
         raise ValueError(f"{kind.__name__} is set to flow matching, which a DDPM model does not do; {advice()}.")
-    sampler = known or Sampler()
+    return known or Sampler()
+
+
+def sampler_of(scheduler: Any) -> Sampler:
+    """What a scheduler can do. Raises ValueError if it cannot sample from a DDPM model at all, or not from this kind."""
+    sampler, kind, config = general_sampler_of(scheduler), type(scheduler), getattr(scheduler, "config", {})
     if config.get("prediction_type") == "sample" and not sampler.sample_prediction:
         problem = f"{kind.__name__} cannot use a model with prediction_type='sample'"
         raise ValueError(f"{problem}; {advice(sample_prediction=True)}.")

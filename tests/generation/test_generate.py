@@ -123,9 +123,14 @@ def test_damaged_files_do_not_count(options, expected, capsys):
     folder = generate(options)
     for number, content in ((1, b""), (4, expected["000004.png"][:-20]), (6, b"no picture")):
         (folder / f"{number:06d}.png").write_bytes(content)
+    Image.new("L", (8, 8)).save(folder / "000002.png", "JPEG")
+    Image.new("L", (9, 8)).save(folder / "000007.png")
     generate(options)
     assert files(folder) == expected
-    assert "3 damaged images" in capsys.readouterr().err
+    assert "5 damaged images" in capsys.readouterr().err
+    (folder / "000009.png").mkdir()
+    with pytest.raises(ConfigError, match=r"000009\.png is a folder"):
+        generate(options.with_values(num_images=12))
     (folder / "generation.json").write_bytes((folder / "generation.json").read_bytes()[:30])
     with pytest.raises(ConfigError, match=r"generation\.json is damaged"):
         generate(options)
@@ -270,6 +275,7 @@ def test_prompts_are_sampled_in_turn(options, text_model, tmp_path):
         ("text", {"class_labels": "dog"}, "--class_labels does not fit"),
         ("class", {"class_labels": "dgo"}, "near it: 'dog'"),
         ("class", {"class_labels": "3"}, "ids are 0 to 2"),
+        ("class", {"class_labels": "²"}, "no class '²'"),
         ("class", {"prompts": "dog"}, "--prompts does not fit"),
         ("none", {"class_labels": "dog"}, "--class_labels does not fit"),
         ("none", {"guidance_scale": 2.0}, "--guidance_scale 2.0 needs a conditional model"),

@@ -49,7 +49,7 @@ def check_destinations(options: EvaluationOptions) -> None:
     try:
         card_of_folder(folder, folder.name, read_card(folder))
     except ValueError as error:  # a model of the early layout, say
-        raise ConfigError(f"{folder / CARD} cannot be updated: {describe_exception(error)}; mend it, {advice}.") from error
+        raise ConfigError(f"{folder / CARD} cannot be updated: {error} Mend it, {advice}.") from error
 
 
 def _try_to_write(path: Path, advice: str) -> None:
