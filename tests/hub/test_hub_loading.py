@@ -442,8 +442,8 @@ def check_examples_of_the_card_run():
                 arguments = ["seven"] if name == "text-fixed" else []
                 raises((ValueError, TypeError, RuntimeError), lambda: names["pipe"](*arguments, num_inference_steps=2))
                 assert "cannot be told a class" in text or "learned variance" in text
-        modular = {"ddpm_pipeline": ddpm_pipeline}
-        exec(re.search(r"`(pipe = .*init_pipeline.*)`, then `(.*)`", text).expand(r"\1; \2"), modular)
+        modular = {"ddpm_pipeline": __import__("ddpm_pipeline")}
+        exec("; ".join(re.search(r"`(pipe = .*init_pipeline.*)`, then `(.*)`", text).groups()), modular)
         assert modular["pipe"].unet.config == names["pipe"].unet.config
 
 def check_text_models_load_through_the_auto_class():

@@ -134,6 +134,9 @@ def test_push_refuses_what_must_not_leave(client: HfApi, folder: Path, tmp_path:
     (folder / "unet" / ".env").unlink()
     with pytest.raises(ValueError, match="not a pipeline folder"):
         push(tmp_path, "org/refused", api=client)
+    for pattern in ("/etc/passwd", ""):
+        with pytest.raises(ValueError, match=f"'{pattern}' must name files relative to"):
+            push(folder, "org/refused", PushOptions(include=[pattern]), api=client)
 
 
 def test_format_follows_what_the_pipeline_class_says(pipe, tmp_path: Path) -> None:
@@ -219,7 +222,7 @@ REFUSALS = {
     401: ("POST", COMMIT, "hf auth login"),
     403: ("POST", PREUPLOAD, "right to write"),
     404: ("POST", COMMIT, "name of the repository"),
-    409: ("POST", COMMIT, "org/refused-409"),
+    **{status: ("POST", COMMIT, f"org/refused-{status}") for status in (400, 402, 409, 410, 413, 422, 451)},
 }
 
 
@@ -230,6 +233,18 @@ def test_refused_push_is_not_tried_again(hub, client: HfApi, folder: Path, statu
     with pytest.raises(PushError, match=advice):
         push(folder, f"org/refused-{status}", PushOptions(first_wait=30), api=client)
     assert 100 - fault.times == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [({"Retry-After": "41"}, 41), ({"RateLimit": '"api";r=0;t=42'}, 42), ({"Retry-After": "9999"}, 300), ({}, 2)],
+)
+def test_push_waits_as_long_as_the_hub_asks_for(hub, client: HfApi, folder: Path, monkeypatch, headers, seconds: int) -> None:
+    waits = []
+    monkeypatch.setattr("ddpm_pipeline.hub.upload.time.sleep", waits.append)
+    hub.fail("POST", COMMIT, status=429, headers=headers)
+    push(folder, f"org/limited-{seconds}", api=client)
+    assert [wait for wait in waits if wait] == [seconds]  # the server sleeps too
 
 
 def test_push_is_not_tried_again_where_the_user_is_offline(client: HfApi, folder: Path, monkeypatch) -> None:
