@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import os
 import re
 import runpy
 import shutil
@@ -192,12 +193,14 @@ def test_models_with_samplers_of_others_have_the_same_likelihood(model, cache, t
 
 
 def test_first_images_of_a_stream(model, cache, tmp_path):
+    (tmp_path / "link.json").symlink_to("stream.json")
     result = evaluate(
         options_for(
             model, cache, streaming=True, split="train", num_images=6, num_likelihood_images=8,
-            output=str(tmp_path / "stream.json"), update_card=False,
+            output=str(tmp_path / "link.json"), update_card=False,
         )
     )  # fmt: skip
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "stream.json").read_text()) == result
     assert (result["quality"]["num_real"], result["bits_per_dim"]["num_images"]) == (8, 8)
 
 
@@ -368,12 +371,13 @@ def quick(model: Path, cache: str, **more) -> EvaluationOptions:
     return options_for(model, cache, num_images=0, num_likelihood_images=2, likelihood_calls=3, **more)
 
 
-@pytest.mark.parametrize("output", ["folder", "file/e.json"])
+@pytest.mark.parametrize("output", ["folder", "file/e.json", "pipe", "x" * 300])
 def test_results_that_cannot_be_written_are_refused_before_anything_is_computed(
     own_model, cache, tmp_path, monkeypatch, output
 ):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")  # which, as /dev/stdout, a file must not replace
     monkeypatch.setattr(run, "likelihood_of", None)
     with pytest.raises(ConfigError, match="--output"):
         evaluate(quick(own_model, cache, output=str(tmp_path / output)))

@@ -164,7 +164,7 @@ def test_push_keeps_every_key_of_front_matter_written_elsewhere(hub, client, fol
 ODD_FRONT_MATTER = {
     "one line": "{license: mit, tags: [a]}", "anchors": "license: &l mit\ntags: &t [a]\nother: {is: *t}", "empty": "",
     "quoted keys": "'license': mit\n\"tags\": [a]", "a key twice": "license: apache-2.0\nlicense: mit\ntags: a",
-    "not a number": "tags: [a]\nscore: .nan", "aliases of aliases": "tags: [a]\na0: &a0 [x]\n" + "\n".join(
+    "aliases of aliases": "tags: [a]\na0: &a0 [x]\n" + "\n".join(
         f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]" for n in range(12)),
 }  # fmt: skip
 
@@ -175,8 +175,8 @@ def test_front_matter_in_any_style_takes_our_keys(pipe, front: str) -> None:
     data = metadata(refresh_card(f"---\n{ODD_FRONT_MATTER[front]}\n---\n", card_of(pipe, license="bsd")))
     assert data["license"] == theirs.get("license", "bsd") and data["library_name"] == "diffusers"
     assert data["tags"] == ["a"] * bool(theirs) + ["ddpm", "ddpm-pipeline", "pytorch"]
-    assert theirs.keys() <= data.keys() and str(data.get("score")) == str(theirs.get("score"))
-    assert "aliases" in front or "number" in front or {**data, **theirs, "tags": data["tags"]} == data
+    assert theirs.keys() <= data.keys()
+    assert "aliases" in front or {**data, **theirs, "tags": data["tags"]} == data
 
 
 @pytest.mark.parametrize("front", ["license: [mit", "just words", "- a\n- b", "license: mit\n\ttabs: bad", "day: 2024-13-45"])
@@ -201,6 +201,8 @@ def test_marks_are_marks_on_lines_of_their_own_outside_of_code(pipe) -> None:
         existing = EDITED.replace("My introduction", other + "\nMy introduction")
         refreshed = refresh_card(existing, card_of(pipe))
         assert other in refreshed and refreshed.count("8x8") == 1, around
+    prose = "see " + quoted.replace("\n<", "\nand <")
+    assert refresh_card(prose, card_of(pipe)) == prose
     crossed = "<!-- ddpm-pipeline: summary -->\na\n<!-- ddpm-pipeline: limits -->\nb\n<!-- /ddpm-pipeline: summary -->\n"
     assert refresh_card(crossed, card_of(pipe)) == crossed
 

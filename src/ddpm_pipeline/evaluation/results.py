@@ -19,7 +19,7 @@ from .options import EvaluationOptions
 
 def json_file(options: EvaluationOptions) -> Path:
     folder, output = Path(options.sampling.model), options.results.output
-    return Path(output) if output else (folder if folder.is_dir() else Path()) / "evaluation.json"
+    return Path(output).resolve() if output else (folder if folder.is_dir() else Path()) / "evaluation.json"
 
 
 def card_folder(options: EvaluationOptions) -> Path | None:
@@ -39,8 +39,6 @@ def split_name(data: DataOptions) -> str | None:
 def check_destinations(options: EvaluationOptions) -> None:
     """Raises ConfigError if the figures could not be written."""
     path, folder = json_file(options), card_folder(options)
-    if path.is_dir():
-        raise ConfigError(f"--output {path} is a folder; name a file in it.")
     _try_to_write(path, "name another file with --output")
     if folder is None:
         return
@@ -55,6 +53,8 @@ def check_destinations(options: EvaluationOptions) -> None:
 def _try_to_write(path: Path, advice: str) -> None:
     temporary = temporary_beside(path)
     try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is a folder, a device or a pipe; {advice}.")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         temporary.unlink()
