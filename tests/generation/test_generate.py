@@ -16,6 +16,7 @@ from PIL import Image
 import text_models
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, describe_conditions
 from ddpm_pipeline.generation import GenerationOptions, generate, sample_uint8
+from ddpm_pipeline.generation import folder as module
 from ddpm_pipeline.generation.options import SCHEDULERS, OutputOptions
 from ddpm_pipeline.generation.pipelines import load_pipeline, scheduler_for
 from ddpm_pipeline.support.draws import RandomStream, seeds
@@ -96,6 +97,21 @@ def test_parquet_holds_the_same_images(options, expected, tmp_path):
     generate(options.with_values(num_images=5))  # they are there
     with pytest.raises(ConfigError, match=r"images\.parquet with 9 images"):
         generate(options.with_values(num_images=10))
+
+
+def test_two_runs_at_once_make_one_parquet_file(options, monkeypatch):
+    """The other one writes it, and removes the images, while this one reads them."""
+    folder, write = generate(options), module._write_parquet
+
+    def write_second(whole: Path, paths: list[Path]) -> None:
+        write(whole, paths)
+        for path in paths:
+            path.unlink()
+        write(whole, paths)
+
+    monkeypatch.setattr(module, "_write_parquet", write_second)
+    generate(options.with_values(format="parquet"))
+    assert [path.name for path in sorted(folder.iterdir())] == ["generation.json", "images.parquet"]
 
 
 def test_folder_of_other_images_is_refused(options, tmp_path):

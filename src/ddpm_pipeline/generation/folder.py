@@ -107,15 +107,22 @@ def image_path(folder: Path, number: int) -> Path:
 
 def to_parquet(folder: Path, count: int) -> None:
     """The PNGs as one file that the datasets library reads as images; they are removed once it is complete."""
+    whole, paths = folder / PARQUET_FILE, [image_path(folder, number) for number in range(count)]
+    try:
+        if not whole.is_file():
+            _write_parquet(whole, paths)
+    except FileNotFoundError:
+        if not whole.is_file():  # else another process has written it, and removed the PNGs, meanwhile
+            raise
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _write_parquet(whole: Path, paths: list[Path]) -> None:
     features = {"info": {"features": {"image": {"_type": "Image"}, "number": {"_type": "Value", "dtype": "int64"}}}}
     image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     schema = pa.schema({"image": image, "number": pa.int64()}, metadata={"huggingface": json.dumps(features)})
-    paths = [image_path(folder, number) for number in range(count)]
-    if not (folder / PARQUET_FILE).is_file():
-        with atomic_file(folder / PARQUET_FILE) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-            for start in range(0, count, ROWS_AT_ONCE):
-                rows = [{"bytes": path.read_bytes(), "path": path.name} for path in paths[start : start + ROWS_AT_ONCE]]
-                columns = {"image": rows, "number": range(start, start + len(rows))}
-                writer.write_table(pa.Table.from_pydict(columns, schema))
-    for path in paths:
-        path.unlink(missing_ok=True)
+    with atomic_file(whole) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for start in range(0, len(paths), ROWS_AT_ONCE):
+            rows = [{"bytes": path.read_bytes(), "path": path.name} for path in paths[start : start + ROWS_AT_ONCE]]
+            writer.write_table(pa.Table.from_pydict({"image": rows, "number": range(start, start + len(rows))}, schema))

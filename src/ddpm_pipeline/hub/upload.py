@@ -3,6 +3,7 @@
 Imports huggingface_hub alone, so that the command starts at once. Called by training and by the pipelines' `push_to_hub`.
 """
 
+import errno
 import json
 import logging
 import os
@@ -75,6 +76,8 @@ def _switch(source: Path, folder: Path) -> None:
     """Move a complete pipeline from `source` into `folder`, and remove what else an earlier one would load there."""
     new = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
     components = {path.split("/")[0] for path in new if "/" in path}
+    if blocked := [folder / path for path in new if (folder / path).is_dir()]:  # before the earlier model is touched
+        raise FileExistsError(errno.EEXIST, "a folder in the place of a file of the model; move it away", str(blocked[0]))
     for name in components:
         if (folder / name).is_symlink():  # what it leads to is not ours to replace
             (folder / name).unlink()
