@@ -27,6 +27,7 @@ TEST = [
     "pytest>=8.0",
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
+    "markdown-it-py>=3.0",
     "mpmath>=1.3",
     "scipy>=1.11",
     "torchsde>=0.2.6",

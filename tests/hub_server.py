@@ -39,6 +39,7 @@ class Fault:
     stall: float = 0.0  # ... after this many seconds ...
     lose_answer: bool = False  # ... or carry the request out and hang up instead of answering
     times: int = 1
+    headers: dict[str, str] = field(default_factory=dict)  # of the answer
 
     def matches(self, method: str, path: str) -> bool:
         return self.times > 0 and method == self.method and re.search(self.path, path) is not None
@@ -160,8 +161,8 @@ class Handler(BaseHTTPRequestHandler):
             headers.setdefault("Content-Type", "application/json")
         self.answer = status, data, headers
 
-    def refuse(self, status: int, code: str, message: str) -> None:
-        self.send(status, {"error": message}, {"X-Error-Code": code, "X-Error-Message": message})
+    def refuse(self, status: int, code: str, message: str, more: dict[str, str] | None = None) -> None:
+        self.send(status, {"error": message}, {"X-Error-Code": code, "X-Error-Message": message, **(more or {})})
 
     def deliver(self) -> None:
         status, data, headers = self.answer
@@ -184,7 +185,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
         data = self.body()
         if fault is not None and fault.status:
-            self.refuse(fault.status, "InjectedFault", HTTPStatus(fault.status).phrase)
+            self.refuse(fault.status, "InjectedFault", HTTPStatus(fault.status).phrase, fault.headers)
         else:
             with self.hub.lock:  # not while answering: a client may take its time to read, and ask for something else first
                 self.carry_out(url.path, data)

@@ -88,8 +88,8 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def sampler_of(scheduler: Any) -> Sampler:
-    """What a scheduler can do. Raises ValueError if it cannot sample from a DDPM model at all, or not from this kind."""
+def general_sampler_of(scheduler: Any) -> Sampler:
+    """What a scheduler can do with some DDPM model. Raises ValueError if it cannot sample from any."""
     kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     known = next((SAMPLERS[base.__name__] for base in type(scheduler).__mro__ if base.__name__ in SAMPLERS), None)
     foreign = type(scheduler).__module__.startswith("diffusers.") or not all(hasattr(scheduler, name) for name in NEEDED)
@@ -97,7 +97,12 @@ def sampler_of(scheduler: Any) -> Sampler:
         raise ValueError(f"{kind} cannot sample from a DDPM model; {advice(kind)}.")
     if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
         raise ValueError(f"{kind} is set to flow matching, which a DDPM model does not do; {advice(kind)}.")
-    sampler = known or Sampler()
+    return known or Sampler()
+
+
+def sampler_of(scheduler: Any) -> Sampler:
+    """What a scheduler can do. Raises ValueError if it cannot sample from a DDPM model at all, or not from this kind."""
+    sampler, kind, config = general_sampler_of(scheduler), type(scheduler).__name__, getattr(scheduler, "config", {})
     if config.get("rescale_betas_zero_snr") and config.get("prediction_type") == "epsilon":
         problem = f"{kind} is set to a chain that ends without signal, of which a noise prediction says nothing"
         raise ValueError(f"{problem}; set rescale_betas_zero_snr=False, or use a model that predicts x_0 or v.")

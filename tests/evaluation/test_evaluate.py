@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import os
 import re
 import runpy
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, EDMEulerScheduler, PNDMScheduler
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
@@ -177,13 +179,28 @@ def test_another_sampler_and_an_estimated_bound(model, cache, tmp_path):
     assert (model / "README.md").read_bytes() == before
 
 
+def test_models_with_samplers_of_others_have_the_same_likelihood(model, cache, tmp_path):
+    pipe, found = AlphaDDPMPipeline.from_pretrained(model), []
+    for kind in (DDPMScheduler, DDIMScheduler, PNDMScheduler):
+        scheduler = kind(num_train_timesteps=12, beta_start=0.02, beta_end=0.6)
+        DDPMPipeline(pipe.unet, scheduler).save_pretrained(tmp_path / kind.__name__)
+        options = {"num_images": 0, "num_likelihood_images": 2, "likelihood_calls": 3}
+        found.append(evaluate(options_for(tmp_path / kind.__name__, cache, **options))["bits_per_dim"])
+    assert found[0] == found[1] == found[2] and found[0]["variance_type"] == "fixed_small"
+    DDPMPipeline(pipe.unet, EDMEulerScheduler()).save_pretrained(tmp_path / "edm")
+    with pytest.raises(ConfigError, match="is no DDPM: EDMEulerScheduler"):  # of which a bound would be of another process
+        evaluate(options_for(tmp_path / "edm", cache, num_images=0))
+
+
 def test_first_images_of_a_stream(model, cache, tmp_path):
+    (tmp_path / "link.json").symlink_to("stream.json")
     result = evaluate(
         options_for(
             model, cache, streaming=True, split="train", num_images=6, num_likelihood_images=8,
-            output=str(tmp_path / "stream.json"), update_card=False,
+            output=str(tmp_path / "link.json"), update_card=False,
         )
     )  # fmt: skip
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "stream.json").read_text()) == result
     assert (result["quality"]["num_real"], result["bits_per_dim"]["num_images"]) == (8, 8)
 
 
@@ -290,6 +307,7 @@ def leave(*_):
 fine = lambda: Of(flat)
 constant = lambda: Of(lambda images: torch.ones(len(images), 4))
 half = lambda: Of(lambda images: images.flatten(1).half())
+random = lambda: Of(lambda images: flat(images) + torch.rand(len(images), 1))
 whole = lambda: Of(lambda images: (100 * images.flatten(1)).long())
 a_number, a_function = 7, lambda: flat
 nothing = lambda: None
@@ -309,7 +327,7 @@ with_logits = lambda: Two(lambda images: images[:, 0, 0, :3])
 with_maps_as_logits = lambda: Two(lambda images: images)
 nan_on_data = lambda: Of(lambda images: torch.where(images[:, 0, 0, :3] == -1, torch.nan, 0.0))
 """
-WORKING = ("fine", "constant", "half", "whole", "with_logits")
+WORKING = ("fine", "half", "whole", "with_logits")
 FUNCTIONS = re.findall(r"^(\w+)[, \w]* = ", MODULE, flags=re.MULTILINE)
 
 
@@ -353,12 +371,13 @@ def quick(model: Path, cache: str, **more) -> EvaluationOptions:
     return options_for(model, cache, num_images=0, num_likelihood_images=2, likelihood_calls=3, **more)
 
 
-@pytest.mark.parametrize("output", ["folder", "file/e.json"])
+@pytest.mark.parametrize("output", ["folder", "file/e.json", "pipe", "x" * 300])
 def test_results_that_cannot_be_written_are_refused_before_anything_is_computed(
     own_model, cache, tmp_path, monkeypatch, output
 ):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")  # which, as /dev/stdout, a file must not replace
     monkeypatch.setattr(run, "likelihood_of", None)
     with pytest.raises(ConfigError, match="--output"):
         evaluate(quick(own_model, cache, output=str(tmp_path / output)))

@@ -16,6 +16,7 @@ from PIL import Image
 import text_models
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, describe_conditions
 from ddpm_pipeline.generation import GenerationOptions, generate, sample_uint8
+from ddpm_pipeline.generation import folder as module
 from ddpm_pipeline.generation.options import SCHEDULERS, OutputOptions
 from ddpm_pipeline.generation.pipelines import load_pipeline, scheduler_for
 from ddpm_pipeline.support.draws import RandomStream, seeds
@@ -98,6 +99,21 @@ def test_parquet_holds_the_same_images(options, expected, tmp_path):
         generate(options.with_values(num_images=10))
 
 
+def test_two_runs_at_once_make_one_parquet_file(options, monkeypatch):
+    """The other one writes it, and removes the images, while this one reads them."""
+    folder, write = generate(options), module._write_parquet
+
+    def write_second(whole: Path, paths: list[Path]) -> None:
+        write(whole, paths)
+        for path in paths:
+            path.unlink()
+        write(whole, paths)
+
+    monkeypatch.setattr(module, "_write_parquet", write_second)
+    generate(options.with_values(format="parquet"))
+    assert [path.name for path in sorted(folder.iterdir())] == ["generation.json", "images.parquet"]
+
+
 def test_folder_of_other_images_is_refused(options, tmp_path):
     folder = generate(options.with_values(num_images=2))
     before = files(folder)
@@ -123,9 +139,14 @@ def test_damaged_files_do_not_count(options, expected, capsys):
     folder = generate(options)
     for number, content in ((1, b""), (4, expected["000004.png"][:-20]), (6, b"no picture")):
         (folder / f"{number:06d}.png").write_bytes(content)
+    Image.new("L", (8, 8)).save(folder / "000002.png", "JPEG")
+    Image.new("L", (9, 8)).save(folder / "000007.png")
     generate(options)
     assert files(folder) == expected
-    assert "3 damaged images" in capsys.readouterr().err
+    assert "5 damaged images" in capsys.readouterr().err
+    (folder / "000009.png").mkdir()
+    with pytest.raises(ConfigError, match=r"000009\.png is a folder"):
+        generate(options.with_values(num_images=12))
     (folder / "generation.json").write_bytes((folder / "generation.json").read_bytes()[:30])
     with pytest.raises(ConfigError, match=r"generation\.json is damaged"):
         generate(options)
@@ -270,6 +291,7 @@ def test_prompts_are_sampled_in_turn(options, text_model, tmp_path):
         ("text", {"class_labels": "dog"}, "--class_labels does not fit"),
         ("class", {"class_labels": "dgo"}, "near it: 'dog'"),
         ("class", {"class_labels": "3"}, "ids are 0 to 2"),
+        ("class", {"class_labels": "²"}, "no class '²'"),
         ("class", {"prompts": "dog"}, "--prompts does not fit"),
         ("none", {"class_labels": "dog"}, "--class_labels does not fit"),
         ("none", {"guidance_scale": 2.0}, "--guidance_scale 2.0 needs a conditional model"),

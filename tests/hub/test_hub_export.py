@@ -116,3 +116,15 @@ def test_export_replaces_a_link_and_not_what_it_leads_to(models: tuple[Path, Pat
     assert contents(tmp_path / "base") == contents(models[0])
     assert {**contents(models[1]), "README.md": contents(models[0])["model_index.json"]} == contents(tmp_path / "run")
     assert json.loads((tmp_path / "run/model_index.json").read_text())["_class_name"] == "DDPMPipeline"
+
+
+@pytest.mark.parametrize("blocked", ["README.md", "unet/diffusion_pytorch_model.safetensors", "model_index.json"])
+def test_folder_in_the_place_of_a_file_costs_no_model(
+    pipe: AlphaDDPMPipeline, models: tuple[Path, Path], tmp_path, blocked
+) -> None:
+    old = contents(shutil.copytree(models[0], tmp_path / "run"))
+    (tmp_path / "run" / blocked).unlink(missing_ok=True)
+    (tmp_path / "run" / blocked).mkdir()
+    with pytest.raises(OSError, match="a folder in the place of"):
+        export(pipe, tmp_path / "run", card_of(pipe))
+    assert contents(tmp_path / "run") == {name: content for name, content in old.items() if name != blocked}

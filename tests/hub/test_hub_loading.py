@@ -442,6 +442,9 @@ def check_examples_of_the_card_run():
                 arguments = ["seven"] if name == "text-fixed" else []
                 raises((ValueError, TypeError, RuntimeError), lambda: names["pipe"](*arguments, num_inference_steps=2))
                 assert "cannot be told a class" in text or "learned variance" in text
+        modular = {"ddpm_pipeline": __import__("ddpm_pipeline")}
+        exec("; ".join(re.search(r"`(pipe = .*init_pipeline.*)`, then `(.*)`", text).groups()), modular)
+        assert torch.equal(modular["pipe"].unet.conv_out.weight, names["pipe"].unet.conv_out.weight)
 
 def check_text_models_load_through_the_auto_class():
     from diffusers import AutoPipelineForText2Image

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 from diffusers import UNet2DModel
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, close_session
 
 import ddpm_pipeline
 import hub_server
@@ -134,6 +134,9 @@ def test_push_refuses_what_must_not_leave(client: HfApi, folder: Path, tmp_path:
     (folder / "unet" / ".env").unlink()
     with pytest.raises(ValueError, match="not a pipeline folder"):
         push(tmp_path, "org/refused", api=client)
+    for pattern in ("/etc/passwd", ""):
+        with pytest.raises(ValueError, match=f"'{pattern}' must name files relative to"):
+            push(folder, "org/refused", PushOptions(include=[pattern]), api=client)
 
 
 def test_format_follows_what_the_pipeline_class_says(pipe, tmp_path: Path) -> None:
@@ -175,7 +178,7 @@ FAULTS = {
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that waits a second for an answer, not ten, and starts its own retries at once."""
-    from huggingface_hub.utils import _http, close_session, set_client_factory
+    from huggingface_hub.utils import _http, set_client_factory
 
     original = _http.default_client_factory
 
@@ -219,7 +222,7 @@ REFUSALS = {
     401: ("POST", COMMIT, "hf auth login"),
     403: ("POST", PREUPLOAD, "right to write"),
     404: ("POST", COMMIT, "name of the repository"),
-    409: ("POST", COMMIT, "org/refused-409"),
+    **{status: ("POST", COMMIT, f"org/refused-{status}") for status in (400, 402, 409, 410, 413, 422, 451)},
 }
 
 
@@ -230,6 +233,27 @@ def test_refused_push_is_not_tried_again(hub, client: HfApi, folder: Path, statu
     with pytest.raises(PushError, match=advice):
         push(folder, f"org/refused-{status}", PushOptions(first_wait=30), api=client)
     assert 100 - fault.times == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [({"Retry-After": "41"}, 41), ({"RateLimit": '"api";r=0;t=42'}, 42), ({"Retry-After": "9999"}, 300), ({}, 2)],
+)
+def test_push_waits_as_long_as_the_hub_asks_for(hub, client: HfApi, folder: Path, monkeypatch, headers, seconds: int) -> None:
+    waits = []
+    monkeypatch.setattr("ddpm_pipeline.hub.upload.time.sleep", waits.append)
+    hub.fail("POST", COMMIT, status=429, headers=headers)
+    push(folder, f"org/limited-{seconds}", api=client)
+    assert [wait for wait in waits if wait] == [seconds]  # the server sleeps too
+
+
+def test_push_is_not_tried_again_where_the_user_is_offline(client: HfApi, folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    close_session()  # it may have been made before
+    monkeypatch.setattr("ddpm_pipeline.hub.upload.time.sleep", lambda seconds: pytest.fail("a second try"))
+    with pytest.raises(PushError, match=r"offline(.|\n)*hub push"):
+        push(folder, "org/offline", api=client)
+    close_session()
 
 
 def test_push_to_a_branch_that_is_missing_is_refused_at_once(hub, client: HfApi, folder: Path) -> None:

@@ -143,9 +143,8 @@ def check_runs_with_conditions_push_models_that_load_everywhere():
 
     ours = {"text": (AlphaDDPMTextToImagePipeline, {"prompt": "b"}), "class": (AlphaDDPMPipeline, {"class_labels": "b"})}
     for kind, (our_class, call) in ours.items():
-        variance = "learned_range" if kind == "text" else "fixed_small"
-        code, errors = run(kind, "--condition", kind, "--model", f"{kind}.json", "--variance_type", variance,
-                           "--max_train_steps", "2", "--push_to_hub", "--hub_model_id", f"org/trained-{kind}")
+        code, errors = run(kind, "--condition", kind, "--model", f"{kind}.json", "--max_train_steps", "2",
+                           "--push_to_hub", "--hub_model_id", f"org/trained-{kind}")
         assert code == 0, (code, errors)
         pipe = our_class.from_pretrained(f"org/trained-{kind}")
         drawn = draw(pipe, **call)
@@ -203,7 +202,7 @@ def check_figures_go_to_a_card_that_was_edited_on_the_hub():
     assert figures["bits-dim"].metric_value == found["bits_per_dim"]["total"]
     assert figures["fid"].metric_value == found["quality"]["fid"] and figures["fid"].dataset_name == "org/pictures"
     assert figures["fid"].metric_args == {
-        "num_images": 6, "steps": 8, "scheduler": "AlphaDDPMScheduler", "features": "Sequential", "seed": 0
+        "num_images": 6, "steps": 8, "scheduler": "AlphaDDPMScheduler", "features": "Sequential", "real_images": 20, "seed": 0
     }
     assert json.loads(Path(hf_hub_download("org/measured", "evaluation.json")).read_text()) == found
 """

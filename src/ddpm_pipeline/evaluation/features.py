@@ -127,7 +127,8 @@ def _current_folder_searched() -> Iterator[None]:
 
 def try_extractor(extractor: nn.Module, data: ImageData, option: str) -> None:
     """Extract the features of two images of noise like those of the data, and of one alone, so that what fails does so before a
-    run. Raises ConfigError, which names the `option`, then, and for features that are not finite, and for too few data.
+    run. Raises ConfigError, which names the `option`, then, for features that are not finite, random or the same for both
+    images, and for too few data.
     """
     if len(data) < FEWEST_IMAGES:
         needed = f"sample quality needs at least {FEWEST_IMAGES}, and thousands for a figure to report"
@@ -135,8 +136,11 @@ def try_extractor(extractor: nn.Module, data: ImageData, option: str) -> None:
     shape = (2, data.channels, data.resolution, data.resolution)
     noise = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     try:
-        for images in (noise, noise[:1]):
-            _finite_features(extractor, images)
+        features, again, _ = (_finite_features(extractor, images) for images in (noise, noise, noise[:1]))
+        if not torch.allclose(features, again, rtol=1e-3):
+            raise ConfigError("it gives other features each time; turn off what is random in it, such as dropout.")
+        if torch.equal(features[0], features[1]):
+            raise ConfigError("it gives the same features for different images.")
     except ValueError as error:
         raise ConfigError(f"{option}: {error} {_WHAT_TO_NAME}") from error
 

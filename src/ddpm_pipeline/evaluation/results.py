@@ -9,24 +9,17 @@ from typing import Any
 from ..data.bundled import BUNDLED
 from ..data.options import DataOptions
 from ..data.splits import split_word
-from ..hub.card import CARD, card_of_folder, read_card, record_evaluation, refresh_card
+from ..hub.card import CARD, card_of_folder, read_card, record_evaluation
 from ..support.atomic import temporary_beside, write_text
 from ..support.errors import ConfigError
 from ..support.exceptions import describe_exception
 from .figures import measurements
 from .options import EvaluationOptions
 
-SPECIMEN = {  # results that have every figure of the card
-    "dataset": "data", "split": "test", "seed": 0,
-    "bits_per_dim": dict.fromkeys(("total", "num_images", "steps", "network_calls", "total_standard_error"), 1),
-    "quality": dict.fromkeys(
-        ("fid", "kid", "kid_std", "precision", "recall", "num_real", "num_generated", "steps", "scheduler", "features"), 1),
-}  # fmt: skip
-
 
 def json_file(options: EvaluationOptions) -> Path:
     folder, output = Path(options.sampling.model), options.results.output
-    return Path(output) if output else (folder if folder.is_dir() else Path()) / "evaluation.json"
+    return Path(output).resolve() if output else (folder if folder.is_dir() else Path()) / "evaluation.json"
 
 
 def card_folder(options: EvaluationOptions) -> Path | None:
@@ -46,23 +39,22 @@ def split_name(data: DataOptions) -> str | None:
 def check_destinations(options: EvaluationOptions) -> None:
     """Raises ConfigError if the figures could not be written."""
     path, folder = json_file(options), card_folder(options)
-    if path.is_dir():
-        raise ConfigError(f"--output {path} is a folder; name a file in it.")
     _try_to_write(path, "name another file with --output")
     if folder is None:
         return
     advice = "or leave the card as it is with --update_card false"
     _try_to_write(folder / CARD, advice)
     try:
-        existing = read_card(folder)
-        refresh_card(existing, card_of_folder(folder, folder.resolve().name, existing, measurements(SPECIMEN)), ["evaluation"])
-    except Exception as error:  # its front matter may be anything
-        raise ConfigError(f"{folder / CARD} cannot be updated: {describe_exception(error)}; mend it, {advice}.") from error
+        card_of_folder(folder, folder.name, read_card(folder))
+    except ValueError as error:  # a model of the early layout, say
+        raise ConfigError(f"{folder / CARD} cannot be updated: {error} Mend it, {advice}.") from error
 
 
 def _try_to_write(path: Path, advice: str) -> None:
     temporary = temporary_beside(path)
     try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is a folder, a device or a pipe; {advice}.")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         temporary.unlink()

@@ -20,6 +20,7 @@ from ..data import ImageData, load_images, open_stream
 from ..data.skipped import SHOWN, describe
 from ..generation.drawing import sample_uint8, step_bar
 from ..generation.pipelines import Pipeline, condition_of, load_pipeline, scheduler_for, steps_of
+from ..likelihood.bound import own_scheduler
 from ..support.draws import RandomStream, image_indices, seeds
 from ..support.errors import ConfigError
 from ..support.provenance import provenance
@@ -172,7 +173,7 @@ def _bits_per_dim(subject: Subject, options: EvaluationOptions, accelerator: Acc
         "steps": chain,
         "network_calls": min(likelihood.likelihood_calls or chain, chain),
         "num_bins": likelihood.num_bins,
-        "variance_type": pipe.scheduler.config.variance_type,
+        "variance_type": own_scheduler(pipe.scheduler).config.variance_type,
     }
 
 

@@ -21,8 +21,8 @@ DIGESTED = ("weights", "scheduler", "text_encoder")  # settings that a message o
 ROWS_AT_ONCE = 1000  # images of the parquet file in memory
 
 
-def prepare(folder: Path, count: int, settings: dict[str, Any]) -> list[int] | str:
-    """The numbers of the images 0..count-1 that the folder lacks, or what is wrong with the folder."""
+def prepare(folder: Path, count: int, settings: dict[str, Any], kind: tuple[str, tuple[int, int]]) -> list[int] | str:
+    """The numbers of the images 0..count-1, of a mode and (width, height), that the folder lacks, or what is wrong with it."""
     try:
         if folder.exists() and not folder.is_dir():
             return f"--output_dir {folder} is a file; name a new folder."
@@ -34,7 +34,7 @@ def prepare(folder: Path, count: int, settings: dict[str, Any]) -> list[int] | s
         elif problem := _difference(folder, settings):
             return problem
         _remove_leftovers(folder)
-        return _missing(folder, count)
+        return _missing(folder, count, kind)
     except OSError as error:
         return f"--output_dir {folder} cannot be used: {error}"
 
@@ -64,9 +64,11 @@ def _short(value: Any) -> str:
     return textwrap.shorten(repr(value), 60)
 
 
-def _missing(folder: Path, count: int) -> list[int] | str:
+def _missing(folder: Path, count: int, kind: tuple[str, tuple[int, int]]) -> list[int] | str:
     """The numbers of the images that are not there whole, in files or in one."""
     whole = folder / PARQUET_FILE
+    if blocked := [path for path in (whole, *(image_path(folder, number) for number in range(count))) if path.is_dir()]:
+        return f"--output_dir {folder}: {blocked[0].name} is a folder, in the place of images; remove it."
     if whole.is_file():
         try:
             stored = pq.read_metadata(whole).num_rows
@@ -76,20 +78,20 @@ def _missing(folder: Path, count: int) -> list[int] | str:
             return f"--output_dir {folder} has {PARQUET_FILE} with {stored} images; to get {count}, remove it."
         print(f"the images are in {whole}", file=sys.stderr)
         return []
-    missing = [number for number in range(count) if not _is_whole(image_path(folder, number))]
+    missing = [number for number in range(count) if not _is_whole(image_path(folder, number), kind)]
     damaged = [path for path in (image_path(folder, number) for number in missing) if path.exists()]
     if damaged:
         print(f"{len(damaged)} damaged images are sampled again, such as {damaged[0]}", file=sys.stderr)
     return missing
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: Path, kind: tuple[str, tuple[int, int]]) -> bool:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             image.verify()  # the checksums of all of its parts
+            return (image.mode, image.size) == kind
     except Exception:  # there is no such file, or PIL raises one of many types
         return False
-    return True
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -105,15 +107,22 @@ def image_path(folder: Path, number: int) -> Path:
 
 def to_parquet(folder: Path, count: int) -> None:
     """The PNGs as one file that the datasets library reads as images; they are removed once it is complete."""
+    whole, paths = folder / PARQUET_FILE, [image_path(folder, number) for number in range(count)]
+    try:
+        if not whole.is_file():
+            _write_parquet(whole, paths)
+    except FileNotFoundError:
+        if not whole.is_file():  # else another process has written it, and removed the PNGs, meanwhile
+            raise
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _write_parquet(whole: Path, paths: list[Path]) -> None:
     features = {"info": {"features": {"image": {"_type": "Image"}, "number": {"_type": "Value", "dtype": "int64"}}}}
     image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     schema = pa.schema({"image": image, "number": pa.int64()}, metadata={"huggingface": json.dumps(features)})
-    paths = [image_path(folder, number) for number in range(count)]
-    if not (folder / PARQUET_FILE).is_file():
-        with atomic_file(folder / PARQUET_FILE) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-            for start in range(0, count, ROWS_AT_ONCE):
-                rows = [{"bytes": path.read_bytes(), "path": path.name} for path in paths[start : start + ROWS_AT_ONCE]]
-                columns = {"image": rows, "number": range(start, start + len(rows))}
-                writer.write_table(pa.Table.from_pydict(columns, schema))
-    for path in paths:
-        path.unlink(missing_ok=True)
+    with atomic_file(whole) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for start in range(0, len(paths), ROWS_AT_ONCE):
+            rows = [{"bytes": path.read_bytes(), "path": path.name} for path in paths[start : start + ROWS_AT_ONCE]]
+            writer.write_table(pa.Table.from_pydict({"image": rows, "number": range(start, start + len(rows))}, schema))

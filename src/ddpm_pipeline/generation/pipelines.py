@@ -6,6 +6,7 @@ import diffusers
 
 from ..pipeline_alpha_ddpm import AlphaDDPMPipeline
 from ..pipeline_alpha_ddpm_text import AlphaDDPMTextToImagePipeline
+from ..samplers_alpha_ddpm import Steps, general_sampler_of, set_timesteps
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..support.errors import ConfigError
 from ..support.exceptions import describe_exception
@@ -27,6 +28,10 @@ def load_pipeline(model: str) -> Pipeline:
     except Exception as error:  # the loaders of three libraries raise many types
         raise ConfigError(f"--model {model} cannot be loaded as a DDPM pipeline: {describe_exception(error)}") from error
     config = pipe.unet.config
+    try:
+        general_sampler_of(pipe.scheduler)
+    except ValueError as error:  # its network was trained on another process
+        raise ConfigError(f"--model {model} is no DDPM: {error}") from error
     if latent := [name for name in LATENT if name in index]:
         raise ConfigError(f"--model {model} denoises latents (it has a {latent[0]}), not images; name a pixel-space DDPM.")
     if not isinstance(pipe.unet, diffusers.UNet2DConditionModel if text else diffusers.UNet2DModel):
@@ -60,7 +65,7 @@ def steps_of(scheduler: Any, num_inference_steps: int | None) -> int:
     """The number of steps; by default the full chain. Raises ConfigError if the sampler cannot take that many."""
     steps = num_inference_steps or scheduler.config.num_train_timesteps
     try:
-        type(scheduler).from_config(scheduler.config).set_timesteps(steps)
-    except Exception as error:  # samplers raise many types
-        raise ConfigError(f"--num_inference_steps {steps}: {describe_exception(error)}") from error
+        set_timesteps(type(scheduler).from_config(scheduler.config), Steps(steps))
+    except ValueError as error:
+        raise ConfigError(f"--num_inference_steps {steps}, --scheduler: {error}") from error
     return steps

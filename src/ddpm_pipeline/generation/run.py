@@ -36,13 +36,13 @@ def generate(options: GenerationOptions) -> Path:
     pipe = load_pipeline(sampling.model).to(accelerator.device)
     pipe.scheduler = scheduler_for(pipe, sampling.scheduler)
     steps, request = steps_of(pipe.scheduler, sampling.num_inference_steps), request_of(pipe, options)
-    if pipe.unet.config.in_channels not in PIL_MODES:
-        raise ConfigError(
-            f"--model {sampling.model} samples {pipe.unet.config.in_channels} channels; PNG files hold 1, 3 or 4."
-        )
+    channels, size = pipe.unet.config.in_channels, pipe.unet.config.sample_size
+    if channels not in PIL_MODES:
+        raise ConfigError(f"--model {sampling.model} samples {channels} channels; PNG files hold 1, 3 or 4.")
     folder, count, todo = Path(output.output_dir), output.num_images, [None]
     if accelerator.is_main_process:
-        todo = [prepare(folder, count, _settings(pipe, sampling.seed, steps, request))]
+        kind = PIL_MODES[channels], (size, size) if isinstance(size, int) else tuple(size)[::-1]
+        todo = [prepare(folder, count, _settings(pipe, sampling.seed, steps, request), kind)]
     broadcast_object_list(todo)  # one list, since files appear while other processes still look
     if isinstance(todo[0], str):
         raise ConfigError(todo[0])
@@ -79,7 +79,7 @@ def request_of(pipe: Pipeline, options: GenerationOptions) -> Request:
         names = list(pipe.id2label.values())
         classes = range(len(names) or pipe.unet.config.num_class_embeds)
         words = [*classes] if asked.class_labels is None else [word.strip() for word in asked.class_labels.split("|")]
-        labels = [int(word) if word not in names and str(word).isdigit() else word for word in words]
+        labels = [int(word) if word not in names and str(word).isdecimal() else word for word in words]
         try:
             return Request("class_labels", pipe._label_ids(labels), scale)
         except ValueError as error:

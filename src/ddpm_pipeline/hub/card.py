@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CARD, TEMPLATE = "README.md", Path(__file__).parent / "model_card.md"
+CARD, ROWS, TEMPLATE = "README.md", "samples.txt", Path(__file__).parent / "model_card.md"
 OURS = "ddpm-pipeline"  # marks our evaluation results in a card's metadata, as the metric's configuration
 GENERATED = re.compile(r"(?m)^This is the model card of a .* This model card has been automatically generated\.$")
 LONGEST, LONGEST_CODE = 200, 2000  # characters of a name or caption, and of a command or an example
@@ -77,6 +77,7 @@ class _Kind:
     conditional: str = ""
     example: str = ""  # arguments of a call
     our_class: str = "AlphaDDPMPipeline"
+    our_blocks: str = "AlphaDDPMBlocks"
     pipeline_tag: str = "unconditional-image-generation"
     plain_class: str = "DiffusionPipeline"
     why_plain_cannot_sample: str = ""
@@ -86,8 +87,10 @@ NO_CLASS = " the model loads, but it cannot be told a class, so it cannot sample
 NO_VARIANCE = " the model loads, but diffusers' `IFPipeline` samples with a learned variance only, which this model lacks"
 UNCONDITIONAL = _Kind()
 CLASS = _Kind(" class-conditional", "class_labels=[0], guidance_scale=2.0", why_plain_cannot_sample=NO_CLASS)
-TEXT_EXAMPLE = '"what it should show", guidance_scale=2.0'
-TEXT = _Kind(" text-conditional", TEXT_EXAMPLE, "AlphaDDPMTextToImagePipeline", "text-to-image", "AutoPipelineForText2Image")
+TEXT = _Kind(
+    " text-conditional", '"what it should show", guidance_scale=2.0', "AlphaDDPMTextToImagePipeline", "AlphaDDPMTextBlocks",
+    "text-to-image", "AutoPipelineForText2Image",
+)  # fmt: skip
 FIXED_TEXT = replace(TEXT, why_plain_cannot_sample=NO_VARIANCE)
 
 
@@ -121,7 +124,7 @@ def build_card(
     training, images, total = training or TrainingFacts(), _images(unet), schedule.get("num_train_timesteps", 1000)
     example = _shown_code(example, "the example") or kind.example
     name = _shown(name, "the name") or "DDPM"
-    address = _shown(repo_id, "the repository's name") or name
+    repo = json.dumps(_shown(repo_id, "the repository's name") or name, ensure_ascii=False)
     command = _shown_code(training.command, "the training command")
     # DDPMPipeline takes 1000 steps by default, however many there are
     calls = {"plain_call": _example_call(example, total), "our_call": _example_call(example, min(100, total))}
@@ -131,15 +134,16 @@ def build_card(
         _card_data(kind, name, license, training, evaluation or ()),
         template_path=str(TEMPLATE),
         name=_prose(name),
-        repo=json.dumps(address, ensure_ascii=False),
+        repo=repo,
         # diffusers names a module after the repository, which a dot in it would split
-        is_importable="." not in address,
+        is_importable="." not in repo,
         summary=_summary(kind, images, schedule, training),
         pictures={file: _prose(_shown(caption, "a caption")) for file, caption in (pictures or {}).items()},
         plain_note=kind.why_plain_cannot_sample,
         plain_class=kind.plain_class,
         **calls,
         our_class=kind.our_class,
+        as_blocks=_code(f"pipe = ddpm_pipeline.{kind.our_blocks}().init_pipeline({repo})"),
         training_table=_training_table(training.facts, license),
         command=command,
         evaluation=_evaluation_text(evaluation),
@@ -367,8 +371,10 @@ def card_of_folder(
 
 
 def pictures_in(folder: Path) -> dict[str, str]:
-    """Captions of those pictures of a training run that are in a folder, by file name."""
-    pictures = {"samples.png": "samples", "process.png": "from noise to images"}
+    """Captions of those pictures of a training run that are in a folder, by file name; samples.txt names rows."""
+    rows = re.findall(r"(?m)^row \d+: (.*)$", decoded((folder / ROWS).read_bytes())) if (folder / ROWS).is_file() else []
+    samples = f"samples, row by row: {', '.join(rows)}" if rows else "samples"
+    pictures = {"samples.png": samples, "process.png": "from noise to images"}
     return {file: caption for file, caption in pictures.items() if (folder / file).is_file()}
 
 

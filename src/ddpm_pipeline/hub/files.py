@@ -41,7 +41,11 @@ def files_to_push(folder: Path, include: Sequence[str] = ()) -> dict[str, Path]:
     if (code := folder / "pipeline.py").is_file():
         modules = re.findall(r"^from \.(\w+) import", code.read_text("utf-8"), flags=re.MULTILINE)
         chosen += [code, *(folder / f"{name}.py" for name in modules)]
-    chosen += [path for pattern in (*EXTRA_FILES, *include) for path in sorted(folder.glob(pattern)) if path.is_file()]
+    for pattern in (*EXTRA_FILES, *include):
+        try:
+            chosen += [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+        except (NotImplementedError, ValueError) as error:
+            raise ValueError(f"the pattern {pattern!r} must name files relative to {folder}, such as logs/*.") from error
     files = {path.relative_to(folder).as_posix(): path for path in chosen}
     for name, path in files.items():
         if path.suffix in PICKLE_SUFFIXES:

@@ -96,7 +96,7 @@ def with_metadata(readme: str, changes: Mapping[str, Any]) -> str:
     for block in (_edited(front[2], changes), yaml_dump(after, sort_keys=False)):
         edited = front[1] + with_line_ends_of(readme, block.rstrip("\n")) + front[3] + readme[front.end() :]
         try:
-            if metadata(edited) == after:
+            if yaml_dump(metadata(edited), sort_keys=False) == yaml_dump(after, sort_keys=False):  # == would take aliases apart
                 return edited
         except ValueError:
             pass  # in place it cannot be done: the front matter is a single line, has anchors, ...

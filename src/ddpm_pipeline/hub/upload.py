@@ -3,6 +3,7 @@
 Imports huggingface_hub alone, so that the command starts at once. Called by training and by the pipelines' `push_to_hub`.
 """
 
+import errno
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
+from huggingface_hub.utils import parse_ratelimit_headers
 
 from ..support.atomic import remove_leftovers, sync, sync_folder, temporary_beside, write_text
 from ..support.errors import PushError
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 5
+ATTEMPTS, LONGEST_WAIT = 5, 300  # seconds, the window of the Hub's rate limits
+PASSING = (408, 412, 425, 429)  # timeouts, another commit in between, too many requests: what else is 4xx stays refused
 LEFTOVERS = ".export.*.tmp"  # what a kill leaves of an export
 
 
@@ -73,6 +76,8 @@ def _switch(source: Path, folder: Path) -> None:
     """Move a complete pipeline from `source` into `folder`, and remove what else an earlier one would load there."""
     new = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
     components = {path.split("/")[0] for path in new if "/" in path}
+    if blocked := [folder / path for path in new if (folder / path).is_dir()]:  # before the earlier model is touched
+        raise FileExistsError(errno.EEXIST, "a folder in the place of a file of the model; move it away", str(blocked[0]))
     for name in components:
         if (folder / name).is_symlink():  # what it leads to is not ours to replace
             (folder / name).unlink()
@@ -116,14 +121,22 @@ def _push(folder: Path, repo_id: str, options: PushOptions, api: HfApi, again: s
         attempt += 1
         try:
             return _commit(api, folder, files, repo_id, options)
-        except (ValueError, TypeError):  # what was given is wrong, and stays so
-            raise
         except Exception as error:
-            if (advice := _refusal(error, repo_id, options)) is not None or attempt == options.attempts:
+            if isinstance(error, ValueError | TypeError) and not isinstance(error, HfHubHTTPError):
+                raise  # what was given is wrong, and stays so
+            if (advice := _refusal(error, repo_id, options)) is not None or attempt >= options.attempts:
                 failure = f"pushing to {repo_id} failed ({describe_exception(error)})"
                 raise PushError(f"{failure}. {advice or ''}The folder is complete; push it later with\n  {again}") from error
             logger.debug("attempt %d of %d: %s", attempt, options.attempts, describe_exception(error))
-            time.sleep(options.first_wait * 2 ** (attempt - 1))
+            time.sleep(max(options.first_wait * 2 ** (attempt - 1), _asked_wait(error)))
+
+
+def _asked_wait(error: Exception) -> int:
+    """The seconds that the Hub asks to wait for, if its answer names some; at most LONGEST_WAIT."""
+    headers = error.response.headers if isinstance(error, HfHubHTTPError) else {}
+    limit, asked = parse_ratelimit_headers(headers), headers.get("Retry-After", "")
+    seconds = int(asked) if asked.isdecimal() else limit.reset_in_seconds if limit and not limit.remaining else 0
+    return min(seconds, LONGEST_WAIT)
 
 
 def _refusal(error: Exception, repo_id: str, options: PushOptions) -> str | None:
@@ -134,12 +147,13 @@ def _refusal(error: Exception, repo_id: str, options: PushOptions) -> str | None
         return None
     if isinstance(error, RevisionNotFoundError) and options.revision:
         return f"Create the branch with `hf repos branch create {repo_id} {options.revision}`, or name another. "
-    return {
+    status = error.response.status_code
+    advice = {
         401: "Log in with `hf auth login`, or set HF_TOKEN to a valid token. ",
         403: "Use a token with the right to write there, or a repository of your own. ",
         404: "Check the name of the repository and who may see it. ",
-        409: "",
-    }.get(error.response.status_code)
+    }
+    return advice.get(status, "") if 400 <= status < 500 and status not in PASSING else None
 
 
 class PublicRepositoryError(Exception):
@@ -179,7 +193,7 @@ def push_pipeline(
     call = ", ".join([repr(repo_id), *(f"{name}={value!r}" for name, value in given.items() if value is not None)])
     with tempfile.TemporaryDirectory() as temporary:
         pipe.save_pretrained(temporary, variant=variant)
-        return _push(Path(temporary), repo_id, options, HfApi(token=token), f"pipe.push_to_hub({call})")
+        return _push(Path(temporary), repo_id, options, HfApi(token=token and token.strip()), f"pipe.push_to_hub({call})")
 
 
 def push_command(folder: Path, repo_id: str, options: PushOptions) -> str:

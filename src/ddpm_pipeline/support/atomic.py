@@ -5,6 +5,7 @@ renamed. A write that fails removes it; what a kill left behind is harmless, and
 """
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -26,9 +27,11 @@ def writer_of(path: Path) -> int | None:
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yields a path to write to, in a folder that is made if missing; on leaving without an error the file written there takes
-    the place of `path`.
+    the place of `path`. Raises OSError if that is a folder, a device or a pipe, which a file must not replace.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "not a regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:

@@ -8,5 +8,6 @@ def describe_exception(error: BaseException) -> str:
     if isinstance(error, HfHubHTTPError) and getattr(error, "response", None) is not None:
         return f"HTTP {error.response.status_code}: {error.server_message or error.response.reason_phrase}"
     message = " ".join(str(error).split())
-    cause = f"; {describe_exception(error.__cause__)}" if isinstance(error.__cause__, Exception) else ""
-    return f"{type(error).__name__}{': ' if message else ''}{message}{cause}"
+    own = f"{type(error).__name__}{': ' if message else ''}{message}"
+    cause = describe_exception(error.__cause__) if isinstance(error.__cause__, Exception) else own
+    return own if cause == own else f"{own}; {cause}"

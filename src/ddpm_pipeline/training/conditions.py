@@ -44,6 +44,7 @@ class Condition:
     unet_class: type = UNet2DModel
     pipeline_class: type = AlphaDDPMPipeline
     column: str | None = None  # of the data, whose values `draw` takes
+    variance_type: str | None = None  # of a new model; the scheduler's default if None
 
     def unet_config(self) -> dict[str, Any]:
         """What the UNet's config needs for this condition."""
@@ -154,6 +155,7 @@ class TextCondition(Condition):
 
     unet_class = UNet2DConditionModel
     pipeline_class = AlphaDDPMTextToImagePipeline
+    variance_type = "learned_range"  # without which diffusers' own pipeline of the saved model cannot sample
 
     def __init__(self, options: ConditionOptions, data: ImageSet, init_from: str | None = None):
         self.options, self.captions = options, Captions(options, data)

@@ -56,10 +56,15 @@ def build_model(
         if model.init_from is not None:
             unet, scheduler = _from_pipeline(model, diffusion.schedule, condition)
         else:
-            outputs = channels * (1 + (diffusion.variance_type in LEARNED_VARIANCE_TYPES))
+            schedule = dict(diffusion.schedule)
+            if condition.variance_type and diffusion.objective != "simple":  # which trains no variance
+                schedule.setdefault("variance_type", condition.variance_type)
+            outputs = channels * (1 + (schedule.get("variance_type") in LEARNED_VARIANCE_TYPES))
             images = {"sample_size": resolution, "in_channels": channels, "out_channels": outputs}
-            unet = built(partial(condition.unet_class.from_config, _unet_config(model, images, condition)))
-            scheduler = AlphaDDPMScheduler(**diffusion.schedule)
+            config = _unet_config(model, images, condition)
+            if diffusion.variance_type is None and config["out_channels"] == channels:  # as the config file says
+                schedule.pop("variance_type", None)
+            unet, scheduler = built(partial(condition.unet_class.from_config, config)), AlphaDDPMScheduler(**schedule)
         _check_fits(unet.config, scheduler.config.variance_type, resolution, channels)
         needs = {"num_class_embeds": None, "class_embed_type": None, **condition.unet_config()}
         for name, need in needs.items():

@@ -92,7 +92,8 @@ class DiffusionOptions(OptionGroup):
     beta_end: float | None = option(None, "Last beta of the linear, scaled_linear and sigmoid schedules (default 0.02).")
     prediction_type: str | None = option(None, "What the UNet predicts: epsilon (default), sample or v_prediction.")
     variance_type: str | None = option(
-        None, "Variance of the reverse process: fixed_small (default), fixed_large, or learned_range (by the UNet).")
+        None, "Variance of the reverse process: fixed_small (default), fixed_large, or learned_range (by the UNet; "
+        "default of text models, which diffusers' IFPipeline samples with a learned variance only).")
     rescale_betas_zero_snr: bool | None = option(None, "Rescale the schedule to zero terminal SNR (not with epsilon).")
     objective: str | None = option(
         None, "Loss: simple (squared error), bound (the variational bound), or hybrid (squared error, and the bound for the "

@@ -89,7 +89,9 @@ class Pusher:
             shutil.rmtree(snapshot, ignore_errors=True)
             snapshot.mkdir(parents=True)
             if previews := sorted((self.folder / "samples").glob("step-*.png")):
-                shutil.copyfile(previews[-1], snapshot / "samples.png")
+                for picture in (previews[-1], previews[-1].with_suffix(".txt")):  # and what its rows are
+                    if picture.is_file():
+                        shutil.copyfile(picture, (snapshot / "samples").with_suffix(picture.suffix))
             write_snapshot(snapshot)
         except Stopped:
             raise
