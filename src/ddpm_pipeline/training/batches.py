@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from multiprocessing.connection import wait
 from typing import Any
 
 import fsspec
@@ -30,6 +31,7 @@ from .conditions import Condition
 from .objectives import timestep_quantiles
 from .stop import ignore_signals_in_worker
 
+LOST_WORKER = "DataLoader worker"  # the beginning of what torch raises for one that was killed
 FAILURE = "failure"  # the key under which a worker that cannot continue puts its message
 
 
@@ -141,7 +143,12 @@ class BatchLoader(Iterator[dict[str, Any]]):
         atexit.register(self.close)  # before multiprocessing's own end, which waits for workers that ignore its signal
 
     def __next__(self) -> dict[str, Any]:
-        return next(self._batches)
+        try:
+            return next(self._batches)
+        except (OSError, EOFError) as error:  # of a connection that broke with its worker, before torch saw that end
+            if wait([worker.sentinel for worker in getattr(self._batches, "_workers", ())], timeout=1):
+                raise RuntimeError(f"{LOST_WORKER} ended") from error
+            raise
 
     def state_dict(self) -> dict[str, Any] | None:
         """What later micro-batches depend on beside their number: nothing."""
@@ -168,7 +175,7 @@ class StreamLoader(BatchLoader):
         super().__init__(loader)
 
     def __next__(self) -> dict[str, Any]:
-        batch = next(self._batches)
+        batch = super().__next__()
         if FAILURE in batch:
             raise DataError(batch[FAILURE])
         self._state["next_pass"] += 1
@@ -229,7 +236,7 @@ def lost_workers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+        if not str(error).startswith(LOST_WORKER):
             raise
         raise DataError(
             "A worker process that prepares batches was killed, perhaps because memory was short. Resume with --resume latest; "
