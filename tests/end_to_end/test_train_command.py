@@ -55,7 +55,8 @@ def finished(options, tmp_path_factory) -> Path:
 def test_what_a_run_leaves(finished):
     present = {path.name for path in finished.iterdir()}
     assert present == {
-        "model_index.json", "unet", "scheduler", *AlphaDDPMPipeline.shipped_files(), "README.md", "samples.png", "process.png",
+        "model_index.json", "modular_config.json", "unet", "scheduler", *AlphaDDPMPipeline.shipped_files(),
+        "README.md", "samples.png", "process.png",
         "samples", "training_config.yaml", "train.log", "metrics.jsonl", "checkpoints",
     }  # fmt: skip
     assert [path.name for path in sorted((finished / "samples").iterdir())] == ["step-00000004.png", "step-00000008.png"]

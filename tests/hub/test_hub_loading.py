@@ -525,7 +525,7 @@ def test_shipped_code_is_the_package_s_own_byte_for_byte(
 
 def test_repository_holds_the_stock_format_and_nothing_else(hub: hub_server.Hub, published: Path) -> None:
     assert hub.files("org/class") == {
-        ".gitattributes", "README.md", "model_index.json", *AlphaDDPMPipeline.shipped_files(),
+        ".gitattributes", "README.md", "model_index.json", "modular_config.json", *AlphaDDPMPipeline.shipped_files(),
         "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
         "unet/diffusion_pytorch_model.fp16.safetensors",
     }  # fmt: skip

@@ -23,7 +23,7 @@ from hub_fixtures import environment
 
 QUICK = PushOptions(first_wait=0.01)
 MODEL_FILES = {
-    "README.md", "model_index.json", *AlphaDDPMPipeline.shipped_files(), "samples.png",
+    "README.md", "model_index.json", "modular_config.json", *AlphaDDPMPipeline.shipped_files(), "samples.png",
     "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", ".gitattributes",
 }  # fmt: skip
 

@@ -28,7 +28,8 @@ SETUP_FILES = {*ATTEMPT_FILES, OPTIONS_FILE, TRACKER_PROJECT}  # all that a run 
 # Everything that a run writes into its folder, and so all that --overwrite may remove.
 RUN_FILES = frozenset((
     *SETUP_FILES, "checkpoints", "samples", "samples.png", "samples.txt", "process.png", "metrics.jsonl", "README.md",
-    "model_index.json", "unet", "scheduler", "text_encoder", "tokenizer", *SHIPPED, ".push", "evaluation.json", "logs",
+    "model_index.json", "modular_config.json", "unet", "scheduler", "text_encoder", "tokenizer", *SHIPPED, ".push",
+    "evaluation.json", "logs",
 ))  # fmt: skip
 ASIDE, MOVING = ".previous", ".previous-moving"  # an earlier run that --overwrite set aside: all of it, a part of it
 TEMPORARY = re.compile(r"\.(.+)\.\w+\.tmp")  # of `support.atomic`
