@@ -56,9 +56,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "stream, workers": {"streaming": True, "shuffle_buffer": 40, "channels": 1, "dataloader_num_workers": 2},
     "two processes": {"gradient_accumulation_steps": 2},
     "two processes, stream": {"streaming": True, "shuffle_buffer": 40, "channels": 1},
-    "two processes, captions, workers": {"condition": "text", "dataloader_num_workers": 1, "word_dropout": 0.2},
 }  # fmt: skip
-TWO_PROCESSES = frozenset(kind for kind in KINDS if kind.startswith("two processes"))
+TWO_PROCESSES = frozenset(("two processes", "two processes, stream"))
 LONGEST_RUN = 300  # seconds until a run counts as hanging
 
 

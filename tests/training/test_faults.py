@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator, debug_launcher
+from accelerate import Accelerator, PartialState, debug_launcher
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch.multiprocessing import ProcessExitedException
@@ -58,20 +59,13 @@ def end_state(folder: Path) -> list[bytes]:
 # ---- checkpoints ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "kills, kinds",
-    [
-        (2, ["two processes, captions, workers"]),
-        pytest.param(12, ["captions, workers", "two processes, stream"], marks=pytest.mark.slow),
-    ],
-)
-def test_runs_that_are_killed_end_in_the_same_bytes(kills, kinds, tmp_path):
-    """With SIGKILL, at random moments and in the middle of a checkpoint; one process and two."""
-    command = ["benchmarks/kill_and_resume.py", "--kills", str(kills), "--kills_a_run", "2", "--kinds", *kinds]
-    done = run_command(sys.executable, *command, "--output", str(tmp_path / "kills.json"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "kills.json").read_text())
-    assert report["kills"] >= kills and report["runs_that_match"] == report["runs"] >= 1
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+def test_runs_that_are_killed_end_in_the_same_bytes(kills, tmp_path):
+    """With SIGKILL, at random moments and in the middle of a checkpoint; two processes, and one with workers."""
+    benchmark = runpy.run_path(str(ROOT / "benchmarks/kill_and_resume.py"))
+    kinds = ["two processes, stream", "captions, workers"][: 1 + kills // 10]
+    report = benchmark["run"](kills, kinds, 0, 2, tmp_path)
+    assert report["kills"] >= kills and report["runs_that_match"] == report["runs"] >= 1, report
 
 
 def test_a_checkpoint_is_listed_with_its_hashes_and_older_ones_go(finished):
@@ -215,7 +209,7 @@ class Signals:
 
     def __call__(self, *arguments, **options):
         self.calls += 1
-        if self.calls == self.step and int(os.environ.get("RANK", 0)) == self.rank:
+        if self.calls == self.step and PartialState().process_index == self.rank:
             os.kill(os.getpid(), self.number)
         return self.whole(*arguments, **options)
 
