@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..conditioning_alpha_ddpm import MAX_TOKENS, tokenize
-from ..data.mapped import ImageSet
+from ..data.mapped import ImageData, ImageSet
 from ..generation.drawing import UNCONDITIONAL, Request
 from ..pipeline_alpha_ddpm import AlphaDDPMPipeline
 from ..pipeline_alpha_ddpm_text import AlphaDDPMTextToImagePipeline
@@ -65,6 +65,14 @@ class Condition:
 
     def probe(self, count: int) -> dict[str, Tensor]:
         """Arguments of the UNet for so many images, of the right shapes and types."""
+        return {}
+
+    def request_like(self, data: ImageData, indices: Sequence[int], seed: int) -> Request:
+        """A request for images with the conditions that these images of the data have; none is dropped."""
+        return UNCONDITIONAL
+
+    def unet_inputs(self, request: Request) -> dict[str, Tensor]:
+        """The values of a request as arguments of the UNet, [B, ...]."""
         return {}
 
     def network(self, unet: nn.Module) -> nn.Module:
@@ -117,6 +125,12 @@ class ClassCondition(Condition):
 
     def inputs(self, drawn: Tensor, device: torch.device) -> dict[str, Tensor]:
         return {"class_labels": drawn.to(device, non_blocking=True)}
+
+    def request_like(self, data: ImageData, indices: Sequence[int], seed: int) -> Request:
+        return Request("class_labels", data.column(self.column, indices).tolist(), _guidance(self.options))
+
+    def unet_inputs(self, request: Request) -> dict[str, Tensor]:
+        return {"class_labels": torch.tensor(request.values)}
 
     def pipeline(self, unet: Any, scheduler: Any) -> AlphaDDPMPipeline:
         describe_conditions(unet, class_names=self.names, condition_dropout=self.options.condition_dropout)
@@ -218,6 +232,17 @@ class TextCondition(Condition):
                     self._room -= state.nbytes
         return known
 
+    def request_like(self, data: ImageData, indices: Sequence[int], seed: int) -> Request:
+        where = BatchSlice(seed, 0, len(indices), slice(None))
+        captions = self.captions.draw(data.column(self.column, indices), where, [False] * len(indices))
+        return Request("prompt", captions, _guidance(self.options))
+
+    @torch.no_grad()
+    def unet_inputs(self, request: Request) -> dict[str, Tensor]:
+        tokens = tokenize(self.tokenizer, request.values)
+        encoder = self.text_encoder
+        return {"encoder_hidden_states": encoder(**{name: ids.to(encoder.device) for name, ids in tokens.items()})[0].float()}
+
     def network(self, unet: nn.Module) -> nn.Module:
         return TextDenoiser(unet, self.text_encoder) if self.trained else unet
 
@@ -263,5 +288,9 @@ def _rows(argument: str, values: list[Any], count: int, options: ConditionOption
     """Equal rows of about `count` images in total, at most MAX_PREVIEW_ROWS of them."""
     values = values[: min(count, MAX_PREVIEW_ROWS)]
     columns = max(1, count // len(values))
-    guidance = options.preview_guidance if options.condition_dropout else 1.0
-    return Request(argument, [value for value in values for _ in range(columns)], guidance), columns
+    return Request(argument, [value for value in values for _ in range(columns)], _guidance(options)), columns
+
+
+def _guidance(options: ConditionOptions) -> float:
+    """For previews: 1, none, for a model that was not trained without conditions."""
+    return options.preview_guidance if options.condition_dropout else 1.0

@@ -283,8 +283,6 @@ class TrainingOptions(OptionSet):
                 f"--eval_samples {self.watching.eval_samples} does not work with --streaming, since it compares with all of "
                 "the data; drop one."
             )
-        if self.watching.eval_every and self.condition.condition != "none":
-            raise ConfigError("--eval_every evaluates unconditional models only; drop it, or use --condition none.")
 
     @classmethod
     def merged(cls, stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
