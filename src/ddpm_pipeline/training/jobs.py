@@ -137,7 +137,7 @@ def stopped(run: Run, done: int) -> Stopped:
     """What a run that was asked to stop raises, when its last checkpoint is on the disk and its push is done or given up."""
     run.checkpoints.close()
     if run.pusher is not None:
-        run.pusher.abandon(run.stop)
+        run.pusher.abandon(run.stop, urgent=True)
     why, model = run.stop.reason or "another process", export_command(run.checkpoints.last)
     return Stopped(f"stopped by {why} after update {done}; for a model as of now, {model}")
 
@@ -239,6 +239,12 @@ def begin(run: Run, previews: Every) -> None:
         run.total, options.optimisation.batch_size, accelerator.device, accelerator.mixed_precision,
         torch.get_num_threads(),
     )  # fmt: skip
+    for name in ("preview_every", "eval_every"):
+        every = getattr(options.watching, name)
+        if every > run.total and every != options.declared()[name].default:
+            logger.warning(
+                "--%s %d is more than the %d updates of this run, so that there will be none", name, every, run.total
+            )
     run.state.model.train()
     if run.first and previews.is_due(run.first, run.total, stopping=False):
         run.in_main_process(partial(preview, only_if_missing=True), run.first)

@@ -213,6 +213,8 @@ def _check_fits(config: Any, variance_type: str, resolution: int, channels: int)
             f"a resolution of {resolution} cannot be halved {levels} times, as this UNet does; use --resolution "
             f"{f'{low} or ' if low else ''}{low + 2**levels}, or a --model with fewer levels."
         )
+    if not config.norm_eps > 0:
+        raise ConfigError(f"norm_eps={config.norm_eps} of the UNet must be above 0, since a root is taken of it.")
     if (taken := config.in_channels) != channels:
         raise ConfigError(f"the images have {channels} channels and the UNet takes {taken}; use --channels {taken}.")
     size = config.sample_size
