@@ -8,11 +8,11 @@ import atexit
 import contextlib
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from multiprocessing.connection import wait
 from typing import Any
 
 import fsspec
@@ -32,6 +32,7 @@ from .objectives import timestep_quantiles
 from .stop import ignore_signals_in_worker
 
 LOST_WORKER = "DataLoader worker"  # the beginning of what torch raises for one that was killed
+NOTICED = 0.3  # seconds in which torch's handler of signals raises that
 FAILURE = "failure"  # the key under which a worker that cannot continue puts its message
 
 
@@ -145,8 +146,9 @@ class BatchLoader(Iterator[dict[str, Any]]):
     def __next__(self) -> dict[str, Any]:
         try:
             return next(self._batches)
-        except (OSError, EOFError) as error:  # of a connection that broke with its worker, before torch saw that end
-            if wait([worker.sentinel for worker in getattr(self._batches, "_workers", ())], timeout=1):
+        except (OSError, EOFError) as error:  # perhaps of a connection that broke with its worker, which torch will say
+            time.sleep(NOTICED)
+            if any(not worker.is_alive() for worker in getattr(self._batches, "_workers", ())):
                 raise RuntimeError(f"{LOST_WORKER} ended") from error
             raise
 
