@@ -374,6 +374,8 @@ def test_a_fine_tune_starts_from_a_checkpoint(runs, tmp_path):
     }
     tuned = train(TrainingOptions(**still, init_from=str(checkpoint)))
     assert "fine-tuned from `model`" in (tuned / "README.md").read_text()
+    for start in (checkpoint, folder):
+        refused(still | {"condition": "text"}, f"--init_from {start} has no text encoder", init_from=str(start), overwrite=True)
     before, after = pipeline_of(checkpoint), AlphaDDPMPipeline.from_pretrained(tuned)
     assert after.scheduler.config.beta_end == 0.4 and len(after.scheduler) == 20
     assert after.unet.config[OWN_KEY]["class_names"] == ["bee", "cat", "dog"]

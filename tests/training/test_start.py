@@ -44,8 +44,12 @@ def run(tmp_path_factory):
         ({"gradient_accumulation_steps": 2}, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "4 micro-batches"),
         ({}, {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "--compile"),
         ({"mixed_precision": None}, {"ACCELERATE_MIXED_PRECISION": "int3"}, "int3"),
+        ({"mixed_precision": None}, {"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8.*--mixed_precision"),
+        ({}, {"ACCELERATE_USE_CPU": "maybe"}, "maybe"),
         ({"report_to": "wandb"}, {}, "pip install wandb"),
         ({"lr_scheduler": "polynomial", "lr_warmup_steps": 2}, {}, "--lr_warmup_steps 2"),
+        ({"lr_scheduler": "constant", "lr_warmup_steps": 1}, {}, "--lr_warmup_steps 1 .* constant_with_warmup"),
+        ({"lr_scheduler": "polynomial", "learning_rate": 1e-8}, {}, "--learning_rate 1e-08"),
     ],
 )
 def test_what_training_would_not_do_as_told_is_refused(run, changed, environment, named, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def find_checkpoint(
     checkpoint, problem = None, None
     if accelerator.is_main_process and (resume := options.run.resume):
         try:
-            checkpoint = _newest_whole(folder) if resume == "latest" else _named_checkpoint(Path(resume))
+            checkpoint = _newest_whole(folder) if resume == "latest" else _named_checkpoint(Path(resume), folder)
             if checkpoint is not None:
                 _compare_options(checkpoint, options)
                 _compare_identity(checkpoint, identity(), options.run.accept_changed_data)
@@ -66,9 +66,12 @@ def find_checkpoint(
     return checkpoint
 
 
-def _named_checkpoint(path: Path) -> Path:
+def _named_checkpoint(path: Path, folder: Path) -> Path:
     if not (path / STATE_FILE).is_file():
-        raise ConfigError(f"--resume {path} is not a checkpoint: it has no {STATE_FILE}. Name one, or 'latest'.")
+        known = ", ".join(map(str, list_checkpoints(folder))) or "there is none"
+        raise ConfigError(
+            f"--resume {path} is not a checkpoint: it has no {STATE_FILE}. Name one of {folder} ({known}), or 'latest'."
+        )
     if problem := damage_of(path):
         raise ConfigError(f"--resume {path} is damaged: {problem}. Name another checkpoint, or 'latest'.")
     return path

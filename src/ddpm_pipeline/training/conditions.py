@@ -29,7 +29,7 @@ from ..support.provenance import weights_digest
 from .captions import Captions
 from .export import is_checkpoint, pipeline_of
 from .options import ConditionOptions
-from .text_encoders import load_text_encoder, make_small_encoder, make_tokenizer, tokenizer_digest
+from .text_encoders import NO_TEXT_MODEL, load_text_encoder, make_small_encoder, make_tokenizer, tokenizer_digest
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +180,8 @@ class TextCondition(Condition):
             self.text_encoder = make_small_encoder(self.tokenizer)
         elif self.source is None and is_checkpoint(init_from):
             saved = pipeline_of(init_from)
+            if not isinstance(saved, self.pipeline_class):
+                raise ConfigError(f"--init_from {init_from} {NO_TEXT_MODEL}")
             self.tokenizer, self.text_encoder = saved.tokenizer, saved.text_encoder
         else:
             self.tokenizer, self.text_encoder = load_text_encoder(self.source, init_from)

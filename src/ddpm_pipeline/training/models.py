@@ -66,7 +66,7 @@ def build_model(
             if (has := unet.config.get(name)) != need:
                 raise ConfigError(
                     f"{model.init_from or model.model}: the UNet has {name}={has}, and this --condition with these data needs "
-                    f"{need}."
+                    f"{need}; use a model made for that, or the --condition and the classes that this one was made for."
                 )
         _check_timesteps(unet.config, len(scheduler))
         _check_runs(unet, (channels, resolution, resolution), condition)
@@ -104,7 +104,7 @@ def _from_pipeline(model: ModelOptions, schedule: dict[str, Any], condition: Con
     if not isinstance(pipe.unet, condition.unet_class):
         raise ConfigError(
             f"--init_from {source} has a {type(pipe.unet).__name__}, and this --condition needs a "
-            f"{condition.unet_class.__name__}."
+            f"{condition.unet_class.__name__}; use the --condition that it was trained with."
         )
     if model.model != "auto":
         logger.warning("--model %s has no effect: the network is that of --init_from %s", model.model, source)
