@@ -221,13 +221,16 @@ class TextCondition(Condition):
         return {name: value.to(device, non_blocking=True) for name, value in arguments.items()}
 
     @torch.no_grad()
+    def _encoded(self, captions: list[str], device: torch.device) -> Tensor:
+        """Text states [B, 77, D]."""
+        tokens = {name: ids.to(device) for name, ids in tokenize(self.tokenizer, captions).items()}
+        return self.text_encoder.to(device)(**tokens)[0].float()
+
     def _frozen_states(self, captions: list[str], device: torch.device) -> dict[str, Tensor]:
         """Text states [77, D] of each caption, cached while there is room."""
         known = {caption: self._states[caption] for caption in captions if caption in self._states}
         if unknown := [caption for caption in captions if caption not in known]:
-            self.text_encoder.to(device)
-            tokens = {name: ids.to(device) for name, ids in tokenize(self.tokenizer, unknown).items()}
-            for caption, state in zip(unknown, self.text_encoder(**tokens)[0].float(), strict=True):
+            for caption, state in zip(unknown, self._encoded(unknown, device), strict=True):
                 known[caption] = state
                 if self._room >= state.nbytes:
                     self._states[caption] = state.clone()  # a view would keep its whole batch
@@ -239,11 +242,8 @@ class TextCondition(Condition):
         captions = self.captions.draw(data.column(self.column, indices), where, [False] * len(indices))
         return Request("prompt", captions, _guidance(self.options))
 
-    @torch.no_grad()
     def unet_inputs(self, request: Request) -> dict[str, Tensor]:
-        tokens = tokenize(self.tokenizer, request.values)
-        encoder = self.text_encoder
-        return {"encoder_hidden_states": encoder(**{name: ids.to(encoder.device) for name, ids in tokens.items()})[0].float()}
+        return {"encoder_hidden_states": self._encoded(request.values, self.text_encoder.device)}
 
     def network(self, unet: nn.Module) -> nn.Module:
         return TextDenoiser(unet, self.text_encoder) if self.trained else unet

@@ -133,10 +133,9 @@ def _load_weights(checkpoint: Path, network: nn.Module) -> None:
     else:
         wrapped = load_file(checkpoint / WEIGHTS_FILE)
         stored = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in wrapped.items()}
-    if missing := network.load_state_dict(stored, strict=False).missing_keys:
-        missing = [name for name in missing if name in dict(network.named_parameters())]
-        if missing:
-            raise ValueError(f"there are no weights for {', '.join(missing[:3])}")
+    missing, known = network.load_state_dict(stored, strict=False).missing_keys, dict(network.named_parameters())
+    if lacking := [name for name in missing if name in known]:
+        raise ValueError(f"there are no weights for {', '.join(lacking[:3])}")
     if bad := [name for name, value in stored.items() if not value.isfinite().all()]:
         raise ConfigError(f"{checkpoint} has weights that are not finite, in {', '.join(bad[:3])}; use another checkpoint.")
 

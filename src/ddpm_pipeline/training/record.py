@@ -99,9 +99,9 @@ def recipe_command(options: TrainingOptions, data_name: str, num_processes: int 
 
 
 def _base_name(init_from: str) -> str:
-    """The public name of the model that a run starts from: of a checkpoint, that of its run."""
-    folder = Path(init_from).parent
-    return public(str(folder.parent) if folder.name == "checkpoints" else init_from)
+    """The public name of the model that a run starts from: of a checkpoint, whose path is absolute by then, that of its run."""
+    path = Path(init_from)
+    return public(str(path.parents[1]) if path.is_absolute() and path.parent.name == "checkpoints" else init_from)
 
 
 def public(value: str) -> str:
