@@ -66,8 +66,7 @@ def train(options: TrainingOptions) -> Path:
         unet, scheduler = build_model(options.model, options.diffusion, data.resolution, data.channels, condition)
         options = resolved(options, data, scheduler)
         checkpoint = find_checkpoint(folder, options, accelerator, partial(identity_of, data, condition, unet, scheduler))
-        if checkpoint and options.model.init_from is None:  # as the card says; the weights are those of the checkpoint
-            options = options.with_values(init_from=stored_options(checkpoint).get("init_from"))
+        options = with_origin(options, checkpoint)
         state = build_state(accelerator, unet, condition.network(unet), options)
         first, position = load_checkpoint(accelerator, state, checkpoint) if checkpoint else (0, None)
         batches = open_batches(data, condition, options, accelerator, first, position)
@@ -115,6 +114,13 @@ def resolved(options: TrainingOptions, data: ImageSet, scheduler: AlphaDDPMSched
     start = os.path.abspath(start) if start and os.path.exists(start) else start  # a folder is no name, also when it is gone
     known = {"max_train_steps": steps, "num_train_timesteps": len(scheduler), "objective": objective, "init_from": start}
     return options.with_values(**images, **known)
+
+
+def with_origin(options: TrainingOptions, checkpoint: Path | None) -> TrainingOptions:
+    """The options with what the checkpoint's run started from, for the model card, where the one that resumes does not say."""
+    if checkpoint is None or options.model.init_from is not None:
+        return options
+    return options.with_values(init_from=stored_options(checkpoint).get("init_from"))
 
 
 def open_batches(
