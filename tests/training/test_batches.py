@@ -228,28 +228,33 @@ def test_a_stream_resumes_only_as_it_was_divided(tmp_path):
 WORKERS = """
 import os, signal, sys, time
 import datasets
+from torch.utils.data._utils import worker
 from ddpm_pipeline.data import DataOptions, load_images, open_stream
 from ddpm_pipeline.data.options import TrainingDataOptions
 from ddpm_pipeline.training.batches import BatchPlan, batch_loader
 datasets.disable_progress_bars()
+options = DataOptions(sys.argv[1], resolution=8, cache_dir=sys.argv[1] + "-cache")
+opened = {"stream": open_stream(options), "map": load_images(options)}
+worker.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds, of 5, between looks whether the parent process is alive
+readers = []
 for kind, end in [line.split() for line in sys.argv[2:]]:
     reader, writer = os.pipe()
     if os.fork():
-        print(kind, end, *os.read(reader, 99).decode().split(), flush=True)
+        readers.append((kind, end, reader))
         continue
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where tests run in the background
-    options = DataOptions(sys.argv[1], resolution=8, cache_dir=sys.argv[1] + "-cache")
-    data = open_stream(options) if kind == "stream" else load_images(options)
-    batches = batch_loader(data, BatchPlan(0, 4), None, range(10**9), TrainingDataOptions(dataloader_num_workers=2))
+    batches = batch_loader(opened[kind], BatchPlan(0, 4), None, range(10**9), TrainingDataOptions(dataloader_num_workers=2))
     next(batches)
     children = open(f"/proc/self/task/{os.getpid()}/children").read()
     os.write(writer, f"{os.getpid()} {children}".encode())
-    deadline = time.monotonic() + (1 if end == "end" else 60)
+    deadline = time.monotonic() + (0.2 if end == "end" else 60)
     while time.monotonic() < deadline:
         next(batches)
         time.sleep(0.05)
     sys.exit(0)
-for _ in sys.argv[2:]:
+for kind, end, reader in readers:
+    print(kind, end, *os.read(reader, 99).decode().split(), flush=True)
+for _ in readers:
     os.wait()
 """
 
@@ -272,18 +277,25 @@ def test_workers_end_with_their_process(tmp_path):
     assert not alive, alive
 
 
-@pytest.mark.parametrize("kind", ["stream", "map"])
-def test_a_worker_that_is_killed_is_an_error_of_the_data(tmp_path, kind):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch raises within any code
+@pytest.mark.parametrize("kind", ["stream", "map", "connection"])
+def test_a_worker_that_is_killed_is_an_error_of_the_data(tmp_path, kind, monkeypatch):
+    """However it shows first: by torch's signal handler or, where that comes later, by the broken connection."""
     options = {"resolution": 8, "cache_dir": str(tmp_path / "cache")}
     folder = write_numbered(tmp_path / "x", [40, 40])
     data = stream_of(folder, **options) if kind == "stream" else load(folder, **options)
+    others = psutil.Process().children()  # of earlier tests
     prepared = batch_loader(data, BatchPlan(0, 4), None, range(10**9), TrainingDataOptions(dataloader_num_workers=2))
     next(prepared)
-    (worker, *_) = psutil.Process().children()
+    worker = next(child for child in psutil.Process().children() if child not in others)
     with pytest.raises(DataError, match="--resume latest"), lost_workers():
+        if kind == "connection":
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+            monkeypatch.setattr(type(prepared._batches), "_next_data", lambda self: os.read(-1, 1))
         worker.kill()
-        for _ in range(10**4):
+        for _ in range(500):
             next(prepared)
     prepared.close()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
     with pytest.raises(RuntimeError, match="another"), lost_workers():
         raise RuntimeError("another")

@@ -6,11 +6,17 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
 
 from ddpm_pipeline import AlphaDDPMPipeline
+from ddpm_pipeline.conditioning_alpha_ddpm import tokenize
+from ddpm_pipeline.data import ConditionColumns, DataOptions, load_images
+from ddpm_pipeline.evaluation.figures import likelihood_of
+from ddpm_pipeline.support.draws import RandomStream, image_indices, seeds
 from ddpm_pipeline.support.errors import ConfigError
 from ddpm_pipeline.training import TrainingOptions, train
 from helpers import tiny_unet
+from training_helpers import metrics, quick_options
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of the FID of so few images
 
@@ -45,6 +51,34 @@ def test_training_evaluates_on_the_way(tmp_path):
     assert pipe(1, torch.Generator().manual_seed(0), num_inference_steps=3, output_type="pt").images.isfinite().all()
     with pytest.raises(ConfigError, match="learned_range"):
         train(options.with_values(objective="hybrid", variance_type=None, output_dir=str(tmp_path / "wrong")))
+
+
+@pytest.mark.parametrize("kind", ["class", "text", "stream of classes"])
+def test_a_conditional_model_is_evaluated_under_the_conditions_of_the_data(kind, tmp_path):
+    """Its last figure is that of the saved model with the images' own classes or captions."""
+    given = {"streaming": True, "resolution": 8} if "stream" in kind else {"eval_samples": 5}
+    if kind == "text":
+        (tmp_path / "captions.yaml").write_text("templates: ['digit {name}']")
+        given |= {"caption_templates": str(tmp_path / "captions.yaml")}
+    options = quick_options(
+        tmp_path, max_train_steps=2, lr_warmup_steps=1, num_samples=1, eval_every=2, eval_images=6, eval_calls=5, model="tiny",
+        condition="text" if kind == "text" else "class", split="train[:40]", preview_inference_steps=3, **given,
+    )  # fmt: skip
+    folder = train(TrainingOptions(**options, output_dir=str(tmp_path / "model")))
+    (logged,) = (line for line in metrics(folder) if "eval_bits_per_dim" in line)
+    assert "eval_samples" not in given or logged["eval_fid"] > 0
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    data = load_images(DataOptions(split="train[:40]", cache_dir=options["cache_dir"]), ConditionColumns("class"))
+    indices = image_indices(0, 6 if "stream" in kind else 40, 0, 6)
+    labels = data.column("label", indices)
+    conditions = {"class_labels": labels}
+    if kind == "text":
+        tokens = tokenize(pipe.tokenizer, [f"digit {label}" for label in labels.tolist()])
+        conditions = {"encoder_hidden_states": pipe.text_encoder(**tokens)[0].detach()}
+    noise_seeds = seeds(0, RandomStream.NOISE, 0, 6)
+    how = {"num_evaluated": 5, "progress": False, "batch_size": 8}
+    bits = likelihood_of(pipe.unet, pipe.scheduler, data.pixels(indices), noise_seeds, model_kwargs=conditions, **how).total
+    assert logged["eval_bits_per_dim"] == pytest.approx(float(bits.mean()), rel=1e-6)
 
 
 def test_evaluation_that_cannot_be_is_said_before_training(tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def test_init_from_takes_weights_and_schedule(tmp_path):
         ({"block_out_channels": [2**24, 2**24]}, "more than training takes"),
         ({"block_out_channels": []}, "cannot be used"),
         ({"norm_num_groups": 0}, "cannot be used"),
-        ({"norm_num_groups": 3}, "cannot be used"),
+        ({"norm_num_groups": 3}, "cannot be used"), ({"norm_eps": -1e-5}, "norm_eps=-1e-05"), ({"norm_eps": 0}, "norm_eps=0"),
         ({"layers_per_block": "two"}, "cannot be used"),
         ({"down_block_types": ["DownBlock2D", "NoBlock2D"]}, "cannot be used"),
         ({"up_block_types": ["UpBlock2D"]}, "cannot be used"),

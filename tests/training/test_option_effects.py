@@ -37,10 +37,12 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(
     "option",
     [
-        {"seed": 1}, {"random_flip": True}, {"batch_size": 8}, {"learning_rate": 2e-3}, {"lr_scheduler": "constant"},
+        {"seed": 1}, {"random_flip": True}, {"batch_size": 8}, {"learning_rate": 2e-3},
+        {"lr_scheduler": "constant_with_warmup"},
         {"lr_warmup_steps": 3}, {"adam_beta1": 0.5}, {"adam_beta2": 0.9}, {"adam_epsilon": 1e-3}, {"weight_decay": 0.5},
-        {"max_grad_norm": 0.01}, {"ema_decay": 0.0}, {"ema_power": 0.2}, {"dropout": 0.0}, {"snr_gamma": 1.0},
-        {"prediction_type": "v_prediction"}, {"beta_schedule": "squaredcos_cap_v2"}, {"num_train_timesteps": 30},
+        {"max_grad_norm": 0.01}, {"ema_decay": 0.0}, {"ema_decay": 0.3}, {"ema_power": 0.2}, {"dropout": 0.0},
+        {"snr_gamma": 1.0}, {"prediction_type": "v_prediction"}, {"beta_schedule": "squaredcos_cap_v2"},
+        {"num_train_timesteps": 30},
         {"timestep_sampling": "stratified"}, {"objective": "bound"}, {"mixed_precision": "bf16"}, {"condition": "class"},
     ],
     ids=lambda option: "".join(option),

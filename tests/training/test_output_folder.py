@@ -131,6 +131,8 @@ def test_one_run_at_a_time_has_a_folder(tmp_path):
             finally:
                 os._exit(0)
         os.wait()
+        with pytest.raises(ConfigError, match="this process"):  # such as in another thread
+            OutputFolder(tmp_path / "model", RunOptions(resume="latest"))
         os.close(writer)
         told = os.read(reader, 1000).decode()
         assert f"process {os.getpid()} on " in told

@@ -122,6 +122,17 @@ def test_changed_images_are_refused_until_they_are_accepted(change, runs, tmp_pa
         assert "changed data: the data were 6 images" in (folder / "train.log").read_text()
 
 
+def test_another_column_is_refused_by_name(runs, tmp_path):
+    options, folder = runs("class", tmp_path)
+    (folder / "checkpoints/step-00000006/identity.json").write_text(
+        json.dumps(
+            json.loads((folder / "checkpoints/step-00000006/identity.json").read_text()) | {"condition's column": "kind"}
+        )
+    )
+    sign(folder / "checkpoints/step-00000006")
+    refused(options, "condition's column was 'kind' and is 'label'", accept_changed_data=True)
+
+
 def test_changed_captions_and_words_are_refused_by_name(runs, tmp_path):
     options, _ = runs("text", tmp_path)
     captions(Path(options["dataset"]), *CAPTIONS[:5], "a blue square")
@@ -362,6 +373,9 @@ def test_a_fine_tune_starts_from_a_checkpoint(runs, tmp_path):
         "output_dir": str(tmp_path / "tuned"),
     }
     tuned = train(TrainingOptions(**still, init_from=str(checkpoint)))
+    assert "fine-tuned from `model`" in (tuned / "README.md").read_text()
+    for start in (checkpoint, folder):
+        refused(still | {"condition": "text"}, f"--init_from {start} has no text encoder", init_from=str(start), overwrite=True)
     before, after = pipeline_of(checkpoint), AlphaDDPMPipeline.from_pretrained(tuned)
     assert after.scheduler.config.beta_end == 0.4 and len(after.scheduler) == 20
     assert after.unet.config[OWN_KEY]["class_names"] == ["bee", "cat", "dog"]
@@ -371,3 +385,19 @@ def test_a_fine_tune_starts_from_a_checkpoint(runs, tmp_path):
         if "class_embedding" not in name:
             torch.testing.assert_close(after.unet.state_dict()[name], value, atol=1e-9, rtol=0)
     assert "new: ['bee']; left out: []" in (tuned / "train.log").read_text()
+
+
+def test_a_fine_tune_that_is_resumed_without_naming_its_start_says_where_it_came_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = {
+        name: value
+        for name, value in quick_options(tmp_path).items()
+        if name not in ("model", "num_train_timesteps", "beta_end")
+    }
+    base |= {"max_train_steps": 1, "lr_warmup_steps": 0, "num_samples": 1, "sample_inference_steps": 2}
+    train(TrainingOptions(**base, output_dir="first"))
+    tuned = base | {"output_dir": "tuned"}
+    train(TrainingOptions(**tuned, init_from="first/checkpoints/step-00000001"))
+    Path("first").rename("elsewhere")
+    card = (train(TrainingOptions(**tuned | {"max_train_steps": 2, "resume": "latest"})) / "README.md").read_text()
+    assert "fine-tuned from `first`" in card and "--init_from first" in card and "base_model" not in card

@@ -7,14 +7,16 @@ import sys
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
 from accelerate import Accelerator
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ddpm_pipeline.support.errors import STOPPED_STATUS, ConfigError
-from ddpm_pipeline.training import TrainingOptions, jobs, stop, train
+from ddpm_pipeline.support.errors import STOPPED_STATUS, ConfigError, PushError, Stopped
+from ddpm_pipeline.training import TrainingOptions, jobs, pusher, stop, train
+from ddpm_pipeline.training.checkpoints import list_checkpoints
 from ddpm_pipeline.training.telemetry import duration
 from ddpm_pipeline.training.text_encoders import load_text_encoder, make_tokenizer
 from training_helpers import metrics, quick_options, weights
@@ -42,8 +44,12 @@ def run(tmp_path_factory):
         ({"gradient_accumulation_steps": 2}, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "4 micro-batches"),
         ({}, {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "--compile"),
         ({"mixed_precision": None}, {"ACCELERATE_MIXED_PRECISION": "int3"}, "int3"),
+        ({"mixed_precision": None}, {"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8.*--mixed_precision"),
+        ({}, {"ACCELERATE_USE_CPU": "maybe"}, "maybe"),
         ({"report_to": "wandb"}, {}, "pip install wandb"),
         ({"lr_scheduler": "polynomial", "lr_warmup_steps": 2}, {}, "--lr_warmup_steps 2"),
+        ({"lr_scheduler": "constant", "lr_warmup_steps": 1}, {}, "--lr_warmup_steps 1 .* constant_with_warmup"),
+        ({"lr_scheduler": "polynomial", "learning_rate": 1e-8}, {}, "--learning_rate 1e-08"),
     ],
 )
 def test_what_training_would_not_do_as_told_is_refused(run, changed, environment, named, tmp_path, monkeypatch):
@@ -151,8 +157,36 @@ def test_a_push_that_stalls_is_given_up_soon_after_a_request(monkeypatch):
     assert not request.waits_for(stalled) and not request.waits_for(stalled), "the second one waits no longer"
     assert 0.3 <= time.monotonic() - began < 5
     assert request.waits_for(stop.in_background(lambda: 1))
+    late = stop.StopRequest(1e-9, 0.0)
+    assert late.reason and late.waits_for(stop.in_background(time.sleep, 0.6)), "the clock is no request to hurry"
+    assert not late.waits_for(stalled, urgent=True)
     assert stop.in_background(int, "7").result() == 7
     assert isinstance(stop.in_background(int, "x").exception(), ValueError)
+
+
+@pytest.mark.parametrize("when", ["in mid-run", "at the end"])
+def test_a_run_whose_push_stalls_ends_soon_after_a_signal(when, run, tmp_path, monkeypatch, caplog):
+    """With its checkpoint or its model, and the command that pushes it."""
+    monkeypatch.setattr(stop, "LONGEST_PUSH", 0.2)
+    monkeypatch.setattr(pusher.Pusher, "_prepare", lambda *_: "org/name")
+    signalled, stalled = [], Event()
+
+    def stall(folder, *_, **__):
+        if (folder / "model_index.json").is_file() and not signalled and (when == "in mid-run" or folder == tmp_path / "model"):
+            signalled.append(folder)
+            os.kill(os.getpid(), signal.SIGTERM)
+        stalled.wait(20)
+
+    monkeypatch.setattr(pusher, "push", stall)
+    kind = Stopped if when == "in mid-run" else PushError
+    changed = {"push_every": 1, "max_train_steps": 2000} if when == "in mid-run" else {}
+    began = time.monotonic()
+    with pytest.raises(kind, match="SIGTERM") as ended:
+        run(tmp_path / "model", push_to_hub=True, **changed)
+    stalled.set()
+    assert time.monotonic() - began < 15
+    assert "ddpm_pipeline.hub" in caplog.text + str(ended.value)
+    assert list_checkpoints(tmp_path / "model") or (tmp_path / "model/model_index.json").is_file()
 
 
 def test_a_process_that_asked_to_end_does_so_whatever_its_threads_do(monkeypatch):
@@ -179,6 +213,11 @@ def test_the_log_tells_losses_and_the_time_to_go(run, tmp_path):
 )
 def test_durations(seconds, words):
     assert duration(seconds) == words
+
+
+def test_pictures_and_figures_that_never_come_are_told(run, tmp_path):
+    log = (run(tmp_path / "model", preview_every=3, eval_every=4, eval_images=1) / "train.log").read_text()
+    assert "--preview_every 3 is more than the 2 updates" in log and "--eval_every 4 is more than the 2 updates" in log
 
 
 def test_grids_of_conditional_models_say_which_row_is_what(run, tmp_path):

@@ -21,7 +21,6 @@ import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from ..support.draws import image_indices
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
 from .columns import (
@@ -140,10 +139,6 @@ class ImageData(ImageSet):
     def values(self, name: str) -> Iterator[Any]:
         """A kept column's values, one by one in the order of the images. Raises DataError for an unknown column."""
         return self._cells(name, np.arange(len(self)))
-
-    def examples(self, count: int, seed: int) -> torch.Tensor:
-        """The same few images on each call, uint8 [n, C, H, W]: the first `count` of a random order, or as many as exist."""
-        return self.pixels(image_indices(seed, len(self), 0, min(count, len(self))))
 
     @cached_property
     def _pixel_chunks(self) -> list[np.ndarray]:

@@ -80,10 +80,6 @@ class StreamData(ImageSet):
         images = np.stack([pixels.reshape(-1) for pixels, _ in rows if pixels is not None])
         return images_of(images, self.resolution, self.channels)
 
-    def examples(self, count: int, seed: int) -> torch.Tensor:
-        """The same few images on each call, uint8 [n, C, H, W]: the first ones, whatever the seed."""
-        return self.first(count)
-
     def stored(self, count: int, cache_dir: str | None) -> ImageData:
         """The first `count` usable images (or all) in a memory-mapped cache. Raises DataError if too many rows are bad."""
         path = cache_folder(cache_dir) / f"{cache_key('stream', self.fingerprint, count)}.arrow"

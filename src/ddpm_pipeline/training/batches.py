@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,8 @@ from .conditions import Condition
 from .objectives import timestep_quantiles
 from .stop import ignore_signals_in_worker
 
+LOST_WORKER = "DataLoader worker"  # the beginning of what torch raises for one that was killed
+NOTICED = 0.3  # seconds in which torch's handler of signals raises that
 FAILURE = "failure"  # the key under which a worker that cannot continue puts its message
 
 
@@ -141,7 +144,13 @@ class BatchLoader(Iterator[dict[str, Any]]):
         atexit.register(self.close)  # before multiprocessing's own end, which waits for workers that ignore its signal
 
     def __next__(self) -> dict[str, Any]:
-        return next(self._batches)
+        try:
+            return next(self._batches)
+        except (OSError, EOFError) as error:  # perhaps of a connection that broke with its worker, which torch will say
+            time.sleep(NOTICED)
+            if any(not worker.is_alive() for worker in getattr(self._batches, "_workers", ())):
+                raise RuntimeError(f"{LOST_WORKER} ended") from error
+            raise
 
     def state_dict(self) -> dict[str, Any] | None:
         """What later micro-batches depend on beside their number: nothing."""
@@ -168,7 +177,7 @@ class StreamLoader(BatchLoader):
         super().__init__(loader)
 
     def __next__(self) -> dict[str, Any]:
-        batch = next(self._batches)
+        batch = super().__next__()
         if FAILURE in batch:
             raise DataError(batch[FAILURE])
         self._state["next_pass"] += 1
@@ -229,7 +238,7 @@ def lost_workers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+        if not str(error).startswith(LOST_WORKER):
             raise
         raise DataError(
             "A worker process that prepares batches was killed, perhaps because memory was short. Resume with --resume latest; "

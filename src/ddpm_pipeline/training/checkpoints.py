@@ -54,7 +54,7 @@ def find_checkpoint(
     checkpoint, problem = None, None
     if accelerator.is_main_process and (resume := options.run.resume):
         try:
-            checkpoint = _newest_whole(folder) if resume == "latest" else _named_checkpoint(Path(resume))
+            checkpoint = _newest_whole(folder) if resume == "latest" else _named_checkpoint(Path(resume), folder)
             if checkpoint is not None:
                 _compare_options(checkpoint, options)
                 _compare_identity(checkpoint, identity(), options.run.accept_changed_data)
@@ -66,9 +66,12 @@ def find_checkpoint(
     return checkpoint
 
 
-def _named_checkpoint(path: Path) -> Path:
+def _named_checkpoint(path: Path, folder: Path) -> Path:
     if not (path / STATE_FILE).is_file():
-        raise ConfigError(f"--resume {path} is not a checkpoint: it has no {STATE_FILE}. Name one, or 'latest'.")
+        known = ", ".join(map(str, list_checkpoints(folder))) or "there is none"
+        raise ConfigError(
+            f"--resume {path} is not a checkpoint: it has no {STATE_FILE}. Name one of {folder} ({known}), or 'latest'."
+        )
     if problem := damage_of(path):
         raise ConfigError(f"--resume {path} is damaged: {problem}. Name another checkpoint, or 'latest'.")
     return path
@@ -78,9 +81,7 @@ def _compare_options(checkpoint: Path, options: TrainingOptions) -> None:
     """Logs which options differ from those of the checkpoint's run. Raises ConfigError if they make it another run, or if it
     has done more updates already than are asked for.
     """
-    files = (checkpoint / OPTIONS_FILE, checkpoint.parent.parent / OPTIONS_FILE)  # the latter of earlier versions
-    stored_file = next((file for file in files if file.is_file()), None)
-    stored = yaml.safe_load(stored_file.read_text("utf-8")) if stored_file else {}
+    stored = stored_options(checkpoint)
     changed: dict[str, list[str]] = {"refuse": [], "tell": [], "allow": []}
     for name, value in options.flat().items():
         if name in stored and stored[name] != value:
@@ -98,6 +99,19 @@ def _compare_options(checkpoint: Path, options: TrainingOptions) -> None:
         )
     if changed["tell"]:
         logger.info("resuming with changed options: %s", "; ".join(changed["tell"]))
+
+
+def stored_options(checkpoint: Path) -> dict[str, Any]:
+    """The options of a checkpoint's run, by the inverse of `TrainingOptions.to_yaml`; none if it does not have them. Raises
+    ConfigError if they cannot be read.
+    """
+    files = (checkpoint / OPTIONS_FILE, checkpoint.parent.parent / OPTIONS_FILE)  # the latter of earlier versions
+    file = next((file for file in files if file.is_file()), None)
+    try:
+        stored = {} if file is None else yaml.safe_load(file.read_text("utf-8"))
+        return dict(stored)
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} cannot be read: {describe_exception(error)}. Use another checkpoint.") from error
 
 
 def _compare_identity(checkpoint: Path, identity: dict[str, Any], accept_changed_data: bool) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..conditioning_alpha_ddpm import MAX_TOKENS, tokenize
-from ..data.mapped import ImageSet
+from ..data.mapped import ImageData, ImageSet
 from ..generation.drawing import UNCONDITIONAL, Request
 from ..pipeline_alpha_ddpm import AlphaDDPMPipeline
 from ..pipeline_alpha_ddpm_text import AlphaDDPMTextToImagePipeline
@@ -29,7 +29,7 @@ from ..support.provenance import weights_digest
 from .captions import Captions
 from .export import is_checkpoint, pipeline_of
 from .options import ConditionOptions
-from .text_encoders import load_text_encoder, make_small_encoder, make_tokenizer, tokenizer_digest
+from .text_encoders import NO_TEXT_MODEL, load_text_encoder, make_small_encoder, make_tokenizer, tokenizer_digest
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,14 @@ class Condition:
 
     def probe(self, count: int) -> dict[str, Tensor]:
         """Arguments of the UNet for so many images, of the right shapes and types."""
+        return {}
+
+    def request_like(self, data: ImageData, indices: Sequence[int], seed: int) -> Request:
+        """A request for images with the conditions that these images of the data have; none is dropped."""
+        return UNCONDITIONAL
+
+    def unet_inputs(self, request: Request) -> dict[str, Tensor]:
+        """The values of a request as arguments of the UNet, [B, ...]."""
         return {}
 
     def network(self, unet: nn.Module) -> nn.Module:
@@ -119,6 +127,12 @@ class ClassCondition(Condition):
     def inputs(self, drawn: Tensor, device: torch.device) -> dict[str, Tensor]:
         return {"class_labels": drawn.to(device, non_blocking=True)}
 
+    def request_like(self, data: ImageData, indices: Sequence[int], seed: int) -> Request:
+        return Request("class_labels", data.column(self.column, indices).tolist(), _guidance(self.options))
+
+    def unet_inputs(self, request: Request) -> dict[str, Tensor]:
+        return {"class_labels": torch.tensor(request.values)}
+
     def pipeline(self, unet: Any, scheduler: Any) -> AlphaDDPMPipeline:
         describe_conditions(unet, class_names=self.names, condition_dropout=self.options.condition_dropout)
         return AlphaDDPMPipeline(unet=unet, scheduler=scheduler)
@@ -168,6 +182,8 @@ class TextCondition(Condition):
             self.text_encoder = make_small_encoder(self.tokenizer)
         elif self.source is None and is_checkpoint(init_from):
             saved = pipeline_of(init_from)
+            if not isinstance(saved, self.pipeline_class):
+                raise ConfigError(f"--init_from {init_from} {NO_TEXT_MODEL}")
             self.tokenizer, self.text_encoder = saved.tokenizer, saved.text_encoder
         else:
             self.tokenizer, self.text_encoder = load_text_encoder(self.source, init_from)
@@ -207,18 +223,29 @@ class TextCondition(Condition):
         return {name: value.to(device, non_blocking=True) for name, value in arguments.items()}
 
     @torch.no_grad()
+    def _encoded(self, captions: list[str], device: torch.device) -> Tensor:
+        """Text states [B, 77, D]."""
+        tokens = {name: ids.to(device) for name, ids in tokenize(self.tokenizer, captions).items()}
+        return self.text_encoder.to(device)(**tokens)[0].float()
+
     def _frozen_states(self, captions: list[str], device: torch.device) -> dict[str, Tensor]:
         """Text states [77, D] of each caption, cached while there is room."""
         known = {caption: self._states[caption] for caption in captions if caption in self._states}
         if unknown := [caption for caption in captions if caption not in known]:
-            self.text_encoder.to(device)
-            tokens = {name: ids.to(device) for name, ids in tokenize(self.tokenizer, unknown).items()}
-            for caption, state in zip(unknown, self.text_encoder(**tokens)[0].float(), strict=True):
+            for caption, state in zip(unknown, self._encoded(unknown, device), strict=True):
                 known[caption] = state
                 if self._room >= state.nbytes:
                     self._states[caption] = state.clone()  # a view would keep its whole batch
                     self._room -= state.nbytes
         return known
+
+    def request_like(self, data: ImageData, indices: Sequence[int], seed: int) -> Request:
+        where = BatchSlice(seed, 0, len(indices), slice(None))
+        captions = self.captions.draw(data.column(self.column, indices), where, [False] * len(indices))
+        return Request("prompt", captions, _guidance(self.options))
+
+    def unet_inputs(self, request: Request) -> dict[str, Tensor]:
+        return {"encoder_hidden_states": self._encoded(request.values, self.text_encoder.device)}
 
     def network(self, unet: nn.Module) -> nn.Module:
         return TextDenoiser(unet, self.text_encoder) if self.trained else unet
@@ -265,5 +292,9 @@ def _rows(argument: str, values: list[Any], count: int, options: ConditionOption
     """Equal rows of about `count` images in total, at most MAX_PREVIEW_ROWS of them."""
     values = values[: min(count, MAX_PREVIEW_ROWS)]
     columns = max(1, count // len(values))
-    guidance = options.preview_guidance if options.condition_dropout else 1.0
-    return Request(argument, [value for value in values for _ in range(columns)], guidance), columns
+    return Request(argument, [value for value in values for _ in range(columns)], _guidance(options)), columns
+
+
+def _guidance(options: ConditionOptions) -> float:
+    """For previews: 1, none, for a model that was not trained without conditions."""
+    return options.preview_guidance if options.condition_dropout else 1.0

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
-import yaml
 from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -28,7 +27,7 @@ from ..stock_format import build_within
 from ..support.errors import ConfigError, reported_errors
 from ..support.exceptions import describe_exception
 from ..support.provenance import weights_digest
-from .checkpoints import EMA_FILE, IDENTITY_FILE, STATE_FILE, WEIGHTS_FILE, damage_of
+from .checkpoints import EMA_FILE, IDENTITY_FILE, STATE_FILE, WEIGHTS_FILE, damage_of, stored_options
 from .identity import identity_of
 from .output_folder import OPTIONS_FILE
 from .record import model_card
@@ -113,7 +112,7 @@ def built(build: Callable[[], Any]) -> Any:
 
 
 def _frozen_encoder(checkpoint: Path, digest: str) -> Any:
-    options = yaml.safe_load((checkpoint / OPTIONS_FILE).read_text("utf-8"))
+    options = stored_options(checkpoint)
     source, init_from = options["text_encoder"], options["init_from"]
     if source is None and is_checkpoint(init_from):
         encoder = pipeline_of(init_from).text_encoder
@@ -134,10 +133,9 @@ def _load_weights(checkpoint: Path, network: nn.Module) -> None:
     else:
         wrapped = load_file(checkpoint / WEIGHTS_FILE)
         stored = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in wrapped.items()}
-    if missing := network.load_state_dict(stored, strict=False).missing_keys:
-        missing = [name for name in missing if name in dict(network.named_parameters())]
-        if missing:
-            raise ValueError(f"there are no weights for {', '.join(missing[:3])}")
+    missing, known = network.load_state_dict(stored, strict=False).missing_keys, dict(network.named_parameters())
+    if lacking := [name for name in missing if name in known]:
+        raise ValueError(f"there are no weights for {', '.join(lacking[:3])}")
     if bad := [name for name, value in stored.items() if not value.isfinite().all()]:
         raise ConfigError(f"{checkpoint} has weights that are not finite, in {', '.join(bad[:3])}; use another checkpoint.")
 

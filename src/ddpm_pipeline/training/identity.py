@@ -2,6 +2,7 @@
 resumes from the checkpoint compares. Called by the loop and by `export`, which writes it.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,7 @@ def identity_of(data: ImageSet, condition: "Condition", unet: Any, scheduler: Al
         "image column": data.roles.image,
         "condition's column": data.roles.needed,
         **condition.identity(),
-        "UNet": _as_json(unet_config),
-        "scheduler": _as_json(schedule),
+        **json.loads(json.dumps({"UNet": unet_config, "scheduler": schedule}, default=lambda array: array.tolist())),
     }
 
 
@@ -49,11 +49,3 @@ def _short(value: Any) -> str:
     if not isinstance(value, list):
         return repr(value)
     return f"{len(value)} values ({', '.join(map(str, value[:10]))}{', ...' if len(value) > 10 else ''})"
-
-
-def _as_json(value: Any) -> Any:
-    """Tuples are lists in JSON, and arrays too."""
-    if isinstance(value, Mapping):
-        return {str(key): _as_json(entry) for key, entry in value.items()}
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return [_as_json(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 
-from ..data.mapped import ImageSet
+from ..data.mapped import ImageData, ImageSet
 from ..evaluation.features import feature_extractor, real_features, try_extractor
 from ..evaluation.figures import likelihood_of
 from ..evaluation.quality import ImageQuality
@@ -23,7 +23,7 @@ from ..generation.drawing import sample_in_batches, sample_process, sample_uint8
 from ..hub import export
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..support.atomic import write_text
-from ..support.draws import RandomStream, seeds
+from ..support.draws import RandomStream, image_indices, seeds
 from ..support.errors import ConfigError, NumericalError, Stopped
 from ..support.exceptions import describe_exception
 from ..support.pictures import grid, save_picture
@@ -137,7 +137,7 @@ def stopped(run: Run, done: int) -> Stopped:
     """What a run that was asked to stop raises, when its last checkpoint is on the disk and its push is done or given up."""
     run.checkpoints.close()
     if run.pusher is not None:
-        run.pusher.abandon(run.stop)
+        run.pusher.abandon(run.stop, urgent=True)
     why, model = run.stop.reason or "another process", export_command(run.checkpoints.last)
     return Stopped(f"stopped by {why} after update {done}; for a model as of now, {model}")
 
@@ -180,25 +180,29 @@ def evaluate(run: Run, done: int) -> None:
 
 
 def likelihood(run: Run) -> dict[str, float]:
-    """The bound over the full chain, estimated from a few timesteps of each image."""
-    watching, seed = run.options.watching, run.options.run.seed
-    images = run.data.examples(watching.eval_images, seed)
-    count = len(images)
+    """The bound over the full chain, estimated from a few timesteps of each image, under its condition."""
+    watching, seed, data = run.options.watching, run.options.run.seed, run.data
+    if not isinstance(data, ImageData):
+        data = data.stored(watching.eval_images, run.options.data.cache_dir)
+    count = min(watching.eval_images, len(data))
+    indices = image_indices(seed, len(data), 0, count)
+    inputs = run.condition.unet_inputs(run.condition.request_like(data, indices, seed))
+    how = {"num_evaluated": watching.eval_calls, "batch_size": run.batch_size, "progress": False, "model_kwargs": inputs}
     noise_seeds = seeds(seed, RandomStream.NOISE, 0, count)
-    calls = {"num_evaluated": watching.eval_calls, "batch_size": run.batch_size, "progress": False}
-    total = likelihood_of(run.pipe.unet, run.scheduler, images, noise_seeds, **calls).total
+    total = likelihood_of(run.pipe.unet, run.scheduler, data.pixels(indices), noise_seeds, **how).total
     error = {"eval_bits_per_dim_error": float(total.std() / count**0.5)} if count > 1 else {}
     return {"eval_bits_per_dim": float(total.mean()), **error}
 
 
 def quality(run: Run) -> dict[str, float]:
-    """Of samples over the previews' steps, compared with all of the data, in this process alone."""
+    """Of samples over the previews' steps, with the conditions of the data, compared with all of it, in this process alone."""
     watching, seed, pipe, extractor = run.options.watching, run.options.run.seed, run.pipe, run.extractor
+    request = run.condition.request_like(run.data, image_indices(seed, len(run.data), 0, watching.eval_samples), seed)
     measured = ImageQuality(extractor, seed=seed, sync_on_compute=False).to(pipe.device)
     measured.add_real_features(real_features(run.data, extractor, run.options.data.cache_dir).to(pipe.device))
     for start in range(0, watching.eval_samples, run.batch_size):
         batch = range(start, min(start + run.batch_size, watching.eval_samples))
-        images = sample_uint8(pipe, batch, seed, run.preview_steps)
+        images = sample_uint8(pipe, batch, seed, run.preview_steps, request)
         measured.update(images.to(pipe.device), real=False)
     figures = measured.compute()._asdict()
     return {f"eval_{name}": figures[name] for name in FIGURES if not math.isnan(figures[name])}
@@ -235,6 +239,12 @@ def begin(run: Run, previews: Every) -> None:
         run.total, options.optimisation.batch_size, accelerator.device, accelerator.mixed_precision,
         torch.get_num_threads(),
     )  # fmt: skip
+    for name in ("preview_every", "eval_every"):
+        every = getattr(options.watching, name)
+        if every > run.total and every != options.declared()[name].default:
+            logger.warning(
+                "--%s %d is more than the %d updates of this run, so that there will be none", name, every, run.total
+            )
     run.state.model.train()
     if run.first and previews.is_due(run.first, run.total, stopping=False):
         run.in_main_process(partial(preview, only_if_missing=True), run.first)

@@ -1,6 +1,7 @@
 """A training run, top to bottom: where it runs, what it learns from, what it learns, what happens along the way, the loop."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,7 +17,7 @@ from ..data.mapped import ImageSet, to_model_range
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..support.draws import noise_of
 from .batches import BatchLoader, BatchPlan, batch_loader, lost_workers
-from .checkpoints import find_checkpoint, load_checkpoint
+from .checkpoints import find_checkpoint, load_checkpoint, stored_options
 from .conditions import Condition, build_condition
 from .identity import identity_of
 from .jobs import Every, Run, begin, evaluate, finish, preview, push_snapshot, report, save_checkpoint, stopped
@@ -65,6 +66,7 @@ def train(options: TrainingOptions) -> Path:
         unet, scheduler = build_model(options.model, options.diffusion, data.resolution, data.channels, condition)
         options = resolved(options, data, scheduler)
         checkpoint = find_checkpoint(folder, options, accelerator, partial(identity_of, data, condition, unet, scheduler))
+        options = with_origin(options, checkpoint)
         state = build_state(accelerator, unet, condition.network(unet), options)
         first, position = load_checkpoint(accelerator, state, checkpoint) if checkpoint else (0, None)
         batches = open_batches(data, condition, options, accelerator, first, position)
@@ -108,7 +110,17 @@ def resolved(options: TrainingOptions, data: ImageSet, scheduler: AlphaDDPMSched
     steps = optimisation.max_train_steps or -(-len(data) * optimisation.num_train_epochs // optimisation.batch_size)
     images = {"resolution": data.resolution, "channels": data.channels}
     objective = objective_for(options.diffusion.objective, scheduler)
-    return options.with_values(**images, max_train_steps=steps, num_train_timesteps=len(scheduler), objective=objective)
+    start = options.model.init_from
+    start = os.path.abspath(start) if start and os.path.exists(start) else start  # a folder is no name, also when it is gone
+    known = {"max_train_steps": steps, "num_train_timesteps": len(scheduler), "objective": objective, "init_from": start}
+    return options.with_values(**images, **known)
+
+
+def with_origin(options: TrainingOptions, checkpoint: Path | None) -> TrainingOptions:
+    """The options with what the checkpoint's run started from, for the model card, where the one that resumes does not say."""
+    if checkpoint is None or options.model.init_from is not None:
+        return options
+    return options.with_values(init_from=stored_options(checkpoint).get("init_from"))
 
 
 def open_batches(

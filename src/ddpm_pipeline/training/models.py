@@ -71,7 +71,7 @@ def build_model(
             if (has := unet.config.get(name)) != need:
                 raise ConfigError(
                     f"{model.init_from or model.model}: the UNet has {name}={has}, and this --condition with these data needs "
-                    f"{need}."
+                    f"{need}; use a model made for that, or the --condition and the classes that this one was made for."
                 )
         _check_timesteps(unet.config, len(scheduler))
         _check_runs(unet, (channels, resolution, resolution), condition)
@@ -109,7 +109,7 @@ def _from_pipeline(model: ModelOptions, schedule: dict[str, Any], condition: Con
     if not isinstance(pipe.unet, condition.unet_class):
         raise ConfigError(
             f"--init_from {source} has a {type(pipe.unet).__name__}, and this --condition needs a "
-            f"{condition.unet_class.__name__}."
+            f"{condition.unet_class.__name__}; use the --condition that it was trained with."
         )
     if model.model != "auto":
         logger.warning("--model %s has no effect: the network is that of --init_from %s", model.model, source)
@@ -218,6 +218,8 @@ def _check_fits(config: Any, variance_type: str, resolution: int, channels: int)
             f"a resolution of {resolution} cannot be halved {levels} times, as this UNet does; use --resolution "
             f"{f'{low} or ' if low else ''}{low + 2**levels}, or a --model with fewer levels."
         )
+    if not config.norm_eps > 0:
+        raise ConfigError(f"norm_eps={config.norm_eps} of the UNet must be above 0, since a root is taken of it.")
     if (taken := config.in_channels) != channels:
         raise ConfigError(f"the images have {channels} channels and the UNet takes {taken}; use --channels {taken}.")
     size = config.sample_size

@@ -23,6 +23,7 @@ TIMESTEP_SAMPLINGS = ("uniform", "stratified", "importance")
 TRAINABLE_VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")  # accelerate's
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+POLYNOMIAL_END = 1e-7  # the rate at which diffusers' schedule of this name ends
 MOST_WARMUP = 500  # updates, by default
 HYBRID_BOUND_WEIGHT = 0.001  # λ of L_simple + λ L_vlb (Nichol & Dhariwal 2021, §3.1), L_vlb in bits per dimension
 
@@ -155,6 +156,16 @@ class OptimisationOptions(OptionGroup):
                 f"--batch_size {self.batch_size} cannot be divided into --gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps} micro-batches; use a multiple of {self.gradient_accumulation_steps}."
             )
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            raise ConfigError(
+                f"--lr_warmup_steps {self.lr_warmup_steps} has no effect with --lr_scheduler constant; use "
+                "constant_with_warmup."
+            )
+        if self.lr_scheduler == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            raise ConfigError(
+                f"--learning_rate {self.learning_rate:g} must be above {POLYNOMIAL_END:g}, at which --lr_scheduler polynomial "
+                "ends; use linear, which ends at 0."
+            )
         if self.max_train_steps is not None and self.warmup_steps >= self.max_train_steps:
             raise ConfigError(
                 f"--lr_warmup_steps {self.lr_warmup_steps} is not below the number of updates, {self.max_train_steps}, so that "
@@ -165,7 +176,7 @@ class OptimisationOptions(OptionGroup):
     @property
     def warmup_steps(self) -> int:
         """The warm-up of a run whose number of updates is known."""
-        default = min(MOST_WARMUP, self.max_train_steps // 10)
+        default = 0 if self.lr_scheduler == "constant" else min(MOST_WARMUP, self.max_train_steps // 10)
         return default if self.lr_warmup_steps is None else self.lr_warmup_steps
 
 
@@ -284,15 +295,14 @@ class TrainingOptions(OptionSet):
                 f"--eval_samples {self.watching.eval_samples} does not work with --streaming, since it compares with all of "
                 "the data; drop one."
             )
-        if self.watching.eval_every and self.condition.condition != "none":
-            raise ConfigError("--eval_every evaluates unconditional models only; drop it, or use --condition none.")
 
     @classmethod
     def merged(cls, stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        """A recipe's warm-up is meant for its number of updates: a run that is made too short for it has the default one."""
+        """A recipe's warm-up is meant for its schedule: a run that is made too short for it or constant has the default one."""
         steps, options = given.get("max_train_steps"), super().merged(stored, given)
-        too_long = isinstance(steps, int) and steps <= stored.get("lr_warmup_steps", 0)
-        return options | {"lr_warmup_steps": None} if too_long and "lr_warmup_steps" not in given else options
+        too_short = isinstance(steps, int) and steps <= (stored.get("lr_warmup_steps") or 0)
+        unfit = too_short or given.get("lr_scheduler") == "constant"
+        return options | {"lr_warmup_steps": None} if unfit and "lr_warmup_steps" not in given else options
 
     @classmethod
     def config_file(cls, config: str | Path) -> Path:

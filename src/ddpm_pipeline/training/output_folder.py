@@ -35,6 +35,9 @@ ASIDE, MOVING = ".previous", ".previous-moving"  # an earlier run that --overwri
 TEMPORARY = re.compile(r"\.(.+)\.\w+\.tmp")  # of `support.atomic`
 
 
+_held: set[tuple[int, int, int]] = set()  # process, device and inode of folders: a lock keeps other processes out alone
+
+
 class OutputFolder:
     """The output folder of a run that is under way: locked, and with an earlier run set aside until this one has begun."""
 
@@ -51,11 +54,13 @@ class OutputFolder:
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
+            self._identity = _identity(path)
+            if (os.getpid(), *self._identity) in _held:
+                raise _held_by(path, "this process")
             self._lock = _locked(path / LOCK)
-            status = path.stat()
         except OSError as error:
             raise ConfigError(f"--output_dir {path} cannot be written to: {error.strerror}.") from error
-        self._identity = status.st_dev, status.st_ino
+        _held.add((os.getpid(), *self._identity))
         try:
             put_back(path)
             for leftover in path.iterdir():
@@ -91,8 +96,7 @@ class OutputFolder:
     def check(self) -> None:
         """Raises CheckpointError if the folder was removed or renamed since the run began."""
         with contextlib.suppress(OSError):
-            status = self.path.stat()
-            if (status.st_dev, status.st_ino) == self._identity:
+            if _identity(self.path) == self._identity:
                 return
         raise CheckpointError(
             f"--output_dir {self.path} was removed or renamed during the run, and what the run had written with it. Put the "
@@ -105,6 +109,7 @@ class OutputFolder:
             self.check()
             (self.path / LOCK).unlink(missing_ok=True)
             self.path.rmdir()  # refused if it holds anything
+        _held.discard((os.getpid(), *self._identity))
         os.close(self._lock)
 
 
@@ -169,6 +174,19 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
+def _identity(path: Path) -> tuple[int, int]:
+    """Of a folder, whatever its name."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _held_by(path: Path, holder: str) -> ConfigError:
+    return ConfigError(
+        f"--output_dir {path} is being written to by another run ({holder}); wait until it has ended, stop it, or name another "
+        "folder."
+    )
+
+
 def _locked(path: Path) -> int:
     """A descriptor of the locked file, with this process in it. The lock ends with the process, however that ends, so that a
     file which a kill left does not count. Data workers do not inherit it. Raises ConfigError if another process has it.
@@ -180,10 +198,7 @@ def _locked(path: Path) -> int:
     except (BlockingIOError, PermissionError) as error:
         holder = os.read(descriptor, 200).decode("utf-8", "replace").strip() or "another process"
         os.close(descriptor)
-        raise ConfigError(
-            f"--output_dir {path.parent} is being written to by another run ({holder}); wait until it has ended, stop it, or "
-            "name another folder."
-        ) from error
+        raise _held_by(path.parent, holder) from error
     except OSError:  # a file system without locks
         pass
     if os.fstat(descriptor).st_nlink == 0:  # the run that had it removed the file just now

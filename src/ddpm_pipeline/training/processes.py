@@ -13,6 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Gra
 
 from ..support.draws import RandomStream, seeds
 from ..support.errors import ConfigError
+from ..support.exceptions import describe_exception
 from .options import TrainingOptions
 
 LONGEST_WAIT = timedelta(hours=12)  # for the main process as it preprocesses and samples; its death shows at once
@@ -34,10 +35,16 @@ def start_processes(options: TrainingOptions) -> tuple[Accelerator, TrainingOpti
         raise ConfigError(f"--report_to {tracker} needs a library that is not installed: pip install {tracker}")
     buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     waiting = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
-    accelerator = Accelerator(
-        mixed_precision=precision, log_with=tracker, project_dir=folder, kwargs_handlers=[buckets, waiting],
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `loop.update` divides, once
-    )  # fmt: skip
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision, log_with=tracker, project_dir=folder, kwargs_handlers=[buckets, waiting],
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `loop.update` divides, once
+        )  # fmt: skip
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"accelerate cannot start as its configuration or environment says: {describe_exception(error)} Change that with "
+            "`accelerate config`, its flags or its variables ACCELERATE_...; --mixed_precision takes no, bf16 or fp16."
+        ) from error
     if accelerator.distributed_type not in REPLICATED:
         raise ConfigError(
             f"accelerate is configured for {accelerator.distributed_type.value}, which shards weights; use MULTI_GPU (every "

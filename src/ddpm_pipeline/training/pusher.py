@@ -102,11 +102,11 @@ class Pusher:
         self._begin(snapshot, f"Training in progress, step {step}", 3)
         return True
 
-    def abandon(self, stop: StopRequest = NEVER) -> bool:
-        """Wait for the push under way, and give it up if the run was asked to stop and it does not end soon. Returns whether it
-        has ended.
+    def abandon(self, stop: StopRequest = NEVER, urgent: bool = False) -> bool:
+        """Wait for the push under way, and give it up if it does not end soon after a signal or, if `urgent`, from now on.
+        Returns whether it has ended.
         """
-        if self._under_way is None or stop.waits_for(self._under_way):
+        if self._under_way is None or stop.waits_for(self._under_way, urgent):
             return True
         command = push_command(self.folder / SNAPSHOT, self.repo_id, self._options(self._message))
         logger.warning("the push under way is given up; to repeat it:\n  %s", command)

@@ -46,7 +46,7 @@ def origin_of(options: TrainingOptions, data_name: str, num_images: int | None, 
     """
     dataset, base_model = options.data.dataset, options.model.init_from
     is_local = dataset in BUNDLED or data_name != dataset or public(dataset) != dataset or os.path.exists(dataset)
-    base_name = None if base_model is None else public(base_model)
+    base_name = None if base_model is None else _base_name(base_model)
     return TrainingFacts(
         dataset=data_name,
         num_images=num_images,
@@ -93,8 +93,15 @@ def recipe_command(options: TrainingOptions, data_name: str, num_processes: int 
     for name, value in (options.flat() | {"dataset": data_name}).items():
         default = name != "dataset" and value == declared[name].default  # with no --dataset the default recipe runs
         if declared[name].metadata["in_recipe"] and value is not None and not default:
-            words += [f"--{name}", public(value) if isinstance(value, str) else str(value)]
+            shown = _base_name if name == "init_from" else public
+            words += [f"--{name}", shown(value) if isinstance(value, str) else str(value)]
     return shlex.join(words)
+
+
+def _base_name(init_from: str) -> str:
+    """The public name of the model that a run starts from: of a checkpoint, whose path is absolute by then, that of its run."""
+    path = Path(init_from)
+    return public(str(path.parents[1]) if path.is_absolute() and path.parent.name == "checkpoints" else init_from)
 
 
 def public(value: str) -> str:

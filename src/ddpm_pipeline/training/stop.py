@@ -65,10 +65,12 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def waits_for(self, future: Future) -> bool:
-        """Wait until it is done, or until LONGEST_PUSH after a request; returns whether it is done."""
+    def waits_for(self, future: Future, urgent: bool = False) -> bool:
+        """Wait until it is done or, after a signal or if `urgent`, for LONGEST_PUSH; returns whether it is done. That
+        `--max_train_time` is over does not matter for what follows the last update.
+        """
         while not future.done() and time.monotonic() < self._patience:
-            if self.reason is not None:
+            if urgent or self._signal is not None:
                 self._patience = min(self._patience, time.monotonic() + LONGEST_PUSH)
             wait([future], timeout=0.1)
         return future.done()

@@ -12,10 +12,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel, PreTrai
 from ..conditioning_alpha_ddpm import MAX_TOKENS
 from ..data.sources import hash_of
 from ..support.errors import ConfigError
+from ..support.exceptions import describe_exception
 
 SMALL_ENCODER = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 MAX_VOCABULARY = 8192  # with it the small encoder has 0.6 M parameters
 MAX_CAPTIONS_READ = 1_000_000  # for the tokenizer
+NO_TEXT_MODEL = "has no text encoder that can be read; use --condition none or class, or a text model to start from."
 SPECIAL_TOKENS = ("<|pad|>", "<|startoftext|>", "<|endoftext|>")
 
 
@@ -69,7 +71,10 @@ def load_text_encoder(source: str | None, init_from: str | None) -> tuple[PreTra
         loader = CLIPTextModel if config.model_type == "clip" else loader  # the text half of a whole CLIP
         encoder = loader.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **of_encoder)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{option} cannot be used as a text encoder: {error}") from error
+        why = describe_exception(error)
+        if source is None:
+            raise ConfigError(f"{option} {NO_TEXT_MODEL} ({why})") from error
+        raise ConfigError(f"{option} cannot be used as a text encoder: {why}") from error
     positions = getattr(encoder.config, "max_position_embeddings", None)
     if positions is not None and positions < MAX_TOKENS:
         raise ConfigError(f"{option} takes {positions} tokens, and captions are padded to {MAX_TOKENS}; use another.")
