@@ -55,6 +55,10 @@ def test_an_option_changes_what_is_learned(trained, option):
         assert (changed - before).abs().max() > 1e-7
 
 
+def test_it_is_the_value_of_gamma_that_counts(trained):
+    assert (trained(snr_gamma=1.0) - trained(snr_gamma=5.0)).abs().max() > 1e-7
+
+
 def test_weights_of_the_bound_and_the_error_both_count(trained):
     hybrid = {"variance_type": "learned_range", "model": "tiny"}
     base = trained(**hybrid)
