@@ -53,11 +53,13 @@ def reported_errors(interrupted: str = "interrupted") -> Iterator[None]:
         print(stopped, file=sys.stderr)
         sys.exit(STOPPED_STATUS)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno is None:  # of a library, without a file or a system call to name
             raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what, fix = (f"the disk is full ({error})", "make room") if full else (str(error), "mend that")
         sys.exit(
-            f"error: the disk is full ({error}). Files and checkpoints that were written are whole: make room, then repeat the "
-            "command (training with --resume latest)."
+            f"error: {what}. Files and checkpoints that were written are whole: {fix}, then repeat the command (training with "
+            "--resume latest)."
         )
     except KeyboardInterrupt:
         sys.exit(interrupted)
