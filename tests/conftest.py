@@ -1,8 +1,12 @@
 """Settings of every test."""
 
+import logging
 import os
 import signal
 import threading
+from collections.abc import Iterator
+
+import pytest
 
 # Tiny tensors gain nothing from more threads, and workers share the cores. Set before torch is imported, and for subprocesses.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,3 +14,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell without job control starts `pytest &` with SIGINT ignored, which commands that tests interrupt would inherit.
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def diffusers_as_talkative_as_before() -> Iterator[None]:
+    """Commands that run within a test make diffusers quieter, and with it the warnings of our own that follow it."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    yield
+    logger.setLevel(level)

@@ -323,8 +323,9 @@ def test_command_line_pushes_a_folder(hub, client: HfApi, folder: Path, tmp_path
         command = [sys.executable, "-m", "ddpm_pipeline.hub", "push", str(folder), "org/by-command", *flags]
         return run_limited(command, timeout=60, env=environment(hub, tmp_path / "home", token))
 
-    done = run("--private", "--include", "metrics.jsonl", "--message", "From here")
+    done = run("--private", "--include", "metrics.jsonl", "--include", "metric.jsonl", "--message", "From here")
     assert done.returncode == 0, done.stderr
+    assert "--include metric.jsonl" in done.stderr and "--include metrics.jsonl" not in done.stderr
     assert done.stdout.startswith(hub.url) and hub.titles("org/by-command")[0] == "From here"
     assert hub.files("org/by-command") == {*MODEL_FILES, "metrics.jsonl"}
     assert hub.repos["models", "org/by-command"]["private"]

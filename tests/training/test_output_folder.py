@@ -144,6 +144,10 @@ def test_unwritable_folder_is_an_error(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file/below"):
         with pytest.raises(ConfigError, match=str(path)):
             OutputFolder(path, RunOptions())
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match=r"link .*gone"):
+        OutputFolder(tmp_path / "link", RunOptions())
+    assert not (tmp_path / "gone").exists()
 
 
 @pytest.mark.parametrize("loss", ["removed", "renamed"])

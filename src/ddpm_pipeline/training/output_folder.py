@@ -52,6 +52,8 @@ class OutputFolder:
                 f"--output_dir {path} holds {', '.join(foreign[:3])}{' and more' if len(foreign) > 3 else ''}, which no "
                 "training run wrote; name an empty or new folder."
             )
+        if path.is_symlink() and not path.exists():
+            raise ConfigError(f"--output_dir {path} is a link to {path.readlink()}, which is not there; name another.")
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._identity = _identity(path)
