@@ -342,6 +342,9 @@ def test_command_line_pushes_a_folder(hub, client: HfApi, folder: Path, tmp_path
     assert main([*push_here, "--create_pr", "--message", "Review"]) == 0
     titles = [hub.head("org/by-command", branch=branch)["title"] for branch in ("main", "next", "refs/pr/1")]
     assert titles == ["From here", "Next", "Review"]
+    for pattern in ("**logs", "/absolute"):
+        with pytest.raises(SystemExit, match="error: the pattern"):
+            main([*push_here, "--include", pattern])
     (folder / "unet" / "weights.bin").write_bytes(b"")
     with pytest.raises(SystemExit, match=r"error: .* is a pickle"):
         main(push_here)

@@ -26,15 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.attempts < 1:
         parser.error(f"--attempts {given.attempts} must be at least 1.")
-    for pattern in given.include:
-        if not Path(pattern).is_absolute() and pattern and not any(given.folder.glob(pattern)):
-            print(f"--include {pattern} matches nothing in {given.folder}, to which patterns are relative.", file=sys.stderr)
     options = PushOptions(given.private, given.revision, given.message, given.create_pr, given.include, given.attempts)
     with reported_errors():
         try:
             print(push(given.folder, given.repo, options))
         except ValueError as error:
             raise ConfigError(str(error)) from error
+    for pattern in given.include:  # which `push` has checked
+        if not any(given.folder.glob(pattern)):
+            print(f"--include {pattern} matches nothing in {given.folder}, to which patterns are relative.", file=sys.stderr)
     return 0
 
 
