@@ -34,8 +34,11 @@ class ValueRange:
         pairs = list(zip(low, high, strict=False))
         if not pairs or len(low) != len(high) or not all(math.isfinite(b - a) and a < b for a, b in pairs):
             raise ValueError(f"value_range: low={low} and high={high} must be finite, low below high, in pairs.")
-        if self.dtype != "float32" and not all(value.is_integer() for value in low + high):
-            raise ValueError(f"value_range: low={low} and high={high} must be whole numbers for {self.dtype}.")
+        if self.dtype == "float32":
+            return
+        limits = np.iinfo(self.dtype)
+        if not all(value.is_integer() and limits.min <= value <= limits.max for value in low + high):
+            raise ValueError(f"value_range: low={low} and high={high} must be whole numbers that {self.dtype} can hold.")
 
     @classmethod
     def of_type(cls, dtype: str) -> "ValueRange":
