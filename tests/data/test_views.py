@@ -96,10 +96,10 @@ def test_motions_take_values_from_where_they_say():
     middle = np.array([8.0, 10.0])
     seen = Views((16, 20), motions=motions).apply(places(16, 20, 6)).numpy()
     for image, motion in zip(seen, motions, strict=True):
-        for y, x in ((7, 9), (9, 12), (6, 10)):
+        for y, x in ((7, 9), (9, 12), (6, 10)):  # torch's cubic interpolation is not exact for ramps
             offset = np.array([x + 0.5 - middle[1], y + 0.5 - middle[0]])
             right, down = motion[:, :2] @ (offset - motion[:, 2] * [20, 16])
-            np.testing.assert_allclose(image[:, y, x], [middle[0] + down, middle[1] + right], atol=0.1)  # torch's cubic is not exact for ramps
+            np.testing.assert_allclose(image[:, y, x], [middle[0] + down, middle[1] + right], atol=0.1)
 
 
 def test_a_quarter_turn_is_exact():
