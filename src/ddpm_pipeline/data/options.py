@@ -66,6 +66,8 @@ class DataOptions(OptionGroup):
         None, "Windows with this share of the height and width, from images stored at --resolution / SHARE: in training at "
         "random places, else in the centre. With --resize none, 1: windows of --resolution from images as they are.", SHARE)
 
+    resizes_windows: ClassVar[bool] = False  # whether windows of random shares are resized
+
     @property
     def window_share(self) -> float | None:
         """The smallest share of a stored image's sides that a window has; None if images are stored as they are seen."""
@@ -85,7 +87,7 @@ class DataOptions(OptionGroup):
         if stored == size:
             name = "random_crop" if self.random_crop else "random_resized_crop"
             raise ConfigError(
-                f"--{name} {self.window_share:g} of {'x'.join(map(str, size))} pixels leaves a window only one place; use at "
+                f"--{name} {self.window_share:g} of {shown_size(size)} pixels leaves a window only one place; use at "
                 f"most {max(size) / (max(size) + 1):.2g}."
             )
         return stored
@@ -117,6 +119,10 @@ class TrainingDataOptions(DataOptions):
     dataloader_num_workers: int = option(
         0, "Worker processes that prepare batches in advance, per training process.", at_least(0), on_resume="tell",
         in_recipe=False)
+
+    @property
+    def resizes_windows(self) -> bool:
+        return self.random_resized_crop is not None
 
     @property
     def window_share(self) -> float | None:

@@ -54,15 +54,16 @@ class Views:
 
     def _cut(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """The windows at the images' own scale, [b, h, w, C]."""
-        (height, width), first = self.size, images[0]
-        free = np.array(first.shape[:2]) - self.size
+        (height, width), first = self.size, images[0] if len(images) else images  # an array [0, H, W, C]
+        *own, channels = first.shape[-3:]
+        free = np.array(own) - self.size
         if free.min() < 0:
-            found = "x".join(map(str, first.shape[:2]))
+            found = "x".join(map(str, own))
             raise ValueError(f"images of {found} pixels have no window of {height}x{width}; store larger ones.")
         places = np.tile(free // 2, (len(images), 1))
         if self.windows is not None:
             places = np.minimum(self.windows[:, 1:] * (free + 1), free).astype(int)
-        seen = np.empty((len(images), height, width, first.shape[2]), first.dtype)
+        seen = np.empty((len(images), height, width, channels), first.dtype)
         for out, image, (top, left) in zip(seen, images, places.tolist(), strict=True):
             out[:] = image[top : top + height, left : left + width]
         return seen
