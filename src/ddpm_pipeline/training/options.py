@@ -105,7 +105,10 @@ class ConditionOptions(OptionGroup):
 
     @property
     def columns(self) -> ConditionColumns:
-        return ConditionColumns(self.condition, self.label_column, self.text_column, self.caption_templates is not None)
+        """What is read beside the images: nothing for a condition image that is made of the image itself."""
+        read = [kind for kind in self.condition.split("+") if not (kind == "image" and self.condition_from)]
+        columns, captions = (self.label_column, self.text_column), self.caption_templates is not None
+        return ConditionColumns("+".join(read) or "none", *columns, captions, self.condition_column, self.condition_classes)
 
 
 @dataclass(frozen=True)
