@@ -160,7 +160,7 @@ def save_grid(run: Run, count: int, steps: int | None, path: Path) -> None:
     request, columns = run.condition.preview(count)
     count = len(request) or count
     images = sample_in_batches(run.pipe, count, run.batch_size, run.options.run.seed, steps, request)
-    save_picture(grid(images, columns), path)
+    save_picture(grid(*run.condition.beside(images, request, columns)), path)
     if rows := run.condition.row_names(request, columns):
         write_text(path.with_suffix(".txt"), "".join(f"row {row}: {name}\n" for row, name in enumerate(rows, start=1)))
 
