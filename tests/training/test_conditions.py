@@ -112,7 +112,7 @@ def test_a_text_column_gives_one_of_an_image_s_captions_and_survives_any_of_them
     states = conditions.text_encoder(arguments["input_ids"], attention_mask=arguments["attention_mask"])[0]
     assert torch.isfinite(states).all() and states.shape[1] == 77
     request, columns = conditions.preview(6)
-    assert request.argument == "prompt" and len(request.values) == 6 and columns == 1
+    assert list(request.arguments) == ["prompt"] and len(request) == 6 and columns == 1
 
 
 @pytest.mark.parametrize(

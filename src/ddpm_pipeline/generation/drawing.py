@@ -4,8 +4,8 @@ Image i is a function of (seed, i), the model and the sampler. Called by `run`, 
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,18 +22,25 @@ PROCESS_STEPS = 100  # a trajectory of more would only take memory
 
 @dataclass(frozen=True)
 class Request:
-    """What a pipeline is asked for: a value per image for one argument of its call, with guidance. By default, nothing."""
+    """What a pipeline is asked for: values for some arguments of its call, with guidance. By default, nothing.
 
-    argument: str | None = None  # "class_labels" or "prompt"
-    values: Sequence[Any] = ()  # one per image; further images begin again with the first
+    Image i gets value i of each argument: of "class_labels", "prompt", "condition_image" ([k, H, W] each) or
+    "condition_vector". After its last value an argument begins again with its first.
+    """
+
+    arguments: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     guidance_scale: float = 1.0
+
+    def __len__(self) -> int:
+        """The number of values of the argument that has most."""
+        return max(map(len, self.arguments.values()), default=0)
 
     def call(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Arguments of the pipeline's call for the images with these numbers."""
-        if self.argument is None:
+        if not self.arguments:
             return {"batch_size": len(numbers)}
-        values = [self.values[number % len(self.values)] for number in numbers]
-        return {self.argument: values, "guidance_scale": self.guidance_scale}
+        values = {name: [some[number % len(some)] for number in numbers] for name, some in self.arguments.items()}
+        return {**values, "guidance_scale": self.guidance_scale}
 
 
 UNCONDITIONAL = Request()
@@ -90,6 +97,6 @@ def sample_uint8(
 
 def sample_process(pipe: Any, seed: int, request: Request = UNCONDITIONAL) -> Image.Image:
     """The reverse process as a strip: a few images, one per row, from noise to the result over PROCESS_STEPS steps."""
-    rows = PROCESS_ROWS if request.argument is None else min(PROCESS_ROWS, len(request.values))
+    rows = min(PROCESS_ROWS, len(request) or PROCESS_ROWS)
     steps = min(PROCESS_STEPS, pipe.scheduler.config.num_train_timesteps)
     return strip(sample(pipe, range(rows), seed, steps, request, output_trajectory=True).trajectory, PROCESS_MOMENTS)

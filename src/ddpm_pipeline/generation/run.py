@@ -74,14 +74,14 @@ def request_of(pipe: Pipeline, options: GenerationOptions) -> Request:
         if getattr(asked, name) is not None and kind != fitting:
             raise ConfigError(f"--{name} does not fit --model {options.sampling.model}, whose condition is {kind!r}; drop it.")
     if kind == "text":
-        return Request("prompt", _prompts(asked.prompts), scale)
+        return Request({"prompt": _prompts(asked.prompts)}, scale)
     if kind == "class":
         names = list(pipe.id2label.values())
         classes = range(len(names) or pipe.unet.config.num_class_embeds)
         words = [*classes] if asked.class_labels is None else [word.strip() for word in asked.class_labels.split("|")]
         labels = [int(word) if word not in names and str(word).isdecimal() else word for word in words]
         try:
-            return Request("class_labels", pipe._label_ids(labels), scale)
+            return Request({"class_labels": pipe._label_ids(labels)}, scale)
         except ValueError as error:
             raise ConfigError(f"--class_labels {asked.class_labels}: {error}") from error
     if scale != 1:
@@ -110,8 +110,9 @@ def _settings(pipe: Pipeline, seed: int, steps: int, request: Request) -> dict[s
         "num_inference_steps": steps,
         "seed": seed,
     }
-    if request.argument is not None:
-        settings |= {request.argument: list(request.values), "guidance_scale": request.guidance_scale}
+    if request.arguments:
+        values = {name: list(some) for name, some in request.arguments.items()}
+        settings |= {**values, "guidance_scale": request.guidance_scale}
     if condition_of(pipe) == "text":
         settings["text_encoder"] = weights_digest(pipe.text_encoder)
     return settings

@@ -89,7 +89,7 @@ class Condition:
 
     def row_names(self, request: Request, columns: int | None) -> list[str]:
         """What each row of such a grid shows: the names of classes, or prompts."""
-        return [str(value) for value in request.values[::columns]]
+        return [str(value) for values in request.arguments.values() for value in values[::columns]]
 
     def facts(self) -> dict[str, str]:
         """For the model card."""
@@ -128,10 +128,10 @@ class ClassCondition(Condition):
         return {"class_labels": drawn.to(device, non_blocking=True)}
 
     def request_like(self, data: ImageData, indices: Sequence[int], seed: int) -> Request:
-        return Request("class_labels", data.column(self.column, indices).tolist(), _guidance(self.options))
+        return Request({"class_labels": data.column(self.column, indices).tolist()}, _guidance(self.options))
 
     def unet_inputs(self, request: Request) -> dict[str, Tensor]:
-        return {"class_labels": torch.tensor(request.values)}
+        return {"class_labels": torch.tensor(request.arguments["class_labels"])}
 
     def pipeline(self, unet: Any, scheduler: Any) -> AlphaDDPMPipeline:
         describe_conditions(unet, class_names=self.names, condition_dropout=self.options.condition_dropout)
@@ -141,7 +141,7 @@ class ClassCondition(Condition):
         return _rows("class_labels", list(range(len(self.names))), count, self.options)
 
     def row_names(self, request: Request, columns: int | None) -> list[str]:
-        return [self.names[label] for label in request.values[::columns]]
+        return [self.names[label] for label in request.arguments["class_labels"][::columns]]
 
     def facts(self) -> dict[str, str]:
         dropout = f"{self.options.condition_dropout:.0%} of the labels"
@@ -242,10 +242,10 @@ class TextCondition(Condition):
     def request_like(self, data: ImageData, indices: Sequence[int], seed: int) -> Request:
         where = BatchSlice(seed, 0, len(indices), slice(None))
         captions = self.captions.draw(data.column(self.column, indices), where, [False] * len(indices))
-        return Request("prompt", captions, _guidance(self.options))
+        return Request({"prompt": captions}, _guidance(self.options))
 
     def unet_inputs(self, request: Request) -> dict[str, Tensor]:
-        return {"encoder_hidden_states": self._encoded(request.values, self.text_encoder.device)}
+        return {"encoder_hidden_states": self._encoded(request.arguments["prompt"], self.text_encoder.device)}
 
     def network(self, unet: nn.Module) -> nn.Module:
         return TextDenoiser(unet, self.text_encoder) if self.trained else unet
@@ -292,7 +292,7 @@ def _rows(argument: str, values: list[Any], count: int, options: ConditionOption
     """Equal rows of about `count` images in total, at most MAX_PREVIEW_ROWS of them."""
     values = values[: min(count, MAX_PREVIEW_ROWS)]
     columns = max(1, count // len(values))
-    return Request(argument, [value for value in values for _ in range(columns)], _guidance(options)), columns
+    return Request({argument: [value for value in values for _ in range(columns)]}, _guidance(options)), columns
 
 
 def _guidance(options: ConditionOptions) -> float:

@@ -158,7 +158,7 @@ def preview(run: Run, done: int, only_if_missing: bool = False) -> None:
 def save_grid(run: Run, count: int, steps: int | None, path: Path) -> None:
     """A picture of about `count` images, in equal rows, one per condition; a text file beside it says which row is what."""
     request, columns = run.condition.preview(count)
-    count = len(request.values) or count
+    count = len(request) or count
     images = sample_in_batches(run.pipe, count, run.batch_size, run.options.run.seed, steps, request)
     save_picture(grid(images, columns), path)
     if rows := run.condition.row_names(request, columns):
