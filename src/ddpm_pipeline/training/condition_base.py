@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
@@ -139,4 +138,3 @@ class Condition:
         columns = max(1, count // shown)
         repeated = {name: [value for value in values[:shown] for _ in range(columns)] for name, values in arguments.items()}
         return self.asked(**repeated), columns
-

@@ -10,7 +10,7 @@ from ..data.mapped import ImageData
 from ..encoding_alpha_ddpm import ImageCondition, WithConditionImage
 from ..generation.drawing import Request
 from ..pipeline_alpha_ddpm_image import AlphaDDPMImageToImagePipeline
-from ..support.draws import BatchSlice, RandomStream, seeds
+from ..support.draws import BatchSlice, RandomStream
 from ..support.errors import ConfigError
 from ..support.masks import inpainting_masks
 from .condition_base import MAX_PREVIEW_ROWS, Condition

@@ -19,7 +19,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT_RECIPE = "digits"  # the main job: used where neither --config nor --dataset is given
 
 CONDITIONS = ("none", "class", "text", "image", "vector", "class+image", "vector+image")
-DERIVED = re.compile(r"gray|inpaint|downscale:([2-9]|[1-9]\d+)")  # images that `--condition_from` makes of the images themselves
+DERIVED = re.compile(r"gray|inpaint|downscale:([2-9]|[1-9]\d+)")  # what `--condition_from` makes of an image
 OBJECTIVES = ("simple", "hybrid", "bound")
 TIMESTEP_SAMPLINGS = ("uniform", "stratified", "importance")
 TRAINABLE_VARIANCES = ("fixed_small", "fixed_large", "learned_range")

@@ -41,10 +41,11 @@ class NumbersCondition(Condition):
         return data.numbers.values(indices)
 
     def draw(self, values: Tensor, where: BatchSlice) -> Tensor:
-        count = values.shape[1]
-        each = [where.uniform(RandomStream.ATTRIBUTE_DROPOUT + k) for k in range(count)] if count > 1 else [np.ones(len(values))]
-        alone = np.stack(each, axis=1) < self.options.condition_dropout  # [b, K]
-        return values.masked_fill(torch.from_numpy(alone | self.dropped(where)[:, None]), torch.nan)
+        dropped, count = self.dropped(where)[:, None], values.shape[1]
+        if count > 1:
+            each = [where.uniform(RandomStream.ATTRIBUTE_DROPOUT + k) for k in range(count)]
+            dropped = dropped | (np.stack(each, axis=1) < self.options.condition_dropout)  # [b, K]
+        return values.masked_fill(torch.from_numpy(dropped), torch.nan)
 
     def inputs(self, drawn: Tensor, original_samples: Tensor) -> dict[str, Tensor]:
         return {"class_labels": self.encoder.encode(drawn.to(original_samples.device, non_blocking=True), self.width)}
@@ -53,8 +54,8 @@ class NumbersCondition(Condition):
         names, width = self.encoder.names, embedding_width(unet)
         if len(names) > 1 and width < 2 * len(names):
             raise ConfigError(
-                f"the UNet's time embedding of {width} values has no room for {len(names)} numbers; use a larger --model, or at "
-                f"most {width // 2} numbers."
+                f"the UNet's time embedding of {width} values has no room for {len(names)} numbers; use a larger --model, or "
+                f"at most {width // 2} numbers."
             )
         return {"class_labels": self.encoder.encode(torch.zeros(count, len(names)), width)}
 
