@@ -17,6 +17,7 @@ from .condition_base import MAX_PREVIEW_ROWS, Condition
 from .options import ConditionOptions
 
 INPAINT = "inpaint"
+ASKED = ("condition_image", "condition_mask")  # arguments of the pipeline, in this order
 
 
 class ImageInput(Condition):
@@ -25,12 +26,13 @@ class ImageInput(Condition):
     pipeline_class = AlphaDDPMImageToImagePipeline
 
     def __init__(self, options: ConditionOptions, data: ImageData):
-        self.options, self.data, self.task, second = options, data, options.condition_from, data.condition_images
+        self.options, self.data, self.task = options, data, options.condition_from
         try:
             if self.task:
                 self.encoder = ImageCondition(data.channels, value_range=data.value_range, task=self.task)
-                self._encoded(torch.zeros(1, data.channels, *data.size), [0])
+                self.encoder.arrange(torch.zeros(1, data.channels, *data.size), torch.zeros(1, 1, 1, 1, dtype=torch.bool))
             else:
+                second = data.condition_images
                 self.encoder = ImageCondition(second.channels, second.classes, second.value_range)
         except ValueError as error:
             raise ConfigError(f"--condition_{'from' if self.task else 'column'} does not fit: {error}") from error
@@ -48,7 +50,7 @@ class ImageInput(Condition):
     def draw(self, values: Tensor | None, where: BatchSlice) -> dict[str, Tensor]:
         drawn = {"dropped": torch.from_numpy(self.dropped(where))}
         if self.task == INPAINT:
-            drawn["mask"] = inpainting_masks(where.seeds(RandomStream.INPAINTING_MASK), self.data.size)
+            drawn["mask"] = inpainting_masks(where.seeds(RandomStream.MASK), self.data.size)
         return drawn if values is None else {**drawn, "image": values}
 
     def inputs(self, drawn: dict[str, Tensor], original_samples: Tensor) -> dict[str, Tensor]:
@@ -60,12 +62,20 @@ class ImageInput(Condition):
         return {"condition_image": encoded.masked_fill(drawn["dropped"][:, None, None, None], 0)}
 
     def request_like(self, data: ImageData, indices: Sequence[int], seed: int) -> Request:
-        images = self.read(data, indices)
-        images = data.pixels(indices) if images is None else images
-        return self.asked(condition_image=list(images))
+        """Integers as they are, of which the pipeline knows what they mean; floats as fractions of the range of values."""
+        images = data.pixels(indices) if self.task else self.read(data, indices)
+        if images.is_floating_point():
+            images = self.encoder.value_range.normalize(images) / 2 + 0.5
+        if self.task != INPAINT:
+            return self.asked(condition_image=list(images))
+        masks = inpainting_masks(seeds(seed, RandomStream.MASK, 0, len(images)), self.data.size)
+        return self.asked(condition_image=list(images), condition_mask=list(masks))
 
     def unet_inputs(self, request: Request) -> dict[str, Tensor]:
-        return {"condition_image": self._encoded(torch.stack(list(request.arguments["condition_image"])))}
+        images, *masks = (torch.stack([*values]) for name, values in request.arguments.items() if name in ASKED)
+        if images.is_floating_point():
+            return {"condition_image": self.encoder.arrange(images * 2 - 1, *masks)}
+        return {"condition_image": self.encoder.encode(images, *masks)}
 
     def denoiser(self, unet: nn.Module) -> nn.Module:
         return WithConditionImage(unet)

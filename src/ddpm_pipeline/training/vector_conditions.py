@@ -17,15 +17,15 @@ from .options import ConditionOptions
 
 
 class NumbersCondition(Condition):
-    """K numbers, standardised with the mean and deviation of the data, NaN where dropped.
+    """K numbers, standardised with the mean and deviation of the data, NaN where an image has none or it is dropped.
 
     `condition_dropout` is the share of images trained without any number, which guidance needs, and the probability that each
     of several is dropped on its own.
     """
 
     def __init__(self, options: ConditionOptions, data: ImageData):
-        self.options, self.data, numbers = options, data, data.numbers
-        self.encoder = VectorCondition(numbers.names, numbers.mean, numbers.std)
+        self.options, self.data = options, data
+        self.encoder = VectorCondition(data.vector_names, *data.vector_statistics)
         self.width = 0  # of the UNet's time embedding, once it is known
 
     def unet_config(self) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class NumbersCondition(Condition):
         return {"condition vector": self.encoder.to_json()}
 
     def read(self, data: ImageData, indices: Sequence[int], views: Any = None) -> Tensor:
-        return data.numbers.values(indices)
+        return data.vector(indices)
 
     def draw(self, values: Tensor, where: BatchSlice) -> Tensor:
         dropped, count = self.dropped(where)[:, None], values.shape[1]
@@ -71,9 +71,9 @@ class NumbersCondition(Condition):
 
     def preview(self, count: int) -> tuple[Request, int]:
         """The numbers of the images at equally spaced quantiles of the first of them."""
-        shown = min(count, MAX_PREVIEW_ROWS, len(self.data))
-        order = self.read(self.data, range(len(self.data)))[:, 0].argsort(stable=True)
-        places = np.linspace(0, len(self.data) - 1, shown).round().astype(int)
+        first = self.read(self.data, range(len(self.data)))[:, 0]
+        order = first.argsort(stable=True)[: first.isfinite().sum()]
+        places = np.linspace(0, len(order) - 1, min(count, MAX_PREVIEW_ROWS, len(order))).round().astype(int)
         return self.rows(count, **self.request_like(self.data, order[places].tolist(), 0).arguments)
 
     def row_names(self, request: Request, columns: int | None) -> list[str]:
