@@ -73,12 +73,15 @@ class Display:
         return self.channels or tuple(range(1, 1 + (channels if whole else 3 if channels > 3 else 1)))
 
 
+BY_DEFAULT = Display()
+
+
 def grid(
     images: Images,
     columns: int | None = None,
     size: int = SMALLEST_SIDE,
     labels: Sequence[Any] = (),
-    display: Display = Display(),
+    display: Display = BY_DEFAULT,
     left: Images | None = None,
 ) -> Image.Image:
     """Images as one picture on white, each enlarged by a whole factor to be seen.
@@ -128,7 +131,7 @@ def strip(
     count: int = 9,
     size: int = SMALLEST_SIDE,
     labels: Sequence[Any] = (),
-    display: Display = Display(),
+    display: Display = BY_DEFAULT,
 ) -> Image.Image:
     """A picture of `count` evenly spaced steps, the first and the last among them, of a trajectory [S, B, C, H, W] in [-1, 1],
     one row per image. `labels`, one for each of the S steps, such as its t, are written above those shown; `size` and `display`
@@ -153,7 +156,7 @@ def save_gif(
     hold: float = 1.5,
     size: int = GIF_SIDE,
     labels: Sequence[Any] = (),
-    display: Display = Display(),
+    display: Display = BY_DEFAULT,
 ) -> None:
     """A trajectory [S, B, C, H, W] in [-1, 1] as a GIF that plays for ever: `count` evenly spaced steps in `seconds`, the
     last of them held for another `hold`; the others as in `strip`. Raises ValueError for another ending than .gif.
