@@ -66,8 +66,7 @@ def test_class_and_image_are_dropped_together_and_each_on_its_own(digits):
     assert abs(both - (0.2 + 0.8 * 0.04)) < 0.03 and abs(one - 0.8 * 0.16) < 0.03
     request, columns = condition.preview(20)
     assert len(request) == 20 and columns == 2 and request.arguments.keys() == {"class_labels", "condition_image"}
-    grid, wider = condition.beside(torch.zeros(20, 1, 8, 8), request, columns)
-    assert grid.shape == (30, 1, 8, 8) and wider == 3 and grid[0].any() and not grid[1:3].any()
+    assert condition.left(request, columns).shape == (10, 1, 8, 8)
     assert condition.row_names(request, columns)[3] == "3, condition image 3"
     assert condition.facts()["condition"] == "10 classes; images made of the images themselves (downscale:2)"
     assert condition.example() == "class_labels='9', condition_image=condition_image, guidance_scale=2"

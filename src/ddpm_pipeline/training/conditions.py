@@ -124,8 +124,8 @@ class CombinedCondition(Condition):
         data = self.image.data
         return self.rows(count, **self.request_like(data, range(min(MAX_PREVIEW_ROWS, len(data))), 0).arguments)
 
-    def beside(self, images: Tensor, request: Request, columns: int | None) -> tuple[Tensor, int | None]:
-        return self.image.beside(images, request, columns)
+    def left(self, request: Request, columns: int) -> Tensor:
+        return self.image.left(request, columns)
 
     def row_names(self, request: Request, columns: int | None) -> list[str]:
         return [", ".join(names) for names in zip(*(part.row_names(request, columns) for part in self.parts), strict=True)]

@@ -13,6 +13,7 @@ from ..pipeline_alpha_ddpm_image import AlphaDDPMImageToImagePipeline
 from ..support.draws import BatchSlice, RandomStream
 from ..support.errors import ConfigError
 from ..support.masks import inpainting_masks
+from ..support.pictures import Display
 from .condition_base import MAX_PREVIEW_ROWS, Condition
 from .options import ConditionOptions
 
@@ -84,16 +85,12 @@ class ImageInput(Condition):
         shown = range(min(MAX_PREVIEW_ROWS, len(self.data)))
         return self.rows(count, **self.request_like(self.data, shown, 0).arguments)
 
-    def beside(self, images: Tensor, request: Request, columns: int | None) -> tuple[Tensor, int]:
-        pictures = self.unet_inputs(request)["condition_image"][::columns]
+    def left(self, request: Request, columns: int) -> Tensor:
+        encoded = self.unet_inputs(request)["condition_image"][::columns]
         if self.encoder.classes:
-            pictures = pictures.argmax(dim=1, keepdim=True) / (self.encoder.classes - 1)
-        else:
-            pictures = pictures[:, : self.encoder.channels] / 2 + 0.5  # without the mask of what is known
-        if pictures.shape[1] != images.shape[1]:
-            pictures = pictures.mean(dim=1, keepdim=True).expand(-1, images.shape[1], -1, -1)
-        rows = images.unflatten(0, (len(pictures), columns))  # [R * columns, C, H, W] -> [R, columns, C, H, W]
-        return torch.cat([pictures[:, None].to(images), rows], dim=1).flatten(0, 1), columns + 1
+            return encoded.argmax(dim=1, keepdim=True) / (self.encoder.classes - 1)
+        deep = self.encoder.value_range.dtype != "uint8"
+        return Display(stretch=deep).show(encoded[:, : self.encoder.channels] / 2 + 0.5)  # without a mask's own channel
 
     def row_names(self, request: Request, columns: int | None) -> list[str]:
         return [f"condition image {row}" for row in range(len(request) // columns)]
