@@ -26,10 +26,10 @@ class RandomStream(IntEnum):
     MODEL = 6
     PREVIEW = 7
     DROPOUT = 8
-    MASK = 11
     BLOCK = 20
     FIRST_DROPOUT = 30  # of the class or numbers beside a condition image
     IMAGE_DROPOUT = 31  # of that image
+    INPAINTING_MASK = 32
     ATTRIBUTE_DROPOUT = 1000  # of the first of several numbers; those of the others follow
 
 

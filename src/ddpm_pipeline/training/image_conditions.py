@@ -51,7 +51,7 @@ class ImageInput(Condition):
     def draw(self, values: Tensor | None, where: BatchSlice) -> dict[str, Tensor]:
         drawn = {"dropped": torch.from_numpy(self.dropped(where))}
         if self.task == INPAINT:
-            drawn["mask"] = inpainting_masks(where.seeds(RandomStream.MASK), self.data.size)
+            drawn["mask"] = inpainting_masks(where.seeds(RandomStream.INPAINTING_MASK), self.data.size)
         return drawn if values is None else {**drawn, "image": values}
 
     def inputs(self, drawn: dict[str, Tensor], original_samples: Tensor) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ class ImageInput(Condition):
             images = self.encoder.value_range.normalize(images) / 2 + 0.5
         if self.task != INPAINT:
             return self.asked(condition_image=list(images))
-        masks = inpainting_masks(seeds(seed, RandomStream.MASK, 0, len(images)), self.data.size)
+        masks = inpainting_masks(seeds(seed, RandomStream.INPAINTING_MASK, 0, len(images)), self.data.size)
         return self.asked(condition_image=list(images), condition_mask=list(masks))
 
     def unet_inputs(self, request: Request) -> dict[str, Tensor]:
