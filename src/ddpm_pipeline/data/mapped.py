@@ -243,7 +243,7 @@ def usable_images(
     check_bad_fraction(shown_name, skipped, len(skipped), len(cached), max_bad_fraction)
     rows = np.setdiff1d(np.arange(len(cached)), [one["row"] for one in skipped]) if skipped else None
     about = (of.name, of.size, of.stored_size, of.channels, of.value_range, of.roles)
-    more = {"classes": of.classes, "condition_images": of.condition_images, "attributes": of.attributes}
+    more = {"resized": of.resized, "classes": of.classes, "condition_images": of.condition_images, "attributes": of.attributes}
     return ImageData(*about, cached, class_names, fingerprint_of(of, cached, rows), rows, skipped, **more)
 
 
