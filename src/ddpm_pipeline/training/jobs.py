@@ -189,7 +189,7 @@ def likelihood(run: Run) -> dict[str, float]:
     inputs = run.condition.unet_inputs(run.condition.request_like(data, indices, seed))
     how = {"num_evaluated": watching.eval_calls, "batch_size": run.batch_size, "progress": False, "model_kwargs": inputs}
     noise_seeds = seeds(seed, RandomStream.NOISE, 0, count)
-    total = likelihood_of(run.pipe.unet, run.scheduler, data.pixels(indices), noise_seeds, **how).total
+    total = likelihood_of(run.pipe.unet, run.scheduler, data.pixels(indices), data.value_range, noise_seeds, **how).total
     error = {"eval_bits_per_dim_error": float(total.std() / count**0.5)} if count > 1 else {}
     return {"eval_bits_per_dim": float(total.mean()), **error}
 
@@ -235,7 +235,7 @@ def begin(run: Run, previews: Every) -> None:
     images = f"{data.num_images} images" if data.num_images else "a stream"
     logger.info(
         "%s: %s of %dx%dx%d; %.2f M parameters; updates %d to %d of %d images; %s, %s, %d threads",
-        data.name, images, data.resolution, data.resolution, data.channels, run.state.num_parameters / 1e6, run.first,
+        data.name, images, *data.size, data.channels, run.state.num_parameters / 1e6, run.first,
         run.total, options.optimisation.batch_size, accelerator.device, accelerator.mixed_precision,
         torch.get_num_threads(),
     )  # fmt: skip

@@ -13,7 +13,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from ..data import open_data
-from ..data.mapped import ImageSet, to_model_range
+from ..data.mapped import ImageSet
+from ..data.options import parse_resolution
+from ..ranges_alpha_ddpm import ValueRange
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..support.draws import noise_of
 from .batches import BatchLoader, BatchPlan, batch_loader, lost_workers
@@ -63,14 +65,14 @@ def train(options: TrainingOptions) -> Path:
         condition = build_condition(options.condition, data, options.model.init_from)
 
         # What it learns
-        unet, scheduler = build_model(options.model, options.diffusion, data.resolution, data.channels, condition)
+        unet, scheduler = build_model(options.model, options.diffusion, data.size, data.channels, condition)
         options = resolved(options, data, scheduler)
         checkpoint = find_checkpoint(folder, options, accelerator, partial(identity_of, data, condition, unet, scheduler))
         options = with_origin(options, checkpoint)
         state = build_state(accelerator, unet, condition.network(unet), options)
         first, position = load_checkpoint(accelerator, state, checkpoint) if checkpoint else (0, None)
         batches = open_batches(data, condition, options, accelerator, first, position)
-        objective = partial(losses_of, scheduler=scheduler, condition=condition, options=options)
+        objective = partial(losses_of, scheduler=scheduler, condition=condition, value_range=data.value_range, options=options)
 
         # What happens along the way
         if output is not None:
@@ -108,7 +110,7 @@ def resolved(options: TrainingOptions, data: ImageSet, scheduler: AlphaDDPMSched
     """The options with everything filled in that follows from the data and the model."""
     optimisation = options.optimisation
     steps = optimisation.max_train_steps or -(-len(data) * optimisation.num_train_epochs // optimisation.batch_size)
-    images = {"resolution": data.resolution, "channels": data.channels}
+    images = {"resolution": parse_resolution(data.size), "channels": data.channels}
     objective = objective_for(options.diffusion.objective, scheduler)
     start = options.model.init_from
     start = os.path.abspath(start) if start and os.path.exists(start) else start  # a folder is no name, also when it is gone
@@ -181,10 +183,11 @@ def losses_of(
     timesteps: torch.Tensor,
     scheduler: AlphaDDPMScheduler,
     condition: Condition,
+    value_range: ValueRange,
     options: TrainingOptions,
 ) -> torch.Tensor:
     """The loss of each image of a micro-batch, [b]: noise the images, predict, compare (report §6). Float32 but for `model`."""
-    original_samples = to_model_range(batch["pixels"].to(timesteps.device, non_blocking=True))
+    original_samples = value_range.normalize(batch["pixels"].to(timesteps.device, non_blocking=True))
     noise = noise_of(batch["noise_seeds"], original_samples.shape[1:], timesteps.device)
     sample = scheduler.add_noise(original_samples, noise, timesteps)
     if options.hardware.channels_last:
