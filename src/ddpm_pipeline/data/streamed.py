@@ -32,7 +32,6 @@ from .mapped import (
     cache_key,
     cache_table,
     class_names_of,
-    images_of,
     other_size,
     pixels_of,
     shape_of,
@@ -86,8 +85,7 @@ class StreamData(ImageSet):
         rows = [(pixels, found) for pixels, found, *_ in self._first_rows(count)]
         skipped = [found for pixels, found in rows if pixels is None]
         self.check_bad_rows(skipped, len(skipped), len(rows))
-        images = np.stack([pixels.reshape(-1) for pixels, _ in rows if pixels is not None])
-        return images_of(images, self.size, self.channels)
+        return self.view.apply([pixels for pixels, _ in rows if pixels is not None])
 
     def stored(self, count: int, cache_dir: str | None) -> ImageData:
         """The first `count` usable images (or all) in a memory-mapped cache. Raises DataError if too many rows are bad."""
@@ -189,10 +187,11 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
             classes = occurring_classes(column_of(source, roles.label), roles.label)
         class_names = class_names_of(classes)
     size, channels, more = options.size, options.channels or _channels_of(features[roles.image]), {}
+    stored_size = options.stored_size(size)
     if roles.partner is not None:
         of, number = ColumnRoles(roles.partner, roles.partner_kind, None, None, None), columns.condition_classes
         second = 1 if number else _channels_of(features[roles.partner])
-        more["condition_images"] = ImageSet(source.name, size, second, ValueRange(), of, classes=number)
+        more["condition_images"] = ImageSet(source.name, size, stored_size, second, ValueRange(), of, classes=number)
     if roles.numbers:
         more["attributes"] = attributes_of(source, roles)
     read = list(filter(None, [roles.image, roles.needed, roles.partner, *roles.numbers]))
@@ -200,10 +199,10 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
     with as_data_error(f"the files of {source.name!r}"):
         content = [source.content(name) for name in (roles.image, roles.partner) if name]
     seen = [*read[1:], columns.condition_classes] if more else roles.needed
-    fingerprint = hash_of(content if more else content[0], roles.image, size, channels, seen, class_names)
-    about = (source.name, size, channels, ValueRange(), roles)
-    limit = options.max_bad_fraction
-    return StreamData(*about, stream, kept, class_names, classes, source, fingerprint, limit, **more)
+    fingerprint = hash_of(content if more else content[0], roles.image, stored_size, channels, seen, class_names)
+    about = (source.name, size, stored_size, channels, ValueRange(), roles)
+    limit, resized = options.max_bad_fraction, options.resizes_windows
+    return StreamData(*about, stream, kept, class_names, classes, source, fingerprint, limit, resized=resized, **more)
 
 
 def _channels_of(feature: Any) -> int:
