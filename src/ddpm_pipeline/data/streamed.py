@@ -4,7 +4,7 @@ A stream is divided into parts, one per reading process (`divide`). `rows_of_par
 function of the seed; a `Position`, a few numbers, says how far it has been read. Evaluation stores the first images.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -41,6 +41,7 @@ from .mapped import (
 from .options import UNCONDITIONAL, ConditionColumns, DataOptions
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
 from .sources import Source, as_data_error, cache_folder, column_of, hash_of, load_source
+from .views import Views
 
 READ_ROWS = 100  # rows requested at a time
 LOCAL_SHARDS = 256  # shards that a memory-mapped data set is read in
@@ -191,7 +192,8 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
     if roles.partner is not None:
         of, number = ColumnRoles(roles.partner, roles.partner_kind, None, None, None), columns.condition_classes
         second = 1 if number else _channels_of(features[roles.partner])
-        more["condition_images"] = ImageSet(source.name, size, stored_size, second, ValueRange(), of, classes=number)
+        resized = {"resized": options.resizes_windows, "classes": number}
+        more["condition_images"] = ImageSet(source.name, size, stored_size, second, ValueRange(), of, **resized)
     if roles.numbers:
         more["attributes"] = attributes_of(source, roles)
     read = list(filter(None, [roles.image, roles.needed, roles.partner, *roles.numbers]))
@@ -269,6 +271,32 @@ class StreamedImage:
     number: int  # of shard and row: shard * 2^32 + row
     position: Position  # after it
     skipped: list[SkippedRow]  # since the usable row before
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedBatch:
+    """Images of a stream as what conditions read of an `ImageData`, by their places 0, 1, ... in the batch."""
+
+    data: StreamData
+    images: Sequence[StreamedImage]
+
+    def column(self, name: str, indices: Sequence[int]) -> list:
+        return [self.images[index].value for index in indices]
+
+    def vector(self, indices: Sequence[int]) -> torch.Tensor:
+        return torch.from_numpy(np.stack([self.images[index].vector for index in indices]))
+
+    def rows_of(self, indices: Sequence[int]) -> Sequence[int]:
+        return indices
+
+    @property
+    def condition_images(self) -> "StreamedBatch":
+        return self
+
+    def pixels(self, rows: Sequence[int], views: Views) -> torch.Tensor:
+        """The second images."""
+        nearest = self.data.condition_images.classes is not None
+        return views.apply([self.images[row].second for row in rows], nearest=nearest)
 
 
 @dataclass(frozen=True)
