@@ -32,7 +32,6 @@ from .mapped import (
     cache_key,
     cache_table,
     class_names_of,
-    images_of,
     read_image,
     unreadable_rows,
     usable_images,
@@ -78,8 +77,7 @@ class StreamData(ImageSet):
         rows = [(pixels, found) for pixels, found, _ in self._first_rows(count)]
         skipped = [found for pixels, found in rows if pixels is None]
         self.check_bad_rows(skipped, len(skipped), len(rows))
-        images = np.stack([pixels.reshape(-1) for pixels, _ in rows if pixels is not None])
-        return images_of(images, self.size, self.channels)
+        return self.view.apply([pixels for pixels, _ in rows if pixels is not None])
 
     def stored(self, count: int, cache_dir: str | None) -> ImageData:
         """The first `count` usable images (or all) in a memory-mapped cache. Raises DataError if too many rows are bad."""
@@ -120,7 +118,7 @@ class StreamData(ImageSet):
                 return None, skipped_row(row, missing, shard=shard)
         value = table.column(roles.image)[index].as_py()
         try:
-            return read_image(image_pixels, roles.kind, self.reach, self.size, self.channels, value), condition
+            return read_image(image_pixels, roles.kind, self.reach, self.stored_size, self.channels, value), condition
         except BadImage as error:
             return None, skipped_row(row, str(error), image_file(value), shard)
 
@@ -162,10 +160,11 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
     stream, kept = stream.decode(False).select_columns(read), list(kept_columns(features))
     with as_data_error(f"the files of {source.name!r}"):
         content = source.content(roles.image)
-    fingerprint = hash_of(content, roles.image, size, channels, roles.needed, class_names)
-    about = (source.name, size, channels, ValueRange(), roles)
+    stored_size, resized = options.stored_size(size), options.resizes_windows
+    fingerprint = hash_of(content, roles.image, stored_size, channels, roles.needed, class_names)
+    about = (source.name, size, stored_size, channels, ValueRange(), roles)
     limit = options.max_bad_fraction
-    return StreamData(*about, stream, kept, class_names, classes, source.reach, fingerprint, limit)
+    return StreamData(*about, stream, kept, class_names, classes, source.reach, fingerprint, limit, resized=resized)
 
 
 def _classes(source: Source, label_column: str) -> pa.Array:
