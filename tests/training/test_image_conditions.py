@@ -67,7 +67,7 @@ def test_class_and_image_are_dropped_together_and_each_on_its_own(digits):
     request, columns = condition.preview(20)
     assert len(request) == 20 and columns == 2 and request.arguments.keys() == {"class_labels", "condition_image"}
     assert condition.left(request, columns).shape == (10, 1, 8, 8)
-    assert condition.row_names(request, columns)[3] == "3, condition image 3"
+    assert condition.row_names(request, columns)[3] == "3"
     assert condition.facts()["condition"] == "10 classes; images made of the images themselves (downscale:2)"
     assert condition.example() == "class_labels='9', condition_image=condition_image, guidance_scale=2"
 

@@ -128,7 +128,7 @@ class CombinedCondition(Condition):
         return self.image.left(request, columns)
 
     def row_names(self, request: Request, columns: int | None) -> list[str]:
-        return [", ".join(names) for names in zip(*(part.row_names(request, columns) for part in self.parts), strict=True)]
+        return self.parts[0].row_names(request, columns)
 
     def facts(self) -> dict[str, str]:
         first, second = (part.facts() for part in self.parts)

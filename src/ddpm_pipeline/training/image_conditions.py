@@ -92,9 +92,6 @@ class ImageInput(Condition):
         deep = self.encoder.value_range.dtype != "uint8"
         return Display(stretch=deep).show(encoded[:, : self.encoder.channels] / 2 + 0.5)  # without a mask's own channel
 
-    def row_names(self, request: Request, columns: int | None) -> list[str]:
-        return [f"condition image {row}" for row in range(len(request) // columns)]
-
     def facts(self) -> dict[str, str]:
         if self.task:
             what = f"images made of the images themselves ({self.task})"
