@@ -53,7 +53,9 @@ class LikelihoodOptions(OptionGroup):
     likelihood_calls: int | None = option(
         None, "Network calls per image, for an estimate from a stratified subset of the steps. By default all.", at_least(3))
     two_term: bool = option(False, "Evaluate the bound in the report's two-term form as well.")
-    num_bins: int = option(256, "Levels of a pixel, for bits per dimension.", at_least(2))
+    num_bins: int | None = option(
+        None, "Levels of a value, for bits per dimension. By default those of the model's data: 256 of 8 bits, 65,536 of 16, "
+        "none of floats, which have a density.", at_least(2))
 
     def check(self) -> None:
         if self.two_term and self.likelihood_calls is not None:
