@@ -54,7 +54,8 @@ def test_settings_survive_json():
         {"low": [0], "high": [255], "dtype": "complex64"}, {"low": [1], "high": [1], "dtype": "uint8"},
         {"low": [0], "high": [float("inf")], "dtype": "float32"}, {"low": [0, 0], "high": [1], "dtype": "float32"},
         {"low": [0.5], "high": [9], "dtype": "int16"}, {"low": [None], "high": [1], "dtype": "uint8"}, {"low": [0]}, [0, 255],
-        {"low": [0], "high": [256], "dtype": "uint8"}, {"low": [], "high": [], "dtype": "uint8"}, {"low": None, "high": [1], "dtype": "uint8"},
+        {"low": [0], "high": [256], "dtype": "uint8"},
+        {"low": [], "high": [], "dtype": "uint8"}, {"low": None, "high": [1], "dtype": "uint8"},
     ],
     ids=str,
 )  # fmt: skip

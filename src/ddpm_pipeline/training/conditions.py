@@ -87,6 +87,10 @@ class Condition:
         """A request for about `count` images, and the columns of their grid, with one row per condition."""
         return UNCONDITIONAL, None
 
+    def left(self, request: Request, columns: int | None) -> Tensor | None:
+        """Pictures [rows, 1, 3 or 4, H, W] in [0, 1] that the rows of such a grid begin with, if the condition has some."""
+        return None
+
     def row_names(self, request: Request, columns: int | None) -> list[str]:
         """What each row of such a grid shows: the names of classes, or prompts."""
         return [str(value) for values in request.arguments.values() for value in values[::columns]]

@@ -227,6 +227,9 @@ class WatchingOptions(OptionGroup):
 
     preview_every: int = _free(1000, "Updates between preview pictures; 0 makes none.", at_least(0))
     preview_images: int = _free(64, "Images per preview.", at_least(1))
+    preview_channels: str | None = _free(
+        None, "Channels that pictures show, counted from 1: one, or three as RGB, such as 3,2,1. By default all, of more "
+        "than 4 the first three, and of 2 the first.")
     preview_inference_steps: int = _free(100, "Reverse steps for previews, at most the full chain.", at_least(1))
     eval_every: int = _free(
         0, "Updates between evaluations of the EMA weights; 0 makes none (docs/evaluation.md).", at_least(0))
