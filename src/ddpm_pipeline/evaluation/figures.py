@@ -73,8 +73,8 @@ def measurements(results: Mapping[str, Any]) -> list[Measurement]:
     if followed := results.get("conditions"):
         settings = {name: followed[name] for name in ("steps", "scheduler", "guidance_scale")} | seed
         for name in filter(followed.__contains__, FOLLOWED):
-            beside = {"bicubic": round(followed[of], 4) for of in [f"bicubic_{name}"] if of in followed}
-            error = followed.get(f"{name}_standard_error")
-            about = {"num_images": followed["num_images"], "standard_error": error, "settings": settings | beside, **data}
+            error, bicubic = (followed.get(key) for key in (f"{name}_standard_error", f"bicubic_{name}"))
+            how = settings if bicubic is None else {**settings, "bicubic": float(f"{bicubic:.4g}")}
+            about = {"num_images": followed["num_images"], "standard_error": error, "settings": how, **data}
             measured.append(Measurement(FOLLOWED[name], followed[name], **about))
     return measured

@@ -21,7 +21,7 @@ from ..data import ImageData, load_images, open_stream
 from ..data.options import parse_resolution
 from ..data.skipped import SHOWN, describe
 from ..encoding_alpha_ddpm import image_channels, image_condition
-from ..generation.drawing import sample_pixels, step_bar
+from ..generation.drawing import sample_values, step_bar
 from ..generation.pipelines import Pipeline, condition_of, load_pipeline, scheduler_for, steps_of
 from ..likelihood.bound import own_scheduler
 from ..support.draws import RandomStream, image_indices, seeds
@@ -201,7 +201,7 @@ def _samples(subject: Subject, options: EvaluationOptions, accelerator: Accelera
     _tell(f"sampling {count} images over {steps} steps; --num_images and --num_inference_steps change that", accelerator)
     with step_bar(pipe, len(batches), steps, main) as shown:
         for batch in batches:
-            pixels = sample_pixels(pipe, batch, sampling.seed, steps, request, **shown).to(accelerator.device)
+            pixels = torch.from_numpy(sample_values(pipe, batch, sampling.seed, steps, request, **shown)).to(accelerator.device)
             if quality is not None:
                 quality.update(seen(pixels, data.value_range), real=False)
             for name, values in subject.conditions.followed(pixels, places[batch], subject.extractor).items():
