@@ -9,10 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..encoding_alpha_ddpm import value_range
+from ..ranges_alpha_ddpm import ValueRange
 from ..support.draws import RandomStream, seeds
 from ..support.errors import ConfigError
 from ..support.pictures import BY_DEFAULT, Display, strip
@@ -90,11 +93,24 @@ def sample_uint8(
 
     Raises ConfigError if the sampler cannot run that many steps, or produces NaN or infinite values.
     """
+    images = _reported(pipe, numbers, seed, num_inference_steps, request, **options)
+    return images.mul(255).round().to(torch.uint8)
+
+
+def sample_values(pipe: Any, numbers: Sequence[int], *how: Any, **options: Any) -> np.ndarray:
+    """As `sample_uint8`, in the units and of the type of the model's data."""
+    values = value_range(pipe.unet)
+    if values == ValueRange():
+        return sample_uint8(pipe, numbers, *how, **options).numpy()
+    return values.restore(_reported(pipe, numbers, *how, **options) * 2 - 1)
+
+
+def _reported(pipe: Any, *how: Any, **options: Any) -> torch.Tensor:
+    """Images of `sample` [b, C, H, W] in [0, 1] on the CPU. Raises ConfigError."""
     try:
-        images = sample(pipe, numbers, seed, num_inference_steps, request, **options).images
+        return sample(pipe, *how, **options).images.float().cpu()
     except (ValueError, FloatingPointError) as error:
         raise ConfigError(f"{error} Options: --num_inference_steps, --scheduler.") from error
-    return images.float().mul(255).round().to(torch.uint8).cpu()
 
 
 def sample_process(pipe: Any, seed: int, request: Request = UNCONDITIONAL, display: Display = BY_DEFAULT) -> Image.Image:
