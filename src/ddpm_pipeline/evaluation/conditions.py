@@ -94,7 +94,7 @@ class DataConditions:
         return self.data.vector(indices)[:, [self.data.vector_names.index(name) for name in self.vector.names]]
 
     def images(self, indices: Sequence[int]) -> torch.Tensor:
-        """Condition images [B, k, H, W] as they are stored, or what they are made of."""
+        """Condition images as they are stored, or what they are made of, [B, k, H, W]."""
         return self.data.pixels(indices) if self.image.task else self.data.condition_images.pixels(self.data.rows_of(indices))
 
     def masks(self, indices: Sequence[int]) -> torch.Tensor | None:
@@ -127,8 +127,15 @@ class DataConditions:
         if "text" in self.kinds:
             arguments["prompt"] = self.captions(indices)
         if self.image is not None:
-            arguments["condition_image"] = _OneByOne(self.images, indices)
+            arguments["condition_image"] = _OneByOne(self._for_the_pipeline, indices)
+            if self.image.task == "inpaint":
+                arguments["condition_mask"] = _OneByOne(self.masks, indices)
         return Request(arguments, guidance_scale if arguments else 1.0)
+
+    def _for_the_pipeline(self, indices: Sequence[int]) -> torch.Tensor:
+        """Condition images; floats, which it takes for fractions of white, as such."""
+        images = self.images(indices)
+        return self.image.value_range.normalize(images) / 2 + 0.5 if images.is_floating_point() else images
 
     def followed(self, pixels: torch.Tensor, indices: Sequence[int], extractor: nn.Module | None) -> dict[str, torch.Tensor]:
         """How near samples, in own units [B, C, H, W], come to what was asked for with the conditions of images, [B] each: PSNR

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..data import ImageData, load_images, open_stream
 from ..data.options import parse_resolution
 from ..data.skipped import SHOWN, describe
-from ..encoding_alpha_ddpm import image_channels, image_condition
+from ..encoding_alpha_ddpm import image_channels, image_condition, value_range
 from ..generation.drawing import sample_values, step_bar
 from ..generation.pipelines import Pipeline, condition_of, load_pipeline, scheduler_for, steps_of
 from ..likelihood.bound import own_scheduler
@@ -144,11 +144,13 @@ def _open_images(options: EvaluationOptions, pipe: Pipeline, accelerator: Accele
     for name, value in own.items():
         if (given := getattr(options.data, name)) not in (None, value):
             raise ConfigError(f"--{name} {given} differs from the model's, {value}; leave it out.")
-    data = replace(options.data, **own)
+    if options.data.value_range is not None:
+        raise ConfigError(f"--value_range {options.data.value_range} is not needed: the model has its own; leave it out.")
+    data, values = replace(options.data, **own), value_range(pipe.unet)
     if not data.streaming:
-        return load_images(data, columns)
+        return load_images(data, columns, values)
     count = max(options.quality.num_images, options.likelihood.num_likelihood_images)
-    return open_stream(data, columns).stored(count, data.cache_dir)
+    return open_stream(data, columns, values).stored(count, data.cache_dir)
 
 
 def _bits_per_dim(subject: Subject, options: EvaluationOptions, accelerator: Accelerator) -> dict[str, Any]:
