@@ -180,7 +180,7 @@ def _bits_per_dim(subject: Subject, options: EvaluationOptions, accelerator: Acc
         **summary({name: gather_object(values) for name, values in rows.items()}),
         "steps": chain,
         "network_calls": min(likelihood.likelihood_calls or chain, chain),
-        **({"num_bins": num_bins} if num_bins else {"density": DENSITY}),
+        **({"density": DENSITY} if num_bins is None else {"num_bins": num_bins}),
         "variance_type": own_scheduler(pipe.scheduler).config.variance_type,
     }
 
