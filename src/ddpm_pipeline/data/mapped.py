@@ -173,6 +173,11 @@ class ImageData(ImageSet):
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
+def other_size(size: Sequence[int], partner: Sequence[int]) -> str | None:
+    """Why a condition image of that size (height, width) is none of such an image."""
+    return None if size == partner else f"the condition image is {shown_size(partner)}, and its image {shown_size(size)}"
+
+
 def cache_key(kind: str, *parts: Any) -> str:
     return hash_of(kind, PREPROCESSING_VERSION, *parts)
 
@@ -225,7 +230,7 @@ def _note_resizing(source: Source, to: ImageSet) -> None:
     """Log that the images are resized or change their channels, as far as the first one tells."""
     first = source.dataset.with_format("arrow")[:1].column(to.roles.image)[0]
     with contextlib.suppress(BadImage):
-        width, height, channels = _shape_of(to.roles.kind, source.reach, first.as_py())
+        width, height, channels = shape_of(to.roles.kind, source.reach, first.as_py())
         found, wanted = (height, width, channels), (*to.size, to.channels)
         if found != wanted:
             shapes = " to ".join(f"{h}x{w} with {c} channels" for h, w, c in (found, wanted))
@@ -338,13 +343,13 @@ def cache_features(kept: Features, size: int) -> Features:
 
 
 def _scan_batch(table: pa.Table, *, roles: ColumnRoles, reach: Reach, threads: int) -> pa.Table:
-    look = partial(_shape_of, roles.kind, reach)
+    look = partial(shape_of, roles.kind, reach)
     shapes, *why_bad = _each_image(table.column(roles.image), look, (0, 0, 0), threads)
     columns = dict(zip(SIZES, [*zip(*shapes, strict=True), *why_bad], strict=True))
     return pa.Table.from_pydict(columns, schema=SIZES.arrow_schema)
 
 
-def _shape_of(kind: str, reach: Reach, value: Any) -> tuple[int, int, int]:
+def shape_of(kind: str, reach: Reach, value: Any) -> tuple[int, int, int]:
     """`image_shape` of a row's image, whose file is read as a whole only if its header does not suffice."""
     with contextlib.suppress(BadImage):
         if file := reach.file_of(value):
@@ -354,9 +359,7 @@ def _shape_of(kind: str, reach: Reach, value: Any) -> tuple[int, int, int]:
 
 def _preprocess_batch(table: pa.Table, *, kept: list[str], to: ImageSet, reach: Reach, threads: int) -> pa.Table:
     nothing = np.zeros((*to.size, to.channels), dtype=np.uint8)
-    function, of = (label_map, to.classes) if to.classes else (image_pixels, to.channels)
-    read = partial(read_image, function, to.roles.kind, reach, to.size, of)
-    images, *why_bad = _each_image(table.column(to.roles.image), read, nothing, threads)
+    images, *why_bad = _each_image(table.column(to.roles.image), partial(pixels_of, to, reach), nothing, threads)
     return cache_table(np.stack(images).reshape(len(table), -1), *why_bad, table.select(kept))
 
 
@@ -369,6 +372,12 @@ def cache_table(pixels: np.ndarray, reasons: list[str | None], files: list[str |
     why_bad = {REASON: pa.array(reasons, pa.string()), FILE: pa.array(files, pa.string())}
     columns = {PIXELS: flat, DIGEST: pa.array(digests, pa.uint64()), **why_bad}
     return pa.table({**columns, **{name: kept.column(name) for name in kept.column_names}})
+
+
+def pixels_of(to: ImageSet, reach: Reach, value: Any) -> np.ndarray:
+    """A row's image or label map as pixels of that set, [H, W, C]. Raises `BadImage`, or `UnreadableFile`."""
+    function, of = (label_map, to.classes) if to.classes else (image_pixels, to.channels)
+    return read_image(function, to.roles.kind, reach, to.size, of, value)
 
 
 def read_image(function: Callable, kind: str, reach: Reach, *args: Any) -> Any:

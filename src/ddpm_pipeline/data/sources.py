@@ -134,9 +134,14 @@ def _warn_of_held_out_rows(source: Source) -> None:
 
 
 def column_of(source: Source, name: str) -> pa.ChunkedArray:
-    """One column of memory-mapped rows, or of the parquet files of a stream."""
+    """One column of memory-mapped rows, or of the parquet files of a stream. Raises DataError for a stream from the Hub."""
     if isinstance(source.dataset, Dataset):
         return source.dataset.select_columns([name]).with_format("arrow")[:].column(0)
+    if not source.files:
+        raise DataError(
+            f"The column {name!r} has the type {source.dataset.features[name]}, which does not say what values there are, and "
+            "they are unknown before all rows are read. Drop --streaming, or choose a ClassLabel column."
+        )
     return pa.dataset.dataset(list(source.files)).to_table([name]).column(0)
 
 
