@@ -17,7 +17,7 @@ from ..generation.pipelines import Pipeline, condition_of
 from ..support.draws import RandomStream, seeds
 from ..support.errors import ConfigError
 from ..support.masks import inpainting_masks
-from .digits import NUM_CLASSES, DigitsClassifier
+from .digits import NUM_CLASSES
 from .likeness import likeness
 from .options import ConditionOptions
 
@@ -61,10 +61,11 @@ class DataConditions:
         if self.vector is not None and (unknown := [name for name in self.vector.names if name not in data.vector_names]):
             told = ", ".join(data.vector_names)
             raise ConfigError(f"the model takes the number {unknown[0]!r}, and {data.name} has {told}; see --condition_column.")
-        partners = None if self.image is None or self.image.task else data.condition_images
-        if partners is not None and partners.channels != self.image.channels:
-            found = f"{self.image.channels} channels, and those of {data.name} have {partners.channels}"
-            raise ConfigError(f"the model takes condition images of {found}; name others with --condition_column.")
+        if self.image is not None and not (self.image.task or self.image.classes):
+            needed, found = ((one.channels, one.value_range.dtype) for one in (self.image, data.condition_images))
+            if needed != found:
+                words = "the model takes condition images of {} channels of {}, and those of {} have {} of {}"
+                raise ConfigError(f"{words.format(*needed, data.name, *found)}; name others with --condition_column.")
         if self.image is not None and self.image.task == "inpaint":
             self.mask_seeds = seeds(seed, RandomStream.INPAINTING_MASK, 0, len(data))
 
@@ -130,29 +131,27 @@ class DataConditions:
             arguments["condition_image"] = _OneByOne(self._for_the_pipeline, indices)
             if self.image.task == "inpaint":
                 arguments["condition_mask"] = _OneByOne(self.masks, indices)
-        return Request(arguments, guidance_scale if arguments else 1.0)
+        return Request(arguments, guidance_scale)
 
     def _for_the_pipeline(self, indices: Sequence[int]) -> torch.Tensor:
         """Condition images; floats, which it takes for fractions of white, as such."""
         images = self.images(indices)
         return self.image.value_range.normalize(images) / 2 + 0.5 if images.is_floating_point() else images
 
-    def followed(self, pixels: torch.Tensor, indices: Sequence[int], extractor: nn.Module | None) -> dict[str, torch.Tensor]:
-        """How near samples, in own units [B, C, H, W], come to what was asked for with the conditions of images, [B] each: PSNR
-        and SSIM of the image itself for condition images, of bicubic interpolation too where it was downscaled, and whether a
-        classifier of digits finds the digit of the image. Empty for unconditional models.
+    def followed(self, pixels: torch.Tensor, indices: Sequence[int], digits: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """How near samples, in own units [B, C, H, W], come to the images whose conditions were asked for, [B] each: PSNR and
+        SSIM for condition images, also of bicubic interpolation where these are smaller, and whether the `digits` that a
+        classifier sees, [B] or None, are those of the images. Empty for unconditional models.
         """
-        found, to_model_range = {}, self.data.value_range.normalize
+        found = {}
         if self.image is not None:
-            images = to_model_range(self.data.pixels(indices)).to(pixels.device)
-            found = likeness(to_model_range(pixels), images)
+            images, samples = map(self.data.value_range.normalize, (self.data.pixels(indices), pixels))
+            found = likeness(samples, images)
             if self.image.factor:
-                bicubic = likeness(self.inputs(indices)["condition_image"].to(pixels.device), images)
+                bicubic = likeness(self.inputs(indices)["condition_image"], images)
                 found |= {f"bicubic_{name}": values for name, values in bicubic.items()}
-        digits = self.data.class_names == [str(label) for label in range(NUM_CLASSES)]
-        if isinstance(extractor, DigitsClassifier) and self.kinds != ["none"] and digits:
-            predicted = extractor(to_model_range(pixels)).argmax(dim=1).cpu()
-            found["class_accuracy"] = (predicted == torch.tensor(self.labels(indices))).double()
+        if digits is not None and self.kinds != ["none"] and self.data.class_names == list(map(str, range(NUM_CLASSES))):
+            found["class_accuracy"] = (digits == torch.tensor(self.labels(indices))).double()
         return found
 
 

@@ -29,6 +29,7 @@ from ..support.errors import ConfigError
 from ..support.provenance import provenance
 from ..support.sharing import my_batches
 from .conditions import DataConditions, columns_of
+from .digits import DigitsClassifier
 from .features import feature_extractor, real_features, seen, try_extractor
 from .figures import DENSITY, likelihood_of, means, summary
 from .options import EvaluationOptions
@@ -125,10 +126,8 @@ def _extractor(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelera
         in_pairs = image_condition(pipe.unet) is not None
         if quality.features != "auto" or not (options.likelihood.num_likelihood_images or in_pairs):
             raise ConfigError(f"{error} Or evaluate the likelihood alone, with --num_images 0.") from error
-        without = "samples are compared with their own images alone" if in_pairs else (
-            "only the likelihood is evaluated (as with --num_images 0), and no samples"
-        )  # fmt: skip
-        _tell(f"warning: {without}: {error}", accelerator)
+        alone = "only the likelihood is evaluated (as with --num_images 0), and no samples"
+        _tell(f"warning: {'samples are only compared with their own images' if in_pairs else alone}: {error}", accelerator)
         return None
 
 
@@ -203,10 +202,12 @@ def _samples(subject: Subject, options: EvaluationOptions, accelerator: Accelera
     _tell(f"sampling {count} images over {steps} steps; --num_images and --num_inference_steps change that", accelerator)
     with step_bar(pipe, len(batches), steps, main) as shown:
         for batch in batches:
-            pixels = torch.from_numpy(sample_values(pipe, batch, sampling.seed, steps, request, **shown)).to(accelerator.device)
+            pixels, digits = torch.from_numpy(sample_values(pipe, batch, sampling.seed, steps, request, **shown)), None
             if quality is not None:
-                quality.update(seen(pixels, data.value_range), real=False)
-            for name, values in subject.conditions.followed(pixels, places[batch], subject.extractor).items():
+                quality.update(seen(pixels.to(accelerator.device), data.value_range), real=False)
+            if isinstance(subject.extractor, DigitsClassifier):
+                digits = quality.generated_logits[-1].argmax(dim=1).cpu()
+            for name, values in subject.conditions.followed(pixels, places[batch], digits).items():
                 columns[name] += values.tolist()
     how = {"steps": steps, "scheduler": type(pipe.scheduler).__name__}
     how |= {"guidance_scale": request.guidance_scale} if request.arguments else {}
