@@ -113,7 +113,7 @@ def test_pairs_that_do_not_match_are_told_in_both_directions(load, masked, caplo
     [
         (np.full((8, 8), 7, np.uint8), "it has the id 7; ids of 3 classes are 0..2, and 255 where there is none"),
         (rgb(1), "it has colours; a label map has one number per pixel"),
-        (ids(1, height=4, width=16), "the condition image is 4x16, and its image 8x8"),
+        (ids(1, height=4, width=16), "it is 4x16, and the image 8x8"),
     ],
 )
 def test_rows_whose_second_image_does_not_fit_are_bad(load, masked, values, message):

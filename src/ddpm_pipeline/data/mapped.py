@@ -31,7 +31,7 @@ from .label_maps import label_map
 from .options import DataOptions, shown_size
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
 from .sources import Source, cache_folder, hash_of
-from .vectors import Attributes, statistics
+from .vectors import Attributes
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class ImageData(ImageSet):
     @property
     def vector_statistics(self) -> tuple[list[float], list[float]]:
         """(means, deviations) of the numbers where they are told. Raises DataError for one that says nothing."""
-        return statistics(self.vectors if self.rows is None else self.vectors[self.rows], self.attributes)
+        return self.attributes.statistics(self.vectors if self.rows is None else self.vectors[self.rows])
 
     def column(self, name: str, indices: Sequence[int]) -> torch.Tensor | list:
         """A kept column's values: int64 [B] for labels and whole numbers, else a list of B strings (or lists of them).
@@ -175,7 +175,7 @@ class ImageData(ImageSet):
 
 def other_size(size: Sequence[int], partner: Sequence[int]) -> str | None:
     """Why a condition image of that size (height, width) is none of such an image."""
-    return None if size == partner else f"the condition image is {shown_size(partner)}, and its image {shown_size(size)}"
+    return None if size == partner else f"it is {shown_size(partner)}, and the image {shown_size(size)}"
 
 
 def cache_key(kind: str, *parts: Any) -> str:

@@ -23,7 +23,7 @@ from ..support.atomic import atomic_file
 from ..support.draws import block_order, shard_order
 from ..support.errors import DataError
 from .columns import ColumnRoles, check_column, find_roles, kept_columns, missing_value, occurring_classes
-from .condition_images import attributes_of, joined, load_images, with_vectors
+from .condition_images import CONDITION_IMAGE, attributes_of, joined, load_images, with_vectors
 from .images import DEEP_MODES, BadImage, image_file
 from .mapped import (
     ImageData,
@@ -42,7 +42,6 @@ from .mapped import (
 from .options import UNCONDITIONAL, ConditionColumns, DataOptions
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
 from .sources import Source, as_data_error, cache_folder, column_of, hash_of, load_source
-from .vectors import statistics
 
 READ_ROWS = 100  # rows requested at a time
 LOCAL_SHARDS = 256  # shards that a memory-mapped data set is read in
@@ -72,7 +71,7 @@ class StreamData(ImageSet):
     def vector_statistics(self) -> tuple[list[float], list[float]]:
         """As that of `ImageData`, from all rows."""
         whole = pa.table({name: column_of(self.source, name) for name in self.roles.numbers})
-        return statistics(self.attributes.read(whole), self.attributes)
+        return self.attributes.statistics(self.attributes.read(whole))
 
     def values(self, name: str) -> Iterator[Any]:
         """The needed column's values in the first rows. Raises DataError for another column, or if reading fails."""
@@ -136,7 +135,7 @@ class StreamData(ImageSet):
         self, table: pa.Table, index: int, row: int, shard: int | None = None
     ) -> tuple[np.ndarray | None, Any, np.ndarray | None]:
         """A row's image, uint8 [H, W, C], its value in the needed column, its second image; or None and the `SkippedRow`."""
-        roles, condition, second = self.roles, None, None
+        roles, condition, second, what = self.roles, None, None, ""
         if roles.needed is not None:
             condition = table.column(roles.needed)[index].as_py()
             condition = condition if self.labels is None else self._class_numbers.get(condition)
@@ -147,13 +146,13 @@ class StreamData(ImageSet):
         try:
             pixels = pixels_of(self, reach, value)
             if roles.partner is not None:
-                size = shape_of(roles.kind, reach, value)[1::-1]
+                size, what = shape_of(roles.kind, reach, value)[1::-1], CONDITION_IMAGE
                 value = table.column(roles.partner)[index].as_py()
                 second = pixels_of(self.condition_images, reach, value)
                 if why := other_size(size, shape_of(roles.partner_kind, reach, value)[1::-1]):
                     raise BadImage(why)
         except BadImage as error:
-            return None, skipped_row(row, str(error), image_file(value), shard), None
+            return None, skipped_row(row, f"{what}{error}", image_file(value), shard), None
         return pixels, condition, second
 
     @cached_property
