@@ -181,7 +181,7 @@ class ImageConditioning:
             x = self._values_in(images, name, channels, condition.value_range, denormalize)
         else:
             x = read_labels(images, name).to(self._execution_device)
-        sizes = [size] + [tuple(length // condition.factor for length in size)] * bool(condition.factor)
+        sizes = sorted({size, tuple(length // (condition.factor or 1) for length in size)})
         if tuple(x.shape[2:]) not in sizes:
             allowed = " or ".join(f"{height}x{width}" for height, width in sizes)
             raise ValueError(f"{name} has {x.shape[2]}x{x.shape[3]} pixels; this model needs {allowed} (height x width).")

@@ -129,7 +129,7 @@ def test_other_condition_images_are_another_folder_s(models, images, tmp_path):
     ("kind", "options", "message"),
     [
         ("image", {}, "--condition_images is required"),
-        ("image", {"condition_images": "none"}, "--condition_images 'none': there is no such folder"),
+        ("image", {"condition_images": "no, ne"}, "--condition_images 'no, ne': there is no such folder"),
         ("image", {"condition_images": "rgb", "condition_masks": "masks"}, "--condition_masks is for models that inpaint"),
         ("inpaint", {"condition_images": "grey"}, "--condition_masks is required to inpaint"),
         ("class+image", {"condition_images": "beyond"}, "5"),
