@@ -32,8 +32,8 @@ class ConditionImages(Sequence):
             given,
             resolution=None if own_size else shown_size(tuple(size)),
             channels=None if condition.classes else condition.channels,
-            value_range=None if condition.classes or self.wanted.is_whole_type else ",".join(pairs),
             max_bad_fraction=0.0,
+            **({} if condition.classes or self.wanted.is_whole_type else {"value_range": ",".join(pairs)}),
         )
         try:
             source = load_source(options)

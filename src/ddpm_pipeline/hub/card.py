@@ -116,6 +116,7 @@ def build_card(
         # DDPMPipeline takes 1000 steps by default, however many there are
         plain_call=about.plain_call(example, total),
         our_class=kind.our_class,
+        imports=kind.imports,
         setup=kind.setup,
         our_call=about.call(example, min(100, total)),
         call_in_own_units=about.call(example, min(100, total), own_units=True) if about.values else "",

@@ -33,7 +33,8 @@ class Kind:
     plain_class: str = "DiffusionPipeline"
     why_plain_cannot_sample: str = ""
     condition: str = ""  # a sentence on what the condition is
-    setup: str = ""  # lines of code that define what the example names
+    imports: str = ""  # of the example, as code, and
+    setup: str = ""  # what it names
 
 
 NO_CLASS = " the model loads, but it cannot be told a class, so it cannot sample images"
@@ -118,7 +119,7 @@ def facts_of(model: "DiffusionPipeline | Path") -> ModelFacts:
     )
     if vector := own.get("condition_vector"):
         told = {name: float(f"{mean:.4g}") for name, mean in zip(vector["names"], vector["mean"], strict=True)}
-        example, condition = f"condition_vector={told}, guidance_scale=2.0", f"The condition is numbers: {', '.join(told)}."
+        example, condition = f"condition_vector={told}, guidance_scale=2.0", f"It is conditioned on numbers: {', '.join(told)}."
         kind = Kind(" conditional", example, why_plain_cannot_sample=NO_NUMBERS, condition=condition)
     return ModelFacts(_with_image(kind, image) if (image := own.get("condition_image")) else kind, unet, schedule)
 
@@ -134,9 +135,8 @@ def _with_image(kind: Kind, image: Mapping[str, Any]) -> Kind:
     what = f"a label map of classes 0 to {image['classes'] - 1}" if image["classes"] else what
     depth = image["value_range"]["dtype"]
     is_picture = image["classes"] or (image["channels"], depth) in ((1, "uint8"), (3, "uint8"), (4, "uint8"), (1, "uint16"))
-    reading = 'from PIL import Image\n\ncondition_image = Image.open("condition.png")'
-    setup = reading if is_picture else 'import numpy as np\n\ncondition_image = np.load("condition.npy")'
-    setup, example = f"{setup}  # {what}", "condition_image=condition_image"
+    reading = 'Image.open("condition.png")' if is_picture else 'np.load("condition.npy")'
+    setup, example = f"condition_image = {reading}  # {what}", "condition_image=condition_image"
     if name == "inpaint":
         setup += '\ncondition_mask = Image.open("mask.png")  # white where it is left out'
         example += ", condition_mask=condition_mask"
@@ -150,6 +150,7 @@ def _with_image(kind: Kind, image: Mapping[str, Any]) -> Kind:
         pipeline_tag="image-to-image",
         why_plain_cannot_sample=NO_IMAGE,
         condition=" ".join(filter(None, (kind.condition, f"The condition image is {what}.", values))),
+        imports="from PIL import Image" if is_picture else "import numpy as np",
         setup=setup,
     )
 
