@@ -37,7 +37,6 @@ class Condition:
     input_channels = 0  # that the UNet takes beside those of the images
     options = ConditionOptions()
     data: ImageSet | None = None
-    cache_dir: str | None = None
     dropout_streams: tuple[int, ...] = (RandomStream.CONDITION_DROPOUT,)  # a condition that any of these drops is dropped
 
     def unet_config(self) -> dict[str, Any]:
@@ -128,7 +127,7 @@ class Condition:
     @cached_property
     def examples(self) -> ImageData:
         """Images whose conditions previews show: all, or the first of a stream."""
-        return self.data if isinstance(self.data, ImageData) else self.data.stored(EXAMPLES, self.cache_dir)
+        return self.data.shown(EXAMPLES)
 
     def dropped(self, where: BatchSlice) -> np.ndarray:
         """Which conditions are dropped, bool [b]."""

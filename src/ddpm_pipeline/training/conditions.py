@@ -139,9 +139,7 @@ class CombinedCondition(Condition):
         return [argument for part in self.parts for argument in part.arguments()]
 
 
-def build_condition(
-    options: ConditionOptions, data: ImageSet, init_from: str | None = None, cache_dir: str | None = None
-) -> Condition:
+def build_condition(options: ConditionOptions, data: ImageSet, init_from: str | None = None) -> Condition:
     """What `--condition` names. A small encoder's initial weights come from torch's global generator, as the UNet's do."""
     kinds = {"none": Condition, "class": ClassCondition, "vector": NumbersCondition, "image": ImageInput}
     if options.condition == "text":
@@ -151,5 +149,5 @@ def build_condition(
     else:
         parts = [kinds[kind](options, data) for kind in options.condition.split("+")]
         condition = parts[0] if len(parts) == 1 else CombinedCondition(options, *parts)
-    condition.data, condition.cache_dir = data, cache_dir
+    condition.data = data
     return condition
