@@ -91,7 +91,9 @@ def main() -> None:
     arguments = parser.parse_args()
     began, found = time.monotonic(), {}
     with tempfile.TemporaryDirectory() as scratch:
-        recipe = TrainingOptions(config=RECIPE, cache_dir=f"{scratch}/cache", preview_every=0, num_samples=1)
+        recipe = TrainingOptions(
+            config=RECIPE, cache_dir=f"{scratch}/cache", preview_every=0, num_samples=1, sample_inference_steps=2
+        )
         updates = arguments.updates or recipe.optimisation.max_train_steps
         every = {"max_train_steps": updates, "checkpoint_every": updates // CHECKPOINTS, "checkpoints_total_limit": CHECKPOINTS}
         recipe = recipe.with_values(**every, lr_warmup_steps=min(100, updates // 10))
