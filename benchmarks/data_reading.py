@@ -2,7 +2,7 @@
 
     python benchmarks/data_reading.py --gigabytes 8 --output benchmarks/results/data_reading.json
 
-Time: runs of the digits recipe, as it is and with each kind of random view; their logs say how long the parts of an update take.
+Time: runs of the digits recipe, as it is and with each kind of random view; their logs say how long parts of an update take.
 Memory: folders of 64x64 tiles with 13 bands of 16 bits, a thousand of them and as many as fit in half of --gigabytes, are each
 cached, and batches are read from all over the cache by a process of its own. Its private memory is what it holds; pages of the
 memory-mapped cache that it has touched are counted apart, since the system drops them as soon as it needs the room.
