@@ -18,7 +18,8 @@ IMAGE_COLUMNS = (
     "Image columns hold the Image feature, {bytes, path} structs, arrays [H, W] or [H, W, C] of uint8 (cast others), or bytes."
 )
 MAX_CLASSES = 2**16
-RESERVED = ("pixels", "pixels_digest", "skipped_reason", "skipped_file")  # the cache's own columns
+IMAGE_DIGEST = "image_digest"  # of the pixels alone
+RESERVED = ("pixels", "pixels_digest", "skipped_reason", "skipped_file", IMAGE_DIGEST)  # the cache's own columns
 
 
 @dataclass(frozen=True)

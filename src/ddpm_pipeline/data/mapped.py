@@ -41,10 +41,10 @@ from .sources import Source, cache_folder, hash_of, load_source
 
 logger = logging.getLogger(__name__)
 
-PREPROCESSING_VERSION = 3  # part of the cache's key: raise it when the same options give other pixels
+PREPROCESSING_VERSION = 4  # part of the cache's key: raise it when the same options give other pixels
 BATCH_BYTES = 2**25  # of pixels preprocessed at a time
 
-PIXELS, DIGEST, REASON, FILE = RESERVED
+PIXELS, DIGEST, REASON, FILE, IMAGE_DIGEST = RESERVED
 WHY_BAD = {REASON: Value("string"), FILE: Value("string")}  # of a row's image; null if it is good
 SIZES = Features({"width": Value("int32"), "height": Value("int32"), "channels": Value("int8"), **WHY_BAD})
 
@@ -240,7 +240,7 @@ def usable_images(
     rows = np.setdiff1d(np.arange(len(cached)), [one["row"] for one in skipped]) if skipped else None
     digests = cached.data.column(DIGEST).to_numpy().astype("<u8")
     content = hashlib.blake2b((digests if rows is None else digests[rows]).tobytes(), digest_size=16).hexdigest()
-    features = {name: str(feature) for name, feature in cached.features.items() if name not in (REASON, FILE)}
+    features = {name: str(feature) for name, feature in cached.features.items() if name not in (REASON, FILE, IMAGE_DIGEST)}
     fingerprint = hash_of(of.resolution, of.channels, features, content)
     about = (of.name, of.resolution, of.channels, of.roles)
     return ImageData(*about, cached, class_names, fingerprint, rows, skipped)
@@ -325,7 +325,9 @@ def _own_resolution(dataset: str, sizes: np.ndarray) -> int:
 
 def cache_features(kept: Features, size: int) -> Features:
     """The cache's columns: those of preprocessed images of `size` values each, and those kept from the source."""
-    return Features({PIXELS: List(Value("uint8"), length=size), DIGEST: Value("uint64"), **WHY_BAD, **kept})
+    return Features(
+        {PIXELS: List(Value("uint8"), length=size), DIGEST: Value("uint64"), IMAGE_DIGEST: Value("uint64"), **WHY_BAD, **kept}
+    )
 
 
 def _scan_batch(table: pa.Table, *, roles: ColumnRoles, reach: Reach, threads: int) -> pa.Table:
@@ -353,11 +355,16 @@ def _preprocess_batch(table: pa.Table, *, kept: list[str], to: ImageSet, reach: 
 def cache_table(pixels: np.ndarray, reasons: list[str | None], files: list[str | None], kept: pa.Table) -> pa.Table:
     """Rows of the cache: pixels, uint8 [N, H*W*C]; what is wrong with them; and the N rows of the kept columns."""
     rows = zip(pixels, kept.to_pylist() if kept.column_names else [{}] * len(pixels), strict=True)
-    contents = (image.tobytes() + json.dumps(values, sort_keys=True, default=str).encode() for image, values in rows)
-    digests = np.frombuffer(b"".join(hashlib.blake2b(one, digest_size=8).digest() for one in contents), "<u8")
+    of_images, of_rows = [], []
+    for image, values in rows:
+        digest = hashlib.blake2b(image.tobytes(), digest_size=8)
+        of_images.append(digest.digest())
+        digest.update(json.dumps(values, sort_keys=True, default=str).encode())  # as if of both one after the other
+        of_rows.append(digest.digest())
+    digests, image_digests = (pa.array(np.frombuffer(b"".join(each), "<u8"), pa.uint64()) for each in (of_rows, of_images))
     flat = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), pixels.shape[1])
     why_bad = {REASON: pa.array(reasons, pa.string()), FILE: pa.array(files, pa.string())}
-    columns = {PIXELS: flat, DIGEST: pa.array(digests, pa.uint64()), **why_bad}
+    columns = {PIXELS: flat, DIGEST: digests, IMAGE_DIGEST: image_digests, **why_bad}
     return pa.table({**columns, **{name: kept.column(name) for name in kept.column_names}})
 
 

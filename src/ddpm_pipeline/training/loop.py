@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from ..data import open_data
+from ..data.held_out import open_training_data
 from ..data.mapped import ImageSet, to_model_range
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..support.draws import noise_of
 from .batches import BatchLoader, BatchPlan, batch_loader, lost_workers
 from .checkpoints import find_checkpoint, load_checkpoint, stored_options
 from .conditions import Condition, build_condition
+from .evaluations import evaluate_and_keep, tell_best
 from .identity import identity_of
-from .jobs import Every, Run, begin, evaluate, finish, preview, push_snapshot, report, save_checkpoint, stopped
+from .jobs import Every, Run, begin, finish, preview, push_snapshot, report, save_checkpoint, stopped
 from .models import build_model, objective_for
 from .objectives import NoisedBatch, min_snr_weights, per_image_loss
 from .options import TrainingOptions
@@ -30,6 +31,8 @@ from .pusher import Pusher
 from .state import MAX_IN_A_ROW, build_state
 from .stop import StopRequest
 from .telemetry import logging_to
+
+EVALUATIONS = 10  # of held-out images in a run, by default
 
 
 @contextlib.contextmanager
@@ -58,14 +61,15 @@ def train(options: TrainingOptions) -> Path:
         # What it learns from
         with accelerator.main_process_first():
             pusher = Pusher(options.hub, folder) if options.hub.push_to_hub and main else None
-            data = open_data(options.data, options.condition.columns)
+            data, held_out = open_training_data(options.data, options.condition.columns, options.watching.eval_images)
         seed_weights(options.run.seed)
         condition = build_condition(options.condition, data, options.model.init_from)
 
         # What it learns
         unet, scheduler = build_model(options.model, options.diffusion, data.resolution, data.channels, condition)
         options = resolved(options, data, scheduler)
-        checkpoint = find_checkpoint(folder, options, accelerator, partial(identity_of, data, condition, unet, scheduler))
+        identity = partial(identity_of, data, condition, unet, scheduler, held_out)
+        checkpoint = find_checkpoint(folder, options, accelerator, identity)
         options = with_origin(options, checkpoint)
         state = build_state(accelerator, unet, condition.network(unet), options)
         first, position = load_checkpoint(accelerator, state, checkpoint) if checkpoint else (0, None)
@@ -76,14 +80,16 @@ def train(options: TrainingOptions) -> Path:
         if output is not None:
             output.set_aside()  # not before all of the above has succeeded
         start_log()
-        run = Run(options, accelerator, folder, output, data, condition, state, scheduler, batches, pusher, stop, first, began)
+        parts = condition, state, scheduler, objective, batches
+        run = Run(options, accelerator, folder, output, data, held_out, *parts, pusher, stop, first, began)
         watching, in_main = options.watching, run.in_main_process
         previews = Every(watching.preview_every, partial(in_main, preview), at_end="never", on_stop="never")
+        at_end = "if due" if held_out is None else "always"
         jobs = [
             Every(watching.log_every, partial(report, run), at_end="always"),
             previews,
             Every(options.hub.push_every, partial(in_main, push_snapshot), at_end="never", on_stop="never"),
-            Every(watching.eval_every, partial(in_main, evaluate), on_stop="never"),
+            Every(watching.eval_every, partial(evaluate_and_keep, run), at_end=at_end, on_stop="never"),
             Every(options.run.checkpoint_every, partial(save_checkpoint, run), at_end="always", on_stop="always"),
         ]
 
@@ -92,12 +98,13 @@ def train(options: TrainingOptions) -> Path:
             with stop.listening(), lost_workers():
                 begin(run, previews)
                 for done in range(first + 1, run.total + 1):
-                    stopping = update(run, objective, done - 1)
+                    stopping = update(run, done - 1)
                     for job in jobs:
                         if job.is_due(done, run.total, stopping):
                             stopping = bool(job.run(done)) or stopping
                     if stopping:
                         raise stopped(run, done)
+                tell_best(run)
                 finish(run)
         finally:
             close(run)
@@ -112,7 +119,14 @@ def resolved(options: TrainingOptions, data: ImageSet, scheduler: AlphaDDPMSched
     objective = objective_for(options.diffusion.objective, scheduler)
     start = options.model.init_from
     start = os.path.abspath(start) if start and os.path.exists(start) else start  # a folder is no name, also when it is gone
-    known = {"max_train_steps": steps, "num_train_timesteps": len(scheduler), "objective": objective, "init_from": start}
+    every = options.watching.eval_every or (max(1, steps // EVALUATIONS) if options.data.validation_split else 0)
+    known = {
+        "eval_every": every,
+        "max_train_steps": steps,
+        "num_train_timesteps": len(scheduler),
+        "objective": objective,
+        "init_from": start,
+    }
     return options.with_values(**images, **known)
 
 
@@ -138,7 +152,7 @@ def open_batches(
 # ---- one update -----------------------------------------------------------------------------------------
 
 
-def update(run: Run, objective: Callable[..., torch.Tensor], step: int) -> bool:
+def update(run: Run, step: int) -> bool:
     """Forward and backward passes and the optimizer's step; whether any process was asked to stop. Raises NumericalError if
     losses or gradients were not finite for many updates in succession.
     """
@@ -154,7 +168,7 @@ def update(run: Run, objective: Callable[..., torch.Tensor], step: int) -> bool:
             with timer("forward"):
                 drawn = state.timestep_sampler.draw(batch["quantiles"])
                 timesteps, weights = (each.to(accelerator.device) for each in drawn)
-                losses = objective(state.model, batch, timesteps)
+                losses = run.objective(state.model, batch, timesteps)
                 loss = (weights * losses).mean()
             with timer("backward"):
                 accelerator.backward(loss / passes)

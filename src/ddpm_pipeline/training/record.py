@@ -1,5 +1,6 @@
 """What the model card records of a run: facts, and the command that trains the same model; no path, no name of a machine."""
 
+import math
 import os
 import re
 import shlex
@@ -26,7 +27,8 @@ FILES = (".json", ".yaml", ".yml", ".parquet", ".arrow", ".csv", ".jsonl", ".zip
 def model_card(run: "Run", target: Path, done: int) -> ModelCard:
     """The card of this run after `done` updates, with the pictures that lie in the folder that it is for."""
     hub, done = run.options.hub, max(done, run.first)  # a run may be resumed to end with fewer updates than it has had
-    facts = run.condition.facts() | training_facts(run.options, run.state.num_parameters, done) | process_facts(run)
+    facts = run.condition.facts() | training_facts(run.options, run.state.num_parameters, done) | held_out_facts(run)
+    facts |= process_facts(run)
     return build_card(
         run.pipe,
         name=(hub.hub_model_id or run.folder.resolve().name).split("/")[-1],
@@ -73,6 +75,20 @@ def training_facts(options: TrainingOptions, num_parameters: int, done: int) -> 
         "seed": options.run.seed,
         "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}",
     }
+
+
+def held_out_facts(run: "Run") -> dict[str, Any]:
+    """What the model card says of images that were held out, and of their figures so far."""
+    if run.held_out is None:
+        return {}
+    split, validation = public(run.options.data.validation_split), run.validation
+    facts = {"held out": f"{len(run.held_out):,} images ({split}), not trained on"}
+    if validation.best is not None:
+        shown = {"lowest held-out bits/dim": validation.best, "held-out bits/dim": validation.last}
+        for name, one in shown.items() if validation.last is not validation.best else [*shown.items()][1:]:
+            error = f" ± {one.error:.2g}" if math.isfinite(one.error) else ""
+            facts[name] = f"{one.mean:.4g}{error}, of {len(one.held_out)} images after update {one.step}"
+    return facts
 
 
 def process_facts(run: "Run") -> dict[str, Any]:
