@@ -122,7 +122,7 @@ def look_at(data: bytes) -> str | None:
     except BadImage:
         pass
     try:
-        pixels = image_pixels(data, "bytes", RESOLUTION, CHANNELS)
+        pixels = image_pixels(data, "bytes", (RESOLUTION, RESOLUTION), CHANNELS)
     except BadImage as error:
         assert str(error)
         return str(error)

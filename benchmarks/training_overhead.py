@@ -52,7 +52,7 @@ class TimedRun:
                 if name == "save_checkpoint":
                     self.taken["background"].append(seconds(run.checkpoints.wait))
                 elif name == "update" and not self.facts:
-                    self.facts = {"parameters": run.state.num_parameters, "resolution": run.data.resolution}
+                    self.facts = {"parameters": run.state.num_parameters, "size": run.data.size}
                     self.taken["check"] = [seconds(finite_check, run) for _ in range(200)]
                 return result
 

@@ -87,7 +87,7 @@ def test_images_arrays_and_tensors_are_read_alike(way, pipe):
     make, off = IN_MEMORY[way]
     assert np.abs(as_image(pipe, make(picture())) - picture() / 255).max() <= off + 1e-6
     if way in PIL_IMAGES:
-        assert np.abs(to_array(make(picture()), SIDE, 1)[..., 0] / 255 - picture() / 255).max() <= off + ROUNDING
+        assert np.abs(to_array(make(picture()), (SIDE, SIDE), 1)[..., 0] / 255 - picture() / 255).max() <= off + ROUNDING
     if way not in HIDDEN:
         assert np.array_equal(as_mask(pipe, make(black_and_white())), black_and_white() > 0)
 
@@ -101,7 +101,7 @@ def colourful(*shape: int) -> np.ndarray:
 def test_colours_and_transparency_become_those_that_training_sees(shape, channels):
     """Of 8 bits exactly, of 16 bits and floats within the rounding of 8."""
     values = colourful(*shape)
-    expected = to_array(array_to_image(values), SIDE, channels) / np.float32(255)
+    expected = to_array(array_to_image(values), (SIDE, SIDE), channels) / np.float32(255)
     tensor = torch.from_numpy(values.reshape(SIDE, SIDE, -1)).movedim(-1, 0)
     for given in (array_to_image(values), values, [tensor], [values], tensor[None]):
         assert np.array_equal(read_pictures(given, "image", channels)[0].movedim(0, -1).numpy(), expected)
@@ -176,7 +176,7 @@ def test_what_cannot_be_read_rightly_is_refused_with_a_reason(what, argument, pi
         pipe(num_inference_steps=1, **pictures)
     if isinstance(UNREADABLE[what], Image.Image):
         with pytest.raises(BadImage):
-            to_array(UNREADABLE[what], SIDE, 1)
+            to_array(UNREADABLE[what], (SIDE, SIDE), 1)
 
 
 def test_a_dark_file_of_16_bits_stays_dark(pipe):
@@ -205,7 +205,7 @@ def fits(levels: np.ndarray) -> bytes:
 def test_formats_of_signed_integers_are_refused_in_training():
     for data in (fits(grey(0, 1, dtype=np.int64)), tiff(grey(0, 100, dtype=np.int64), 16, 1, 2)):
         with pytest.raises(BadImage, match="signed"):
-            image_pixels(data, "bytes", SIDE, 1)
+            image_pixels(data, "bytes", (SIDE, SIDE), 1)
 
 
 ZERO_AND_ONE = {

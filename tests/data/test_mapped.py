@@ -14,8 +14,9 @@ from sklearn.datasets import load_digits
 
 from data_helpers import all_pixels, assert_holds, encoded, make_set, rgb, write_image
 from data_helpers import load as load_data
-from ddpm_pipeline.data import DataError, DataOptions, mapped, to_model_range
+from ddpm_pipeline.data import DataError, DataOptions, mapped
 from ddpm_pipeline.data.images import to_array
+from ddpm_pipeline.ranges_alpha_ddpm import ValueRange
 from ddpm_pipeline.support.errors import ConfigError
 
 
@@ -29,7 +30,7 @@ def decoded(monkeypatch):
 
 
 def test_model_range():
-    levels = to_model_range(torch.arange(256, dtype=torch.uint8))
+    levels = ValueRange().normalize(torch.arange(256, dtype=torch.uint8))
     assert torch.equal(levels, torch.arange(256, dtype=torch.float32) / 127.5 - 1)
     assert torch.equal(((levels + 1) * 127.5).round(), torch.arange(256.0))
 
@@ -39,15 +40,20 @@ def test_model_range():
 
 def test_the_datas_own_resolution(load, tmp_path):
     write_image(tmp_path / "one" / "a.png", rgb(0, 12, 12))
-    assert load(tmp_path / "one").resolution == 12
+    assert load(tmp_path / "one").size == (12, 12)
     write_image(tmp_path / "one" / "b.png", rgb(0, 10, 20))
-    with pytest.raises(DataError, match=r"2 different sizes, from 12x12 to 20x10.* --resolution"):
+    with pytest.raises(DataError, match=r"2 different sizes, from 12x12 to 10x20.* --resolution"):
         load(tmp_path / "one")
     for image, shape in zip(all_pixels(load(tmp_path / "one", resolution=6)), [(12, 12), (10, 20)], strict=True):
-        assert np.array_equal(image, to_array(Image.fromarray(rgb(0, *shape)), 6, 3))
+        assert np.array_equal(image, to_array(Image.fromarray(rgb(0, *shape)), (6, 6), 3))
     write_image(tmp_path / "wide" / "a.png", rgb(0, 10, 20))
-    with pytest.raises(DataError, match=r"all 20x10.* --resolution"):
-        load(tmp_path / "wide")
+    assert load(tmp_path / "wide").size == (10, 20)
+    for shape in [(10, 20), (12, 12)]:  # the centre of what just covers it
+        write_image(tmp_path / "wide" / "b.png", rgb(0, *shape))
+        (_, image) = all_pixels(load(tmp_path / "wide", resolution="4x8"))
+        whole = Image.fromarray(rgb(0, *shape))
+        box = (0, 0, 20, 10) if shape == (10, 20) else (0, 3, 12, 9)
+        assert np.array_equal(image, np.asarray(whole.resize((8, 4), Image.Resampling.LANCZOS, box=box)))
 
 
 def test_the_datas_own_channels(load, tmp_path):
@@ -59,15 +65,15 @@ def test_the_datas_own_channels(load, tmp_path):
     write_image(folder / "c.png", colour)  # with alpha
     assert load(folder).channels == 3
     for channels in (1, 3, 4):
-        expected = to_array(Image.fromarray(colour), 8, channels)
+        expected = to_array(Image.fromarray(colour), (8, 8), channels)
         assert np.array_equal(all_pixels(load(folder, channels=channels))[2], expected)
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("resolution", 0), ("resolution", "8"), ("channels", 2), ("preprocessing_num_workers", -1)]
+    ("option", "value"), [("resolution", 0), ("resolution", "8x"), ("channels", 2), ("preprocessing_num_workers", -1)]
 )
 def test_impossible_options(option, value):
-    with pytest.raises(ConfigError, match=f"--{option} {value!r}"):
+    with pytest.raises(ConfigError, match=f"--{option} {value}"):
         DataOptions(**{option: value})
 
 
@@ -110,7 +116,7 @@ def test_a_changed_option_makes_a_new_cache(load, tmp_path, decoded):
     assert len(decoded) == 10
     load(tmp_path / "saved", **base, label_column="kind", text_column="caption")
     assert len(decoded) == 10  # which columns are conditions changes nothing in the cache
-    assert [load(tmp_path / "saved", image_column=name).resolution for name in ("photo", "other")] == [8, 4]
+    assert [load(tmp_path / "saved", image_column=name).size[0] for name in ("photo", "other")] == [8, 4]
 
 
 def test_changed_data_make_a_new_cache(load, tmp_path):

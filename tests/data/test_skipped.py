@@ -50,7 +50,7 @@ def mixed(tmp_path):
 def test_few_bad_rows_are_left_out_and_named(load, mixed, options, tmp_path):
     file, places = mixed
     data = load(file, max_bad_fraction=0.03, **options)
-    assert (len(data), data.resolution, data.channels) == (293, 8, 1)
+    assert (len(data), data.size, data.channels) == (293, (8, 8), 1)
     good = [row for row in range(300) if row not in places.values()]
     assert data.rows_of(range(293)).tolist() == good
     assert data.column("number", range(293)).tolist() == list(data.values("number")) == good

@@ -14,21 +14,22 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from sklearn.datasets import load_digits
 
 from data_helpers import all_pixels, assert_holds, encoded, make_set, parquet, rgb, stream_of, write_image
-from ddpm_pipeline.data import DataError, sources, to_model_range
+from ddpm_pipeline.data import DataError, sources
 from ddpm_pipeline.data.images import array_to_image, to_array
+from ddpm_pipeline.ranges_alpha_ddpm import ValueRange
 
 # The digits
 
 
 def test_digits_are_exact(digits):
     reference = load_digits()
-    assert (len(digits), digits.resolution, digits.channels, digits.name) == (1797, 8, 1, "digits")
+    assert (len(digits), digits.size, digits.channels, digits.name) == (1797, (8, 8), 1, "digits")
     assert digits.class_names == list("0123456789")
     images = digits.pixels(range(1797))
     assert images.shape == (1797, 1, 8, 8) and images.dtype == torch.uint8
     assert np.array_equal(images[:, 0].numpy(), np.rint(reference.images * 255 / 16))
     assert np.array_equal(digits.column("label", range(1797)).numpy(), reference.target)
-    levels = to_model_range(images).unique()
+    levels = ValueRange().normalize(images).unique()
     assert levels.dtype == torch.float32 and levels[[0, -1]].tolist() == [-1, 1]
     assert torch.allclose(levels, torch.arange(17) / 8 - 1, atol=1.001 / 255)  # half a level of 255
 
@@ -37,7 +38,7 @@ def test_digits_at_another_size(load, digits):
     data = load("digits", resolution=16, channels=3, split="train[:20]")
     assert len(data) == 20
     original = array_to_image(digits.pixels([19])[0].numpy())
-    assert np.array_equal(all_pixels(data)[19], to_array(original, 16, 3))
+    assert np.array_equal(all_pixels(data)[19], to_array(original, (16, 16), 3))
 
 
 def test_a_local_folder_called_digits_is_named_in_a_warning(load, tmp_path, monkeypatch, caplog):
@@ -57,7 +58,7 @@ def test_flat_folder(load, tmp_path):
     (tmp_path / "pictures" / "notes.txt").write_text("not an image")
     data = load(tmp_path / "pictures")
     assert_holds(data, 0, 1, 2)
-    assert (data.resolution, data.channels, data.name) == (8, 3, "pictures")
+    assert (data.size, data.channels, data.name) == ((8, 8), 3, "pictures")
     assert data.class_names is None
     assert data.label_column is None
     for one in ("0.png", "*.png"):
@@ -168,7 +169,7 @@ def test_parquet_of_bytes_and_arrays(load, tmp_path, column):
         made = Dataset.from_dict({"x": planes if column == "array" else arrays}, features=Features({"x": feature}))
     made.to_parquet(tmp_path / "x.parquet")
     data = load(tmp_path / "x.parquet")
-    assert (data.resolution, data.channels) == (8, 3)
+    assert (data.size, data.channels) == ((8, 8), 3)
     assert [image.tolist() for image in all_pixels(data)] == [array.tolist() for array in arrays]
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import text_models
 from data_helpers import rgb, write_image
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, describe_conditions
-from ddpm_pipeline.data import ConditionColumns, DataOptions, load_images, to_model_range
+from ddpm_pipeline.data import ConditionColumns, DataOptions, load_images
 from ddpm_pipeline.evaluation import EvaluationOptions, ImageQuality, evaluate, likelihood_of, run
 from ddpm_pipeline.evaluation.digits import fit_digits_classifier
 from ddpm_pipeline.evaluation.figures import measurements
@@ -31,6 +31,7 @@ from ddpm_pipeline.evaluation.results import write_results
 from ddpm_pipeline.generation import load_pipeline, sample_uint8, scheduler_for
 from ddpm_pipeline.hub import TrainingFacts, build_card, export
 from ddpm_pipeline.likelihood import bits_per_dim
+from ddpm_pipeline.ranges_alpha_ddpm import ValueRange
 from ddpm_pipeline.support.draws import RandomStream, image_indices, seeds
 from ddpm_pipeline.support.errors import ConfigError, MissingExtraError
 from helpers import ROOT, killed_at, run_python, tiny_unet
@@ -76,7 +77,7 @@ def test_likelihoods_are_those_of_each_image_with_its_own_noise(model, cache, re
     assert len(set(places)) == len(set(noise_seeds)) == NUM_LIKELIHOOD
     alone = [
         bits_per_dim(
-            pipe.unet, pipe.scheduler, to_model_range(data.pixels([place])), two_term=True, progress=False,
+            pipe.unet, pipe.scheduler, ValueRange().normalize(data.pixels([place])), two_term=True, progress=False,
             generator=torch.Generator().manual_seed(int(seed)),
         )
         for place, seed in zip(places, noise_seeds, strict=True)
@@ -464,7 +465,8 @@ def test_conditional_models_are_evaluated_under_the_conditions_of_the_data(cache
     else:
         tokens = pipe.tokenizer(values, padding="max_length", max_length=77, return_tensors="pt")
         inputs = {"encoder_hidden_states": pipe.text_encoder(tokens.input_ids, tokens.attention_mask)[0].detach()}
-    found = likelihood_of(pipe.unet, pipe.scheduler, data.pixels(places), noise_seeds, model_kwargs=inputs, progress=False)
+    images = data.pixels(places), data.value_range
+    found = likelihood_of(pipe.unet, pipe.scheduler, *images, noise_seeds, model_kwargs=inputs, progress=False)
     assert results["bits_per_dim"]["total"] == pytest.approx(found.total.mean().item(), rel=1e-6)
 
     call = {"class_labels" if kind == "class" else "prompt": asked(image_indices(SEED, len(data), 0, 6)), "guidance_scale": 1.5}

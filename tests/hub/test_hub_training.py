@@ -74,7 +74,7 @@ def check_data_set_from_the_hub_is_read_as_it_was():
     import numpy as np
     from ddpm_pipeline.data import DataOptions, load_images
     data = load_images(DataOptions("org/pictures"))
-    assert (data.resolution, data.channels, data.class_names, data.name) == (8, 1, ["a", "b"], "org/pictures")
+    assert (data.size, data.channels, data.class_names, data.name) == ((8, 8), 1, ["a", "b"], "org/pictures")
     assert (data.pixels(range(24)).numpy()[:, 0] == np.load("pictures.npy")).all()
 
 def check_data_set_from_the_hub_is_streamed():

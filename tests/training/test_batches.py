@@ -15,6 +15,7 @@ import torch
 from data_helpers import load, numbered, numbers, stream_of, write_numbered
 from ddpm_pipeline import AlphaDDPMScheduler
 from ddpm_pipeline.data.options import TrainingDataOptions
+from ddpm_pipeline.ranges_alpha_ddpm import ValueRange
 from ddpm_pipeline.support.errors import ConfigError, DataError
 from ddpm_pipeline.training import TrainingOptions, batches
 from ddpm_pipeline.training.batches import BatchPlan, MicroBatches, batch_loader, lost_workers
@@ -65,7 +66,8 @@ def test_the_loss_is_the_definition(tmp_path):
             seen.update(noisy=noisy, timesteps=timesteps)
             return type("Output", (), {"sample": torch.zeros_like(noisy)})
 
-    loss = losses_of(Network(), batch, timesteps, scheduler, Condition(), TrainingOptions(objective="simple")).mean()
+    options = TrainingOptions(objective="simple")
+    loss = losses_of(Network(), batch, timesteps, scheduler, Condition(), ValueRange(), options).mean()
     x_0 = batch["pixels"].double() / 127.5 - 1
     alpha = scheduler.alphas_cumprod[timesteps].double().view(-1, 1, 1, 1)
     noise = (seen["noisy"].double() - alpha.sqrt() * x_0) / (1 - alpha).sqrt()

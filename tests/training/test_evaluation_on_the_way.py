@@ -77,7 +77,8 @@ def test_a_conditional_model_is_evaluated_under_the_conditions_of_the_data(kind,
         conditions = {"encoder_hidden_states": pipe.text_encoder(**tokens)[0].detach()}
     noise_seeds = seeds(0, RandomStream.NOISE, 0, 6)
     how = {"num_evaluated": 5, "progress": False, "batch_size": 8}
-    bits = likelihood_of(pipe.unet, pipe.scheduler, data.pixels(indices), noise_seeds, model_kwargs=conditions, **how).total
+    images = data.pixels(indices), data.value_range
+    bits = likelihood_of(pipe.unet, pipe.scheduler, *images, noise_seeds, model_kwargs=conditions, **how).total
     assert logged["eval_bits_per_dim"] == pytest.approx(float(bits.mean()), rel=1e-6)
 
 

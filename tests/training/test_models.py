@@ -14,7 +14,7 @@ from helpers import TINY_UNET
 
 def model(resolution: int, channels: int, **options):
     given = TrainingOptions(**options)
-    return build_model(given.model, given.diffusion, resolution, channels)
+    return build_model(given.model, given.diffusion, (resolution, resolution), channels)
 
 
 @pytest.mark.parametrize("resolution, channels", [(8, 1), (16, 3), (32, 3), (64, 4)])

@@ -306,7 +306,7 @@ def loaded(tmp_path_factory):
     options = TrainingOptions(**quick_options(tmp_path_factory.mktemp("state"), mixed_precision="no"))
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=True)
-    unet, _ = build_model(options.model, options.diffusion, 8, 1)
+    unet, _ = build_model(options.model, options.diffusion, (8, 8), 1)
     return accelerator, build_state(accelerator, unet, unet, options)
 
 

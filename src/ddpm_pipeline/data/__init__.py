@@ -10,13 +10,13 @@ from ..support.extras import lazy_exports
 
 _MODULES = {
     **dict.fromkeys(("ConditionColumns", "DataOptions"), ".options"),
-    **dict.fromkeys(("ImageData", "load_images", "to_model_range"), ".mapped"),
+    **dict.fromkeys(("ImageData", "load_images"), ".mapped"),
     **dict.fromkeys(("StreamData", "open_data", "open_stream"), ".streamed"),
 }
 __all__ = ["DataError", *_MODULES]
 
 if TYPE_CHECKING:
-    from .mapped import ImageData, load_images, to_model_range
+    from .mapped import ImageData, load_images
     from .options import ConditionColumns, DataOptions
     from .streamed import StreamData, open_data, open_stream
 

@@ -68,7 +68,7 @@ def part(data: ImageData, chosen: np.ndarray) -> ImageData:
     """The images where `chosen`, bool [N], is true."""
     rows = data.rows_of(np.flatnonzero(chosen))
     content = hashlib.blake2b(data.dataset.data.column(DIGEST).to_numpy()[rows].astype("<u8").tobytes()).hexdigest()
-    fingerprint = hash_of(data.resolution, data.channels, data.class_names, content)
+    fingerprint = hash_of(data.size, data.channels, data.class_names, content)
     return replace(data, rows=rows, fingerprint=fingerprint)
 
 
@@ -77,7 +77,7 @@ def _load(options: TrainingDataOptions, columns: ConditionColumns, like: ImageSe
     given, is_path = options.validation_split, options.validation_path
     place = {"dataset": given, "dataset_config": None, "split": "train"} if is_path else {"split": given}
     own = DataOptions(**{name: getattr(options, name) for name in DataOptions.__dataclass_fields__})
-    own = replace(own, **place, resolution=like.resolution, channels=like.channels)
+    own = replace(own, **place, resolution=like.size, channels=like.channels)
     try:
         found = open_stream(own, columns).stored(streamed, own.cache_dir) if own.streaming else load_images(own, columns)
         if found.roles.needed != like.roles.needed:

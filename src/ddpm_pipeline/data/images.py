@@ -47,25 +47,25 @@ def native_channels(image: Image.Image) -> int:
     return 1 if grey else 3
 
 
-def to_array(image: Image.Image, resolution: int, channels: int) -> np.ndarray:
-    """Pixels, uint8 [resolution, resolution, channels], of an image in any PIL mode and of any size.
+def to_array(image: Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
+    """Pixels, uint8 [*size, channels], of an image in any PIL mode and of any size.
 
-    The shorter side is scaled to `resolution` (Lanczos, antialiased; not at all if it has that length) and the image is cropped
-    to its centre. Channels: 1 is grey (ITU-R 601 luma of colours), 3 is RGB, 4 is RGBA with straight alpha. Transparency is
-    composited on white unless `channels` is 4; resizing weights colours by alpha, so hidden colours do not bleed in. Grey
-    beyond 8 bits is resized in floating point and rounded once.
+    The image is scaled until it just covers `size`, (height, width), and cropped to its centre (Lanczos, antialiased; not
+    scaled if it covers it as it is). Channels: 1 is grey (ITU-R 601 luma of colours), 3 is RGB, 4 is RGBA with straight alpha.
+    Transparency is composited on white unless `channels` is 4; resizing weights colours by alpha, so hidden colours do not
+    bleed in. Grey beyond 8 bits is resized in floating point and rounded once.
 
-    Raises ValueError for an impossible resolution or channel count, `BadImage` for what cannot be read as it was meant.
+    Raises ValueError for an impossible size or channel count, `BadImage` for what cannot be read as it was meant.
     """
-    if isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < 1:
-        raise ValueError(f"resolution={resolution!r} is not a positive whole number of pixels; use one such as 64.")
+    if len(size) != 2 or not all(isinstance(side, int) and side >= 1 and not isinstance(side, bool) for side in size):
+        raise ValueError(f"size={size!r} is not a height and a width in pixels; use two such as (64, 64).")
     if isinstance(channels, bool) or channels not in CHANNELS:
         raise ValueError(f"channels={channels!r} is not one of {CHANNELS}; use 1 for grey, 3 for RGB, 4 for RGBA.")
     pixels = read_image(image)
     with as_bad_image():
         # grey is resized as such, and RGB without an opaque alpha
         seen = pixels.with_channels(channels) if channels == 1 or pixels.channels == 4 else pixels
-        fitted = Pixels(_fitted(seen, resolution), 255).with_channels(channels)
+        fitted = Pixels(_fitted(seen, size), 255).with_channels(channels)
     return fitted.values.copy()
 
 
@@ -83,9 +83,9 @@ def array_to_image(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def image_pixels(value: Any, kind: str, resolution: int, channels: int) -> np.ndarray:
-    """One row's image, uint8 [resolution, resolution, channels], from its value in a column of that kind. Raises `BadImage`."""
-    return to_array(open_image(_stored_image(value, kind)), resolution, channels)
+def image_pixels(value: Any, kind: str, size: tuple[int, int], channels: int) -> np.ndarray:
+    """One row's image, uint8 [*size, channels], from its value in a column of that kind. Raises `BadImage`."""
+    return to_array(open_image(_stored_image(value, kind)), size, channels)
 
 
 def image_shape(value: Any, kind: str) -> tuple[int, int, int]:
@@ -139,17 +139,27 @@ def _uses_only_grey(image: Image.Image) -> bool:
     return bool((colours == colours[:, :1]).all())
 
 
-def _fitted(pixels: Pixels, resolution: int) -> np.ndarray:
-    """The centre square at `resolution`, uint8 [R, R, C]. PIL weights "RGBA" by alpha as it resizes."""
+def _fitted(pixels: Pixels, size: tuple[int, int]) -> np.ndarray:
+    """The centre at `size`, uint8 [*size, C]. PIL weights "RGBA" by alpha as it resizes."""
     height, width = pixels.values.shape[:2]
-    side = min(height, width)
-    left, top = (width - side) // 2, (height - side) // 2  # whole pixels: no blur without scaling
-    if side == resolution:
-        return Pixels(pixels.values[top : top + side, left : left + side], pixels.top).in_8_bits().values
-    box = (left, top, left + side, top + side)
-    size = (resolution, resolution)
+    left, top, right, bottom = _window((height, width), size)
+    if (bottom - top, right - left) == size:
+        cut = pixels.values[int(top) : int(top) + size[0], int(left) : int(left) + size[1]]
+        return Pixels(cut, pixels.top).in_8_bits().values
+    how = {"size": size[::-1], "resample": Image.Resampling.LANCZOS, "box": (left, top, right, bottom)}
     if pixels.values.dtype == np.uint8:
-        return np.asarray(pixels.image().resize(size, Image.Resampling.LANCZOS, box=box)).reshape(resolution, resolution, -1)
+        return np.asarray(pixels.image().resize(**how)).reshape(*size, -1)
     levels = Image.fromarray((pixels.values[..., 0] * (255 / pixels.top)).astype(np.float32))
-    overshooting = np.asarray(levels.resize(size, Image.Resampling.LANCZOS, box=box))[..., None]  # as Lanczos does
+    overshooting = np.asarray(levels.resize(**how))[..., None]  # as Lanczos does
     return np.rint(np.clip(overshooting, 0, 255)).astype(np.uint8)
+
+
+def _window(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The largest window of the shape `wanted` at the centre of an image of this size: left, top, right, bottom. It begins at
+    whole pixels, so that nothing is blurred where nothing is scaled.
+    """
+    (height, width), (rows, columns) = size, wanted
+    scale = min(height / rows, width / columns)
+    rows, columns = min(height, rows * scale), min(width, columns * scale)
+    left, top = (width - columns) // 2, (height - rows) // 2
+    return left, top, left + columns, top + rows

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -21,6 +22,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 
+from ..ranges_alpha_ddpm import ValueRange
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
 from .columns import (
@@ -35,7 +37,7 @@ from .columns import (
 )
 from .files import UNREADABLE, Reach, UnreadableFile
 from .images import BadImage, image_file, image_pixels, image_shape
-from .options import UNCONDITIONAL, ConditionColumns, DataOptions
+from .options import UNCONDITIONAL, ConditionColumns, DataOptions, shown_size
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
 from .sources import Source, cache_folder, hash_of, load_source
 
@@ -49,11 +51,6 @@ WHY_BAD = {REASON: Value("string"), FILE: Value("string")}  # of a row's image; 
 SIZES = Features({"width": Value("int32"), "height": Value("int32"), "channels": Value("int8"), **WHY_BAD})
 
 
-def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 0..255 to float32 in [-1, 1], of any shape: x / 127.5 - 1."""
-    return pixels.to(torch.float32).div_(127.5).sub_(1)
-
-
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images of one size, whether mapped or streamed.
@@ -61,7 +58,7 @@ class ImageSet:
     Both kinds have `class_names` (of the label column's values 0, 1, ..., or None), `columns` (names of those that can be
     conditions) and `fingerprint`: 32 hex digits that say whether two runs see the same data. It is of the content, not of the
     path: it stays when a folder is moved or renamed, when a cache is rebuilt, and over processes. It changes when an image is
-    added, removed or replaced, when a caption or label is edited or a class renamed, and with the resolution and channels.
+    added, removed or replaced, when a caption or label is edited or a class renamed, and with the size and channels.
 
     - `ImageData`: of the preprocessed pixels of the usable rows in order, with the names, types and values of their columns.
     - `StreamData`: of local files, of their names within the data, their sizes, and the first and last 8 KB of each (so an
@@ -70,13 +67,14 @@ class ImageSet:
     """
 
     name: str  # of the bundled or Hub data set, or the last part of a local path
-    resolution: int
+    size: tuple[int, int]  # height and width
     channels: int
+    value_range: ValueRange  # of the pixels, and their type
     roles: ColumnRoles
 
     @property
     def values_per_image(self) -> int:
-        return self.resolution**2 * self.channels
+        return math.prod(self.size) * self.channels
 
     @property
     def label_column(self) -> str | None:
@@ -121,7 +119,7 @@ class ImageData(ImageSet):
         out = np.empty((len(indices), self.values_per_image), dtype=np.uint8)
         for image, (chunk, place) in zip(out, self._locate(indices), strict=True):
             image[:] = self._pixel_chunks[chunk][place]
-        return images_of(out, self.resolution, self.channels, flip)
+        return images_of(out, self.size, self.channels, flip)
 
     def column(self, name: str, indices: Sequence[int]) -> torch.Tensor | list:
         """A kept column's values: int64 [B] for labels and whole numbers, else a list of B strings (or lists of them).
@@ -170,9 +168,9 @@ def cache_key(kind: str, *parts: Any) -> str:
     return hash_of(kind, PREPROCESSING_VERSION, *parts)
 
 
-def images_of(flat: np.ndarray, resolution: int, channels: int, flip: np.ndarray | None = None) -> torch.Tensor:
+def images_of(flat: np.ndarray, size: tuple[int, int], channels: int, flip: np.ndarray | None = None) -> torch.Tensor:
     """Rows of H*W*C values, uint8 [B, H*W*C], as images, uint8 [B, C, H, W]; mirrored where `flip`, bool [B], is true."""
-    shape = (len(flat), resolution, resolution, channels)
+    shape = (len(flat), *size, channels)
     images = torch.from_numpy(flat).view(shape).permute(0, 3, 1, 2).contiguous()  # [B, H, W, C] -> [B, C, H, W]
     if flip is not None:
         array, mirrored = images.numpy(), np.asarray(flip, dtype=bool)  # numpy's view: twice as fast as torch here
@@ -184,7 +182,7 @@ def load_images(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
     """The images that the options name, preprocessed, from the cache if they are there.
 
     `options.dataset` is the first of these that exists: a bundled data set such as "digits"; a local folder, archive, table or
-    pattern of tables (docs/data.md); a data set on the Hub. Resolution and channels default to the data's own, the label column
+    pattern of tables (docs/data.md); a data set on the Hub. Size and channels default to the data's own, the label column
     to the only ClassLabel column. Rows whose image cannot be read, or that lack what the condition reads, are skipped.
 
     Raises DataError if the data cannot be used as asked, or if all rows or more than `max_bad_fraction` of them are skipped.
@@ -195,19 +193,19 @@ def load_images(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
     state = source.state(roles.image)
     threads = options.preprocessing_num_workers or 1
     job = partial(_cached, source, options, roles)
-    resolution, channels = options.resolution, options.channels
-    if resolution is None or channels is None:
+    size, channels = options.size, options.channels
+    if size is None or channels is None:
         scan = partial(_scan_batch, roles=roles, reach=source.reach, threads=threads)
         scanned = job(scan, cache_key("scan", state, roles.image), SIZES, 1000, "Looking at image sizes")
         bad = _unusable(scanned)
         check_bad_fraction(repr(options.dataset), bad, len(bad), len(scanned), options.max_bad_fraction)
         width, height, native = (scanned.data.column(name).to_numpy() for name in ("width", "height", "channels"))
-        resolution = resolution or _own_resolution(options.dataset, np.stack([width, height], axis=1)[width > 0])
+        size = size or _own_size(options.dataset, np.stack([height, width], axis=1)[width > 0])
         channels = channels or int(native.max())
-    images = ImageSet(source.name, resolution, channels, roles)
+    images = ImageSet(source.name, size, channels, ValueRange(), roles)
     _note_resizing(source, images)
     kept = kept_columns(source.dataset.features)
-    key = cache_key("pixels", state, roles.image, resolution, channels)
+    key = cache_key("pixels", state, roles.image, size, channels)
     features, batch_size = cache_features(kept, images.values_per_image), BATCH_BYTES // images.values_per_image
     preprocess = partial(_preprocess_batch, kept=list(kept), to=images, reach=source.reach, threads=threads)
     cached = job(preprocess, key, features, max(1, min(1000, batch_size)), "Preprocessing images")
@@ -219,9 +217,9 @@ def _note_resizing(source: Source, to: ImageSet) -> None:
     first = source.dataset.with_format("arrow")[:1].column(to.roles.image)[0]
     with contextlib.suppress(BadImage):
         width, height, channels = _shape_of(to.roles.kind, source.reach, first.as_py())
-        size, wanted = (width, height, channels), (to.resolution, to.resolution, to.channels)
-        if size != wanted:
-            shapes = " to ".join(f"{w}x{h} with {c} channels" for w, h, c in (size, wanted))
+        found, wanted = (height, width, channels), (*to.size, to.channels)
+        if found != wanted:
+            shapes = " to ".join(f"{h}x{w} with {c} channels" for h, w, c in (found, wanted))
             logger.info("%s: images are scaled, cropped and converted, the first from %s", to.name, shapes)
 
 
@@ -241,8 +239,8 @@ def usable_images(
     digests = cached.data.column(DIGEST).to_numpy().astype("<u8")
     content = hashlib.blake2b((digests if rows is None else digests[rows]).tobytes(), digest_size=16).hexdigest()
     features = {name: str(feature) for name, feature in cached.features.items() if name not in (REASON, FILE, IMAGE_DIGEST)}
-    fingerprint = hash_of(of.resolution, of.channels, features, content)
-    about = (of.name, of.resolution, of.channels, of.roles)
+    fingerprint = hash_of(of.size, of.channels, features, content)
+    about = (of.name, of.size, of.channels, of.value_range, of.roles)
     return ImageData(*about, cached, class_names, fingerprint, rows, skipped)
 
 
@@ -311,16 +309,13 @@ def unreadable_rows(cache: pa.Table) -> list[int]:
     return pc.indices_nonzero(pc.starts_with(cache.column(REASON), UNREADABLE)).to_pylist()
 
 
-def _own_resolution(dataset: str, sizes: np.ndarray) -> int:
-    """The square size that all images share, from their widths and heights [N, 2]."""
-    different = sorted(np.unique(sizes, axis=0).tolist(), key=lambda size: (size[0] * size[1], size[0]))
-    (w0, h0), (w1, h1) = different[0], different[-1]
-    if len(different) == 1 and w0 == h0:
-        return w0
-    found = f"are all {w0}x{h0}, which is not square"
-    if len(different) > 1:
-        found = f"have {len(different)} different sizes, from {w0}x{h0} to {w1}x{h1}"
-    raise DataError(f"The images of {dataset!r} {found}. Choose their height and width with --resolution.")
+def _own_size(dataset: str, sizes: np.ndarray) -> tuple[int, int]:
+    """The size that all images share, from their heights and widths [N, 2]."""
+    different = sorted(map(tuple, np.unique(sizes, axis=0).tolist()), key=lambda size: (size[0] * size[1], size))
+    if len(different) == 1:
+        return different[0]
+    found = f"{len(different)} different sizes, from {shown_size(different[0])} to {shown_size(different[-1])} (height x width)"
+    raise DataError(f"The images of {dataset!r} have {found}. Choose one with --resolution, such as 64 or 48x96.")
 
 
 def cache_features(kept: Features, size: int) -> Features:
@@ -346,8 +341,8 @@ def _shape_of(kind: str, reach: Reach, value: Any) -> tuple[int, int, int]:
 
 
 def _preprocess_batch(table: pa.Table, *, kept: list[str], to: ImageSet, reach: Reach, threads: int) -> pa.Table:
-    nothing = np.zeros((to.resolution, to.resolution, to.channels), dtype=np.uint8)
-    read = partial(read_image, image_pixels, to.roles.kind, reach, to.resolution, to.channels)
+    nothing = np.zeros((*to.size, to.channels), dtype=np.uint8)
+    read = partial(read_image, image_pixels, to.roles.kind, reach, to.size, to.channels)
     images, *why_bad = _each_image(table.column(to.roles.image), read, nothing, threads)
     return cache_table(np.stack(images).reshape(len(table), -1), *why_bad, table.select(kept))
 

@@ -3,12 +3,34 @@
 import os
 import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..support.errors import ConfigError
 from ..support.options import BELOW_ONE, OptionGroup, at_least, one_of, option
 
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+
+
+def parse_resolution(value: Any) -> int | str:
+    """64 or "64" as 64, and (48, 96), [48, 96] or "48x96" as "48x96". Raises ValueError, completing "must be", for others."""
+    words = "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    found = re.fullmatch(r"0*([1-9]\d*)(?:[xX×]0*([1-9]\d*))?", words.strip())
+    if not found or isinstance(value, bool):
+        raise ValueError("a number of pixels, such as 64, or height x width, such as 48x96")
+    height, width = found.group(1), found.group(2) or found.group(1)
+    return int(height) if height == width else f"{height}x{width}"
+
+
+def size_of(resolution: int | str) -> tuple[int, int]:
+    """(height, width) of what `parse_resolution` returns."""
+    sides = str(resolution).split("x")
+    return int(sides[0]), int(sides[-1])
+
+
+def shown_size(size: tuple[int, int]) -> str:
+    """A size as people write it: "48x96", height first."""
+    return "x".join(map(str, size))
+
 
 # fmt: off
 
@@ -25,8 +47,9 @@ class DataOptions(OptionGroup):
     dataset_config: str | None = option(None, "Configuration of a Hub data set.")
     split: str = option("train", "Split of the data set.")
     image_column: str | None = option(None, "Image column. By default the only column that holds images.")
-    resolution: int | None = option(
-        None, "Height and width of the images in pixels. By default their own, if they share one.", at_least(1))
+    resolution: int | str | None = option(
+        None, "Size of the images in pixels: 64, or height x width as in 48x96. By default their own, if they share one.",
+        parse=parse_resolution)
     channels: int | None = option(
         None, "1 (grey), 3 (RGB) or 4 (RGBA). By default 1 if all images are grey, else 3.", one_of(CHANNELS))
     cache_dir: str | None = option(
@@ -39,6 +62,11 @@ class DataOptions(OptionGroup):
     follow_paths: bool = option(
         False, "Read images that the rows of local data name by an address or by a path outside of the data's folder.")
     streaming: bool = option(False, "Read images as they are needed instead of preprocessing all of them first.")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width), if the resolution is given."""
+        return None if self.resolution is None else size_of(self.resolution)
 
     def require_resolution(self) -> None:
         """Raises ConfigError without a resolution, which streams need."""

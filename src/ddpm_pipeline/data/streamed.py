@@ -17,6 +17,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset
 from datasets.arrow_writer import ArrowWriter
 
+from ..ranges_alpha_ddpm import ValueRange
 from ..support.atomic import atomic_file
 from ..support.draws import block_order, shard_order
 from ..support.errors import DataError
@@ -78,7 +79,7 @@ class StreamData(ImageSet):
         skipped = [found for pixels, found in rows if pixels is None]
         self.check_bad_rows(skipped, len(skipped), len(rows))
         images = np.stack([pixels.reshape(-1) for pixels, _ in rows if pixels is not None])
-        return images_of(images, self.resolution, self.channels)
+        return images_of(images, self.size, self.channels)
 
     def stored(self, count: int, cache_dir: str | None) -> ImageData:
         """The first `count` usable images (or all) in a memory-mapped cache. Raises DataError if too many rows are bad."""
@@ -119,7 +120,7 @@ class StreamData(ImageSet):
                 return None, skipped_row(row, missing, shard=shard)
         value = table.column(roles.image)[index].as_py()
         try:
-            return read_image(image_pixels, roles.kind, self.reach, self.resolution, self.channels, value), condition
+            return read_image(image_pixels, roles.kind, self.reach, self.size, self.channels, value), condition
         except BadImage as error:
             return None, skipped_row(row, str(error), image_file(value), shard)
 
@@ -156,13 +157,13 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
         classes = _classes(source, roles.label)
         class_names = class_names_of(classes)
     grey = isinstance(image, datasets.Array2D) or getattr(image, "mode", None) in ("1", "L", *DEEP_MODES)
-    resolution, channels = options.resolution, options.channels or (1 if grey else 3)
+    size, channels = options.size, options.channels or (1 if grey else 3)
     read = [roles.image] if roles.needed is None else [roles.image, roles.needed]
     stream, kept = stream.decode(False).select_columns(read), list(kept_columns(features))
     with as_data_error(f"the files of {source.name!r}"):
         content = source.content(roles.image)
-    fingerprint = hash_of(content, roles.image, resolution, channels, roles.needed, class_names)
-    about = (source.name, resolution, channels, roles)
+    fingerprint = hash_of(content, roles.image, size, channels, roles.needed, class_names)
+    about = (source.name, size, channels, ValueRange(), roles)
     limit = options.max_bad_fraction
     return StreamData(*about, stream, kept, class_names, classes, source.reach, fingerprint, limit)
 

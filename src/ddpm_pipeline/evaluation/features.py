@@ -133,7 +133,7 @@ def try_extractor(extractor: nn.Module, data: ImageData, option: str) -> None:
     if len(data) < FEWEST_IMAGES:
         needed = f"sample quality needs at least {FEWEST_IMAGES}, and thousands for a figure to report"
         raise ConfigError(f"{option}: {data.name} has {len(data)} images; {needed}. Evaluate the likelihood alone.")
-    shape = (2, data.channels, data.resolution, data.resolution)
+    shape = (2, data.channels, *data.size)
     noise = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     try:
         features, again, _ = (_finite_features(extractor, images) for images in (noise, noise, noise[:1]))

@@ -6,15 +6,17 @@ from typing import Any
 
 import torch
 
-from ..data import to_model_range
 from ..hub import Measurement
 from ..likelihood import BitsPerDim, bits_per_dim
+from ..ranges_alpha_ddpm import ValueRange
 
 
-def likelihood_of(unet: Any, scheduler: Any, pixels: torch.Tensor, noise_seeds: Sequence[int], **options: Any) -> BitsPerDim:
-    """`bits_per_dim` of images, uint8 [B, C, H, W], each with noise of its own, from its seed in `noise_seeds` [B]."""
+def likelihood_of(
+    unet: Any, scheduler: Any, pixels: torch.Tensor, value_range: ValueRange, noise_seeds: Sequence[int], **options: Any
+) -> BitsPerDim:
+    """`bits_per_dim` of images [B, C, H, W] in own units, each with noise of its own, from its seed in `noise_seeds` [B]."""
     generators = [torch.Generator().manual_seed(int(seed)) for seed in noise_seeds]
-    return bits_per_dim(unet, scheduler, to_model_range(pixels), generator=generators, **options)
+    return bits_per_dim(unet, scheduler, value_range.normalize(pixels), generator=generators, **options)
 
 
 def summary(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:

@@ -155,14 +155,15 @@ def _bits_per_dim(subject: Subject, options: EvaluationOptions, accelerator: Acc
     chosen, noise_seeds = image_indices(seed, len(data), 0, count), seeds(seed, RandomStream.NOISE, 0, count)
     names = ["total", "prior", "diffusion", "decoder", "standard_error", *(["two_term"] if likelihood.two_term else [])]
     rows: dict[str, list[float]] = {name: [] for name in names}
-    how = {
+    how: dict[str, Any] = {
         "num_inference_steps": likelihood.likelihood_steps, "num_evaluated": likelihood.likelihood_calls,
         "two_term": likelihood.two_term, "num_bins": likelihood.num_bins, "batch_size": batch_size, "progress": main,
     }  # fmt: skip
     for batch in tqdm(my_batches(count, batch_size, accelerator), disable=not main, desc="likelihood"):
-        images, inputs = data.pixels(chosen[batch]), subject.conditions.inputs(chosen[batch])
+        images = data.pixels(chosen[batch]), data.value_range
+        how["model_kwargs"] = subject.conditions.inputs(chosen[batch])
         try:
-            part = likelihood_of(pipe.unet, pipe.scheduler, images, noise_seeds[batch], model_kwargs=inputs, **how)
+            part = likelihood_of(pipe.unet, pipe.scheduler, *images, noise_seeds[batch], **how)
         except ValueError as error:
             raise ConfigError(f"the likelihood cannot be evaluated: {error}") from error
         for name in names:

@@ -129,7 +129,7 @@ def _for_the_parser(group: type[OptionGroup]) -> type:
     """The group as HfArgumentParser takes it: no facts but help, and nothing required, since argparse would end the process."""
     hints, entries = get_type_hints(group), []
     for entry in fields(group):
-        hint, default = hints[entry.name], entry.default
+        hint, default = hints[entry.name] if entry.metadata["parse"] is None else str | None, entry.default
         hint, default = (hint | None, None) if default is MISSING else (hint, default)
         entries.append((entry.name, hint, field(default=default, metadata={"help": entry.metadata["help"]})))
     return make_dataclass(group.__name__, entries, namespace={"_argument_group_name": group.title})

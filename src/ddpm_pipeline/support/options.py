@@ -44,6 +44,7 @@ def option(
     *,
     on_resume: Literal["refuse", "tell", "allow"] = "refuse",
     in_recipe: bool = True,
+    parse: Callable[[Any], Any] | None = None,
 ) -> Any:
     """A field of an option group.
 
@@ -53,8 +54,9 @@ def option(
         allowed: its values, besides a default of None.
         on_resume: what a changed value means to a resumed run: another run ("refuse"), a log line ("tell"), nothing ("allow").
         in_recipe: whether the trained model depends on it, so that the command in the model card repeats it.
+        parse: of an option written as text, what it becomes; raises ValueError for what it cannot read.
     """
-    facts = {"help": help, "allowed": allowed, "on_resume": on_resume, "in_recipe": in_recipe}
+    facts = {"help": help, "allowed": allowed, "on_resume": on_resume, "in_recipe": in_recipe, "parse": parse}
     return field(default=default, metadata=facts)
 
 
@@ -93,14 +95,16 @@ class OptionGroup:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for entry in fields(self):
-            value, allowed = getattr(self, entry.name), entry.metadata["allowed"]
+            value, allowed, parse = getattr(self, entry.name), entry.metadata["allowed"], entry.metadata["parse"]
             kind = next(hint for hint in get_args(hints[entry.name]) or (hints[entry.name],) if hint is not NoneType)
             if value is None and entry.default is None:
                 continue
             try:
-                value = KINDS[kind][1](value)
+                value = KINDS[kind][1](value) if parse is None else parse(value)
             except TypeError as error:
                 raise ConfigError(f"--{entry.name} {value!r} must be {KINDS[kind][0]}.") from error
+            except ValueError as error:
+                raise ConfigError(f"--{entry.name} {value} must be {error}.") from error
             if allowed is not None and not allowed.holds(value):
                 raise ConfigError(f"--{entry.name} {value} must be {allowed.words}.")
             object.__setattr__(self, entry.name, value)

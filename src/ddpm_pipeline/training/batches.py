@@ -128,7 +128,7 @@ class StreamBatches(IterableDataset):
         pixels = np.stack([image.pixels.reshape(-1) for image in images])
         values = None if self.condition.column is None else [image.value for image in images]
         return {
-            "pixels": images_of(pixels, self.data.resolution, self.data.channels, self.plan.flips(where)),
+            "pixels": images_of(pixels, self.data.size, self.data.channels, self.plan.flips(where)),
             "indices": torch.tensor([image.number for image in images]),
             **self.plan.draws(where, self.condition, values),
             "position": images[-1].position.to_json(),

@@ -16,8 +16,7 @@ from ..evaluation.figures import likelihood_of
 from ..evaluation.quality import ImageQuality
 from ..generation.drawing import sample_uint8
 from ..support.draws import RandomStream, image_indices, seeds, uniform
-from .checkpoints import export_command
-from .jobs import Run, not_essential, save_checkpoint
+from .jobs import Run, best_checkpoint, not_essential, save_checkpoint
 from .stop import in_any_process
 from .validation import Evaluation, standard_error
 
@@ -62,8 +61,9 @@ def likelihoods(run: Run, done: int) -> dict[str, float]:
     if math.isfinite(found.mean) and run.validation.add(found):
         best = run.validation.best
         logger.warning(
-            "the model has begun to memorise: held-out bits/dim rose from %.4f (update %d) to %.4f, while those of training "
-            "images fell from %.4f to %.4f; %s", best.mean, best.step, found.mean, best.train, found.train, best_checkpoint(run),
+            "the model has begun to memorise: held-out bits/dim rose from %.4f (update %d) to %.4f, while those of "
+            "training images fell from %.4f to %.4f; %s", best.mean, best.step, found.mean, best.train, found.train,
+            best_checkpoint(run),
         )  # fmt: skip
     return _means("eval", train) | _means("validation", held_out)
 
@@ -90,7 +90,7 @@ def per_image(run: Run, data: ImageSet, count: int) -> dict[str, np.ndarray]:
     inputs = run.condition.unet_inputs(run.condition.request_like(data, indices, seed))
     how = {"num_evaluated": watching.eval_calls, "batch_size": run.batch_size, "progress": False, "model_kwargs": inputs}
     noise_seeds = seeds(seed, RandomStream.NOISE, 0, count)
-    bits = likelihood_of(run.pipe.unet, run.scheduler, pixels, noise_seeds, **how).total
+    bits = likelihood_of(run.pipe.unet, run.scheduler, pixels, data.value_range, noise_seeds, **how).total
     within, losses = torch.from_numpy(uniform(seed, RandomStream.TIMESTEP, 0, count)), torch.zeros(LOSS_CALLS, count)
     for call in range(LOSS_CALLS):
         timesteps = ((call + within) / LOSS_CALLS * len(run.scheduler)).long().clamp(max=len(run.scheduler) - 1)
@@ -115,19 +115,3 @@ def quality(run: Run) -> dict[str, float]:
         measured.update(images.to(pipe.device), real=False)
     figures = measured.compute()._asdict()
     return {f"eval_{name}": figures[name] for name in FIGURES if not math.isnan(figures[name])}
-
-
-def best_checkpoint(run: Run) -> str:
-    """How to get the model with the lowest held-out figure."""
-    best = run.validation.best
-    path = run.checkpoints.path(best.step)
-    if path.is_dir():
-        return f"the best checkpoint is {path}: {export_command(path)}"
-    return f"there is no checkpoint of update {best.step}, which --keep_best would have kept"
-
-
-def tell_best(run: Run) -> None:
-    """At the end of the run."""
-    if run.validation is not None and (best := run.validation.best):
-        words = "the lowest held-out bits/dim were %.4f ± %.2g, after update %d; %s"
-        logger.info(words, best.mean, best.error, best.step, best_checkpoint(run))

@@ -205,7 +205,7 @@ def begin(run: Run, previews: Every) -> None:
     images = f"{data.num_images} images" if data.num_images else "a stream"
     logger.info(
         "%s: %s of %dx%dx%d; %.2f M parameters; updates %d to %d of %d images; %s, %s, %d threads",
-        data.name, images, data.resolution, data.resolution, data.channels, run.state.num_parameters / 1e6, run.first,
+        data.name, images, *data.size, data.channels, run.state.num_parameters / 1e6, run.first,
         run.total, options.optimisation.batch_size, accelerator.device, accelerator.mixed_precision,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -232,6 +232,15 @@ def start_tracker(run: Run) -> None:
         raise ConfigError(f"--report_to {tracker} cannot be started: {describe_exception(error)}") from error
 
 
+def best_checkpoint(run: Run) -> str:
+    """How to get the model with the lowest held-out figure."""
+    step = run.validation.best.step
+    path = run.checkpoints.path(step)
+    if run.checkpoints.best == step or path.is_dir():  # the former may be being written
+        return f"the best checkpoint is {path}: {export_command(path)}"
+    return f"there is no checkpoint of update {step}, which --keep_best would have kept"
+
+
 def finish(run: Run) -> None:
     """samples.png over the full chain, process.png from noise to images, and the model, in the main process. Raises Stopped, or
     PushError if all is done but the last push.
@@ -239,6 +248,9 @@ def finish(run: Run) -> None:
     run.checkpoints.close()
     run.telemetry.bar.close()  # its rate is that of updates, not of sampling
     run.telemetry.summarize()
+    if run.validation is not None and (best := run.validation.best):
+        words = "the lowest held-out bits/dim were %.4f ± %.2g, after update %d; %s"
+        logger.info(words, best.mean, best.error, best.step, best_checkpoint(run))
     run.accelerator.unwrap_model(run.state.model, keep_fp32_wrapper=False)  # samples show what the saved weights make
     if run.output is not None:
         run.output.check()

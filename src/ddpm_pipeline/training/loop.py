@@ -13,13 +13,15 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from ..data.held_out import open_training_data
-from ..data.mapped import ImageSet, to_model_range
+from ..data.mapped import ImageSet
+from ..data.options import parse_resolution
+from ..ranges_alpha_ddpm import ValueRange
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..support.draws import noise_of
 from .batches import BatchLoader, BatchPlan, batch_loader, lost_workers
 from .checkpoints import find_checkpoint, load_checkpoint, stored_options
 from .conditions import Condition, build_condition
-from .evaluations import evaluate_and_keep, tell_best
+from .evaluations import evaluate_and_keep
 from .identity import identity_of
 from .jobs import Every, Run, begin, finish, preview, push_snapshot, report, save_checkpoint, stopped
 from .models import build_model, objective_for
@@ -66,7 +68,7 @@ def train(options: TrainingOptions) -> Path:
         condition = build_condition(options.condition, data, options.model.init_from)
 
         # What it learns
-        unet, scheduler = build_model(options.model, options.diffusion, data.resolution, data.channels, condition)
+        unet, scheduler = build_model(options.model, options.diffusion, data.size, data.channels, condition)
         options = resolved(options, data, scheduler)
         identity = partial(identity_of, data, condition, unet, scheduler, held_out)
         checkpoint = find_checkpoint(folder, options, accelerator, identity)
@@ -74,7 +76,7 @@ def train(options: TrainingOptions) -> Path:
         state = build_state(accelerator, unet, condition.network(unet), options)
         first, position = load_checkpoint(accelerator, state, checkpoint) if checkpoint else (0, None)
         batches = open_batches(data, condition, options, accelerator, first, position)
-        objective = partial(losses_of, scheduler=scheduler, condition=condition, options=options)
+        objective = partial(losses_of, scheduler=scheduler, condition=condition, value_range=data.value_range, options=options)
 
         # What happens along the way
         if output is not None:
@@ -82,14 +84,13 @@ def train(options: TrainingOptions) -> Path:
         start_log()
         parts = condition, state, scheduler, objective, batches
         run = Run(options, accelerator, folder, output, data, held_out, *parts, pusher, stop, first, began)
-        watching, in_main = options.watching, run.in_main_process
+        watching, in_main, held = options.watching, run.in_main_process, held_out is not None
         previews = Every(watching.preview_every, partial(in_main, preview), at_end="never", on_stop="never")
-        at_end = "if due" if held_out is None else "always"
         jobs = [
             Every(watching.log_every, partial(report, run), at_end="always"),
             previews,
             Every(options.hub.push_every, partial(in_main, push_snapshot), at_end="never", on_stop="never"),
-            Every(watching.eval_every, partial(evaluate_and_keep, run), at_end=at_end, on_stop="never"),
+            Every(watching.eval_every, partial(evaluate_and_keep, run), at_end="always" if held else "if due", on_stop="never"),
             Every(options.run.checkpoint_every, partial(save_checkpoint, run), at_end="always", on_stop="always"),
         ]
 
@@ -104,7 +105,6 @@ def train(options: TrainingOptions) -> Path:
                             stopping = bool(job.run(done)) or stopping
                     if stopping:
                         raise stopped(run, done)
-                tell_best(run)
                 finish(run)
         finally:
             close(run)
@@ -115,7 +115,7 @@ def resolved(options: TrainingOptions, data: ImageSet, scheduler: AlphaDDPMSched
     """The options with everything filled in that follows from the data and the model."""
     optimisation = options.optimisation
     steps = optimisation.max_train_steps or -(-len(data) * optimisation.num_train_epochs // optimisation.batch_size)
-    images = {"resolution": data.resolution, "channels": data.channels}
+    images = {"resolution": parse_resolution(data.size), "channels": data.channels}
     objective = objective_for(options.diffusion.objective, scheduler)
     start = options.model.init_from
     start = os.path.abspath(start) if start and os.path.exists(start) else start  # a folder is no name, also when it is gone
@@ -195,10 +195,11 @@ def losses_of(
     timesteps: torch.Tensor,
     scheduler: AlphaDDPMScheduler,
     condition: Condition,
+    value_range: ValueRange,
     options: TrainingOptions,
 ) -> torch.Tensor:
     """The loss of each image of a micro-batch, [b]: noise the images, predict, compare (report §6). Float32 but for `model`."""
-    original_samples = to_model_range(batch["pixels"].to(timesteps.device, non_blocking=True))
+    original_samples = value_range.normalize(batch["pixels"].to(timesteps.device, non_blocking=True))
     noise = noise_of(batch["noise_seeds"], original_samples.shape[1:], timesteps.device)
     sample = scheduler.add_noise(original_samples, noise, timesteps)
     if options.hardware.channels_last:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
+from ..data.options import parse_resolution, shown_size
 from ..scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES, AlphaDDPMScheduler
 from ..support.errors import ConfigError
 from ..support.exceptions import describe_exception
@@ -44,10 +46,20 @@ PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
 UNet = UNet2DModel | UNet2DConditionModel
 
 
+def sample_size_of(size: tuple[int, int]) -> int | list[int]:
+    """A size as UNets state theirs: one number for a square."""
+    return size[0] if size[0] == size[1] else list(size)
+
+
+def sides_of(sample_size: Any) -> tuple[int, int]:
+    """(height, width) of what a UNet states."""
+    return tuple(sample_size) if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
+
+
 def build_model(
-    model: ModelOptions, diffusion: DiffusionOptions, resolution: int, channels: int, condition: Condition | None = None
+    model: ModelOptions, diffusion: DiffusionOptions, size: tuple[int, int], channels: int, condition: Condition | None = None
 ) -> tuple[UNet, AlphaDDPMScheduler]:
-    """The UNet for images [B, channels, resolution, resolution] and its scheduler. Raises ConfigError if preset, config file or
+    """The UNet for images [B, channels, *size] and its scheduler. Raises ConfigError if preset, config file or
     `--init_from` cannot be used, or do not fit the images.
     """
     condition = condition or Condition()
@@ -60,12 +72,12 @@ def build_model(
             if condition.variance_type and diffusion.objective != "simple":  # which trains no variance
                 schedule.setdefault("variance_type", condition.variance_type)
             outputs = channels * (1 + (schedule.get("variance_type") in LEARNED_VARIANCE_TYPES))
-            images = {"sample_size": resolution, "in_channels": channels, "out_channels": outputs}
+            images = {"sample_size": sample_size_of(size), "in_channels": channels, "out_channels": outputs}
             config = _unet_config(model, images, condition)
             if diffusion.variance_type is None and config["out_channels"] == channels:  # as the config file says
                 schedule.pop("variance_type", None)
             unet, scheduler = built(partial(condition.unet_class.from_config, config)), AlphaDDPMScheduler(**schedule)
-        _check_fits(unet.config, scheduler.config.variance_type, resolution, channels)
+        _check_fits(unet.config, scheduler.config.variance_type, size, channels)
         needs = {"num_class_embeds": None, "class_embed_type": None, **condition.unet_config()}
         for name, need in needs.items():
             if (has := unet.config.get(name)) != need:
@@ -74,7 +86,7 @@ def build_model(
                     f"{need}; use a model made for that, or the --condition and the classes that this one was made for."
                 )
         _check_timesteps(unet.config, len(scheduler))
-        _check_runs(unet, (channels, resolution, resolution), condition)
+        _check_runs(unet, (channels, *size), condition)
     except ConfigError:
         raise
     except Exception as error:  # a UNet raises many types for settings that do not go together
@@ -146,10 +158,10 @@ def _adapted(unet: UNet, model: ModelOptions, condition: Condition) -> UNet:
     return fresh
 
 
-def _unet_config(model: ModelOptions, images: dict[str, int], condition: Condition) -> dict[str, Any]:
+def _unet_config(model: ModelOptions, images: dict[str, Any], condition: Condition) -> dict[str, Any]:
     dropout = {} if model.dropout is None else {"dropout": model.dropout}
     if model.model == "auto" or model.model in PRESETS:
-        resolution = images["sample_size"]
+        resolution = max(sides_of(images["sample_size"]))
         fitting = [name for name, (largest, _) in PRESETS.items() if resolution <= largest or name == model.model]
         if not fitting:
             raise ConfigError(
@@ -174,8 +186,8 @@ def _unet_config(model: ModelOptions, images: dict[str, int], condition: Conditi
     if (made_for := stored.get("_class_name", condition.unet_class.__name__)) != condition.unet_class.__name__:
         raise ConfigError(f"--model {path} is of a {made_for}, and this --condition needs a {condition.unet_class.__name__}.")
     stored = {name: value for name, value in stored.items() if value is not None or name not in images}
-    if stored.get("sample_size") in (size := images["sample_size"], [size, size]):
-        stored["sample_size"] = size  # in the form that pipelines take
+    if "sample_size" in stored and sides_of(stored["sample_size"]) == sides_of(images["sample_size"]):
+        stored["sample_size"] = images["sample_size"]  # in the form that pipelines take
     return {**images, **condition.unet_config(), **stored, **dropout}
 
 
@@ -209,24 +221,23 @@ def _check_timesteps(config: Any, num_train_timesteps: int) -> None:
         )
 
 
-def _check_fits(config: Any, variance_type: str, resolution: int, channels: int) -> None:
+def _check_fits(config: Any, variance_type: str, size: tuple[int, int], channels: int) -> None:
     """Raises ConfigError if a UNet with this config does not fit the images or the variance."""
     levels = len(config.block_out_channels) - 1
-    if resolution % 2**levels:
-        low = resolution // 2**levels * 2**levels
+    if any(side % 2**levels for side in size):
+        lower, upper = ([round(side / 2**levels) * 2**levels for side in size] for round in (math.floor, math.ceil))
+        nearest = " or ".join(str(parse_resolution(sides)) for sides in (lower, upper) if all(sides))
         raise ConfigError(
-            f"a resolution of {resolution} cannot be halved {levels} times, as this UNet does; use --resolution "
-            f"{f'{low} or ' if low else ''}{low + 2**levels}, or a --model with fewer levels."
+            f"a resolution of {parse_resolution(size)} cannot be halved {levels} times, as this UNet does; use --resolution "
+            f"{nearest}, or a --model with fewer levels."
         )
     if not config.norm_eps > 0:
         raise ConfigError(f"norm_eps={config.norm_eps} of the UNet must be above 0, since a root is taken of it.")
     if (taken := config.in_channels) != channels:
         raise ConfigError(f"the images have {channels} channels and the UNet takes {taken}; use --channels {taken}.")
-    size = config.sample_size
-    size = tuple(size) if isinstance(size, list | tuple) else (size, size)
-    if size not in ((None, None), (resolution, resolution)):
-        fix = f"use --resolution {size[0]}" if len(set(size)) == 1 else "only square images can be trained on"
-        raise ConfigError(f"the UNet is made for images of {'x'.join(map(str, size))} pixels, not {resolution}; {fix}.")
+    if config.sample_size is not None and (made_for := sides_of(config.sample_size)) != size:
+        found = f"images of {shown_size(made_for)} pixels, not {shown_size(size)}"
+        raise ConfigError(f"the UNet is made for {found}; use --resolution {parse_resolution(made_for)}.")
     learned = variance_type in LEARNED_VARIANCE_TYPES
     if config.out_channels != channels * (1 + learned):
         raise ConfigError(
