@@ -16,46 +16,42 @@ from datasets import ClassLabel, Dataset, Features
 from ..support.errors import DataError
 from .columns import IMAGE_DIGEST
 from .mapped import DIGEST, ImageData, ImageSet, load_images
-from .options import ConditionColumns, DataOptions, TrainingDataOptions
+from .options import ConditionColumns, TrainingDataOptions
 from .skipped import SHOWN, describe
 from .sources import hash_of
-from .streamed import open_data, open_stream
+from .streamed import StreamData, open_data, open_stream
 
 logger = logging.getLogger(__name__)
 
 FEWEST = 2  # held-out images, so that figures have a standard error
 
 
-def open_training_data(
-    options: TrainingDataOptions, columns: ConditionColumns, streamed: int
-) -> tuple[ImageSet, ImageData | None]:
-    """The images to train on, and those held out, if any: all of them or, beside a stream, the first `streamed`.
+def open_training_data(options: TrainingDataOptions, columns: ConditionColumns, streamed: int) -> ImageSet:
+    """The images to train on, with those held out, if any: all of them or, beside a stream, the first `streamed`.
 
     Raises DataError if nothing would be left to train on or to hold out, or if the held-out images lack the training images'
     classes or columns.
     """
     data, given, share = open_data(options, columns), options.validation_split, options.held_out_share
     if given is None:
-        return data, None
-    if share is not None:
-        chosen = image_digests(data) < np.uint64(share * 2**64)
-        held_out = replace(part(data, chosen), skipped=())
+        return data
+    if isinstance(data, StreamData):
+        held_out, left, words = _load(options, columns, data, streamed), data, "a stream is trained on"
     else:
-        held_out = _load(options, columns, data, streamed)
-        chosen = np.zeros(1, bool) if options.streaming else np.isin(image_digests(data), image_digests(held_out))
-    if len(held_out) < FEWEST or chosen.all():
-        left = "a stream" if options.streaming else f"{np.count_nonzero(~chosen):,} of {len(data):,} images"
-        raise DataError(
-            f"--validation_split {given} holds out {len(held_out):,} images of {data.name!r} and leaves {left} to train on. "
-            f"Hold out at least {FEWEST}, and not all; a share is exact for many images only."
-        )
-    if options.streaming:
-        logger.info("held out (--validation_split %s): %d images", given, len(held_out))
-        return data, held_out
-    same = "" if share else f"; {np.count_nonzero(chosen):,} training images are the same, pixel by pixel, and are left out"
-    training = part(data, ~chosen) if chosen.any() else data
-    logger.info("held out (--validation_split %s): %d images%s; trained on: %d", given, len(held_out), same, len(training))
-    return training, held_out
+        chosen = None if share is None else image_digests(data) < np.uint64(share * 2**64)
+        held_out = _load(options, columns, data, streamed) if share is None else replace(part(data, chosen), skipped=())
+        same = np.isin(image_digests(data), image_digests(held_out))
+        left = part(data, ~same) if same.any() else data
+        words = f"trained on: {len(left):,}"
+        if share is None:
+            words += f"; {np.count_nonzero(same):,} images of {data.name} are the same, pixel by pixel, and are left out"
+        if len(held_out) < FEWEST or not len(left):
+            raise DataError(
+                f"--validation_split {given} holds out {len(held_out):,} images, and leaves {len(left):,} of {len(data):,} to "
+                f"train on. Hold out at least {FEWEST}, and not all; of few images, a share is not exact."
+            )
+    logger.info("held out (--validation_split %s): %s images; %s", given, f"{len(held_out):,}", words)
+    return replace(left, held_out=held_out)
 
 
 def image_digests(data: ImageData) -> np.ndarray:
@@ -76,8 +72,7 @@ def _load(options: TrainingDataOptions, columns: ConditionColumns, like: ImageSe
     """The split, folder or file that `options` name, with the size, channels and class numbers of the training images."""
     given, is_path = options.validation_split, options.validation_path
     place = {"dataset": given, "dataset_config": None, "split": "train"} if is_path else {"split": given}
-    own = DataOptions(**{name: getattr(options, name) for name in DataOptions.__dataclass_fields__})
-    own = replace(own, **place, resolution=like.size, channels=like.channels)
+    own = replace(options, validation_split=None, **place, resolution=like.size, channels=like.channels)
     try:
         found = open_stream(own, columns).stored(streamed, own.cache_dir) if own.streaming else load_images(own, columns)
         if found.roles.needed != like.roles.needed:

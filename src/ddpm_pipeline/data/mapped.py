@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from typing import Any
 
@@ -71,6 +71,7 @@ class ImageSet:
     channels: int
     value_range: ValueRange  # of the pixels, and their type
     roles: ColumnRoles
+    held_out: "ImageData | None" = field(default=None, kw_only=True)  # images that are not trained on
 
     @property
     def values_per_image(self) -> int:

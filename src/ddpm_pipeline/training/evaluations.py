@@ -5,6 +5,7 @@ Images, noise and timesteps are the same every time, so that the figures of one 
 
 import logging
 import math
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -22,13 +23,14 @@ from .validation import Evaluation, standard_error
 
 logger = logging.getLogger(__name__)
 
+Objective = Callable[..., torch.Tensor]  # losses [b] of a network, a micro-batch and timesteps [b]
 LOSS_CALLS = 8  # network calls per image for its loss
 FIGURES = ("fid", "kid", "precision", "recall")
 
 
-def evaluate_and_keep(run: Run, done: int) -> bool:
+def evaluate_and_keep(run: Run, objective: Objective, done: int) -> bool:
     """Evaluate the EMA weights, and write a checkpoint if they are the best of held-out images; whether the run shall stop."""
-    stopping = run.in_main_process(evaluate, done)
+    stopping = run.in_main_process(partial(evaluate, objective=objective), done)
     if run.options.run.keep_best:
         best = run.validation.best if run.validation is not None else None
         (is_best,) = in_any_process(run.accelerator, best is not None and best.step == done)
@@ -38,26 +40,29 @@ def evaluate_and_keep(run: Run, done: int) -> bool:
     return stopping
 
 
-def evaluate(run: Run, done: int) -> None:
+def evaluate(run: Run, done: int, objective: Objective) -> None:
     """Log loss and bits/dim of images, and FID, KID, precision and recall of samples."""
     figures: dict[str, float] = {}
-    for measure in (partial(likelihoods, done=done), *([quality] if run.extractor is not None else [])):
+    for measure in (partial(likelihoods, done=done, objective=objective), *([quality] if run.extractor is not None else [])):
         with not_essential("an evaluation"):
             figures |= measure(run)
     if figures:
         run.telemetry.log(figures, done)
 
 
-def likelihoods(run: Run, done: int) -> dict[str, float]:
+def likelihoods(run: Run, done: int, objective: Objective) -> dict[str, float]:
     """`eval_loss` and `eval_bits_per_dim` of training images, and `validation_...` of as many held-out ones, with standard
     errors; says when the model has begun to memorise.
     """
-    count = run.options.watching.eval_images
-    if run.held_out is None:
-        return _means("eval", per_image(run, run.data, count))
-    count = min(count, len(run.held_out))
-    train, held_out = per_image(run, run.data, count), per_image(run, run.held_out, count)
-    found = Evaluation(done, held_out["bits_per_dim"], float(train["bits_per_dim"].mean()))
+    count, data = run.options.watching.eval_images, run.data
+    if data.held_out is None:
+        return _means("eval", per_image(run, objective, data, count))
+    count = min(count, len(data.held_out))
+    train, held_out = (per_image(run, objective, images, count) for images in (data, data.held_out))
+    bits = [figures["bits_per_dim"] for figures in (held_out, train)]
+    shown = (f"{each.mean():.4f} ± {standard_error(each):.2g}" for each in bits)
+    logger.info("update %d: held-out bits/dim %s, those of training images %s", done, *shown)
+    found = Evaluation(done, bits[0], float(bits[1].mean()))
     if math.isfinite(found.mean) and run.validation.add(found):
         best = run.validation.best
         logger.warning(
@@ -78,7 +83,7 @@ def _means(name: str, figures: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def per_image(run: Run, data: ImageSet, count: int) -> dict[str, np.ndarray]:
+def per_image(run: Run, objective: Objective, data: ImageSet, count: int) -> dict[str, np.ndarray]:
     """The training loss at LOSS_CALLS timesteps, one in each part of the chain, and the bound over the full chain, estimated
     from a few timesteps; of `count` images (or all) under their conditions, float64 [n].
     """
@@ -99,7 +104,7 @@ def per_image(run: Run, data: ImageSet, count: int) -> dict[str, np.ndarray]:
             rows = slice(start, start + run.batch_size)
             batch = {"pixels": pixels[rows], "noise_seeds": noise_seeds[rows]}
             network = partial(run.pipe.unet, **{name: value[rows].to(device) for name, value in inputs.items()})
-            losses[call, rows] = run.objective(network, batch, timesteps[rows].to(device)).float().cpu()
+            losses[call, rows] = objective(network, batch, timesteps[rows].to(device)).float().cpu()
     return {"loss": losses.double().mean(dim=0).numpy(), "bits_per_dim": bits.numpy()}
 
 

@@ -44,7 +44,7 @@ MODEL, CARD, ENCODER = "model", "README.md", "text_encoder"
 
 def describe_run(run: "Run", done: int, folder: Path) -> None:
     """Write into a checkpoint's folder what the run is of and what its model is, all but the weights."""
-    identity = identity_of(run.data, run.condition, run.state.unet, run.scheduler, run.held_out)
+    identity = identity_of(run.data, run.condition, run.state.unet, run.scheduler)
     (folder / IDENTITY_FILE).write_text(json.dumps(identity, indent=1), "utf-8")
     (folder / OPTIONS_FILE).write_text(run.options.to_yaml(), "utf-8")
     for name, part in run.pipe.components.items():

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..data.mapped import ImageData, ImageSet
+from ..data.mapped import ImageSet
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..tables_alpha_ddpm import OWN_KEY
 
@@ -16,16 +16,14 @@ if TYPE_CHECKING:
 DATA = "data"  # what may change if the user accepts it
 
 
-def identity_of(
-    data: ImageSet, condition: "Condition", unet: Any, scheduler: AlphaDDPMScheduler, held_out: ImageData | None = None
-) -> dict[str, Any]:
+def identity_of(data: ImageSet, condition: "Condition", unet: Any, scheduler: AlphaDDPMScheduler) -> dict[str, Any]:
     """What has to be the same on resuming, as JSON values by the names that messages use."""
     images = "a stream" if data.num_images is None else f"{data.num_images} images"
-    held = "" if held_out is None else f", and {len(held_out)} held out, {held_out.fingerprint}"
+    held_out = "" if data.held_out is None else f", and {len(data.held_out)} held out, {data.held_out.fingerprint}"
     unet_config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     schedule = {name: value for name, value in scheduler.config.items() if not name.startswith("_") or name == OWN_KEY}
     return {
-        DATA: f"{images}, {data.fingerprint}{held}",
+        DATA: f"{images}, {data.fingerprint}{held_out}",
         "image column": data.roles.image,
         "condition's column": data.roles.needed,
         **condition.identity(),

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 
-from ..data.mapped import ImageData, ImageSet
+from ..data.mapped import ImageSet
 from ..data.sources import hash_of
 from ..evaluation.features import feature_extractor, try_extractor
 from ..generation.drawing import sample_in_batches, sample_process
@@ -66,11 +66,9 @@ class Run:
     folder: Path
     output: OutputFolder | None  # the same folder as the main process holds it
     data: ImageSet
-    held_out: ImageData | None  # images that are not trained on
     condition: Condition
     state: TrainingState
     scheduler: AlphaDDPMScheduler
-    objective: Callable[..., torch.Tensor]  # the loss [b] of a network, a micro-batch and timesteps [b]
     batches: BatchLoader
     pusher: Pusher | None
     stop: StopRequest
@@ -84,7 +82,7 @@ class Run:
         self.batch_size = optimisation.batch_size // optimisation.gradient_accumulation_steps  # of images to sample
         self.preview_steps = min(watching.preview_inference_steps, len(self.scheduler))
         self.checkpoints = Checkpoints(self.accelerator, self.folder, options.run.checkpoints_total_limit)
-        self.validation = self._earlier_evaluations() if self.held_out is not None and self.output is not None else None
+        self.validation = self._earlier_evaluations() if self.data.held_out and self.output is not None else None
         # with a scheduler of its own: previews choose shorter chains, and the bound is that of the full one
         self.pipe = self.condition.pipeline(self.state.unet, AlphaDDPMScheduler.from_config(self.scheduler.config))
         self.pipe.set_progress_bar_config(disable=True)
@@ -98,7 +96,7 @@ class Run:
     def _earlier_evaluations(self) -> Validation:
         """Those before this attempt, in the main process; with the best one whose checkpoint is kept, if it is to be."""
         watching, keep = self.options.watching, self.options.run.keep_best
-        subject = hash_of(self.data.fingerprint, self.held_out.fingerprint, watching.eval_images, watching.eval_calls)
+        subject = hash_of(self.data.fingerprint, self.data.held_out.fingerprint, watching.eval_images, watching.eval_calls)
         validation = Validation(self.folder, subject, self.first, lambda step: not keep or self.checkpoints.path(step).is_dir())
         self.checkpoints.best = validation.best.step if keep and validation.best else None
         return validation

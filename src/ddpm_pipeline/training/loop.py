@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,15 +63,14 @@ def train(options: TrainingOptions) -> Path:
         # What it learns from
         with accelerator.main_process_first():
             pusher = Pusher(options.hub, folder) if options.hub.push_to_hub and main else None
-            data, held_out = open_training_data(options.data, options.condition.columns, options.watching.eval_images)
+            data = open_training_data(options.data, options.condition.columns, options.watching.eval_images)
         seed_weights(options.run.seed)
         condition = build_condition(options.condition, data, options.model.init_from)
 
         # What it learns
         unet, scheduler = build_model(options.model, options.diffusion, data.size, data.channels, condition)
         options = resolved(options, data, scheduler)
-        identity = partial(identity_of, data, condition, unet, scheduler, held_out)
-        checkpoint = find_checkpoint(folder, options, accelerator, identity)
+        checkpoint = find_checkpoint(folder, options, accelerator, partial(identity_of, data, condition, unet, scheduler))
         options = with_origin(options, checkpoint)
         state = build_state(accelerator, unet, condition.network(unet), options)
         first, position = load_checkpoint(accelerator, state, checkpoint) if checkpoint else (0, None)
@@ -82,15 +81,14 @@ def train(options: TrainingOptions) -> Path:
         if output is not None:
             output.set_aside()  # not before all of the above has succeeded
         start_log()
-        parts = condition, state, scheduler, objective, batches
-        run = Run(options, accelerator, folder, output, data, held_out, *parts, pusher, stop, first, began)
-        watching, in_main, held = options.watching, run.in_main_process, held_out is not None
+        run = Run(options, accelerator, folder, output, data, condition, state, scheduler, batches, pusher, stop, first, began)
+        watching, in_main, at_end = options.watching, run.in_main_process, "always" if data.held_out else "if due"
         previews = Every(watching.preview_every, partial(in_main, preview), at_end="never", on_stop="never")
         jobs = [
             Every(watching.log_every, partial(report, run), at_end="always"),
             previews,
             Every(options.hub.push_every, partial(in_main, push_snapshot), at_end="never", on_stop="never"),
-            Every(watching.eval_every, partial(evaluate_and_keep, run), at_end="always" if held else "if due", on_stop="never"),
+            Every(watching.eval_every, partial(evaluate_and_keep, run, objective), at_end=at_end, on_stop="never"),
             Every(options.run.checkpoint_every, partial(save_checkpoint, run), at_end="always", on_stop="always"),
         ]
 
@@ -99,7 +97,7 @@ def train(options: TrainingOptions) -> Path:
             with stop.listening(), lost_workers():
                 begin(run, previews)
                 for done in range(first + 1, run.total + 1):
-                    stopping = update(run, done - 1)
+                    stopping = update(run, objective, done - 1)
                     for job in jobs:
                         if job.is_due(done, run.total, stopping):
                             stopping = bool(job.run(done)) or stopping
@@ -152,7 +150,7 @@ def open_batches(
 # ---- one update -----------------------------------------------------------------------------------------
 
 
-def update(run: Run, step: int) -> bool:
+def update(run: Run, objective: Callable[..., torch.Tensor], step: int) -> bool:
     """Forward and backward passes and the optimizer's step; whether any process was asked to stop. Raises NumericalError if
     losses or gradients were not finite for many updates in succession.
     """
@@ -168,7 +166,7 @@ def update(run: Run, step: int) -> bool:
             with timer("forward"):
                 drawn = state.timestep_sampler.draw(batch["quantiles"])
                 timesteps, weights = (each.to(accelerator.device) for each in drawn)
-                losses = run.objective(state.model, batch, timesteps)
+                losses = objective(state.model, batch, timesteps)
                 loss = (weights * losses).mean()
             with timer("backward"):
                 accelerator.backward(loss / passes)

@@ -79,10 +79,10 @@ def training_facts(options: TrainingOptions, num_parameters: int, done: int) -> 
 
 def held_out_facts(run: "Run") -> dict[str, Any]:
     """What the model card says of images that were held out, and of their figures so far."""
-    if run.held_out is None:
+    if run.data.held_out is None:
         return {}
     split, validation = public(run.options.data.validation_split), run.validation
-    facts = {"held out": f"{len(run.held_out):,} images ({split}), not trained on"}
+    facts = {"held out": f"{len(run.data.held_out):,} images ({split}), not trained on"}
     if validation.best is not None:
         shown = {"lowest held-out bits/dim": validation.best, "held-out bits/dim": validation.last}
         for name, one in shown.items() if validation.last is not validation.best else [*shown.items()][1:]:
