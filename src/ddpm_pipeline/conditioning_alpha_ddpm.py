@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .editing_alpha_ddpm import Batch, expanded
+from .encoding_alpha_ddpm import own_settings
 from .samplers_alpha_ddpm import plain
 from .sampling_alpha_ddpm import Conditioning, Guidance
 from .tables_alpha_ddpm import warn
@@ -41,7 +42,7 @@ class ClassConditioning:
     @property
     def id2label(self) -> dict[int, str]:
         """Class names by id; empty if the model has none."""
-        return dict(enumerate(self._own_settings.get("class_names") or []))
+        return dict(enumerate(own_settings(self.unet).get("class_names") or []))
 
     @property
     def _num_embeddings(self) -> int:

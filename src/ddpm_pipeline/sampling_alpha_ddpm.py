@@ -5,7 +5,7 @@ functions take the UNet, the scheduler and tensors, and no pipeline. Travels ins
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,9 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from torch import Tensor
 
 from .editing_alpha_ddpm import AlphaDDPMEditing, Batch, Chain, Edit, start_chain
+from .encoding_alpha_ddpm import ImageCondition, VectorCondition, check_conditions, own_settings
 from .pictures_alpha_ddpm import PIL_MODES
+from .ranges_alpha_ddpm import ValueRange
 from .samplers_alpha_ddpm import Steps, advice, checked_generators, plain, reserved, reverse_step, set_timesteps, takes_variance
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .tables_alpha_ddpm import OWN_KEY, Generators, warn
@@ -122,14 +124,28 @@ def guide(unconditional: Tensor, conditional: Tensor, channels: int, scale: floa
     return torch.cat([guided, conditional[:, channels:]], dim=1)
 
 
-def describe_conditions(unet: Any, *, class_names: Sequence[str] | None = None, condition_dropout: float | None = None) -> None:
-    """Record what the UNet's conditions mean in its config, where it survives stock classes.
+def describe_conditions(
+    unet: Any,
+    *,
+    class_names: Sequence[str] | None = None,
+    condition_dropout: float | None = None,
+    condition_image: ImageCondition | None = None,
+    condition_vector: VectorCondition | None = None,
+    value_range: ValueRange | None = None,
+) -> None:
+    """Record what the UNet's conditions and values mean in its config, where it survives stock classes.
 
     With N `class_names`, embedding N of the UNet means "no class". `condition_dropout` is the fraction of training images
-    whose condition was left out; at 0 the unconditional half of guidance was never trained.
+    whose condition was left out; at 0 the unconditional half of guidance was never trained. `value_range` is what -1 and 1
+    mean in the data's units, by default 0 and 255 of 8 bits. Raises ValueError if this UNet cannot have such conditions.
     """
+    described = {"condition_image": condition_image, "condition_vector": condition_vector}
+    if value_range != ValueRange():
+        described["value_range"] = value_range
     settings = {"class_names": list(class_names) if class_names else None, "condition_dropout": condition_dropout}
+    settings |= {name: value and value.to_json() for name, value in described.items()}
     unet.register_to_config(**{OWN_KEY: {name: value for name, value in settings.items() if value is not None}})
+    check_unet(unet)
 
 
 def network_outputs(unet: Any, scheduler: Any, x: Tensor, t: Tensor, *conditions: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -207,9 +223,8 @@ def check_unet(unet: Any) -> None:
     """Raise ValueError if a UNet is wrapped, or its config describes conditions that it cannot have."""
     if isinstance(unet, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
         raise ValueError(f"the unet is wrapped in {type(unet).__name__}, which a pipeline cannot use; give unet.module.")
-    settings, embeddings = unet.config.get(OWN_KEY) or {}, unet.config.get("num_class_embeds") or 0
-    if not isinstance(settings, Mapping):
-        raise ValueError(f"{OWN_KEY}={settings!r} in the UNet's config must be a dict; describe_conditions writes it.")
+    check_conditions(unet)
+    settings, embeddings = own_settings(unet), unet.config.get("num_class_embeds") or 0
     names, dropout = settings.get("class_names"), settings.get("condition_dropout")
     if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
         raise ValueError(f"class_names={names!r} in the UNet's config must be a list of strings, one per class.")
@@ -295,12 +310,8 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
             raise ValueError(f"{len(latents)} latents for {size} images; give one per image.")
         return latents
 
-    @property
-    def _own_settings(self) -> dict[str, Any]:
-        return self.unet.config.get(OWN_KEY) or {}
-
     def _warn_if_never_unconditional(self) -> None:
-        if self._own_settings.get("condition_dropout") == 0:
+        if own_settings(self.unet).get("condition_dropout") == 0:
             problem = "but this one was trained without condition dropout: expect poor images"
             fix = "Use guidance_scale=1, or train with --condition_dropout 0.1."
             warn(f"guidance needs the model without its condition, {problem}. {fix}", stacklevel=4)

@@ -3,7 +3,6 @@
 Called by training. Whether an image is held out, or the same as another, is told from its pixels after preprocessing.
 """
 
-import hashlib
 import logging
 import os
 from dataclasses import replace
@@ -15,7 +14,8 @@ from datasets import ClassLabel, Dataset, Features
 
 from ..support.errors import DataError
 from .columns import IMAGE_DIGEST
-from .mapped import DIGEST, ImageData, ImageSet, load_images
+from .condition_images import load_images
+from .mapped import ImageData, ImageSet, fingerprint_of
 from .options import ConditionColumns, TrainingDataOptions
 from .skipped import SHOWN, describe
 from .sources import hash_of
@@ -63,9 +63,7 @@ def image_digests(data: ImageData) -> np.ndarray:
 def part(data: ImageData, chosen: np.ndarray) -> ImageData:
     """The images where `chosen`, bool [N], is true."""
     rows = data.rows_of(np.flatnonzero(chosen))
-    content = hashlib.blake2b(data.dataset.data.column(DIGEST).to_numpy()[rows].astype("<u8").tobytes()).hexdigest()
-    fingerprint = hash_of(data.size, data.channels, data.class_names, content)
-    return replace(data, rows=rows, fingerprint=fingerprint)
+    return replace(data, rows=rows, fingerprint=hash_of(data.fingerprint, fingerprint_of(data, data.dataset, rows)))
 
 
 def _load(options: TrainingDataOptions, columns: ConditionColumns, like: ImageSet, streamed: int) -> ImageData:
@@ -77,7 +75,7 @@ def _load(options: TrainingDataOptions, columns: ConditionColumns, like: ImageSe
         found = open_stream(own, columns).stored(streamed, own.cache_dir) if own.streaming else load_images(own, columns)
         if found.roles.needed != like.roles.needed:
             raise DataError(f"its condition is in the column {found.roles.needed!r}, and not in {like.roles.needed!r}.")
-        found = with_classes_of(like, found)
+        found = with_labels_of(like, with_classes_of(like, found))
     except DataError as error:
         folder = "" if is_path or not os.path.exists(given) else f" The folder of that name is ./{given}."
         raise DataError(f"--validation_split {given}: {error}{folder}") from error
@@ -91,7 +89,7 @@ def with_classes_of(training: ImageSet, held_out: ImageData) -> ImageData:
     """The held-out images with the training images' class numbers, if a label is what the condition reads. Raises DataError
     for a class that training does not know.
     """
-    label, names = training.roles.label, training.class_names
+    label, names = training.label_column, training.class_names
     if training.roles.needed is None or training.roles.needed != label or held_out.class_names == names:
         return held_out
     number_of, rows = {name: number for number, name in enumerate(names)}, held_out.rows_of(range(len(held_out)))
@@ -109,3 +107,18 @@ def with_classes_of(training: ImageSet, held_out: ImageData) -> ImageData:
     fingerprint = hash_of(held_out.fingerprint, names)
     dataset = Dataset(table, info=info, fingerprint=fingerprint)
     return replace(held_out, dataset=dataset, class_names=list(names), fingerprint=fingerprint)
+
+
+def with_labels_of(training: ImageSet, held_out: ImageData) -> ImageData:
+    """The held-out images with vectors that say of each label of the training images whether they have it. Raises DataError for
+    a label that training does not know.
+    """
+    if training.attributes is None or held_out.vector_names == training.vector_names:
+        return held_out
+    names, own = training.vector_names, held_out.vector_names
+    if unknown := [name for name in own if name not in names]:
+        raise DataError(f"its label {unknown[0]!r} is not among the {len(names)} of the training images, {names[:10]}.")
+    untold = np.isnan(held_out.vectors).all(axis=1)
+    vectors = np.where(untold[:, None], np.nan, np.zeros((len(untold), len(names)))).astype(np.float32)
+    vectors[:, [names.index(name) for name in own]] = held_out.vectors
+    return replace(held_out, attributes=training.attributes, vectors=vectors)

@@ -1,7 +1,6 @@
 """Images preprocessed once into a memory-mapped cache, from which batches are read without touching an image file.
 
-In a launch of several processes the main one calls `load_images` first (`accelerator.main_process_first()`), and the others
-find the cache, an Arrow file. `streamed` fills a cache of the same form.
+`condition_images` loads them with what they are conditioned on. `streamed` fills a cache of the same form.
 """
 
 import contextlib
@@ -25,21 +24,14 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from ..ranges_alpha_ddpm import ValueRange
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
-from .columns import (
-    RESERVED,
-    ColumnRoles,
-    check_column,
-    find_roles,
-    is_whole_number,
-    kept_columns,
-    missing_value,
-    occurring_classes,
-)
+from .columns import RESERVED, ColumnRoles, check_column, is_whole_number, missing_value, occurring_classes
 from .files import UNREADABLE, Reach, UnreadableFile
 from .images import BadImage, image_file, image_pixels, image_shape
-from .options import UNCONDITIONAL, ConditionColumns, DataOptions, shown_size
+from .label_maps import label_map
+from .options import DataOptions, shown_size
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
-from .sources import Source, cache_folder, hash_of, load_source
+from .sources import Source, cache_folder, hash_of
+from .vectors import Attributes, statistics
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +64,13 @@ class ImageSet:
     value_range: ValueRange  # of the pixels, and their type
     roles: ColumnRoles
     held_out: "ImageData | None" = field(default=None, kw_only=True)  # images that are not trained on
+    classes: int | None = field(default=None, kw_only=True)  # of label maps: the pixels are 0..classes-1, or VOID
+    condition_images: "ImageSet | None" = field(default=None, kw_only=True)  # mapped, with a row per row of the source
+    attributes: Attributes | None = field(default=None, kw_only=True)  # what vectors hold
+
+    @property
+    def vector_names(self) -> list[str]:
+        return self.attributes.names
 
     @property
     def values_per_image(self) -> int:
@@ -95,6 +94,7 @@ class ImageData(ImageSet):
     fingerprint: str  # of the usable rows' pixels and kept columns, in order, wherever they lie; 32 hex digits
     rows: np.ndarray | None  # the usable rows, int64; None if all are
     skipped: Sequence[SkippedRow]  # the others
+    vectors: np.ndarray | None = None  # of all rows of the source, float32 [N, K]; NaN where a number is not told
 
     def __len__(self) -> int:
         return len(self.dataset) if self.rows is None else len(self.rows)
@@ -121,6 +121,15 @@ class ImageData(ImageSet):
         for image, (chunk, place) in zip(out, self._locate(indices), strict=True):
             image[:] = self._pixel_chunks[chunk][place]
         return images_of(out, self.size, self.channels, flip)
+
+    def vector(self, indices: Sequence[int]) -> torch.Tensor:
+        """The numbers of images, float32 [B, K] in the order of `vector_names`; NaN where one is not told."""
+        return torch.from_numpy(self.vectors[self.rows_of(indices)])
+
+    @property
+    def vector_statistics(self) -> tuple[list[float], list[float]]:
+        """(means, deviations) of the numbers where they are told. Raises DataError for one that says nothing."""
+        return statistics(self.vectors if self.rows is None else self.vectors[self.rows], self.attributes)
 
     def column(self, name: str, indices: Sequence[int]) -> torch.Tensor | list:
         """A kept column's values: int64 [B] for labels and whole numbers, else a list of B strings (or lists of them).
@@ -179,37 +188,37 @@ def images_of(flat: np.ndarray, size: tuple[int, int], channels: int, flip: np.n
     return images
 
 
-def load_images(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -> ImageData:
-    """The images that the options name, preprocessed, from the cache if they are there.
+def scan(source: Source, options: DataOptions, roles: ColumnRoles) -> Dataset:
+    """The SIZES of the images, from the cache if they are there."""
+    key = cache_key("scan", source.state(roles.image), roles.image)
+    look = partial(_scan_batch, roles=roles, reach=source.reach, threads=options.preprocessing_num_workers or 1)
+    return _cached(source, options, roles, look, key, SIZES, 1000, "Looking at image sizes")
 
-    `options.dataset` is the first of these that exists: a bundled data set such as "digits"; a local folder, archive, table or
-    pattern of tables (docs/data.md); a data set on the Hub. Size and channels default to the data's own, the label column
-    to the only ClassLabel column. Rows whose image cannot be read, or that lack what the condition reads, are skipped.
 
-    Raises DataError if the data cannot be used as asked, or if all rows or more than `max_bad_fraction` of them are skipped.
+def preprocessed(
+    source: Source, options: DataOptions, roles: ColumnRoles, kept: Features, classes: int | None = None
+) -> ImageData:
+    """The images in the roles' column, with these columns beside them, from the cache if they are there.
+
+    Size and channels default to the data's own; with `classes`, the images are label maps. Raises DataError if all rows or more
+    than `max_bad_fraction` of them are skipped.
     """
-    source = load_source(options)
-    roles = find_roles(source.dataset.features, options.image_column, columns)
-    source = source.with_classes(roles)
-    state = source.state(roles.image)
     threads = options.preprocessing_num_workers or 1
-    job = partial(_cached, source, options, roles)
-    size, channels = options.size, options.channels
+    size, channels = options.size, 1 if classes else options.channels
     if size is None or channels is None:
-        scan = partial(_scan_batch, roles=roles, reach=source.reach, threads=threads)
-        scanned = job(scan, cache_key("scan", state, roles.image), SIZES, 1000, "Looking at image sizes")
+        scanned = scan(source, options, roles)
         bad = _unusable(scanned)
         check_bad_fraction(repr(options.dataset), bad, len(bad), len(scanned), options.max_bad_fraction)
         width, height, native = (scanned.data.column(name).to_numpy() for name in ("width", "height", "channels"))
         size = size or _own_size(options.dataset, np.stack([height, width], axis=1)[width > 0])
         channels = channels or int(native.max())
-    images = ImageSet(source.name, size, channels, ValueRange(), roles)
+    images = ImageSet(source.name, size, channels, ValueRange(), roles, classes=classes)
     _note_resizing(source, images)
-    kept = kept_columns(source.dataset.features)
-    key = cache_key("pixels", state, roles.image, size, channels)
+    key = cache_key("pixels", source.state(roles.image), roles.image, size, channels, classes, list(kept))
     features, batch_size = cache_features(kept, images.values_per_image), BATCH_BYTES // images.values_per_image
     preprocess = partial(_preprocess_batch, kept=list(kept), to=images, reach=source.reach, threads=threads)
-    cached = job(preprocess, key, features, max(1, min(1000, batch_size)), "Preprocessing images")
+    batch_size, desc = max(1, min(1000, batch_size)), "Preprocessing images"
+    cached = _cached(source, options, roles, preprocess, key, features, batch_size, desc)
     return usable_images(cached, images, repr(options.dataset), options.max_bad_fraction)
 
 
@@ -237,12 +246,17 @@ def usable_images(
     skipped = _unusable(cached, of.roles.needed, of.roles.num_classes(class_names))
     check_bad_fraction(shown_name, skipped, len(skipped), len(cached), max_bad_fraction)
     rows = np.setdiff1d(np.arange(len(cached)), [one["row"] for one in skipped]) if skipped else None
+    about = (of.name, of.size, of.channels, of.value_range, of.roles)
+    more = {"classes": of.classes, "condition_images": of.condition_images, "attributes": of.attributes}
+    return ImageData(*about, cached, class_names, fingerprint_of(of, cached, rows), rows, skipped, **more)
+
+
+def fingerprint_of(images: ImageSet, cached: Dataset, rows: np.ndarray | None) -> str:
+    """32 hex digits of these rows of the cache."""
     digests = cached.data.column(DIGEST).to_numpy().astype("<u8")
     content = hashlib.blake2b((digests if rows is None else digests[rows]).tobytes(), digest_size=16).hexdigest()
     features = {name: str(feature) for name, feature in cached.features.items() if name not in (REASON, FILE, IMAGE_DIGEST)}
-    fingerprint = hash_of(of.size, of.channels, features, content)
-    about = (of.name, of.size, of.channels, of.value_range, of.roles)
-    return ImageData(*about, cached, class_names, fingerprint, rows, skipped)
+    return hash_of(images.size, images.channels, features, content)
 
 
 def _with_class_numbers(images: Dataset, label_column: str | None, classes: pa.Array | None) -> Dataset:
@@ -343,7 +357,8 @@ def _shape_of(kind: str, reach: Reach, value: Any) -> tuple[int, int, int]:
 
 def _preprocess_batch(table: pa.Table, *, kept: list[str], to: ImageSet, reach: Reach, threads: int) -> pa.Table:
     nothing = np.zeros((*to.size, to.channels), dtype=np.uint8)
-    read = partial(read_image, image_pixels, to.roles.kind, reach, to.size, to.channels)
+    function, of = (label_map, to.classes) if to.classes else (image_pixels, to.channels)
+    read = partial(read_image, function, to.roles.kind, reach, to.size, of)
     images, *why_bad = _each_image(table.column(to.roles.image), read, nothing, threads)
     return cache_table(np.stack(images).reshape(len(table), -1), *why_bad, table.select(kept))
 

@@ -118,12 +118,32 @@ class TrainingDataOptions(DataOptions):
 
 @dataclass(frozen=True)
 class ConditionColumns:
-    """What images are conditioned on: "none" reads no column, "class" a label, "text" a caption or a label."""
+    """What images are conditioned on: "none" reads no column, "class" a label, "text" a caption or a label, "image" a second
+    image, "vector" numbers; "class+image" and "vector+image" both.
+    """
 
     condition: str = "none"
     label_column: str | None = None  # by default the only ClassLabel column, else one called label
     text_column: str | None = None  # by default one called text
     from_labels: bool = False  # captions are made of labels, also where there is a column called text
+    condition_column: str | None = None  # a column of images or a folder of them; for vectors, columns of numbers: "a,b,c"
+    condition_classes: int | None = None  # the second image is a label map of so many classes
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Such as ("class", "image")."""
+        return tuple(self.condition.split("+"))
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        """What `condition_column` names: several columns only with numbers, since a folder's name may have a comma."""
+        names = (self.condition_column or "").split(",") if "vector" in self.kinds else [self.condition_column or ""]
+        return tuple(filter(None, map(str.strip, names)))
+
+    @property
+    def second_folders(self) -> tuple[str, ...]:
+        """Those that may be a folder of condition images."""
+        return self.condition_names if "image" in self.kinds else ()
 
 
 UNCONDITIONAL = ConditionColumns()

@@ -22,6 +22,7 @@ from ..support.atomic import atomic_file
 from ..support.draws import block_order, shard_order
 from ..support.errors import DataError
 from .columns import check_column, find_roles, kept_columns, missing_value, occurring_classes
+from .condition_images import load_images
 from .files import Reach
 from .images import DEEP_MODES, BadImage, image_file, image_pixels
 from .mapped import (
@@ -32,7 +33,6 @@ from .mapped import (
     cache_table,
     class_names_of,
     images_of,
-    load_images,
     read_image,
     unreadable_rows,
     usable_images,
@@ -57,7 +57,7 @@ class StreamData(ImageSet):
     stream: IterableDataset  # the image column, not decoded, and the one that the condition reads
     columns: list[str]  # that can be conditions
     class_names: list[str] | None  # of the label column's values 0, 1, ...
-    classes: pa.Array | None  # the values themselves, of a needed label column that is no ClassLabel
+    labels: pa.Array | None  # the values themselves, of a needed label column that is no ClassLabel
     reach: Reach
     fingerprint: str  # of the source and of what its rows become, 32 hex digits
     max_bad_fraction: float
@@ -96,7 +96,7 @@ class StreamData(ImageSet):
                     writer.write_table(made)
                 writer.finalize()
         images = Dataset.from_file(str(path), info=datasets.DatasetInfo(features=features))
-        return usable_images(images, self, repr(self.name), self.max_bad_fraction, self.classes)
+        return usable_images(images, self, repr(self.name), self.max_bad_fraction, self.labels)
 
     def _first_rows(self, count: int) -> Iterator[tuple[np.ndarray | None, Any, pa.Table]]:
         """Rows in the stream's own order, as `read` gives them and as tables, until `count` of them are usable."""
@@ -114,7 +114,7 @@ class StreamData(ImageSet):
         roles, condition = self.roles, None
         if roles.needed is not None:
             condition = table.column(roles.needed)[index].as_py()
-            condition = condition if self.classes is None else self._class_numbers.get(condition)
+            condition = condition if self.labels is None else self._class_numbers.get(condition)
             missing = missing_value(condition, roles.needed, roles.num_classes(self.class_names))
             if missing is not None:
                 return None, skipped_row(row, missing, shard=shard)
@@ -126,7 +126,7 @@ class StreamData(ImageSet):
 
     @cached_property
     def _class_numbers(self) -> dict[Any, int]:
-        return {value: number for number, value in enumerate(self.classes.to_pylist())}
+        return {value: number for number, value in enumerate(self.labels.to_pylist())}
 
     def check_bad_rows(self, skipped: list[SkippedRow], bad: int, seen: int) -> None:
         """Raises DataError if no rows were seen, or if too many of them are bad, or all."""
@@ -142,7 +142,7 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
     ConfigError without a resolution, DataError for data that cannot be used as asked.
     """
     options.require_resolution()
-    source = load_source(options, streaming=True)
+    source = load_source(options, columns, streaming=True)
     features = source.dataset.features
     if features is None:
         raise DataError(f"The columns of {options.dataset!r} are unknown before it is read. Drop --streaming.")

@@ -67,7 +67,7 @@ class DataConditions:
         if self.kind == "none":
             return UNCONDITIONAL
         values = self.of(image_indices(seed, len(self.data), 0, count))
-        return Request("prompt" if self.kind == "text" else "class_labels", values, guidance_scale)
+        return Request({"prompt" if self.kind == "text" else "class_labels": values}, guidance_scale)
 
 
 def _ids_of_classes(pipe: Pipeline, data: ImageData) -> list[int]:

@@ -194,6 +194,6 @@ def _quality(subject: Subject, options: EvaluationOptions, accelerator: Accelera
             images = sample_uint8(pipe, batch, sampling.seed, steps, request, **shown)
             quality.update(images.to(accelerator.device), real=False)
     figures = {name: value for name, value in quality.compute()._asdict().items() if not math.isnan(value)}  # as in JSON
-    guidance = {} if request.argument is None else {"guidance_scale": request.guidance_scale}
+    guidance = {"guidance_scale": request.guidance_scale} if request.arguments else {}
     how = {"steps": steps, "scheduler": type(pipe.scheduler).__name__, "features": type(subject.extractor).__name__}
     return figures | how | guidance

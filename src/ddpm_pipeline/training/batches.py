@@ -85,11 +85,10 @@ class MicroBatches(Dataset):
         """
         where = self.plan.slice_of(k)
         indices = image_indices(where.seed, len(self.data), where.step, where.batch_size)[where.positions]
-        column = self.condition.column
         return {
             "pixels": self.data.pixels(indices, self.plan.flips(where)),
             "indices": torch.from_numpy(self.data.rows_of(indices)),
-            **self.plan.draws(where, self.condition, self.data.column(column, indices) if column else None),
+            **self.plan.draws(where, self.condition, self.condition.read(self.data, indices)),
         }
 
 

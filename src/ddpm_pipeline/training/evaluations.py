@@ -95,7 +95,8 @@ def per_image(run: Run, objective: Objective, data: ImageSet, count: int) -> dic
     inputs = run.condition.unet_inputs(run.condition.request_like(data, indices, seed))
     how = {"num_evaluated": watching.eval_calls, "batch_size": run.batch_size, "progress": False, "model_kwargs": inputs}
     noise_seeds = seeds(seed, RandomStream.NOISE, 0, count)
-    bits = likelihood_of(run.pipe.unet, run.scheduler, pixels, data.value_range, noise_seeds, **how).total
+    network = run.condition.denoiser(run.pipe.unet)
+    bits = likelihood_of(network, run.scheduler, pixels, data.value_range, noise_seeds, **how).total
     within, losses = torch.from_numpy(uniform(seed, RandomStream.TIMESTEP, 0, count)), torch.zeros(LOSS_CALLS, count)
     for call in range(LOSS_CALLS):
         timesteps = ((call + within) / LOSS_CALLS * len(run.scheduler)).long().clamp(max=len(run.scheduler) - 1)
@@ -103,8 +104,8 @@ def per_image(run: Run, objective: Objective, data: ImageSet, count: int) -> dic
         for start in range(0, count, run.batch_size):
             rows = slice(start, start + run.batch_size)
             batch = {"pixels": pixels[rows], "noise_seeds": noise_seeds[rows]}
-            network = partial(run.pipe.unet, **{name: value[rows].to(device) for name, value in inputs.items()})
-            losses[call, rows] = objective(network, batch, timesteps[rows].to(device)).float().cpu()
+            conditioned = partial(network, **{name: value[rows].to(device) for name, value in inputs.items()})
+            losses[call, rows] = objective(conditioned, batch, timesteps[rows].to(device)).float().cpu()
     return {"loss": losses.double().mean(dim=0).numpy(), "bits_per_dim": bits.numpy()}
 
 

@@ -19,8 +19,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import nn
 
+from ..encoding_alpha_ddpm import WithConditionImage, image_condition
 from ..hub import export
 from ..pipeline_alpha_ddpm import AlphaDDPMPipeline
+from ..pipeline_alpha_ddpm_image import AlphaDDPMImageToImagePipeline
 from ..pipeline_alpha_ddpm_text import AlphaDDPMTextToImagePipeline
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..stock_format import build_within
@@ -87,8 +89,10 @@ def _read_pipeline(checkpoint: Path) -> DiffusionPipeline:
     unet_class = UNet2DConditionModel if (model / ENCODER).is_dir() else UNet2DModel
     unet = built(partial(unet_class.from_config, unet_class.load_config(model / "unet")))
     if unet_class is UNet2DModel:
-        _load_weights(checkpoint, unet)
-        return AlphaDDPMPipeline(unet=unet.eval(), scheduler=scheduler)
+        of_images = image_condition(unet) is not None
+        _load_weights(checkpoint, WithConditionImage(unet) if of_images else unet)
+        kind = AlphaDDPMImageToImagePipeline if of_images else AlphaDDPMPipeline
+        return kind(unet=unet.eval(), scheduler=scheduler)
     frozen = json.loads((checkpoint / IDENTITY_FILE).read_text("utf-8"))["frozen text encoder"]
     if frozen:
         encoder = _frozen_encoder(checkpoint, frozen)

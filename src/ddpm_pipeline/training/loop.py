@@ -202,9 +202,9 @@ def losses_of(
     sample = scheduler.add_noise(original_samples, noise, timesteps)
     if options.hardware.channels_last:
         sample = sample.contiguous(memory_format=torch.channels_last)
-    inputs = condition.inputs(batch["condition"], timesteps.device) if "condition" in batch else {}
+    inputs = condition.inputs(batch["condition"], original_samples) if "condition" in batch else {}
     prediction = model(sample, timesteps, **inputs).sample
-    diffusion, noised = options.diffusion, NoisedBatch(original_samples, noise, timesteps, sample)
+    diffusion, noised = options.diffusion, NoisedBatch(original_samples, noise, timesteps, sample, value_range.num_bins)
     weights = 1.0 if diffusion.snr_gamma is None else min_snr_weights(scheduler, timesteps, diffusion.snr_gamma)
     return per_image_loss(diffusion.objective, scheduler, prediction, noised, diffusion.bound_weight, weights)
 
