@@ -10,7 +10,7 @@ from ..data.mapped import ImageData
 from ..encoding_alpha_ddpm import ImageCondition, WithConditionImage
 from ..generation.drawing import Request
 from ..pipeline_alpha_ddpm_image import AlphaDDPMImageToImagePipeline
-from ..support.draws import BatchSlice, RandomStream
+from ..support.draws import BatchSlice, RandomStream, seeds
 from ..support.errors import ConfigError
 from ..support.masks import inpainting_masks
 from ..support.pictures import Display
@@ -31,7 +31,7 @@ class ImageInput(Condition):
         try:
             if self.task:
                 self.encoder = ImageCondition(data.channels, value_range=data.value_range, task=self.task)
-                self.encoder.arrange(torch.zeros(1, data.channels, *data.size), torch.zeros(1, 1, 1, 1, dtype=torch.bool))
+                self.encoder.arrange(torch.zeros(1, data.channels, *data.size), inpainting_masks([0], data.size))
             else:
                 second = data.condition_images
                 self.encoder = ImageCondition(second.channels, second.classes, second.value_range)

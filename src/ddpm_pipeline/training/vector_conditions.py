@@ -80,14 +80,22 @@ class NumbersCondition(Condition):
         return [self._shown(row) for row in request.arguments["condition_vector"][::columns]]
 
     def _shown(self, row: Sequence[float]) -> str:
-        return ", ".join(f"{name}={value:.4g}" for name, value in zip(self.encoder.names, row, strict=True))
+        told = dict(zip(self.encoder.names, row, strict=True))
+        if {*self.encoder.mean, *self.encoder.std} == {0, 1}:  # labels that an image has or not
+            return ", ".join(name for name, value in told.items() if value == 1)
+        return ", ".join(f"{name}={value:.4g}" for name, value in told.items())
 
     def facts(self) -> dict[str, str]:
-        told = zip(self.encoder.names, self.encoder.mean, self.encoder.std, strict=True)
-        dropout = f"{self.options.condition_dropout:.0%} of the numbers"
-        statistics = ", ".join(f"{name} {mean:.4g} ± {std:.4g}" for name, mean, std in told)
-        return {"condition": f"numbers (mean ± standard deviation): {statistics}", "condition dropout": dropout}
+        told = [*zip(self.encoder.names, self.encoder.mean, self.encoder.std, strict=True)]
+        shown = [f"{name} {mean:.4g} ± {std:.4g}" for name, mean, std in told[:MAX_PREVIEW_ROWS]]
+        more = f" and {len(told) - len(shown)} more" if len(told) > len(shown) else ""
+        return {
+            "condition": f"{len(told)} number{'s' * (len(told) > 1)} (mean ± standard deviation): {', '.join(shown)}{more}",
+            "condition dropout": f"{self.options.condition_dropout:.0%} of the numbers",
+        }
 
     def arguments(self) -> list[str]:
-        told = {name: float(f"{mean:.4g}") for name, mean in zip(self.encoder.names, self.encoder.mean, strict=True)}
+        """Of at most three numbers, a standard deviation above the mean."""
+        moments = [*zip(self.encoder.names, self.encoder.mean, self.encoder.std, strict=True)][:3]
+        told = {name: float(f"{mean + std:.4g}") for name, mean, std in moments}
         return [f"condition_vector={told}"]
