@@ -5,7 +5,8 @@ keep them. Travels inside model repositories.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
@@ -186,6 +187,19 @@ def beside(unet: Any, sample: Tensor, condition_image: Tensor | None) -> Tensor:
         batch, channels, height, width = sample.shape
         condition_image = sample.new_zeros(batch, unet.config.in_channels - channels, height, width)
     return torch.cat([sample, condition_image.to(sample)], dim=1)
+
+
+@contextmanager
+def labels_in_precision(unet: Any) -> Iterator[None]:
+    """Numbers in the precision of a UNet's weights, to which diffusers (0.42) does not bring those of "timestep"."""
+    if unet.config.get("class_embed_type") != "timestep":
+        yield
+        return
+    hook = unet.class_embedding.register_forward_pre_hook(lambda module, given: (given[0].to(unet.dtype), *given[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def own_settings(unet: Any) -> Mapping[str, Any]:
