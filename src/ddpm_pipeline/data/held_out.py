@@ -43,7 +43,7 @@ def open_training_data(options: TrainingDataOptions, columns: ConditionColumns, 
         same = np.isin(image_digests(data), image_digests(held_out))
         left = part(data, ~same) if same.any() else data
         words = f"trained on: {len(left):,}"
-        if share is None:
+        if share is None and same.any():
             words += f"; {np.count_nonzero(same):,} images of {data.name} are the same, pixel by pixel, and are left out"
         if len(held_out) < FEWEST or not len(left):
             raise DataError(
