@@ -7,19 +7,17 @@ import logging
 import os
 from dataclasses import replace
 
-import datasets
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, Features
 
 from ..support.errors import DataError
 from .columns import IMAGE_DIGEST
 from .condition_images import load_images
-from .mapped import ImageData, ImageSet, fingerprint_of
+from .mapped import ImageData, ImageSet, fingerprint_of, with_class_column
 from .options import ConditionColumns, TrainingDataOptions
 from .skipped import SHOWN, describe
 from .sources import hash_of
-from .streamed import StreamData, open_data, open_stream
+from .streamed import open_data, open_stream
 
 logger = logging.getLogger(__name__)
 
@@ -35,29 +33,25 @@ def open_training_data(options: TrainingDataOptions, columns: ConditionColumns, 
     data, given, share = open_data(options, columns), options.validation_split, options.held_out_share
     if given is None:
         return data
-    if isinstance(data, StreamData):
-        held_out, left, words = _load(options, columns, data, streamed), data, "a stream is trained on"
+    if share is None:
+        held_out = _load(options, columns, data, streamed)
     else:
-        chosen = None if share is None else image_digests(data) < np.uint64(share * 2**64)
-        held_out = _load(options, columns, data, streamed) if share is None else replace(part(data, chosen), skipped=())
+        held_out = part(data, image_digests(data) < np.uint64(share * 2**64))
+    left, count = data, "a stream"
+    if isinstance(data, ImageData):
         same = np.isin(image_digests(data), image_digests(held_out))
         left = part(data, ~same) if same.any() else data
-        words = f"trained on: {len(left):,}"
-        if share is None and same.any():
-            words += f"; {np.count_nonzero(same):,} images of {data.name} are the same, pixel by pixel, and are left out"
-        if len(held_out) < FEWEST or not len(left):
-            raise DataError(
-                f"--validation_split {given} holds out {len(held_out):,} images, and leaves {len(left):,} of {len(data):,} to "
-                f"train on. Hold out at least {FEWEST}, and not all; of few images, a share is not exact."
-            )
-    logger.info("held out (--validation_split %s): %s images; %s", given, f"{len(held_out):,}", words)
+        count = f"{len(left):,} of {len(data):,}, which are not held out"
+    if len(held_out) < FEWEST or left.num_images == 0:
+        what = f"{len(held_out):,} images, and leaves {count}"
+        raise DataError(f"--validation_split {given} holds out {what}. Hold out at least {FEWEST} images, and not all.")
+    logger.info("held out (--validation_split %s): %d images; trained on: %s", given, len(held_out), count)
     return replace(left, held_out=held_out)
 
 
 def image_digests(data: ImageData) -> np.ndarray:
     """A number per image that depends on its pixels alone, uint64 [N], evenly distributed."""
-    digests = data.dataset.data.column(IMAGE_DIGEST).to_numpy()
-    return digests if data.rows is None else digests[data.rows]
+    return data.dataset.data.column(IMAGE_DIGEST).to_numpy()[data.rows_of(range(len(data)))]
 
 
 def part(data: ImageData, chosen: np.ndarray) -> ImageData:
@@ -75,7 +69,7 @@ def _load(options: TrainingDataOptions, columns: ConditionColumns, like: ImageSe
         found = open_stream(own, columns).stored(streamed, own.cache_dir) if own.streaming else load_images(own, columns)
         if found.roles.needed != like.roles.needed:
             raise DataError(f"its condition is in the column {found.roles.needed!r}, and not in {like.roles.needed!r}.")
-        found = with_labels_of(like, with_classes_of(like, found))
+        found = _with_labels_of(like, _with_classes_of(like, found))
     except DataError as error:
         folder = "" if is_path or not os.path.exists(given) else f" The folder of that name is ./{given}."
         raise DataError(f"--validation_split {given}: {error}{folder}") from error
@@ -85,40 +79,32 @@ def _load(options: TrainingDataOptions, columns: ConditionColumns, like: ImageSe
     return found
 
 
-def with_classes_of(training: ImageSet, held_out: ImageData) -> ImageData:
-    """The held-out images with the training images' class numbers, if a label is what the condition reads. Raises DataError
-    for a class that training does not know.
-    """
+def _with_classes_of(training: ImageSet, held_out: ImageData) -> ImageData:
+    """With the training images' class numbers, if a label is what the condition reads."""
     label, names = training.label_column, training.class_names
-    if training.roles.needed is None or training.roles.needed != label or held_out.class_names == names:
+    if label is None or training.roles.needed != label or held_out.class_names == names:
         return held_out
-    number_of, rows = {name: number for number, name in enumerate(names)}, held_out.rows_of(range(len(held_out)))
-    own = held_out.column(label, range(len(held_out))).numpy()
-    unknown = [held_out.class_names[number] for number in np.unique(own) if held_out.class_names[number] not in number_of]
-    if unknown:
-        raise DataError(f"its class {unknown[0]!r} is not among the {len(names)} of the training images, {names[:10]}.")
-    numbers = np.zeros(len(held_out.dataset), np.int64)
-    numbers[rows] = [number_of[held_out.class_names[number]] for number in own]
-    table, features = held_out.dataset.data, held_out.dataset.features
-    ends = np.cumsum([len(chunk) for chunk in table.column(label).chunks])[:-1]  # the same chunks as in the other columns
-    column = pa.chunked_array([pa.array(chunk) for chunk in np.split(numbers, ends)])
-    table = table.set_column(table.column_names.index(label), pa.field(label, pa.int64()), column)
-    info = datasets.DatasetInfo(features=Features({**features, label: ClassLabel(names=names)}))
-    fingerprint = hash_of(held_out.fingerprint, names)
-    dataset = Dataset(table, info=info, fingerprint=fingerprint)
-    return replace(held_out, dataset=dataset, class_names=list(names), fingerprint=fingerprint)
+    number_of = {number: names.index(name) for number, name in enumerate(held_out.class_names) if name in names}
+    for number in held_out.column(label, range(len(held_out))).unique().tolist():
+        _check_known("class", held_out.class_names[number], number in number_of, names)
+    chunks = (chunk.to_pylist() for chunk in held_out.dataset.data.column(label).chunks)
+    column = [pa.array([number_of.get(number) for number in chunk], pa.int64()) for chunk in chunks]
+    dataset = with_class_column(held_out.dataset, label, column, names)
+    return replace(held_out, dataset=dataset, class_names=names, fingerprint=hash_of(held_out.fingerprint, names))
 
 
-def with_labels_of(training: ImageSet, held_out: ImageData) -> ImageData:
-    """The held-out images with vectors that say of each label of the training images whether they have it. Raises DataError for
-    a label that training does not know.
-    """
+def _with_labels_of(training: ImageSet, held_out: ImageData) -> ImageData:
+    """With vectors that have a number for each label of the training images."""
     if training.attributes is None or held_out.vector_names == training.vector_names:
         return held_out
     names, own = training.vector_names, held_out.vector_names
-    if unknown := [name for name in own if name not in names]:
-        raise DataError(f"its label {unknown[0]!r} is not among the {len(names)} of the training images, {names[:10]}.")
-    untold = np.isnan(held_out.vectors).all(axis=1)
-    vectors = np.where(untold[:, None], np.nan, np.zeros((len(untold), len(names)))).astype(np.float32)
+    for name in own:
+        _check_known("label", name, name in names, names)
+    vectors = np.zeros((1, len(names)), np.float32) * held_out.vectors.sum(axis=1, keepdims=True)  # NaN if one is not told
     vectors[:, [names.index(name) for name in own]] = held_out.vectors
     return replace(held_out, attributes=training.attributes, vectors=vectors)
+
+
+def _check_known(kind: str, name: str, known: bool, names: list[str]) -> None:
+    if not known:
+        raise DataError(f"its {kind} {name!r} is not among the {len(names)} of the training images, {names[:10]}.")

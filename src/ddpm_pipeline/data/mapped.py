@@ -267,9 +267,14 @@ def _with_class_numbers(images: Dataset, label_column: str | None, classes: pa.A
     column = images.data.column(label_column)
     classes = occurring_classes(column, label_column) if classes is None else classes
     chunks = [pc.index_in(chunk, value_set=classes).cast(pa.int64()) for chunk in column.chunks]  # as in the other columns
-    place = images.column_names.index(label_column)
-    table = images.data.set_column(place, pa.field(label_column, pa.int64()), pa.chunked_array(chunks))
-    features = Features({**images.features, label_column: ClassLabel(names=class_names_of(classes))})
+    return with_class_column(images, label_column, chunks, class_names_of(classes))
+
+
+def with_class_column(images: Dataset, name: str, chunks: list[pa.Array], class_names: list[str]) -> Dataset:
+    """With class numbers, int64 in chunks as of the other columns, in the place of a column."""
+    column, place = pa.chunked_array(chunks), images.column_names.index(name)
+    table = images.data.set_column(place, pa.field(name, pa.int64()), column)
+    features = Features({**images.features, name: ClassLabel(names=class_names)})
     return Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint=images._fingerprint)
 
 

@@ -94,10 +94,8 @@ class TrainingDataOptions(DataOptions):
             raise ConfigError(f"--validation_split {self.validation_split} must be above 0 and below 1, or 100%.")
         if self.streaming:
             self.require_resolution()
-            mine, theirs = (
-                {name.partition("[")[0] for name in (split or "").split("+")} for split in (self.split, self.validation_split)
-            )
-            if share is not None or (not self.validation_path and mine & theirs):
+            splits = [set(re.sub(r"\[.*?\]", "", split or "").split("+")) for split in (self.split, self.validation_split)]
+            if share is not None or (not self.validation_path and set.intersection(*splits)):
                 raise ConfigError(
                     f"--validation_split {self.validation_split} is a part of the images, which --streaming cannot leave out; "
                     "name another split, a folder or a file, or drop --streaming."

@@ -32,9 +32,8 @@ def evaluate_and_keep(run: Run, objective: Objective, done: int) -> bool:
     """Evaluate the EMA weights, and write a checkpoint if they are the best of held-out images; whether the run shall stop."""
     stopping = run.in_main_process(partial(evaluate, objective=objective), done)
     if run.options.run.keep_best:
-        best = run.validation.best if run.validation is not None else None
-        (is_best,) = in_any_process(run.accelerator, best is not None and best.step == done)
-        if is_best:
+        best = run.validation and run.validation.best
+        if in_any_process(run.accelerator, best is not None and best.step == done)[0]:
             run.checkpoints.best = done
             save_checkpoint(run, done)
     return stopping
@@ -59,10 +58,8 @@ def likelihoods(run: Run, done: int, objective: Objective) -> dict[str, float]:
         return _means("eval", per_image(run, objective, data, count))
     count = min(count, len(data.held_out))
     train, held_out = (per_image(run, objective, images, count) for images in (data, data.held_out))
-    bits = [figures["bits_per_dim"] for figures in (held_out, train)]
-    shown = (f"{each.mean():.4f} ± {standard_error(each):.2g}" for each in bits)
-    logger.info("update %d: held-out bits/dim %s, those of training images %s", done, *shown)
-    found = Evaluation(done, bits[0], float(bits[1].mean()))
+    found = Evaluation(done, held_out["bits_per_dim"], float(train["bits_per_dim"].mean()))
+    logger.info("update %d: held-out bits/dim %s, those of training images %.4f", done, found, found.train)
     if math.isfinite(found.mean) and run.validation.add(found):
         best = run.validation.best
         logger.warning(

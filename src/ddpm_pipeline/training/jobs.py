@@ -255,8 +255,7 @@ def finish(run: Run) -> None:
     run.telemetry.bar.close()  # its rate is that of updates, not of sampling
     run.telemetry.summarize()
     if run.validation is not None and (best := run.validation.best):
-        words = "the lowest held-out bits/dim were %.4f ± %.2g, after update %d; %s"
-        logger.info(words, best.mean, best.error, best.step, best_checkpoint(run))
+        logger.info("the lowest held-out bits/dim were %s, after update %d; %s", best, best.step, best_checkpoint(run))
     run.accelerator.unwrap_model(run.state.model, keep_fp32_wrapper=False)  # samples show what the saved weights make
     if run.output is not None:
         run.output.check()

@@ -34,8 +34,6 @@ from .state import MAX_IN_A_ROW, build_state
 from .stop import StopRequest
 from .telemetry import logging_to
 
-EVALUATIONS = 10  # of held-out images in a run, by default
-
 
 @contextlib.contextmanager
 def forgotten_accelerator() -> Iterator[None]:
@@ -117,14 +115,9 @@ def resolved(options: TrainingOptions, data: ImageSet, scheduler: AlphaDDPMSched
     objective = objective_for(options.diffusion.objective, scheduler)
     start = options.model.init_from
     start = os.path.abspath(start) if start and os.path.exists(start) else start  # a folder is no name, also when it is gone
-    every = options.watching.eval_every or (max(1, steps // EVALUATIONS) if options.data.validation_split else 0)
-    known = {
-        "eval_every": every,
-        "max_train_steps": steps,
-        "num_train_timesteps": len(scheduler),
-        "objective": objective,
-        "init_from": start,
-    }
+    known = {"max_train_steps": steps, "num_train_timesteps": len(scheduler), "objective": objective, "init_from": start}
+    if options.data.validation_split and not options.watching.eval_every:
+        known["eval_every"] = max(1, steps // 10)
     return options.with_values(**images, **known)
 
 

@@ -1,6 +1,5 @@
 """What the model card records of a run: facts, and the command that trains the same model; no path, no name of a machine."""
 
-import math
 import os
 import re
 import shlex
@@ -81,13 +80,11 @@ def held_out_facts(run: "Run") -> dict[str, Any]:
     """What the model card says of images that were held out, and of their figures so far."""
     if run.data.held_out is None:
         return {}
-    split, validation = public(run.options.data.validation_split), run.validation
+    split, evaluations = public(run.options.data.validation_split), run.validation
     facts = {"held out": f"{len(run.data.held_out):,} images ({split}), not trained on"}
-    if validation.best is not None:
-        shown = {"lowest held-out bits/dim": validation.best, "held-out bits/dim": validation.last}
-        for name, one in shown.items() if validation.last is not validation.best else [*shown.items()][1:]:
-            error = f" ± {one.error:.2g}" if math.isfinite(one.error) else ""
-            facts[name] = f"{one.mean:.4g}{error}, of {len(one.held_out)} images after update {one.step}"
+    for name, one in {"held-out bits/dim": evaluations.last, "lowest held-out bits/dim": evaluations.best}.items():
+        if one is not None:
+            facts[name] = f"{one}, of {len(one.held_out)} images after update {one.step}"
     return facts
 
 

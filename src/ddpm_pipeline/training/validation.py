@@ -28,43 +28,40 @@ class Evaluation:
     def mean(self) -> float:
         return float(self.held_out.mean())
 
-    @property
-    def error(self) -> float:
-        """Standard error of the mean; nan of one image."""
-        return standard_error(self.held_out)
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" + (f" ± {standard_error(self.held_out):.2g}" if len(self.held_out) > 1 else "")
 
     def is_worse_than(self, best: "Evaluation") -> bool:
-        """Whether the images became less likely, by SURE standard errors of the paired differences, while the training images
-        became more likely.
+        """Whether the held-out images became less likely, by SURE standard errors of the differences image by image, while the
+        training images became more likely.
         """
-        differences = self.held_out - best.held_out  # the same images, noise and timesteps
-        return self.train < best.train and differences.mean() > SURE * standard_error(differences)
+        rise = self.held_out - best.held_out
+        return self.train < best.train and rise.mean() > SURE * standard_error(rise)
 
 
 class Validation:
-    """The evaluations of a run so far."""
+    """The evaluations of a run so far: those of the same `subject` (images, and how they are evaluated) in its folder, up to
+    update `first`. The best one is among those whose update `can_be_best`.
+    """
 
     def __init__(self, folder: Path, subject: str, first: int, can_be_best: Callable[[int], bool]):
-        """Those of the same `subject` (images and how they are evaluated) in the folder, up to update `first`; the best one is
-        among those whose update `can_be_best`.
-        """
         self.path, self.subject = folder / FILE, subject
         self.best: Evaluation | None = None  # the lowest held-out figure
         self.last: Evaluation | None = None
         self._worse = self._told = False  # whether the last one is worse than the best; whether it was said since the best
         for line in keep_lines(self.path, first):
-            stored = json.loads(line)
-            if stored["subject"] == subject:
-                held_out = np.array(stored["validation_bits_per_dim"])
-                self._note(Evaluation(stored["step"], held_out, stored["eval_bits_per_dim"]), can_be_best(stored["step"]))
+            step, held_out, train, of = json.loads(line).values()
+            if of == subject:
+                self._note(Evaluation(step, np.array(held_out), train), can_be_best(step))
 
     def add(self, evaluation: Evaluation) -> bool:
         """Write it down; whether the model has begun to memorise: it is the second one in succession that is worse than the
         best. This is said once after each best one.
         """
-        bits = {"validation_bits_per_dim": evaluation.held_out.tolist(), "eval_bits_per_dim": evaluation.train}
+        held_out, train = evaluation.held_out.tolist(), evaluation.train
+        line = {"step": evaluation.step, "validation_bits_per_dim": held_out, "eval_bits_per_dim": train, "of": self.subject}
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": evaluation.step, **bits, "subject": self.subject}) + "\n")
+            file.write(json.dumps(line) + "\n")
         return self._note(evaluation)
 
     def _note(self, evaluation: Evaluation, can_be_best: bool = True) -> bool:
@@ -78,4 +75,5 @@ class Validation:
 
 
 def standard_error(values: np.ndarray) -> float:
+    """Of the mean; NaN of a single value."""
     return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
