@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from ..ranges_alpha_ddpm import ValueRange
+from ..ranges_alpha_ddpm import DEPTHS, ValueRange
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
 from .columns import (
@@ -36,19 +36,24 @@ from .columns import (
     occurring_classes,
 )
 from .files import UNREADABLE, Reach, UnreadableFile
-from .images import BadImage, image_file, image_pixels, image_shape
-from .options import UNCONDITIONAL, ConditionColumns, DataOptions, shown_size
+from .images import SAY_RANGE, BadImage, Form, Shape, image_file, image_pixels, image_shape
+from .options import MAX_CHANNELS, UNCONDITIONAL, ConditionColumns, DataOptions, shown_size
+from .ranges import measured_images, range_of
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
 from .sources import Source, cache_folder, hash_of, load_source
 
 logger = logging.getLogger(__name__)
 
-PREPROCESSING_VERSION = 3  # part of the cache's key: raise it when the same options give other pixels
+PREPROCESSING_VERSION = 4  # part of the cache's key: raise it when the same options give other pixels
 BATCH_BYTES = 2**25  # of pixels preprocessed at a time
 
 PIXELS, DIGEST, REASON, FILE = RESERVED
 WHY_BAD = {REASON: Value("string"), FILE: Value("string")}  # of a row's image; null if it is good
-SIZES = Features({"width": Value("int32"), "height": Value("int32"), "channels": Value("int8"), **WHY_BAD})
+SIZES = Features(
+    {**dict.fromkeys(("width", "height", "channels", "pages"), Value("int32")),
+     **dict.fromkeys(("low", "high"), Value("float64")), **WHY_BAD}
+)  # fmt: skip
+NO_SHAPE = Shape(0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +63,8 @@ class ImageSet:
     Both kinds have `class_names` (of the label column's values 0, 1, ..., or None), `columns` (names of those that can be
     conditions) and `fingerprint`: 32 hex digits that say whether two runs see the same data. It is of the content, not of the
     path: it stays when a folder is moved or renamed, when a cache is rebuilt, and over processes. It changes when an image is
-    added, removed or replaced, when a caption or label is edited or a class renamed, and with the size and channels.
+    added, removed or replaced, when a caption or label is edited or a class renamed, and with the size, the channels, the way
+    of resizing and the range of values.
 
     - `ImageData`: of the preprocessed pixels of the usable rows in order, with the names, types and values of their columns.
     - `StreamData`: of local files, of their names within the data, their sizes, and the first and last 8 KB of each (so an
@@ -71,10 +77,21 @@ class ImageSet:
     channels: int
     value_range: ValueRange  # of the pixels, and their type
     roles: ColumnRoles
+    form: Form  # in which they are stored, or leave the stream
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Height and width before anything is cut at random from the images."""
+        return self.form.size
 
     @property
     def values_per_image(self) -> int:
-        return math.prod(self.size) * self.channels
+        """As stored."""
+        return math.prod(self.stored_size) * self.channels
+
+    @property
+    def bytes_per_image(self) -> int:
+        return self.values_per_image * np.dtype(self.form.dtype).itemsize
 
     @property
     def label_column(self) -> str | None:
@@ -115,11 +132,11 @@ class ImageData(ImageSet):
         return indices if self.rows is None else self.rows[indices]
 
     def pixels(self, indices: Sequence[int], flip: np.ndarray | None = None) -> torch.Tensor:
-        """Images, uint8 [B, C, H, W], contiguous. Where `flip`, bool [B], is true they are mirrored left to right."""
-        out = np.empty((len(indices), self.values_per_image), dtype=np.uint8)
+        """Images [B, C, H, W] of their own type, contiguous; mirrored left to right where `flip`, bool [B], is true."""
+        out = np.empty((len(indices), self.values_per_image), dtype=self.form.dtype)
         for image, (chunk, place) in zip(out, self._locate(indices), strict=True):
             image[:] = self._pixel_chunks[chunk][place]
-        return images_of(out, self.size, self.channels, flip)
+        return images_of(out, self.stored_size, self.channels, flip)
 
     def column(self, name: str, indices: Sequence[int]) -> torch.Tensor | list:
         """A kept column's values: int64 [B] for labels and whole numbers, else a list of B strings (or lists of them).
@@ -140,7 +157,7 @@ class ImageData(ImageSet):
 
     @cached_property
     def _pixel_chunks(self) -> list[np.ndarray]:
-        """Views into the memory-mapped file, uint8 [rows, H*W*C] each; nothing is read yet."""
+        """Views into the memory-mapped file, [rows, H*W*C] each; nothing is read yet."""
         flat = (chunk.flatten().to_numpy(zero_copy_only=True) for chunk in self.dataset.data.column(PIXELS).chunks)
         return [values.reshape(-1, self.values_per_image) for values in flat]
 
@@ -169,7 +186,7 @@ def cache_key(kind: str, *parts: Any) -> str:
 
 
 def images_of(flat: np.ndarray, size: tuple[int, int], channels: int, flip: np.ndarray | None = None) -> torch.Tensor:
-    """Rows of H*W*C values, uint8 [B, H*W*C], as images, uint8 [B, C, H, W]; mirrored where `flip`, bool [B], is true."""
+    """Rows of H*W*C values [B, H*W*C] as images [B, C, H, W] of their type; mirrored where `flip`, bool [B], is true."""
     shape = (len(flat), *size, channels)
     images = torch.from_numpy(flat).view(shape).permute(0, 3, 1, 2).contiguous()  # [B, H, W, C] -> [B, C, H, W]
     if flip is not None:
@@ -178,12 +195,17 @@ def images_of(flat: np.ndarray, size: tuple[int, int], channels: int, flip: np.n
     return images
 
 
-def load_images(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -> ImageData:
+def load_images(
+    options: DataOptions, columns: ConditionColumns = UNCONDITIONAL, value_range: ValueRange | None = None
+) -> ImageData:
     """The images that the options name, preprocessed, from the cache if they are there.
 
     `options.dataset` is the first of these that exists: a bundled data set such as "digits"; a local folder, archive, table or
-    pattern of tables (docs/data.md); a data set on the Hub. Size and channels default to the data's own, the label column
-    to the only ClassLabel column. Rows whose image cannot be read, or that lack what the condition reads, are skipped.
+    pattern of tables (docs/data.md); a data set on the Hub. Size, channels and depth default to the data's own, the label
+    column to the only ClassLabel column. Rows whose image cannot be read, or that lack what the condition reads, are skipped.
+
+    A `value_range` is that of a model which is evaluated on the images: they are read in its type, and values beyond it are
+    clipped, in place of what `options.value_range` says.
 
     Raises DataError if the data cannot be used as asked, or if all rows or more than `max_bad_fraction` of them are skipped.
     """
@@ -191,36 +213,79 @@ def load_images(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
     roles = find_roles(source.dataset.features, options.image_column, columns)
     source = source.with_classes(roles)
     state = source.state(roles.image)
-    threads = options.preprocessing_num_workers or 1
+    reading = {"roles": roles, "reach": source.reach, "threads": options.preprocessing_num_workers or 1}
     job = partial(_cached, source, options, roles)
-    size, channels = options.size, options.channels
-    if size is None or channels is None:
-        scan = partial(_scan_batch, roles=roles, reach=source.reach, threads=threads)
-        scanned = job(scan, cache_key("scan", state, roles.image), SIZES, 1000, "Looking at image sizes")
-        bad = _unusable(scanned)
-        check_bad_fraction(repr(options.dataset), bad, len(bad), len(scanned), options.max_bad_fraction)
-        width, height, native = (scanned.data.column(name).to_numpy() for name in ("width", "height", "channels"))
-        size = size or _own_size(options.dataset, np.stack([height, width], axis=1)[width > 0])
-        channels = channels or int(native.max())
-    images = ImageSet(source.name, size, channels, ValueRange(), roles)
+    looked_for = {"raw": is_raw(options, value_range), "channels": options.channels}
+    scan = partial(_scan_batch, **looked_for, **reading)
+    key = cache_key("scan", state, roles.image, looked_for)
+    scanned = job(scan, key, SIZES, 1000, "Looking at image sizes")
+    check_rows(repr(options.dataset), _unusable(scanned), len(scanned), options.max_bad_fraction)
+    size, form = _found_form(options, scanned, **looked_for)
+    form = form if value_range is None else replace(form, dtype=value_range.dtype)
+    images = ImageSet(source.name, size, form.channels, unmeasured(form), roles, form)
     _note_resizing(source, images)
     kept = kept_columns(source.dataset.features)
-    key = cache_key("pixels", state, roles.image, size, channels)
-    features, batch_size = cache_features(kept, images.values_per_image), BATCH_BYTES // images.values_per_image
-    preprocess = partial(_preprocess_batch, kept=list(kept), to=images, reach=source.reach, threads=threads)
+    key = cache_key("pixels", state, roles.image, astuple(form))
+    features, batch_size = cache_features(kept, images), BATCH_BYTES // images.bytes_per_image
+    preprocess = partial(_preprocess_batch, kept=list(kept), form=form, **reading)
     cached = job(preprocess, key, features, max(1, min(1000, batch_size)), "Preprocessing images")
-    return usable_images(cached, images, repr(options.dataset), options.max_bad_fraction)
+    data = usable_images(cached, images, repr(options.dataset), options.max_bad_fraction)
+    if not form.raw:
+        return data
+    if value_range is None:
+        looked_at = data.pixels(measured_images(len(data), data.bytes_per_image)).numpy()
+        value_range = range_of(options.value_range, looked_at, data.name)
+    return replace(data, value_range=value_range, fingerprint=hash_of(data.fingerprint, value_range.to_json()))
+
+
+def is_raw(options: DataOptions, value_range: ValueRange | None) -> bool:
+    """Whether values are taken as they are stored: if their range is stated or measured, and not that of a type."""
+    if value_range is None:
+        return options.value_range is not None
+    return value_range.dtype == "int16" or value_range != ValueRange.of_type(value_range.dtype)
+
+
+def unmeasured(form: Form) -> ValueRange:
+    """The range of a type; in place of that of raw values, which is not known yet, any."""
+    return ValueRange((0,), (1,), form.dtype) if form.raw else ValueRange.of_type(form.dtype)
+
+
+def depth_of(low: float, high: float) -> str:
+    """The smallest type that holds integers from low to high; float32 if none does, or if they are infinite."""
+    return next((depth for depth in DEPTHS[:-1] if np.iinfo(depth).min <= low and high <= np.iinfo(depth).max), DEPTHS[-1])
+
+
+def _found_form(options: DataOptions, scanned: Dataset, raw: bool, channels: int | None) -> tuple[tuple[int, int], Form]:
+    """(size, form) of the images, as far as asked for, or else as found."""
+    found = {name: scanned.data.column(name).to_numpy() for name in NO_SHAPE._fields}
+    good = found["width"] > 0
+    sizes = np.stack([found["height"], found["width"]], axis=1)[good]
+    size = options.size
+    if size is None or options.resize == "none":
+        own = _own_size(options.dataset, sizes)
+        if size not in (None, own):
+            fix = f"Use --resolution {shown_size(own)}, or --resize crop, pad or stretch"
+            raise DataError(
+                f"--resize none: the images of {options.dataset!r} are {shown_size(own)}, not {shown_size(size)}. {fix}."
+            )
+        size = own
+    if channels is None and (pages := int(found["pages"].max())) > 1:
+        words = "%r has TIFF files of %s pages, of which the first is read. If pages are channels, say --channels %d."
+        logger.warning(words, options.dataset, f"{pages} or more" if pages > MAX_CHANNELS else pages, min(pages, MAX_CHANNELS))
+    channels = channels or int(found["channels"].max())
+    dtype = depth_of(found["low"][good].min(), found["high"][good].max())
+    return size, Form(options.stored_size(size), channels, dtype, raw, options.resize)
 
 
 def _note_resizing(source: Source, to: ImageSet) -> None:
     """Log that the images are resized or change their channels, as far as the first one tells."""
     first = source.dataset.with_format("arrow")[:1].column(to.roles.image)[0]
     with contextlib.suppress(BadImage):
-        width, height, channels = _shape_of(to.roles.kind, source.reach, first.as_py())
-        found, wanted = (height, width, channels), (*to.size, to.channels)
+        shape = _shape_of(to.roles.kind, source.reach, to.form.raw, to.channels, row_value(first))
+        found, wanted = (shape.height, shape.width, shape.channels), (*to.stored_size, to.channels)
         if found != wanted:
             shapes = " to ".join(f"{h}x{w} with {c} channels" for h, w, c in (found, wanted))
-            logger.info("%s: images are scaled, cropped and converted, the first from %s", to.name, shapes)
+            logger.info("%s: images are resized (%s) and converted, the first from %s", to.name, to.form.resize, shapes)
 
 
 def usable_images(
@@ -234,14 +299,26 @@ def usable_images(
     label = cached.features.get(of.roles.label)  # of a stream, only the needed column is in the cache
     class_names = None if label is None else list(label.names)
     skipped = _unusable(cached, of.roles.needed, of.roles.num_classes(class_names))
-    check_bad_fraction(shown_name, skipped, len(skipped), len(cached), max_bad_fraction)
+    check_rows(shown_name, skipped, len(cached), max_bad_fraction)
     rows = np.setdiff1d(np.arange(len(cached)), [one["row"] for one in skipped]) if skipped else None
     digests = cached.data.column(DIGEST).to_numpy().astype("<u8")
     content = hashlib.blake2b((digests if rows is None else digests[rows]).tobytes(), digest_size=16).hexdigest()
     features = {name: str(feature) for name, feature in cached.features.items() if name not in (REASON, FILE)}
     fingerprint = hash_of(of.size, of.channels, features, content)
-    about = (of.name, of.size, of.channels, of.value_range, of.roles)
+    about = (of.name, of.size, of.channels, of.value_range, of.roles, of.form)
     return ImageData(*about, cached, class_names, fingerprint, rows, skipped)
+
+
+def check_rows(name: str, skipped: Sequence[SkippedRow], total: int, max_bad_fraction: float) -> None:
+    """As `check_bad_fraction`; in one line, if too many images are bad for want of `--value_range`."""
+    unclear = [one for one in skipped if SAY_RANGE in one["reason"]]
+    if len(unclear) / total > max_bad_fraction:
+        reason = unclear[0]["reason"].removesuffix(SAY_RANGE).rstrip(",; ")
+        raise DataError(
+            f"{len(unclear):,} of {total:,} images of {name} have no known black and white: {reason}. State them, as in "
+            "--value_range=-1000,3000 or --value_range percentile:1,99."
+        )
+    check_bad_fraction(name, skipped, len(skipped), total, max_bad_fraction)
 
 
 def _with_class_numbers(images: Dataset, label_column: str | None, classes: pa.Array | None) -> Dataset:
@@ -318,35 +395,40 @@ def _own_size(dataset: str, sizes: np.ndarray) -> tuple[int, int]:
     raise DataError(f"The images of {dataset!r} have {found}. Choose one with --resolution, such as 64 or 48x96.")
 
 
-def cache_features(kept: Features, size: int) -> Features:
-    """The cache's columns: those of preprocessed images of `size` values each, and those kept from the source."""
-    return Features({PIXELS: List(Value("uint8"), length=size), DIGEST: Value("uint64"), **WHY_BAD, **kept})
+def cache_features(kept: Features, of: ImageSet) -> Features:
+    """The cache's columns: those of preprocessed images, and those kept from the source."""
+    pixels = List(Value(of.form.dtype), length=of.values_per_image)
+    return Features({PIXELS: pixels, DIGEST: Value("uint64"), **WHY_BAD, **kept})
 
 
-def _scan_batch(table: pa.Table, *, roles: ColumnRoles, reach: Reach, threads: int) -> pa.Table:
-    look = partial(_shape_of, roles.kind, reach)
-    shapes, *why_bad = _each_image(table.column(roles.image), look, (0, 0, 0), threads)
+def _scan_batch(
+    table: pa.Table, *, roles: ColumnRoles, reach: Reach, threads: int, raw: bool, channels: int | None
+) -> pa.Table:
+    look = partial(_shape_of, roles.kind, reach, raw, channels)
+    shapes, *why_bad = _each_image(table.column(roles.image), look, NO_SHAPE, threads)
     columns = dict(zip(SIZES, [*zip(*shapes, strict=True), *why_bad], strict=True))
     return pa.Table.from_pydict(columns, schema=SIZES.arrow_schema)
 
 
-def _shape_of(kind: str, reach: Reach, value: Any) -> tuple[int, int, int]:
+def _shape_of(kind: str, reach: Reach, raw: bool, channels: int | None, value: Any) -> Shape:
     """`image_shape` of a row's image, whose file is read as a whole only if its header does not suffice."""
     with contextlib.suppress(BadImage):
         if file := reach.file_of(value):
-            return image_shape(file, kind)
-    return read_image(image_shape, kind, reach, value)
+            return image_shape(file, kind, raw, channels)
+    return read_image(image_shape, kind, reach, raw, channels, value)
 
 
-def _preprocess_batch(table: pa.Table, *, kept: list[str], to: ImageSet, reach: Reach, threads: int) -> pa.Table:
-    nothing = np.zeros((*to.size, to.channels), dtype=np.uint8)
-    read = partial(read_image, image_pixels, to.roles.kind, reach, to.size, to.channels)
-    images, *why_bad = _each_image(table.column(to.roles.image), read, nothing, threads)
+def _preprocess_batch(
+    table: pa.Table, *, roles: ColumnRoles, reach: Reach, threads: int, kept: list[str], form: Form
+) -> pa.Table:
+    nothing = np.zeros((*form.size, form.channels), dtype=form.dtype)
+    read = partial(read_image, image_pixels, roles.kind, reach, form)
+    images, *why_bad = _each_image(table.column(roles.image), read, nothing, threads)
     return cache_table(np.stack(images).reshape(len(table), -1), *why_bad, table.select(kept))
 
 
 def cache_table(pixels: np.ndarray, reasons: list[str | None], files: list[str | None], kept: pa.Table) -> pa.Table:
-    """Rows of the cache: pixels, uint8 [N, H*W*C]; what is wrong with them; and the N rows of the kept columns."""
+    """Rows of the cache: pixels [N, H*W*C]; what is wrong with them; and the N rows of the kept columns."""
     rows = zip(pixels, kept.to_pylist() if kept.column_names else [{}] * len(pixels), strict=True)
     contents = (image.tobytes() + json.dumps(values, sort_keys=True, default=str).encode() for image, values in rows)
     digests = np.frombuffer(b"".join(hashlib.blake2b(one, digest_size=8).digest() for one in contents), "<u8")
@@ -371,7 +453,7 @@ def _each_image(column: pa.ChunkedArray, function: Callable, bad: Any, threads: 
     """Results of `function` on the images, or `bad` where it raises BadImage; the reasons; the files of the bad ones."""
 
     def one(scalar: pa.Scalar) -> tuple:
-        value = scalar.as_py()  # one by one, since they may be large
+        value = row_value(scalar)  # one by one, since they may be large
         try:
             return function(value), None, None
         except BadImage as error:
@@ -381,6 +463,24 @@ def _each_image(column: pa.ChunkedArray, function: Callable, bad: Any, threads: 
         return zip(*map(one, column), strict=True)
     with ThreadPoolExecutor(threads) as pool:  # decoding and resizing leave the interpreter free
         return zip(*pool.map(one, column), strict=True)
+
+
+def row_value(scalar: pa.Scalar) -> Any:
+    """A cell of an Arrow table as Python has it, but nested lists of numbers as an array of their own type."""
+    scalar = scalar.value if isinstance(scalar, pa.ExtensionScalar) else scalar
+    if not _is_list(scalar.type) or scalar.values is None:
+        return scalar.as_py()
+    values, shape = scalar.values, [len(scalar.values)]
+    while _is_list(values.type):
+        lengths = values.value_lengths().unique().to_pylist()
+        if len(lengths) != 1 or None in lengths:
+            return scalar.as_py()  # an array that is not regular, which `images` refuses
+        shape, values = [*shape, lengths[0]], values.flatten()
+    return values.to_numpy(zero_copy_only=False).reshape(shape) if values.null_count == 0 else scalar.as_py()
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _unusable(images: Dataset, needed: str | None = None, num_classes: int | None = None) -> list[SkippedRow]:

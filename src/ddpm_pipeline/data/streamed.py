@@ -4,8 +4,9 @@ A stream is divided into parts, one per reading process (`divide`). `rows_of_par
 function of the seed; a `Position`, a few numbers, says how far it has been read. Evaluation stores the first images.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -20,10 +21,10 @@ from datasets.arrow_writer import ArrowWriter
 from ..ranges_alpha_ddpm import ValueRange
 from ..support.atomic import atomic_file
 from ..support.draws import block_order, shard_order
-from ..support.errors import DataError
-from .columns import check_column, find_roles, kept_columns, missing_value, occurring_classes
+from ..support.errors import ConfigError, DataError
+from .columns import ColumnRoles, check_column, find_roles, kept_columns, missing_value, occurring_classes
 from .files import Reach
-from .images import DEEP_MODES, BadImage, image_file, image_pixels
+from .images import DEEP_MODES, BadImage, Form, image_file, image_pixels, image_shape
 from .mapped import (
     ImageData,
     ImageSet,
@@ -31,13 +32,18 @@ from .mapped import (
     cache_key,
     cache_table,
     class_names_of,
+    depth_of,
     images_of,
+    is_raw,
     load_images,
     read_image,
+    row_value,
+    unmeasured,
     unreadable_rows,
     usable_images,
 )
-from .options import UNCONDITIONAL, ConditionColumns, DataOptions
+from .options import PERCENTILES, UNCONDITIONAL, ConditionColumns, DataOptions, numbers_of_range
+from .ranges import range_of
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
 from .sources import Source, as_data_error, cache_folder, column_of, hash_of, load_source
 
@@ -47,6 +53,7 @@ MANY_SHARDS = 16  # with this many shards per part, parts of whole shards have a
 BLOCK_BYTES = 2**28  # largest size of a block of rows as stored, whatever --shuffle_buffer is
 FIRST_ROWS = 10_000  # rows from whose captions a tokenizer is built
 JUDGED_ROWS = 1000  # rows after which the fraction of bad ones is checked
+CHECKED_IMAGES = 64  # on which a stated range of values is checked
 SHARD_BITS = 32  # a row's number holds its shard above these bits
 
 
@@ -74,21 +81,21 @@ class StreamData(ImageSet):
                 yield from (value.as_py() for value in table.column(name))
 
     def first(self, count: int) -> torch.Tensor:
-        """The first `count` usable images (or all), uint8 [n, C, H, W]. Raises DataError if too many rows there are bad."""
+        """The first `count` usable images (or all), [n, C, H, W]. Raises DataError if too many rows there are bad."""
         rows = [(pixels, found) for pixels, found, _ in self._first_rows(count)]
         skipped = [found for pixels, found in rows if pixels is None]
         self.check_bad_rows(skipped, len(skipped), len(rows))
         images = np.stack([pixels.reshape(-1) for pixels, _ in rows if pixels is not None])
-        return images_of(images, self.size, self.channels)
+        return images_of(images, self.stored_size, self.channels)
 
     def stored(self, count: int, cache_dir: str | None) -> ImageData:
         """The first `count` usable images (or all) in a memory-mapped cache. Raises DataError if too many rows are bad."""
         path = cache_folder(cache_dir) / f"{cache_key('stream', self.fingerprint, count)}.arrow"
         kept = Features({name: feature for name, feature in self.stream.features.items() if name != self.roles.image})
-        features = cache_features(kept, self.values_per_image)
+        features = cache_features(kept, self)
         known = Dataset.from_file(str(path)).data if path.exists() else None
         if known is None or unreadable_rows(known):  # such a file may be readable now
-            nothing = np.zeros(self.values_per_image, np.uint8)
+            nothing = np.zeros(self.values_per_image, self.form.dtype)
             with atomic_file(path) as temporary, ArrowWriter(features=features, path=str(temporary)) as writer:
                 for pixels, found, row in self._first_rows(count):
                     flat, why = (nothing, found) if pixels is None else (pixels.reshape(-1), {})
@@ -110,7 +117,7 @@ class StreamData(ImageSet):
                     return
 
     def read(self, table: pa.Table, index: int, row: int, shard: int | None = None) -> tuple[np.ndarray | None, Any]:
-        """A row's image, uint8 [H, W, C], and its value in the needed column; or None and the `SkippedRow`."""
+        """A row's image [H, W, C] and its value in the needed column; or None and the `SkippedRow`."""
         roles, condition = self.roles, None
         if roles.needed is not None:
             condition = table.column(roles.needed)[index].as_py()
@@ -118,9 +125,9 @@ class StreamData(ImageSet):
             missing = missing_value(condition, roles.needed, roles.num_classes(self.class_names))
             if missing is not None:
                 return None, skipped_row(row, missing, shard=shard)
-        value = table.column(roles.image)[index].as_py()
+        value = row_value(table.column(roles.image)[index])
         try:
-            return read_image(image_pixels, roles.kind, self.reach, self.size, self.channels, value), condition
+            return read_image(image_pixels, roles.kind, self.reach, self.form, value), condition
         except BadImage as error:
             return None, skipped_row(row, str(error), image_file(value), shard)
 
@@ -135,13 +142,21 @@ class StreamData(ImageSet):
         check_bad_fraction(repr(self.name), skipped, bad, seen, self.max_bad_fraction)
 
 
-def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -> StreamData:
+def open_stream(
+    options: DataOptions, columns: ConditionColumns = UNCONDITIONAL, value_range: ValueRange | None = None
+) -> StreamData:
     """The images that the options name, as in `load_images`, to be read as they are needed.
 
-    Channels default to 1 if the column's type says that images are grey, else to 3. Labels must be a ClassLabel. Raises
-    ConfigError without a resolution, DataError for data that cannot be used as asked.
+    The depth is that of the first usable image. Channels default to its own if it is beyond 8 bits or no picture, else to 1 if
+    the column's type says that images are grey, and to 3. Labels must be a ClassLabel. Raises ConfigError without a resolution
+    or for percentiles, DataError for data that cannot be used as asked.
     """
     options.require_resolution()
+    if value_range is None and (options.value_range or "").startswith(PERCENTILES):
+        raise ConfigError(
+            f"--value_range {options.value_range} is measured on all images, which a stream has not read. State low,high, or "
+            "drop --streaming."
+        )
     source = load_source(options, streaming=True)
     features = source.dataset.features
     if features is None:
@@ -157,15 +172,40 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
         classes = _classes(source, roles.label)
         class_names = class_names_of(classes)
     grey = isinstance(image, datasets.Array2D) or getattr(image, "mode", None) in ("1", "L", *DEEP_MODES)
-    size, channels = options.size, options.channels or (1 if grey else 3)
     read = [roles.image] if roles.needed is None else [roles.image, roles.needed]
     stream, kept = stream.decode(False).select_columns(read), list(kept_columns(features))
     with as_data_error(f"the files of {source.name!r}"):
         content = source.content(roles.image)
-    fingerprint = hash_of(content, roles.image, size, channels, roles.needed, class_names)
-    about = (source.name, size, channels, ValueRange(), roles)
-    limit = options.max_bad_fraction
-    return StreamData(*about, stream, kept, class_names, classes, source.reach, fingerprint, limit)
+    form = _first_form(options, source, stream, roles, grey, value_range)
+    size, more = options.size, [] if form == Form(form.size, form.channels) else astuple(form)[2:]
+    fingerprint = hash_of(content, roles.image, size, form.channels, roles.needed, class_names, *more)
+    about = (source.name, size, form.channels, unmeasured(form), roles, form)
+    data = StreamData(*about, stream, kept, class_names, classes, source.reach, fingerprint, options.max_bad_fraction)
+    if not form.raw:
+        return data
+    value_range = value_range or range_of(options.value_range, data.first(CHECKED_IMAGES).numpy(), data.name)
+    return replace(data, value_range=value_range, fingerprint=hash_of(fingerprint, value_range.to_json()))
+
+
+def _first_form(
+    options: DataOptions, source: Source, stream: IterableDataset, roles: ColumnRoles, grey: bool, model: ValueRange | None
+) -> Form:
+    """What the images become: the depth, and channels that are no picture's, are those of the first usable image."""
+    raw, shape = is_raw(options, model), None
+    with as_data_error(f"the stream {source.name!r}"):
+        for table in islice(_tables(stream), JUDGED_ROWS // READ_ROWS):
+            for scalar in table.column(roles.image) if shape is None else ():
+                with contextlib.suppress(BadImage):
+                    value = row_value(scalar)
+                    shape = read_image(image_shape, roles.kind, source.reach, raw, options.channels, value)
+                    break
+    channels, dtype = 1 if grey else 3, "uint8"
+    if shape is not None:
+        stated = numbers_of_range(options.value_range) if raw and model is None else []
+        dtype = depth_of(min(shape.low, *stated), max(shape.high, *stated)) if stated else depth_of(shape.low, shape.high)
+        channels = channels if dtype == "uint8" and shape.channels in (1, 3) else shape.channels
+    dtype = dtype if model is None else model.dtype
+    return Form(options.stored_size(options.size), options.channels or channels, dtype, raw, options.resize)
 
 
 def _classes(source: Source, label_column: str) -> pa.Array:
@@ -179,9 +219,14 @@ def _classes(source: Source, label_column: str) -> pa.Array:
         return occurring_classes(column_of(source, label_column), label_column)
 
 
-def open_data(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -> ImageData | StreamData:
-    """The images that the options name: a stream with `options.streaming`, else preprocessed in the cache."""
-    return (open_stream if options.streaming else load_images)(options, columns)
+def open_data(
+    options: DataOptions, columns: ConditionColumns = UNCONDITIONAL, value_range: ValueRange | None = None
+) -> ImageData | StreamData:
+    """The images that the options name: a stream with `options.streaming`, else preprocessed in the cache.
+
+    A `value_range` is that of a model which is evaluated on them.
+    """
+    return (open_stream if options.streaming else load_images)(options, columns, value_range)
 
 
 def _tables(stream: IterableDataset) -> Iterator[pa.Table]:
@@ -230,7 +275,7 @@ class Position:
 
 @dataclass(frozen=True)
 class StreamedImage:
-    pixels: np.ndarray  # uint8 [H, W, C]
+    pixels: np.ndarray  # [H, W, C]
     value: Any  # of the needed column
     number: int  # of shard and row: shard * 2^32 + row
     position: Position  # after it
