@@ -1,7 +1,6 @@
 """Images preprocessed once into a memory-mapped cache, from which batches are read without touching an image file.
 
-In a launch of several processes the main one calls `load_images` first (`accelerator.main_process_first()`), and the others
-find the cache, an Arrow file. `streamed` fills a cache of the same form.
+`condition_images` loads them with what they are conditioned on. `streamed` fills a cache of the same form.
 """
 
 import contextlib
@@ -11,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,25 +21,19 @@ import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from ..ranges_alpha_ddpm import DEPTHS, ValueRange
+from ..ranges_alpha_ddpm import ValueRange
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
-from .columns import (
-    RESERVED,
-    ColumnRoles,
-    check_column,
-    find_roles,
-    is_whole_number,
-    kept_columns,
-    missing_value,
-    occurring_classes,
-)
+from .columns import RESERVED, ColumnRoles, check_column, is_whole_number, missing_value, occurring_classes
 from .files import UNREADABLE, Reach, UnreadableFile
 from .images import SAY_RANGE, BadImage, Form, Shape, image_file, image_pixels, image_shape
-from .options import MAX_CHANNELS, UNCONDITIONAL, ConditionColumns, DataOptions, shown_size
-from .ranges import measured_images, range_of
+from .label_maps import form_of_label_maps, label_map
+from .options import MAX_CHANNELS, DataOptions, shown_size
+from .ranges import depth_of, is_raw, measured_images, range_of, unmeasured
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
-from .sources import Source, cache_folder, hash_of, load_source
+from .sources import Source, cache_folder, hash_of
+from .vectors import Attributes
+from .views import Views
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +42,8 @@ BATCH_BYTES = 2**25  # of pixels preprocessed at a time
 
 PIXELS, DIGEST, REASON, FILE = RESERVED
 WHY_BAD = {REASON: Value("string"), FILE: Value("string")}  # of a row's image; null if it is good
-SIZES = Features(
-    {**dict.fromkeys(("width", "height", "channels", "pages"), Value("int32")),
-     **dict.fromkeys(("low", "high"), Value("float64")), **WHY_BAD}
-)  # fmt: skip
 NO_SHAPE = Shape(0, 0, 0, 0, 0, 0)
+SIZES = Features({**{name: Value("float64") for name in NO_SHAPE._fields}, **WHY_BAD})
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,25 +63,39 @@ class ImageSet:
     """
 
     name: str  # of the bundled or Hub data set, or the last part of a local path
-    size: tuple[int, int]  # height and width
-    channels: int
-    value_range: ValueRange  # of the pixels, and their type
+    size: tuple[int, int]  # height and width, as the images are seen
+    form: Form  # in which they are stored, perhaps larger, so that windows can be taken of them
+    value_range: ValueRange  # of the pixels
     roles: ColumnRoles
-    form: Form  # in which they are stored, or leave the stream
+    resized: bool = field(default=False, kw_only=True)  # whether windows are, so that the plain view is of the whole image
+    classes: int | None = field(default=None, kw_only=True)  # of label maps: the pixels are 0..classes-1, or VOID
+    condition_images: "ImageSet | None" = field(default=None, kw_only=True)  # mapped, with a row per row of the source
+    attributes: Attributes | None = field(default=None, kw_only=True)  # what vectors hold
+
+    @property
+    def vector_names(self) -> list[str]:
+        return self.attributes.names
 
     @property
     def stored_size(self) -> tuple[int, int]:
-        """Height and width before anything is cut at random from the images."""
         return self.form.size
 
     @property
+    def channels(self) -> int:
+        return self.form.channels
+
+    @property
     def values_per_image(self) -> int:
-        """As stored."""
         return math.prod(self.stored_size) * self.channels
 
     @property
     def bytes_per_image(self) -> int:
         return self.values_per_image * np.dtype(self.form.dtype).itemsize
+
+    @property
+    def view(self) -> Views:
+        """How the images are seen if nothing is random."""
+        return Views(self.size, self.resized)
 
     @property
     def label_column(self) -> str | None:
@@ -111,6 +115,7 @@ class ImageData(ImageSet):
     fingerprint: str  # of the usable rows' pixels and kept columns, in order, wherever they lie; 32 hex digits
     rows: np.ndarray | None  # the usable rows, int64; None if all are
     skipped: Sequence[SkippedRow]  # the others
+    vectors: np.ndarray | None = None  # of all rows of the source, float32 [N, K]; NaN where a number is not told
 
     def __len__(self) -> int:
         return len(self.dataset) if self.rows is None else len(self.rows)
@@ -131,12 +136,19 @@ class ImageData(ImageSet):
             raise IndexError(f"index {indices.min()} or {indices.max()} is outside 0..{len(self) - 1}")
         return indices if self.rows is None else self.rows[indices]
 
-    def pixels(self, indices: Sequence[int], flip: np.ndarray | None = None) -> torch.Tensor:
-        """Images [B, C, H, W] of their own type, contiguous; mirrored left to right where `flip`, bool [B], is true."""
-        out = np.empty((len(indices), self.values_per_image), dtype=self.form.dtype)
-        for image, (chunk, place) in zip(out, self._locate(indices), strict=True):
-            image[:] = self._pixel_chunks[chunk][place]
-        return images_of(out, self.stored_size, self.channels, flip)
+    def pixels(self, indices: Sequence[int], views: Views | None = None) -> torch.Tensor:
+        """Images [B, C, *size] of their own type, contiguous; by default in their plain view. Label maps by nearest pixels."""
+        stored = [self._pixel_chunks[chunk][place] for chunk, place in self._locate(indices)]
+        return (views or self.view).apply(stored or self._pixel_chunks[0][:0], nearest=self.classes is not None)
+
+    def vector(self, indices: Sequence[int]) -> torch.Tensor:
+        """The numbers of images, float32 [B, K] in the order of `vector_names`; NaN where one is not told."""
+        return torch.from_numpy(self.vectors[self.rows_of(indices)])
+
+    @property
+    def vector_statistics(self) -> tuple[list[float], list[float]]:
+        """(means, deviations) of the numbers where they are told. Raises DataError for one that says nothing."""
+        return self.attributes.statistics(self.vectors if self.rows is None else self.vectors[self.rows])
 
     def column(self, name: str, indices: Sequence[int]) -> torch.Tensor | list:
         """A kept column's values: int64 [B] for labels and whole numbers, else a list of B strings (or lists of them).
@@ -157,9 +169,9 @@ class ImageData(ImageSet):
 
     @cached_property
     def _pixel_chunks(self) -> list[np.ndarray]:
-        """Views into the memory-mapped file, [rows, H*W*C] each; nothing is read yet."""
+        """Views into the memory-mapped file, [rows, H, W, C] each; nothing is read yet."""
         flat = (chunk.flatten().to_numpy(zero_copy_only=True) for chunk in self.dataset.data.column(PIXELS).chunks)
-        return [values.reshape(-1, self.values_per_image) for values in flat]
+        return [values.reshape(-1, *self.stored_size, self.channels) for values in flat]
 
     @cached_property
     def _chunk_starts(self) -> np.ndarray:
@@ -181,107 +193,92 @@ class ImageData(ImageSet):
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
+def other_size(size: Sequence[int], partner: Sequence[int]) -> str | None:
+    """Why a condition image of that size (height, width) is none of such an image."""
+    return None if size == partner else f"it is {shown_size(partner)}, and the image {shown_size(size)}"
+
+
 def cache_key(kind: str, *parts: Any) -> str:
     return hash_of(kind, PREPROCESSING_VERSION, *parts)
 
 
-def images_of(flat: np.ndarray, size: tuple[int, int], channels: int, flip: np.ndarray | None = None) -> torch.Tensor:
-    """Rows of H*W*C values [B, H*W*C] as images [B, C, H, W] of their type; mirrored where `flip`, bool [B], is true."""
-    shape = (len(flat), *size, channels)
-    images = torch.from_numpy(flat).view(shape).permute(0, 3, 1, 2).contiguous()  # [B, H, W, C] -> [B, C, H, W]
-    if flip is not None:
-        array, mirrored = images.numpy(), np.asarray(flip, dtype=bool)  # numpy's view: twice as fast as torch here
-        array[mirrored] = array[mirrored][..., ::-1]
-    return images
+def scan(source: Source, options: DataOptions, roles: ColumnRoles, raw: bool, channels: int | None) -> Dataset:
+    """The SIZES of the images, from the cache if they are there; `raw` and `channels` as for `image_shape`."""
+    key = cache_key("scan", source.state(roles.image), roles.image, raw, channels)
+    look = partial(shape_of, roles.kind, source.reach, raw=raw, channels=channels)
+    batch = partial(_scan_batch, column=roles.image, look=look, threads=options.preprocessing_num_workers or 1)
+    return _cached(source, options, roles, batch, key, SIZES, 1000, "Looking at image sizes")
 
 
-def load_images(
-    options: DataOptions, columns: ConditionColumns = UNCONDITIONAL, value_range: ValueRange | None = None
+def preprocessed(
+    source: Source,
+    options: DataOptions,
+    roles: ColumnRoles,
+    kept: Features,
+    classes: int | None = None,
+    value_range: ValueRange | None = None,
 ) -> ImageData:
-    """The images that the options name, preprocessed, from the cache if they are there.
+    """The images in the roles' column, with these columns beside them, from the cache if they are there.
 
-    `options.dataset` is the first of these that exists: a bundled data set such as "digits"; a local folder, archive, table or
-    pattern of tables (docs/data.md); a data set on the Hub. Size, channels and depth default to the data's own, the label
-    column to the only ClassLabel column. Rows whose image cannot be read, or that lack what the condition reads, are skipped.
-
-    A `value_range` is that of a model which is evaluated on the images: they are read in its type, and values beyond it are
-    clipped, in place of what `options.value_range` says.
-
-    Raises DataError if the data cannot be used as asked, or if all rows or more than `max_bad_fraction` of them are skipped.
+    Size, channels and depth default to the data's own; with `classes`, the images are label maps. A `value_range` is a model's:
+    images are read in its type, and values beyond it are clipped. Raises DataError if all rows or more than `max_bad_fraction`
+    of them are skipped, or if the images do not fit the options.
     """
-    source = load_source(options)
-    roles = find_roles(source.dataset.features, options.image_column, columns)
-    source = source.with_classes(roles)
-    state = source.state(roles.image)
-    reading = {"roles": roles, "reach": source.reach, "threads": options.preprocessing_num_workers or 1}
-    job = partial(_cached, source, options, roles)
-    looked_for = {"raw": is_raw(options, value_range), "channels": options.channels}
-    scan = partial(_scan_batch, **looked_for, **reading)
-    key = cache_key("scan", state, roles.image, looked_for)
-    scanned = job(scan, key, SIZES, 1000, "Looking at image sizes")
+    raw, channels = bool(classes) or is_raw(options, value_range), 1 if classes else options.channels
+    scanned = scan(source, options, roles, raw, channels)
     check_rows(repr(options.dataset), _unusable(scanned), len(scanned), options.max_bad_fraction)
-    size, form = _found_form(options, scanned, **looked_for)
-    form = form if value_range is None else replace(form, dtype=value_range.dtype)
-    images = ImageSet(source.name, size, form.channels, unmeasured(form), roles, form)
+    size, form = _found_form(options, scanned, raw, channels)
+    if value_range is not None:
+        form = replace(form, dtype=value_range.dtype)
+    if classes:
+        form = form_of_label_maps(form, classes)
+    images = ImageSet(source.name, size, form, unmeasured(form), roles, classes=classes, resized=options.resizes_windows)
     _note_resizing(source, images)
-    kept = kept_columns(source.dataset.features)
-    key = cache_key("pixels", state, roles.image, astuple(form))
-    features, batch_size = cache_features(kept, images), BATCH_BYTES // images.bytes_per_image
-    preprocess = partial(_preprocess_batch, kept=list(kept), form=form, **reading)
-    cached = job(preprocess, key, features, max(1, min(1000, batch_size)), "Preprocessing images")
+    key = cache_key("pixels", source.state(roles.image), roles.image, astuple(form), classes, list(kept))
+    features, batch_size = cache_features(kept, images), max(1, min(1000, BATCH_BYTES // images.bytes_per_image))
+    threads = options.preprocessing_num_workers or 1
+    preprocess = partial(_preprocess_batch, kept=list(kept), to=images, reach=source.reach, threads=threads)
+    cached = _cached(source, options, roles, preprocess, key, features, batch_size, "Preprocessing images")
     data = usable_images(cached, images, repr(options.dataset), options.max_bad_fraction)
-    if not form.raw:
+    if classes or not raw:
         return data
     if value_range is None:
         looked_at = data.pixels(measured_images(len(data), data.bytes_per_image)).numpy()
         value_range = range_of(options.value_range, looked_at, data.name)
-    return replace(data, value_range=value_range, fingerprint=hash_of(data.fingerprint, value_range.to_json()))
-
-
-def is_raw(options: DataOptions, value_range: ValueRange | None) -> bool:
-    """Whether values are taken as they are stored: if their range is stated or measured, and not that of a type."""
-    if value_range is None:
-        return options.value_range is not None
-    return value_range.dtype == "int16" or value_range != ValueRange.of_type(value_range.dtype)
-
-
-def unmeasured(form: Form) -> ValueRange:
-    """The range of a type; in place of that of raw values, which is not known yet, any."""
-    return ValueRange((0,), (1,), form.dtype) if form.raw else ValueRange.of_type(form.dtype)
-
-
-def depth_of(low: float, high: float) -> str:
-    """The smallest type that holds integers from low to high; float32 if none does, or if they are infinite."""
-    return next((depth for depth in DEPTHS[:-1] if np.iinfo(depth).min <= low and high <= np.iinfo(depth).max), DEPTHS[-1])
+    data = replace(data, value_range=value_range)
+    return replace(data, fingerprint=fingerprint_of(data, data.dataset, data.rows))
 
 
 def _found_form(options: DataOptions, scanned: Dataset, raw: bool, channels: int | None) -> tuple[tuple[int, int], Form]:
     """(size, form) of the images, as far as asked for, or else as found."""
     found = {name: scanned.data.column(name).to_numpy() for name in NO_SHAPE._fields}
     good = found["width"] > 0
-    sizes = np.stack([found["height"], found["width"]], axis=1)[good]
-    size = options.size
-    if size is None or options.resize == "none":
-        own = _own_size(options.dataset, sizes)
-        if size not in (None, own):
-            fix = f"Use --resolution {shown_size(own)}, or --resize crop, pad or stretch"
-            raise DataError(
-                f"--resize none: the images of {options.dataset!r} are {shown_size(own)}, not {shown_size(size)}. {fix}."
+    size, sizes = options.size, np.stack([found["height"], found["width"]], axis=1)[good].astype(int)
+    if options.resize == "none":
+        stored = _own_size(options.dataset, sizes)
+        size = size or stored
+        if (size != stored and not options.window_share) or size > stored or size[1] > stored[1]:
+            fix = (
+                f"Use --resolution {shown_size(stored)}, --resize crop, pad or stretch, or --random_crop 1 for smaller windows"
             )
-        size = own
+            raise DataError(
+                f"--resize none: the images of {options.dataset!r} are {shown_size(stored)}, not {shown_size(size)}. {fix}."
+            )
+    else:
+        size = size or _own_size(options.dataset, sizes)
+        stored = options.stored_size(size)
     if channels is None and (pages := int(found["pages"].max())) > 1:
-        words = "%r has TIFF files of %s pages, of which the first is read. If pages are channels, say --channels %d."
-        logger.warning(words, options.dataset, f"{pages} or more" if pages > MAX_CHANNELS else pages, min(pages, MAX_CHANNELS))
-    channels = channels or int(found["channels"].max())
-    dtype = depth_of(found["low"][good].min(), found["high"][good].max())
-    return size, Form(options.stored_size(size), channels, dtype, raw, options.resize)
+        words = "%r has TIFF files of several pages, of which the first is read. If pages are channels, say --channels %d"
+        logger.warning(words, options.dataset, min(pages, MAX_CHANNELS))
+    depth = depth_of(found["low"][good].min(), found["high"][good].max())
+    return size, Form(stored, channels or int(found["channels"].max()), depth, raw, options.resize)
 
 
 def _note_resizing(source: Source, to: ImageSet) -> None:
     """Log that the images are resized or change their channels, as far as the first one tells."""
     first = source.dataset.with_format("arrow")[:1].column(to.roles.image)[0]
     with contextlib.suppress(BadImage):
-        shape = _shape_of(to.roles.kind, source.reach, to.form.raw, to.channels, row_value(first))
+        shape = shape_of(to.roles.kind, source.reach, row_value(first), to.form.raw, to.channels)
         found, wanted = (shape.height, shape.width, shape.channels), (*to.stored_size, to.channels)
         if found != wanted:
             shapes = " to ".join(f"{h}x{w} with {c} channels" for h, w, c in (found, wanted))
@@ -301,23 +298,27 @@ def usable_images(
     skipped = _unusable(cached, of.roles.needed, of.roles.num_classes(class_names))
     check_rows(shown_name, skipped, len(cached), max_bad_fraction)
     rows = np.setdiff1d(np.arange(len(cached)), [one["row"] for one in skipped]) if skipped else None
+    about = (of.name, of.size, of.form, of.value_range, of.roles)
+    more = {"resized": of.resized, "classes": of.classes, "condition_images": of.condition_images, "attributes": of.attributes}
+    return ImageData(*about, cached, class_names, fingerprint_of(of, cached, rows), rows, skipped, **more)
+
+
+def fingerprint_of(images: ImageSet, cached: Dataset, rows: np.ndarray | None) -> str:
+    """32 hex digits of these rows of the cache."""
     digests = cached.data.column(DIGEST).to_numpy().astype("<u8")
     content = hashlib.blake2b((digests if rows is None else digests[rows]).tobytes(), digest_size=16).hexdigest()
     features = {name: str(feature) for name, feature in cached.features.items() if name not in (REASON, FILE)}
-    fingerprint = hash_of(of.size, of.channels, features, content)
-    about = (of.name, of.size, of.channels, of.value_range, of.roles, of.form)
-    return ImageData(*about, cached, class_names, fingerprint, rows, skipped)
+    measured = [] if images.value_range == unmeasured(images.form) else [images.value_range.to_json()]
+    return hash_of(images.size, images.channels, features, content, *measured)
 
 
 def check_rows(name: str, skipped: Sequence[SkippedRow], total: int, max_bad_fraction: float) -> None:
     """As `check_bad_fraction`; in one line, if too many images are bad for want of `--value_range`."""
-    unclear = [one for one in skipped if SAY_RANGE in one["reason"]]
+    unclear = [one["reason"] for one in skipped if SAY_RANGE in one["reason"]]
     if len(unclear) / total > max_bad_fraction:
-        reason = unclear[0]["reason"].removesuffix(SAY_RANGE).rstrip(",; ")
-        raise DataError(
-            f"{len(unclear):,} of {total:,} images of {name} have no known black and white: {reason}. State them, as in "
-            "--value_range=-1000,3000 or --value_range percentile:1,99."
-        )
+        found, why = f"{len(unclear):,} of {total:,} images of {name}", unclear[0].partition(SAY_RANGE)[0]
+        fix = "state them, as in --value_range=-1000,3000 or --value_range percentile:1,99"
+        raise DataError(f"{found} have no known black and white: {why}{fix}.")
     check_bad_fraction(name, skipped, len(skipped), total, max_bad_fraction)
 
 
@@ -401,16 +402,13 @@ def cache_features(kept: Features, of: ImageSet) -> Features:
     return Features({PIXELS: pixels, DIGEST: Value("uint64"), **WHY_BAD, **kept})
 
 
-def _scan_batch(
-    table: pa.Table, *, roles: ColumnRoles, reach: Reach, threads: int, raw: bool, channels: int | None
-) -> pa.Table:
-    look = partial(_shape_of, roles.kind, reach, raw, channels)
-    shapes, *why_bad = _each_image(table.column(roles.image), look, NO_SHAPE, threads)
+def _scan_batch(table: pa.Table, *, column: str, look: Callable, threads: int) -> pa.Table:
+    shapes, *why_bad = _each_image(table.column(column), look, NO_SHAPE, threads)
     columns = dict(zip(SIZES, [*zip(*shapes, strict=True), *why_bad], strict=True))
     return pa.Table.from_pydict(columns, schema=SIZES.arrow_schema)
 
 
-def _shape_of(kind: str, reach: Reach, raw: bool, channels: int | None, value: Any) -> Shape:
+def shape_of(kind: str, reach: Reach, value: Any, raw: bool = False, channels: int | None = None) -> Shape:
     """`image_shape` of a row's image, whose file is read as a whole only if its header does not suffice."""
     with contextlib.suppress(BadImage):
         if file := reach.file_of(value):
@@ -418,12 +416,9 @@ def _shape_of(kind: str, reach: Reach, raw: bool, channels: int | None, value: A
     return read_image(image_shape, kind, reach, raw, channels, value)
 
 
-def _preprocess_batch(
-    table: pa.Table, *, roles: ColumnRoles, reach: Reach, threads: int, kept: list[str], form: Form
-) -> pa.Table:
-    nothing = np.zeros((*form.size, form.channels), dtype=form.dtype)
-    read = partial(read_image, image_pixels, roles.kind, reach, form)
-    images, *why_bad = _each_image(table.column(roles.image), read, nothing, threads)
+def _preprocess_batch(table: pa.Table, *, kept: list[str], to: ImageSet, reach: Reach, threads: int) -> pa.Table:
+    nothing = np.zeros((*to.stored_size, to.channels), dtype=to.form.dtype)
+    images, *why_bad = _each_image(table.column(to.roles.image), partial(pixels_of, to, reach), nothing, threads)
     return cache_table(np.stack(images).reshape(len(table), -1), *why_bad, table.select(kept))
 
 
@@ -436,6 +431,13 @@ def cache_table(pixels: np.ndarray, reasons: list[str | None], files: list[str |
     why_bad = {REASON: pa.array(reasons, pa.string()), FILE: pa.array(files, pa.string())}
     columns = {PIXELS: flat, DIGEST: pa.array(digests, pa.uint64()), **why_bad}
     return pa.table({**columns, **{name: kept.column(name) for name in kept.column_names}})
+
+
+def pixels_of(to: ImageSet, reach: Reach, value: Any) -> np.ndarray:
+    """A row's image or label map as pixels of that set, [H, W, C]. Raises `BadImage`, or `UnreadableFile`."""
+    if to.classes:
+        return read_image(label_map, to.roles.kind, reach, to.form, to.classes, value)
+    return read_image(image_pixels, to.roles.kind, reach, to.form, value)
 
 
 def read_image(function: Callable, kind: str, reach: Reach, *args: Any) -> Any:

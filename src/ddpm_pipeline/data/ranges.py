@@ -6,12 +6,30 @@ MEASURED_BYTES: a function of the data alone, in memory that does not grow with 
 
 import numpy as np
 
-from ..ranges_alpha_ddpm import ValueRange
+from ..ranges_alpha_ddpm import DEPTHS, ValueRange
 from ..support.errors import DataError
-from .options import PERCENTILES, numbers_of_range
+from .images import Form
+from .options import PERCENTILES, DataOptions, numbers_of_range
 
 MEASURED_BYTES = 2**27
 MOST_CLIPPED = 0.001  # share of the values that a stated range may leave out
+
+
+def is_raw(options: DataOptions, value_range: ValueRange | None) -> bool:
+    """Whether values are taken as they are stored: if their range, or that of a model, is not the one of a type."""
+    if value_range is None:
+        return options.value_range is not None
+    return value_range.dtype == "int16" or value_range != ValueRange.of_type(value_range.dtype)
+
+
+def unmeasured(form: Form) -> ValueRange:
+    """The range of a type; in place of that of raw values, which is not known yet, any."""
+    return ValueRange((0,), (1,), form.dtype) if form.raw and not form.nearest else ValueRange.of_type(form.dtype)
+
+
+def depth_of(low: float, high: float) -> str:
+    """The smallest type that holds integers from low to high; float32 if none does, or if they are infinite."""
+    return next((depth for depth in DEPTHS[:-1] if np.iinfo(depth).min <= low and high <= np.iinfo(depth).max), DEPTHS[-1])
 
 
 def measured_images(count: int, bytes_per_image: int) -> np.ndarray:
