@@ -121,7 +121,7 @@ class CombinedCondition(Condition):
         return unet
 
     def preview(self, count: int) -> tuple[Request, int]:
-        data = self.image.data
+        data = self.image.data.shown(MAX_PREVIEW_ROWS)
         return self.rows(count, **self.request_like(data, range(min(MAX_PREVIEW_ROWS, len(data))), 0).arguments)
 
     def left(self, request: Request, columns: int) -> Tensor:

@@ -82,8 +82,8 @@ class ImageInput(Condition):
         return WithConditionImage(unet)
 
     def preview(self, count: int) -> tuple[Request, int]:
-        shown = range(min(MAX_PREVIEW_ROWS, len(self.data)))
-        return self.rows(count, **self.request_like(self.data, shown, 0).arguments)
+        data = self.data.shown(MAX_PREVIEW_ROWS)
+        return self.rows(count, **self.request_like(data, range(min(MAX_PREVIEW_ROWS, len(data))), 0).arguments)
 
     def left(self, request: Request, columns: int) -> Tensor:
         encoded = self.unet_inputs(request)["condition_image"][::columns]

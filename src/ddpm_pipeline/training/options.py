@@ -339,8 +339,6 @@ class TrainingOptions(OptionSet):
                 f"--eval_samples {self.watching.eval_samples} does not work with --streaming, since it compares with all of "
                 "the data; drop one."
             )
-        if self.data.streaming and {"image", "vector"} & self.condition.parts:
-            raise ConfigError(f"--streaming does not work with --condition {self.condition} yet; drop one.")
 
     @classmethod
     def merged(cls, stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -71,10 +71,11 @@ class NumbersCondition(Condition):
 
     def preview(self, count: int) -> tuple[Request, int]:
         """The numbers of the images at equally spaced quantiles of the first of them."""
-        first = self.read(self.data, range(len(self.data)))[:, 0]
+        data = self.data.shown(MAX_PREVIEW_ROWS)
+        first = self.read(data, range(len(data)))[:, 0]
         order = first.argsort(stable=True)[: first.isfinite().sum()]
         places = np.linspace(0, len(order) - 1, min(count, MAX_PREVIEW_ROWS, len(order))).round().astype(int)
-        return self.rows(count, **self.request_like(self.data, order[places].tolist(), 0).arguments)
+        return self.rows(count, **self.request_like(data, order[places].tolist(), 0).arguments)
 
     def row_names(self, request: Request, columns: int | None) -> list[str]:
         return [self._shown(row) for row in request.arguments["condition_vector"][::columns]]
