@@ -13,7 +13,8 @@ from PIL import Image
 
 from data_helpers import encoded, rgb, stream_of, write_image
 from ddpm_pipeline.data import DataError
-from ddpm_pipeline.data.streamed import Position, divide, rows_of_part
+from ddpm_pipeline.data.streamed import Position, StreamedBatch, divide, rows_of_part
+from ddpm_pipeline.data.views import Views
 
 
 def ids(seed: int, classes: int = 3, height: int = 8, width: int = 8) -> np.ndarray:
@@ -152,7 +153,9 @@ def test_streams_read_the_same_pairs(load, masked, tmp_path):
     stored, mapped = stream.stored(10, str(tmp_path / "stored")), load(masked, max_bad_fraction=0.5, **MASKS)
     assert stored.rows_of(range(2)).tolist() == mapped.rows_of(range(2)).tolist() == [0, 2]
     assert stored.condition_images.pixels([0, 2]).equal(mapped.condition_images.pixels([0, 2]))
-    rows = rows_of_part(stream, divide(stream, 1), 0, 0, 10, Position())
-    for image in islice(rows, 4):
+    images = list(islice(rows_of_part(stream, divide(stream, 1), 0, 0, 10, Position()), 4))
+    mirrored = Views((8, 8), flips=np.array([[False, True]] * 4))
+    second = StreamedBatch(stream, images).condition_images.pixels(range(4), mirrored)[:, 0].numpy()
+    for image, seen in zip(images, second, strict=True):
         seed = next(seed for seed in range(3) if (image.pixels == rgb(seed)).all())
-        assert (image.second[..., 0] == ids(seed)).all() and image.vector is None
+        assert (seen == ids(seed)[:, ::-1]).all() and image.vector is None

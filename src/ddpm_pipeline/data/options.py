@@ -1,13 +1,19 @@
 """Which data a command reads, and how: the options from the command line to the reader. Imports neither torch nor datasets."""
 
+import contextlib
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..support.errors import ConfigError
-from ..support.options import BELOW_ONE, OptionGroup, at_least, one_of, option
+from ..support.options import BELOW_ONE, Allowed, OptionGroup, at_least, one_of, option
 
-CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+CHANNELS = (1, 3, 4)  # grey, RGB, RGBA: of pictures, which are converted to one another
+MAX_CHANNELS = 64
+RESIZE = ("crop", "pad", "stretch", "none")
+PERCENTILES = "percentile:"
+SHARE = Allowed("above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 def parse_resolution(value: Any) -> int | str:
@@ -31,6 +37,23 @@ def shown_size(size: tuple[int, int]) -> str:
     return "x".join(map(str, size))
 
 
+def parse_value_range(value: Any) -> str:
+    """As text, with the numbers that `numbers_of_range` gives. Raises ValueError, completing "must be", for others."""
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value).replace(" ", "")
+    with contextlib.suppress(ValueError):
+        numbers = numbers_of_range(text)
+        pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
+        percentiles = not text.startswith(PERCENTILES) or (len(pairs) == 1 and numbers[0] >= 0 and numbers[1] <= 100)
+        if pairs and percentiles and all(math.isfinite(high - low) and low < high for low, high in pairs):
+            return text
+    raise ValueError("low,high such as -1000,3000 (or such a pair for each channel), or percentiles such as percentile:1,99")
+
+
+def numbers_of_range(text: str) -> list[float]:
+    """The numbers in a range of values, or in one of percentiles."""
+    return [float(number) for number in text.removeprefix(PERCENTILES).split(",")]
+
+
 # fmt: off
 
 
@@ -49,8 +72,15 @@ class DataOptions(OptionGroup):
     resolution: int | str | None = option(
         None, "Size of the images in pixels: 64, or height x width as in 48x96. By default their own, if they share one.",
         parse=parse_resolution)
+    resize: str = option(
+        "crop", "How images get this size: scaled to cover it and cut to the centre (crop), scaled to fit into it and padded "
+        "with the values of their edges (pad), scaled in each direction (stretch), or not at all (none).", one_of(RESIZE))
     channels: int | None = option(
-        None, "1 (grey), 3 (RGB) or 4 (RGBA). By default 1 if all images are grey, else 3.", one_of(CHANNELS))
+        None, f"1 (grey), 3 (RGB), 4 (RGBA), or the number of bands, up to {MAX_CHANNELS}. By default those of the images.",
+        Allowed(f"at least 1 and at most {MAX_CHANNELS}", lambda value: 1 <= value <= MAX_CHANNELS))
+    value_range: str | None = option(
+        None, "Values of the data that become black and white: low,high such as -1000,3000, for all channels or a pair for "
+        "each, or percentile:1,99, measured on the data. By default those of the file type.", parse=parse_value_range)
     cache_dir: str | None = option(
         None, "Cache folder for preprocessed images. By default the datasets library's.", on_resume="tell", in_recipe=False)
     preprocessing_num_workers: int | None = option(
@@ -61,6 +91,35 @@ class DataOptions(OptionGroup):
     follow_paths: bool = option(
         False, "Read images that the rows of local data name by an address or by a path outside of the data's folder.")
     streaming: bool = option(False, "Read images as they are needed instead of preprocessing all of them first.")
+    random_crop: float | None = option(
+        None, "Windows with this share of the height and width, from images stored at --resolution / SHARE: in training at "
+        "random places, else in the centre. With --resize none, 1: windows of --resolution from images as they are.", SHARE)
+
+    resizes_windows: ClassVar[bool] = False  # whether windows of random shares are resized
+
+    @property
+    def window_share(self) -> float | None:
+        """The smallest share of a stored image's sides that a window has; None if images are stored as they are seen."""
+        return self.random_crop
+
+    def check(self) -> None:
+        if self.random_crop and (self.random_crop == 1) != (self.resize == "none"):
+            raise ConfigError("--random_crop 1 is for --resize none; else use a smaller share of the height and width.")
+
+    def stored_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width at which images are stored that are seen in this size. Raises ConfigError if that is the same
+        although windows were asked for.
+        """
+        if self.window_share is None:
+            return size
+        stored = tuple(round(side / self.window_share) for side in size)
+        if stored == size:
+            name = "random_crop" if self.random_crop else "random_resized_crop"
+            raise ConfigError(
+                f"--{name} {self.window_share:g} of {shown_size(size)} pixels leaves a window only one place; use at "
+                f"most {max(size) / (max(size) + 1):.2g}."
+            )
+        return stored
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -78,15 +137,32 @@ class TrainingDataOptions(DataOptions):
     """The same, and the order in which training sees the images."""
 
     random_flip: bool = option(False, "Mirror each image left to right with probability 1/2.")
+    random_resized_crop: float | None = option(
+        None, "Windows at random places, with a random share of the height and width from this one to 1, resized to "
+        "--resolution. Images are stored at --resolution / SHARE, so that no window is enlarged.", SHARE)
+    augment: float | None = option(
+        None, "Probability of each of six augmentations, usually 0.12: mirroring, turning upside down, scaling, rotation, "
+        "stretching, shifting. The network is told which, so that samples show none (docs/training.md).", SHARE)
     shuffle_buffer: int = option(
         10_000, "Rows of a stream that each reading process shuffles together, or fewer if they exceed 256 MB.", at_least(1))
     dataloader_num_workers: int = option(
         0, "Worker processes that prepare batches in advance, per training process.", at_least(0), on_resume="tell",
         in_recipe=False)
 
+    @property
+    def resizes_windows(self) -> bool:
+        return self.random_resized_crop is not None
+
+    @property
+    def window_share(self) -> float | None:
+        return self.random_crop or self.random_resized_crop
+
     def check(self) -> None:
+        super().check()
         if self.streaming:
             self.require_resolution()
+        if self.random_crop and self.random_resized_crop:
+            raise ConfigError("--random_crop and --random_resized_crop are two kinds of windows; drop one.")
 
 
 @dataclass(frozen=True)

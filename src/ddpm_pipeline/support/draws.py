@@ -26,6 +26,9 @@ class RandomStream(IntEnum):
     MODEL = 6
     PREVIEW = 7
     DROPOUT = 8
+    WINDOW = 9
+    AUGMENTATION = 10
+    MASK = 11
     BLOCK = 20
     FIRST_DROPOUT = 30  # of the class or numbers beside a condition image
     IMAGE_DROPOUT = 31  # of that image
@@ -60,6 +63,10 @@ class BatchSlice:
     def uniform(self, stream: RandomStream) -> np.ndarray:
         """Numbers in [0, 1), one per position, float64 [b]."""
         return uniform(self.seed, stream, self.step, self.batch_size)[self.positions]
+
+    def uniforms(self, stream: RandomStream, count: int) -> np.ndarray:
+        """Numbers in [0, 1), `count` per position, float64 [b, count]."""
+        return uniform(self.seed, stream, self.step, self.batch_size * count).reshape(-1, count)[self.positions]
 
     def seeds(self, stream: RandomStream) -> np.ndarray:
         """A 53-bit seed per position, int64 [b]."""

@@ -62,7 +62,7 @@ def train(options: TrainingOptions) -> Path:
             pusher = Pusher(options.hub, folder) if options.hub.push_to_hub and main else None
             data = open_data(options.data, options.condition.columns)
         seed_weights(options.run.seed)
-        condition = build_condition(options.condition, data, options.model.init_from)
+        condition = build_condition(options.condition, data, options.model.init_from, options.data.cache_dir)
 
         # What it learns
         unet, scheduler = build_model(options.model, options.diffusion, data.size, data.channels, condition)
@@ -131,7 +131,7 @@ def open_batches(
     """This process's micro-batches from update `first` on; of a stream, from the `position` that a checkpoint holds."""
     optimisation, passes = options.optimisation, options.optimisation.gradient_accumulation_steps
     process = accelerator.process_index, accelerator.num_processes
-    drawing = options.data.random_flip, options.diffusion.timestep_sampling
+    drawing = options.data.random_flip, options.diffusion.timestep_sampling, options.data.window_share, options.data.augment
     plan = BatchPlan(options.run.seed, optimisation.batch_size, passes, *process, *drawing)
     micro_batches = range(first * passes, optimisation.max_train_steps * passes)
     return batch_loader(data, plan, condition, micro_batches, options.data, accelerator.device.type, position)
@@ -193,6 +193,8 @@ def losses_of(
     if options.hardware.channels_last:
         sample = sample.contiguous(memory_format=torch.channels_last)
     inputs = condition.inputs(batch["condition"], original_samples) if "condition" in batch else {}
+    if "augmentation" in batch:
+        inputs["augmentation"] = batch["augmentation"].to(timesteps.device, non_blocking=True)
     prediction = model(sample, timesteps, **inputs).sample
     diffusion, noised = options.diffusion, NoisedBatch(original_samples, noise, timesteps, sample, value_range.num_bins)
     weights = 1.0 if diffusion.snr_gamma is None else min_snr_weights(scheduler, timesteps, diffusion.snr_gamma)

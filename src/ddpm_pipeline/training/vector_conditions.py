@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.mapped import ImageData
+from ..data.mapped import ImageData, ImageSet
 from ..encoding_alpha_ddpm import VectorCondition, embedding_width
 from ..generation.drawing import Request
 from ..support.draws import BatchSlice, RandomStream
@@ -23,8 +23,8 @@ class NumbersCondition(Condition):
     of several is dropped on its own.
     """
 
-    def __init__(self, options: ConditionOptions, data: ImageData):
-        self.options, self.data = options, data
+    def __init__(self, options: ConditionOptions, data: ImageSet):
+        self.options = options
         self.encoder = VectorCondition(data.vector_names, *data.vector_statistics)
         self.width = 0  # of the UNet's time embedding, once it is known
 
@@ -71,23 +71,31 @@ class NumbersCondition(Condition):
 
     def preview(self, count: int) -> tuple[Request, int]:
         """The numbers of the images at equally spaced quantiles of the first of them."""
-        first = self.read(self.data, range(len(self.data)))[:, 0]
+        first = self.read(self.examples, range(len(self.examples)))[:, 0]
         order = first.argsort(stable=True)[: first.isfinite().sum()]
         places = np.linspace(0, len(order) - 1, min(count, MAX_PREVIEW_ROWS, len(order))).round().astype(int)
-        return self.rows(count, **self.request_like(self.data, order[places].tolist(), 0).arguments)
+        return self.rows(count, **self.request_like(self.examples, order[places].tolist(), 0).arguments)
 
     def row_names(self, request: Request, columns: int | None) -> list[str]:
         return [self._shown(row) for row in request.arguments["condition_vector"][::columns]]
 
     def _shown(self, row: Sequence[float]) -> str:
-        return ", ".join(f"{name}={value:.4g}" for name, value in zip(self.encoder.names, row, strict=True))
+        told = dict(zip(self.encoder.names, row, strict=True))
+        if {*self.encoder.mean, *self.encoder.std} == {0, 1}:  # labels that an image has or not
+            return ", ".join(name for name, value in told.items() if value == 1)
+        return ", ".join(f"{name}={value:.4g}" for name, value in told.items())
 
     def facts(self) -> dict[str, str]:
-        told = zip(self.encoder.names, self.encoder.mean, self.encoder.std, strict=True)
-        dropout = f"{self.options.condition_dropout:.0%} of the numbers"
-        statistics = ", ".join(f"{name} {mean:.4g} ± {std:.4g}" for name, mean, std in told)
-        return {"condition": f"numbers (mean ± standard deviation): {statistics}", "condition dropout": dropout}
+        told = [*zip(self.encoder.names, self.encoder.mean, self.encoder.std, strict=True)]
+        shown = [f"{name} {mean:.4g} ± {std:.4g}" for name, mean, std in told[:MAX_PREVIEW_ROWS]]
+        more = f" and {len(told) - len(shown)} more" if len(told) > len(shown) else ""
+        return {
+            "condition": f"{len(told)} number{'s' * (len(told) > 1)} (mean ± standard deviation): {', '.join(shown)}{more}",
+            "condition dropout": f"{self.options.condition_dropout:.0%} of the numbers",
+        }
 
     def arguments(self) -> list[str]:
-        told = {name: float(f"{mean:.4g}") for name, mean in zip(self.encoder.names, self.encoder.mean, strict=True)}
+        """Of at most three numbers, a standard deviation above the mean."""
+        moments = [*zip(self.encoder.names, self.encoder.mean, self.encoder.std, strict=True)][:3]
+        told = {name: float(f"{mean + std:.4g}") for name, mean, std in moments}
         return [f"condition_vector={told}"]
