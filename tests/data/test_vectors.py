@@ -67,8 +67,11 @@ def test_numbers_beside_second_images_from_a_metadata_file(load, tmp_path):
     data = load(tmp_path / "d", condition="vector+image", condition_column="angle,sketch")
     assert data.vector([1]).tolist() == [[0.5]] and data.condition_images.channels == 3
     assert (data.condition_images.pixels([2])[0].permute(1, 2, 0).numpy() == rgb(12)).all()
-    (tmp_path / "d" / "metadata.csv").write_text("file_name,angle\nimages/0.png,1\nimages/1.png,2\n")
-    data = load(tmp_path / "d", condition="vector+image", condition_column="angle,sketch")
+    (tmp_path / "d" / "metadata.csv").unlink()
+    lines = ['{"file_name": "images/0.png", "tags": ["b", "a"]}', '{"file_name": "images/1.png", "tags": []}']
+    (tmp_path / "d" / "metadata.jsonl").write_text("\n".join(lines))
+    data = load(tmp_path / "d", condition="vector+image", condition_column="tags,sketch")
+    assert data.vector_names == ["a", "b"] and data.vector([1, 0]).tolist() == [[0, 0], [1, 1]]
     assert (data.condition_images.pixels([1])[0].permute(1, 2, 0).numpy() == rgb(11)).all()
 
 

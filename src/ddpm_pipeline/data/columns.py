@@ -18,7 +18,7 @@ IMAGE_COLUMNS = (
     "Image columns hold the Image feature, {bytes, path} structs, arrays [H, W] or [H, W, C] of uint8 (cast others), or bytes."
 )
 MAX_CLASSES = 2**16
-BESIDE = "condition_image"  # the column of images in a second folder
+BESIDE = "second_folder"  # the column of images in a second folder
 RESERVED = ("pixels", "pixels_digest", "skipped_reason", "skipped_file")  # the cache's own columns
 
 
@@ -60,7 +60,7 @@ def find_roles(features: Features, image_column: str | None, asked: ConditionCol
     else:
         labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
         label = labels[0] if len(labels) == 1 else None
-        if not labels and asked.condition != "none" and _is_label(features.get("label")):
+        if not labels and {"class", "text"} & set(asked.kinds) and _is_label(features.get("label")):
             label = "label"
     needed = {"class": label, "text": text or label}.get(asked.kinds[0])
     partner_kind = None if partner is None else _image_kind(features[partner])

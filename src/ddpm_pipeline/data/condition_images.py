@@ -23,6 +23,8 @@ from .vectors import Attributes, find_attributes
 
 logger = logging.getLogger(__name__)
 
+CONDITION_IMAGE = "the condition image: "  # begins the reason of a row that is bad for it
+
 
 def load_images(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -> ImageData:
     """The images that the options name, preprocessed, from the cache if they are there.
@@ -54,7 +56,8 @@ def _with_partners(data: ImageData, source: Source, options: DataOptions, column
     roles = ColumnRoles(data.roles.partner, data.roles.partner_kind, None, None, None)
     given = replace(options, resolution=shown_size(data.size), channels=None)
     second = preprocessed(source, given, roles, Features({}), columns.condition_classes)
-    bad = [*second.skipped, *_of_another_size(source, options, data.roles, roles)]
+    unread = [{**one, "reason": CONDITION_IMAGE + one["reason"]} for one in second.skipped]
+    bad = [*unread, *_of_another_size(source, options, data.roles, roles)]
     return joined(data, second, bad, repr(options.dataset), options.max_bad_fraction)
 
 
@@ -84,4 +87,4 @@ def _of_another_size(source: Source, options: DataOptions, *roles: ColumnRoles) 
     sizes = np.stack([[table.column(side).to_numpy() for side in ("height", "width")] for table in shapes])  # [2, 2, N]
     for row in np.flatnonzero(sizes.all(axis=(0, 1)) & (sizes[0] != sizes[1]).any(axis=0)).tolist():
         value = source.dataset.with_format("arrow")[row].column(roles[1].image)[0].as_py()
-        yield skipped_row(row, other_size(*sizes[:, :, row].tolist()), image_file(value))
+        yield skipped_row(row, CONDITION_IMAGE + other_size(*sizes[:, :, row].tolist()), image_file(value))

@@ -31,7 +31,8 @@ from .label_maps import label_map
 from .options import DataOptions, shown_size
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
 from .sources import Source, cache_folder, hash_of
-from .vectors import Attributes, statistics
+from .vectors import Attributes
+from .views import Views
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +60,12 @@ class ImageSet:
     """
 
     name: str  # of the bundled or Hub data set, or the last part of a local path
-    size: tuple[int, int]  # height and width
+    size: tuple[int, int]  # height and width, as the images are seen
+    stored_size: tuple[int, int]  # as they are stored, so that windows can be taken of them
     channels: int
     value_range: ValueRange  # of the pixels, and their type
     roles: ColumnRoles
+    resized: bool = field(default=False, kw_only=True)  # whether windows are, so that the plain view is of the whole image
     classes: int | None = field(default=None, kw_only=True)  # of label maps: the pixels are 0..classes-1, or VOID
     condition_images: "ImageSet | None" = field(default=None, kw_only=True)  # mapped, with a row per row of the source
     attributes: Attributes | None = field(default=None, kw_only=True)  # what vectors hold
@@ -73,7 +76,12 @@ class ImageSet:
 
     @property
     def values_per_image(self) -> int:
-        return math.prod(self.size) * self.channels
+        return math.prod(self.stored_size) * self.channels
+
+    @property
+    def view(self) -> Views:
+        """How the images are seen if nothing is random."""
+        return Views(self.size, self.resized)
 
     @property
     def label_column(self) -> str | None:
@@ -114,12 +122,10 @@ class ImageData(ImageSet):
             raise IndexError(f"index {indices.min()} or {indices.max()} is outside 0..{len(self) - 1}")
         return indices if self.rows is None else self.rows[indices]
 
-    def pixels(self, indices: Sequence[int], flip: np.ndarray | None = None) -> torch.Tensor:
-        """Images, uint8 [B, C, H, W], contiguous. Where `flip`, bool [B], is true they are mirrored left to right."""
-        out = np.empty((len(indices), self.values_per_image), dtype=np.uint8)
-        for image, (chunk, place) in zip(out, self._locate(indices), strict=True):
-            image[:] = self._pixel_chunks[chunk][place]
-        return images_of(out, self.size, self.channels, flip)
+    def pixels(self, indices: Sequence[int], views: Views | None = None) -> torch.Tensor:
+        """Images, uint8 [B, C, *size], contiguous; by default in their plain view. Label maps are seen by nearest pixels."""
+        stored = [self._pixel_chunks[chunk][place] for chunk, place in self._locate(indices)]
+        return (views or self.view).apply(stored or self._pixel_chunks[0][:0], nearest=self.classes is not None)
 
     def vector(self, indices: Sequence[int]) -> torch.Tensor:
         """The numbers of images, float32 [B, K] in the order of `vector_names`; NaN where one is not told."""
@@ -128,7 +134,7 @@ class ImageData(ImageSet):
     @property
     def vector_statistics(self) -> tuple[list[float], list[float]]:
         """(means, deviations) of the numbers where they are told. Raises DataError for one that says nothing."""
-        return statistics(self.vectors if self.rows is None else self.vectors[self.rows], self.attributes)
+        return self.attributes.statistics(self.vectors if self.rows is None else self.vectors[self.rows])
 
     def column(self, name: str, indices: Sequence[int]) -> torch.Tensor | list:
         """A kept column's values: int64 [B] for labels and whole numbers, else a list of B strings (or lists of them).
@@ -149,9 +155,9 @@ class ImageData(ImageSet):
 
     @cached_property
     def _pixel_chunks(self) -> list[np.ndarray]:
-        """Views into the memory-mapped file, uint8 [rows, H*W*C] each; nothing is read yet."""
+        """Views into the memory-mapped file, uint8 [rows, H, W, C] each; nothing is read yet."""
         flat = (chunk.flatten().to_numpy(zero_copy_only=True) for chunk in self.dataset.data.column(PIXELS).chunks)
-        return [values.reshape(-1, self.values_per_image) for values in flat]
+        return [values.reshape(-1, *self.stored_size, self.channels) for values in flat]
 
     @cached_property
     def _chunk_starts(self) -> np.ndarray:
@@ -175,21 +181,11 @@ class ImageData(ImageSet):
 
 def other_size(size: Sequence[int], partner: Sequence[int]) -> str | None:
     """Why a condition image of that size (height, width) is none of such an image."""
-    return None if size == partner else f"the condition image is {shown_size(partner)}, and its image {shown_size(size)}"
+    return None if size == partner else f"it is {shown_size(partner)}, and the image {shown_size(size)}"
 
 
 def cache_key(kind: str, *parts: Any) -> str:
     return hash_of(kind, PREPROCESSING_VERSION, *parts)
-
-
-def images_of(flat: np.ndarray, size: tuple[int, int], channels: int, flip: np.ndarray | None = None) -> torch.Tensor:
-    """Rows of H*W*C values, uint8 [B, H*W*C], as images, uint8 [B, C, H, W]; mirrored where `flip`, bool [B], is true."""
-    shape = (len(flat), *size, channels)
-    images = torch.from_numpy(flat).view(shape).permute(0, 3, 1, 2).contiguous()  # [B, H, W, C] -> [B, C, H, W]
-    if flip is not None:
-        array, mirrored = images.numpy(), np.asarray(flip, dtype=bool)  # numpy's view: twice as fast as torch here
-        array[mirrored] = array[mirrored][..., ::-1]
-    return images
 
 
 def scan(source: Source, options: DataOptions, roles: ColumnRoles) -> Dataset:
@@ -216,9 +212,10 @@ def preprocessed(
         width, height, native = (scanned.data.column(name).to_numpy() for name in ("width", "height", "channels"))
         size = size or _own_size(options.dataset, np.stack([height, width], axis=1)[width > 0])
         channels = channels or int(native.max())
-    images = ImageSet(source.name, size, channels, ValueRange(), roles, classes=classes)
+    stored_size, windows = options.stored_size(size), {"resized": options.resizes_windows}
+    images = ImageSet(source.name, size, stored_size, channels, ValueRange(), roles, classes=classes, **windows)
     _note_resizing(source, images)
-    key = cache_key("pixels", source.state(roles.image), roles.image, size, channels, classes, list(kept))
+    key = cache_key("pixels", source.state(roles.image), roles.image, stored_size, channels, classes, list(kept))
     features, batch_size = cache_features(kept, images.values_per_image), BATCH_BYTES // images.values_per_image
     preprocess = partial(_preprocess_batch, kept=list(kept), to=images, reach=source.reach, threads=threads)
     batch_size, desc = max(1, min(1000, batch_size)), "Preprocessing images"
@@ -231,7 +228,7 @@ def _note_resizing(source: Source, to: ImageSet) -> None:
     first = source.dataset.with_format("arrow")[:1].column(to.roles.image)[0]
     with contextlib.suppress(BadImage):
         width, height, channels = shape_of(to.roles.kind, source.reach, first.as_py())
-        found, wanted = (height, width, channels), (*to.size, to.channels)
+        found, wanted = (height, width, channels), (*to.stored_size, to.channels)
         if found != wanted:
             shapes = " to ".join(f"{h}x{w} with {c} channels" for h, w, c in (found, wanted))
             logger.info("%s: images are scaled, cropped and converted, the first from %s", to.name, shapes)
@@ -250,8 +247,8 @@ def usable_images(
     skipped = _unusable(cached, of.roles.needed, of.roles.num_classes(class_names))
     check_bad_fraction(shown_name, skipped, len(skipped), len(cached), max_bad_fraction)
     rows = np.setdiff1d(np.arange(len(cached)), [one["row"] for one in skipped]) if skipped else None
-    about = (of.name, of.size, of.channels, of.value_range, of.roles)
-    more = {"classes": of.classes, "condition_images": of.condition_images, "attributes": of.attributes}
+    about = (of.name, of.size, of.stored_size, of.channels, of.value_range, of.roles)
+    more = {"resized": of.resized, "classes": of.classes, "condition_images": of.condition_images, "attributes": of.attributes}
     return ImageData(*about, cached, class_names, fingerprint_of(of, cached, rows), rows, skipped, **more)
 
 
@@ -358,7 +355,7 @@ def shape_of(kind: str, reach: Reach, value: Any) -> tuple[int, int, int]:
 
 
 def _preprocess_batch(table: pa.Table, *, kept: list[str], to: ImageSet, reach: Reach, threads: int) -> pa.Table:
-    nothing = np.zeros((*to.size, to.channels), dtype=np.uint8)
+    nothing = np.zeros((*to.stored_size, to.channels), dtype=np.uint8)
     images, *why_bad = _each_image(table.column(to.roles.image), partial(pixels_of, to, reach), nothing, threads)
     return cache_table(np.stack(images).reshape(len(table), -1), *why_bad, table.select(kept))
 
@@ -377,7 +374,7 @@ def cache_table(pixels: np.ndarray, reasons: list[str | None], files: list[str |
 def pixels_of(to: ImageSet, reach: Reach, value: Any) -> np.ndarray:
     """A row's image or label map as pixels of that set, [H, W, C]. Raises `BadImage`, or `UnreadableFile`."""
     function, of = (label_map, to.classes) if to.classes else (image_pixels, to.channels)
-    return read_image(function, to.roles.kind, reach, to.size, of, value)
+    return read_image(function, to.roles.kind, reach, to.stored_size, of, value)
 
 
 def read_image(function: Callable, kind: str, reach: Reach, *args: Any) -> Any:

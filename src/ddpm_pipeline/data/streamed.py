@@ -4,7 +4,7 @@ A stream is divided into parts, one per reading process (`divide`). `rows_of_par
 function of the seed; a `Position`, a few numbers, says how far it has been read. Evaluation stores the first images.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -23,7 +23,7 @@ from ..support.atomic import atomic_file
 from ..support.draws import block_order, shard_order
 from ..support.errors import DataError
 from .columns import ColumnRoles, check_column, find_roles, kept_columns, missing_value, occurring_classes
-from .condition_images import attributes_of, joined, load_images, with_vectors
+from .condition_images import CONDITION_IMAGE, attributes_of, joined, load_images, with_vectors
 from .images import DEEP_MODES, BadImage, image_file
 from .mapped import (
     ImageData,
@@ -32,7 +32,6 @@ from .mapped import (
     cache_key,
     cache_table,
     class_names_of,
-    images_of,
     other_size,
     pixels_of,
     shape_of,
@@ -42,7 +41,7 @@ from .mapped import (
 from .options import UNCONDITIONAL, ConditionColumns, DataOptions
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
 from .sources import Source, as_data_error, cache_folder, column_of, hash_of, load_source
-from .vectors import statistics
+from .views import Views
 
 READ_ROWS = 100  # rows requested at a time
 LOCAL_SHARDS = 256  # shards that a memory-mapped data set is read in
@@ -72,7 +71,7 @@ class StreamData(ImageSet):
     def vector_statistics(self) -> tuple[list[float], list[float]]:
         """As that of `ImageData`, from all rows."""
         whole = pa.table({name: column_of(self.source, name) for name in self.roles.numbers})
-        return statistics(self.attributes.read(whole), self.attributes)
+        return self.attributes.statistics(self.attributes.read(whole))
 
     def values(self, name: str) -> Iterator[Any]:
         """The needed column's values in the first rows. Raises DataError for another column, or if reading fails."""
@@ -87,8 +86,7 @@ class StreamData(ImageSet):
         rows = [(pixels, found) for pixels, found, *_ in self._first_rows(count)]
         skipped = [found for pixels, found in rows if pixels is None]
         self.check_bad_rows(skipped, len(skipped), len(rows))
-        images = np.stack([pixels.reshape(-1) for pixels, _ in rows if pixels is not None])
-        return images_of(images, self.size, self.channels)
+        return self.view.apply([pixels for pixels, _ in rows if pixels is not None])
 
     def stored(self, count: int, cache_dir: str | None) -> ImageData:
         """The first `count` usable images (or all) in a memory-mapped cache. Raises DataError if too many rows are bad."""
@@ -136,7 +134,7 @@ class StreamData(ImageSet):
         self, table: pa.Table, index: int, row: int, shard: int | None = None
     ) -> tuple[np.ndarray | None, Any, np.ndarray | None]:
         """A row's image, uint8 [H, W, C], its value in the needed column, its second image; or None and the `SkippedRow`."""
-        roles, condition, second = self.roles, None, None
+        roles, condition, second, what = self.roles, None, None, ""
         if roles.needed is not None:
             condition = table.column(roles.needed)[index].as_py()
             condition = condition if self.labels is None else self._class_numbers.get(condition)
@@ -147,13 +145,13 @@ class StreamData(ImageSet):
         try:
             pixels = pixels_of(self, reach, value)
             if roles.partner is not None:
-                size = shape_of(roles.kind, reach, value)[1::-1]
+                size, what = shape_of(roles.kind, reach, value)[1::-1], CONDITION_IMAGE
                 value = table.column(roles.partner)[index].as_py()
                 second = pixels_of(self.condition_images, reach, value)
                 if why := other_size(size, shape_of(roles.partner_kind, reach, value)[1::-1]):
                     raise BadImage(why)
         except BadImage as error:
-            return None, skipped_row(row, str(error), image_file(value), shard), None
+            return None, skipped_row(row, f"{what}{error}", image_file(value), shard), None
         return pixels, condition, second
 
     @cached_property
@@ -190,10 +188,12 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
             classes = occurring_classes(column_of(source, roles.label), roles.label)
         class_names = class_names_of(classes)
     size, channels, more = options.size, options.channels or _channels_of(features[roles.image]), {}
+    stored_size = options.stored_size(size)
     if roles.partner is not None:
         of, number = ColumnRoles(roles.partner, roles.partner_kind, None, None, None), columns.condition_classes
         second = 1 if number else _channels_of(features[roles.partner])
-        more["condition_images"] = ImageSet(source.name, size, second, ValueRange(), of, classes=number)
+        resized = {"resized": options.resizes_windows, "classes": number}
+        more["condition_images"] = ImageSet(source.name, size, stored_size, second, ValueRange(), of, **resized)
     if roles.numbers:
         more["attributes"] = attributes_of(source, roles)
     read = list(filter(None, [roles.image, roles.needed, roles.partner, *roles.numbers]))
@@ -201,10 +201,10 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
     with as_data_error(f"the files of {source.name!r}"):
         content = [source.content(name) for name in (roles.image, roles.partner) if name]
     seen = [*read[1:], columns.condition_classes] if more else roles.needed
-    fingerprint = hash_of(content if more else content[0], roles.image, size, channels, seen, class_names)
-    about = (source.name, size, channels, ValueRange(), roles)
-    limit = options.max_bad_fraction
-    return StreamData(*about, stream, kept, class_names, classes, source, fingerprint, limit, **more)
+    fingerprint = hash_of(content if more else content[0], roles.image, stored_size, channels, seen, class_names)
+    about = (source.name, size, stored_size, channels, ValueRange(), roles)
+    limit, resized = options.max_bad_fraction, options.resizes_windows
+    return StreamData(*about, stream, kept, class_names, classes, source, fingerprint, limit, resized=resized, **more)
 
 
 def _channels_of(feature: Any) -> int:
@@ -271,6 +271,32 @@ class StreamedImage:
     number: int  # of shard and row: shard * 2^32 + row
     position: Position  # after it
     skipped: list[SkippedRow]  # since the usable row before
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedBatch:
+    """Images of a stream as what conditions read of an `ImageData`, by their places 0, 1, ... in the batch."""
+
+    data: StreamData
+    images: Sequence[StreamedImage]
+
+    def column(self, name: str, indices: Sequence[int]) -> list:
+        return [self.images[index].value for index in indices]
+
+    def vector(self, indices: Sequence[int]) -> torch.Tensor:
+        return torch.from_numpy(np.stack([self.images[index].vector for index in indices]))
+
+    def rows_of(self, indices: Sequence[int]) -> Sequence[int]:
+        return indices
+
+    @property
+    def condition_images(self) -> "StreamedBatch":
+        return self
+
+    def pixels(self, rows: Sequence[int], views: Views) -> torch.Tensor:
+        """The second images."""
+        nearest = self.data.condition_images.classes is not None
+        return views.apply([self.images[row].second for row in rows], nearest=nearest)
 
 
 @dataclass(frozen=True)

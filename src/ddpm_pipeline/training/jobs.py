@@ -197,7 +197,8 @@ def likelihood(run: Run) -> dict[str, float]:
     inputs = run.condition.unet_inputs(run.condition.request_like(data, indices, seed))
     how = {"num_evaluated": watching.eval_calls, "batch_size": run.batch_size, "progress": False, "model_kwargs": inputs}
     noise_seeds = seeds(seed, RandomStream.NOISE, 0, count)
-    total = likelihood_of(run.pipe.unet, run.scheduler, data.pixels(indices), data.value_range, noise_seeds, **how).total
+    network = run.condition.denoiser(run.pipe.unet)
+    total = likelihood_of(network, run.scheduler, data.pixels(indices), data.value_range, noise_seeds, **how).total
     error = {"eval_bits_per_dim_error": float(total.std() / count**0.5)} if count > 1 else {}
     return {"eval_bits_per_dim": float(total.mean()), **error}
 
