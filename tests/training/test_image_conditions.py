@@ -106,8 +106,6 @@ def test_what_is_read_beside_the_images():
     assert ConditionOptions("image", condition_from="inpaint").columns == ConditionColumns()
     both = ConditionOptions("vector+image", condition_column="a,b,mask", condition_classes=4).columns
     assert (both.condition, both.condition_column, both.condition_classes) == ("vector+image", "a,b,mask", 4)
-    with pytest.raises(ConfigError, match="--streaming"):
-        TrainingOptions(streaming=True, resolution=8, max_train_steps=1, condition="image", condition_from="inpaint")
 
 
 @pytest.mark.parametrize("source, named", [("gray", "3 channels"), ("downscale:3", "8x8 pixels cannot be downscaled by 3")])

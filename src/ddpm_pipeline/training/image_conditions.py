@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.mapped import ImageData
+from ..data.mapped import ImageData, ImageSet
 from ..encoding_alpha_ddpm import ImageCondition, WithConditionImage
 from ..generation.drawing import Request
 from ..pipeline_alpha_ddpm_image import AlphaDDPMImageToImagePipeline
@@ -26,8 +26,10 @@ class ImageInput(Condition):
 
     pipeline_class = AlphaDDPMImageToImagePipeline
 
-    def __init__(self, options: ConditionOptions, data: ImageData):
+    def __init__(self, options: ConditionOptions, data: ImageSet):
         self.options, self.data, self.task = options, data, options.condition_from
+        if self.task == "gray" and data.channels != 3:
+            raise ConfigError(f"--condition_from gray needs images of 3 channels, and {data.name} has {data.channels}.")
         try:
             if self.task:
                 self.encoder = ImageCondition(data.channels, value_range=data.value_range, task=self.task)
@@ -56,10 +58,8 @@ class ImageInput(Condition):
 
     def inputs(self, drawn: dict[str, Tensor], original_samples: Tensor) -> dict[str, Tensor]:
         drawn = {name: value.to(original_samples.device, non_blocking=True) for name, value in drawn.items()}
-        if self.task:
-            encoded = self.encoder.arrange(original_samples, drawn.get("mask"))
-        else:
-            encoded = self.encoder.encode(drawn["image"])
+        arrange, encode = self.encoder.arrange, self.encoder.encode
+        encoded = arrange(original_samples, drawn.get("mask")) if self.task else encode(drawn["image"])
         return {"condition_image": encoded.masked_fill(drawn["dropped"][:, None, None, None], 0)}
 
     def request_like(self, data: ImageData, indices: Sequence[int], seed: int) -> Request:
@@ -82,8 +82,8 @@ class ImageInput(Condition):
         return WithConditionImage(unet)
 
     def preview(self, count: int) -> tuple[Request, int]:
-        shown = range(min(MAX_PREVIEW_ROWS, len(self.data)))
-        return self.rows(count, **self.request_like(self.data, shown, 0).arguments)
+        shown = range(min(MAX_PREVIEW_ROWS, len(self.examples)))
+        return self.rows(count, **self.request_like(self.examples, shown, 0).arguments)
 
     def left(self, request: Request, columns: int) -> Tensor:
         encoded = self.unet_inputs(request)["condition_image"][::columns]
@@ -93,12 +93,8 @@ class ImageInput(Condition):
         return Display(stretch=deep).show(encoded[:, : self.encoder.channels] / 2 + 0.5)  # without a mask's own channel
 
     def facts(self) -> dict[str, str]:
-        if self.task:
-            what = f"images made of the images themselves ({self.task})"
-        elif self.encoder.classes:
-            what = f"label maps of {self.encoder.classes} classes"
-        else:
-            what = f"images of {self.encoder.channels} channel{'s' * (self.encoder.channels > 1)}"
+        what = f"label maps of {self.encoder.classes} classes" if self.encoder.classes else "images"
+        what = f"images made of the images themselves ({self.task})" if self.task else what
         return {"condition": what, "condition dropout": f"{self.options.condition_dropout:.0%} of the condition images"}
 
     def arguments(self) -> list[str]:
