@@ -83,7 +83,7 @@ SAID = {  # of models, by a change of their configs
     "16-bit": ({"sample_size": [8, 16], OWN_KEY: {"value_range": {"low": [0], "high": [4095], "dtype": "uint16"}}},
                ("grey 8x16 images", "16-bit integers from 0 to 4095.", 'output_type="np", denormalize=True).images')),
     "bands": ({"in_channels": 13, OWN_KEY: {"value_range": {"low": [0.0] * 13, "high": [*range(1, 14)], "dtype": "float32"}}},
-              ("13-channel 8x8", "floating-point numbers from 0 to 13, each channel in a range of its own",
+              ("13-channel 8x8", "floats from 0 to 13, each channel in a range of its own",
                'images = pipe(num_inference_steps=20, output_type="np").images')),
     "numbers": ({"class_embed_type": "identity",
                  OWN_KEY: {"condition_vector": {"names": ["age", "`x`"], "mean": [41.23456, 0.5], "std": [1, 1]}}},
@@ -96,7 +96,7 @@ SAID = {  # of models, by a change of their configs
                     "what it samples without means nothing", "AlphaDDPMImageToImageBlocks")),
     "of arrays": ({"num_class_embeds": 3, "in_channels": 6, OWN_KEY: {"condition_image": {
                    "channels": 5, "classes": None, "task": None, "value_range": ValueRange((-1,), (1,), "float32").to_json()}}},
-                  ('condition_image = np.load("condition.npy")', "Its values are floating-point numbers from -1 to 1",
+                  ('condition_image = np.load("condition.npy")', "Its values are floats from -1 to 1",
                    "condition_image=condition_image, class_labels=[0]", "- class-conditional")),
 }  # fmt: skip
 
