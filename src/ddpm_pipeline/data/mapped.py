@@ -127,6 +127,10 @@ class ImageData(ImageSet):
         stored = [self._pixel_chunks[chunk][place] for chunk, place in self._locate(indices)]
         return (views or self.view).apply(stored or self._pixel_chunks[0][:0], nearest=self.classes is not None)
 
+    def shown(self, count: int) -> "ImageData":
+        """At least so many images for previews, if there are: all."""
+        return self
+
     def vector(self, indices: Sequence[int]) -> torch.Tensor:
         """The numbers of images, float32 [B, K] in the order of `vector_names`; NaN where one is not told."""
         return torch.from_numpy(self.vectors[self.rows_of(indices)])

@@ -63,6 +63,7 @@ class StreamData(ImageSet):
     source: Source
     fingerprint: str  # of the source and of what its rows become, 32 hex digits
     max_bad_fraction: float
+    cache_dir: str | None
 
     num_images = None  # unknown
     skipped = ()  # before anything was read
@@ -118,6 +119,10 @@ class StreamData(ImageSet):
         data, *second = (usable_images(cached, one, *about) for cached, one in zip(opened, sets, strict=True))
         data = joined(data, *second, [], *about[:2]) if second else data
         return with_vectors(data, data.dataset.data) if self.attributes else data
+
+    def shown(self, count: int) -> ImageData:
+        """The first so many images, for previews."""
+        return self.stored(count, self.cache_dir)
 
     def _first_rows(self, count: int) -> Iterator[tuple]:
         """Rows in the stream's own order, as `read` gives them and as tables, until `count` of them are usable."""
@@ -203,8 +208,8 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
     seen = [*read[1:], columns.condition_classes] if more else roles.needed
     fingerprint = hash_of(content if more else content[0], roles.image, stored_size, channels, seen, class_names)
     about = (source.name, size, stored_size, channels, ValueRange(), roles)
-    limit, resized = options.max_bad_fraction, options.resizes_windows
-    return StreamData(*about, stream, kept, class_names, classes, source, fingerprint, limit, resized=resized, **more)
+    reading, more["resized"] = (options.max_bad_fraction, options.cache_dir), options.resizes_windows
+    return StreamData(*about, stream, kept, class_names, classes, source, fingerprint, *reading, **more)
 
 
 def _channels_of(feature: Any) -> int:
