@@ -123,9 +123,9 @@ def test_card_of_a_text_model_that_is_not_square_names_its_size_for_diffusers_al
 
 def test_captions_say_how_images_are_shown(folder: Path) -> None:
     shown = "channels 3, 2, 1 of 13, contrast stretched from percentile 1 to 99, for viewing only"
-    (folder / "samples.txt").write_text(f"shown: {shown}\nrow 1: cat\nrow 2: dog\n")
+    (folder / "samples.txt").write_text(f"shown: {shown}\nleft: condition images\nrow 1: cat\nrow 2: dog\n")
     (folder / "process.png").write_bytes(b"")
-    samples = f"samples ({shown}), row by row: cat, dog"
+    samples = f"samples ({shown}), on the left the condition images, row by row: cat, dog"
     assert pictures_in(folder) == {"samples.png": samples, "process.png": f"from noise to images ({shown})"}
 
 
