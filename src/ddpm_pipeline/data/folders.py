@@ -10,7 +10,7 @@ import json
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,9 +25,10 @@ from PIL import Image
 
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
-from .columns import image_columns
+from .columns import BESIDE, image_columns
 from .files import ARCHIVES, PACKED, Account, File, in_archive, list_archive, list_files, read_bytes, some, text_of
 from .images import image_extensions
+from .pairs import SecondFolder, find_second_folder
 from .splits import SPLIT_COLUMNS, Picture, may_divide, pictures_in_splits, split_in_column, split_word
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -81,28 +82,45 @@ class Folder:
     splits: dict[str, Dataset] = field(default_factory=dict)
     tables: list[File] = field(default_factory=list)
     kind: str = ""
+    second: SecondFolder | None = None  # of condition images, which are a column of the data sets
 
 
-def read_folder(path: Path) -> Folder:
+def read_folder(path: Path, beside: Sequence[str] = ()) -> Folder:
     """Decides what a folder is, and reads what describes its images. The path must be absolute.
 
-    Raises DataError for a folder without images, and for files that describe images and cannot be read.
+    The first of `beside` that names a folder holds the condition images. Raises DataError for a folder without images, and for
+    files that describe images and cannot be read.
     """
     account = Account()
-    return _read(Contents.of(list_files(path, account)), path, account)
+    return _read(Contents.of(list_files(path, account)), path, account, beside)
 
 
-def read_archives(path: Path, archives: list[File]) -> Folder:
+def read_archives(path: Path, archives: list[File], beside: Sequence[str] = ()) -> Folder:
     """The same for archives, as if each were a folder."""
-    return _read(Contents(archives=archives), path, Account())
+    return _read(Contents(archives=archives), path, Account(), beside)
 
 
-def _read(contents: Contents, path: Path, account: Account) -> Folder:
+def _read(contents: Contents, path: Path, account: Account, beside: Sequence[str]) -> Folder:
     kind, contents = _most(contents, path, account)
     if kind == "tables":
         return Folder(account, tables=contents.tables)
+    contents.pictures, second = find_second_folder(contents.pictures, beside)
+    if not contents.pictures:
+        raise DataError(
+            f"All images in {str(path)!r} lie in {second.name!r}: no image is left that they could be the condition of."
+        )
+    images = contents.pictures.copy()
     splits, words = _dataset_splits(contents, path, account)
-    return Folder(account, splits, kind=f"{kind} {words}" if words else kind)
+    columns = set(next(iter(splits.values())).column_names)
+    if second is None or "image" not in columns or {second.name, second.name.removesuffix("_file_name")} & columns:
+        return Folder(account, splits, kind=f"{kind} {words}".strip())
+    paths = {split: [row and row["path"] for row in rows.data["image"].to_pylist()] for split, rows in splits.items()}
+    read = set().union(*paths.values())
+    partners = second.partners([file for file in images if file.path in read], account)
+    for split, rows in splits.items():
+        found = [{"bytes": None, "path": partners[path]} if path in partners else None for path in paths[split]]
+        splits[split] = rows.add_column(BESIDE, found, feature=datasets.Image())
+    return Folder(account, splits, kind=f"{kind} {words} with condition images in {second.name!r}", second=second)
 
 
 def _most(contents: Contents, path: Path, account: Account) -> tuple[str, Contents]:

@@ -85,7 +85,7 @@ def array_to_image(array: np.ndarray) -> Image.Image:
 
 def image_pixels(value: Any, kind: str, size: tuple[int, int], channels: int) -> np.ndarray:
     """One row's image, uint8 [*size, channels], from its value in a column of that kind. Raises `BadImage`."""
-    return to_array(open_image(_stored_image(value, kind)), size, channels)
+    return to_array(open_image(stored_image(value, kind)), size, channels)
 
 
 def image_shape(value: Any, kind: str) -> tuple[int, int, int]:
@@ -93,7 +93,7 @@ def image_shape(value: Any, kind: str) -> tuple[int, int, int]:
 
     Raises `BadImage`.
     """
-    with as_bad_image(), _opened(_stored_image(value, kind)) as image:
+    with as_bad_image(), _opened(stored_image(value, kind)) as image:
         mapped = image.format == "TIFF" and image.mode in ("P", "PA")  # its palette may have to be settled
         return *image.size, native_channels(settled(image) if mapped else image)
 
@@ -104,7 +104,7 @@ def image_file(value: Any, alone: bool = False) -> str | None:
     return (value.get("path") if named else None) or None
 
 
-def _stored_image(value: Any, kind: str) -> ImageSource:
+def stored_image(value: Any, kind: str) -> ImageSource:
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if value is None:
@@ -142,7 +142,7 @@ def _uses_only_grey(image: Image.Image) -> bool:
 def _fitted(pixels: Pixels, size: tuple[int, int]) -> np.ndarray:
     """The centre at `size`, uint8 [*size, C]. PIL weights "RGBA" by alpha as it resizes."""
     height, width = pixels.values.shape[:2]
-    left, top, right, bottom = _window((height, width), size)
+    left, top, right, bottom = window((height, width), size)
     if (bottom - top, right - left) == size:
         cut = pixels.values[int(top) : int(top) + size[0], int(left) : int(left) + size[1]]
         return Pixels(cut, pixels.top).in_8_bits().values
@@ -154,7 +154,7 @@ def _fitted(pixels: Pixels, size: tuple[int, int]) -> np.ndarray:
     return np.rint(np.clip(overshooting, 0, 255)).astype(np.uint8)
 
 
-def _window(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[float, float, float, float]:
+def window(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[float, float, float, float]:
     """The largest window of the shape `wanted` at the centre of an image of this size: left, top, right, bottom. It begins at
     whole pixels, so that nothing is blurred where nothing is scaled.
     """

@@ -1,7 +1,6 @@
 """Images preprocessed once into a memory-mapped cache, from which batches are read without touching an image file.
 
-In a launch of several processes the main one calls `load_images` first (`accelerator.main_process_first()`), and the others
-find the cache, an Arrow file. `streamed` fills a cache of the same form.
+`condition_images` loads them with what they are conditioned on. `streamed` fills a cache of the same form.
 """
 
 import contextlib
@@ -11,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from typing import Any
 
@@ -25,21 +24,15 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from ..ranges_alpha_ddpm import ValueRange
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
-from .columns import (
-    RESERVED,
-    ColumnRoles,
-    check_column,
-    find_roles,
-    is_whole_number,
-    kept_columns,
-    missing_value,
-    occurring_classes,
-)
+from .columns import RESERVED, ColumnRoles, check_column, is_whole_number, missing_value, occurring_classes
 from .files import UNREADABLE, Reach, UnreadableFile
 from .images import BadImage, image_file, image_pixels, image_shape
-from .options import UNCONDITIONAL, ConditionColumns, DataOptions, shown_size
+from .label_maps import label_map
+from .options import DataOptions, shown_size
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
-from .sources import Source, cache_folder, hash_of, load_source
+from .sources import Source, cache_folder, hash_of
+from .vectors import Attributes
+from .views import Views
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +60,28 @@ class ImageSet:
     """
 
     name: str  # of the bundled or Hub data set, or the last part of a local path
-    size: tuple[int, int]  # height and width
+    size: tuple[int, int]  # height and width, as the images are seen
+    stored_size: tuple[int, int]  # as they are stored, so that windows can be taken of them
     channels: int
     value_range: ValueRange  # of the pixels, and their type
     roles: ColumnRoles
+    resized: bool = field(default=False, kw_only=True)  # whether windows are, so that the plain view is of the whole image
+    classes: int | None = field(default=None, kw_only=True)  # of label maps: the pixels are 0..classes-1, or VOID
+    condition_images: "ImageSet | None" = field(default=None, kw_only=True)  # mapped, with a row per row of the source
+    attributes: Attributes | None = field(default=None, kw_only=True)  # what vectors hold
+
+    @property
+    def vector_names(self) -> list[str]:
+        return self.attributes.names
 
     @property
     def values_per_image(self) -> int:
-        return math.prod(self.size) * self.channels
+        return math.prod(self.stored_size) * self.channels
+
+    @property
+    def view(self) -> Views:
+        """How the images are seen if nothing is random."""
+        return Views(self.size, self.resized)
 
     @property
     def label_column(self) -> str | None:
@@ -94,6 +101,7 @@ class ImageData(ImageSet):
     fingerprint: str  # of the usable rows' pixels and kept columns, in order, wherever they lie; 32 hex digits
     rows: np.ndarray | None  # the usable rows, int64; None if all are
     skipped: Sequence[SkippedRow]  # the others
+    vectors: np.ndarray | None = None  # of all rows of the source, float32 [N, K]; NaN where a number is not told
 
     def __len__(self) -> int:
         return len(self.dataset) if self.rows is None else len(self.rows)
@@ -114,12 +122,23 @@ class ImageData(ImageSet):
             raise IndexError(f"index {indices.min()} or {indices.max()} is outside 0..{len(self) - 1}")
         return indices if self.rows is None else self.rows[indices]
 
-    def pixels(self, indices: Sequence[int], flip: np.ndarray | None = None) -> torch.Tensor:
-        """Images, uint8 [B, C, H, W], contiguous. Where `flip`, bool [B], is true they are mirrored left to right."""
-        out = np.empty((len(indices), self.values_per_image), dtype=np.uint8)
-        for image, (chunk, place) in zip(out, self._locate(indices), strict=True):
-            image[:] = self._pixel_chunks[chunk][place]
-        return images_of(out, self.size, self.channels, flip)
+    def pixels(self, indices: Sequence[int], views: Views | None = None) -> torch.Tensor:
+        """Images, uint8 [B, C, *size], contiguous; by default in their plain view. Label maps are seen by nearest pixels."""
+        stored = [self._pixel_chunks[chunk][place] for chunk, place in self._locate(indices)]
+        return (views or self.view).apply(stored or self._pixel_chunks[0][:0], nearest=self.classes is not None)
+
+    def shown(self, count: int) -> "ImageData":
+        """At least so many images for previews, if there are: all."""
+        return self
+
+    def vector(self, indices: Sequence[int]) -> torch.Tensor:
+        """The numbers of images, float32 [B, K] in the order of `vector_names`; NaN where one is not told."""
+        return torch.from_numpy(self.vectors[self.rows_of(indices)])
+
+    @property
+    def vector_statistics(self) -> tuple[list[float], list[float]]:
+        """(means, deviations) of the numbers where they are told. Raises DataError for one that says nothing."""
+        return self.attributes.statistics(self.vectors if self.rows is None else self.vectors[self.rows])
 
     def column(self, name: str, indices: Sequence[int]) -> torch.Tensor | list:
         """A kept column's values: int64 [B] for labels and whole numbers, else a list of B strings (or lists of them).
@@ -140,9 +159,9 @@ class ImageData(ImageSet):
 
     @cached_property
     def _pixel_chunks(self) -> list[np.ndarray]:
-        """Views into the memory-mapped file, uint8 [rows, H*W*C] each; nothing is read yet."""
+        """Views into the memory-mapped file, uint8 [rows, H, W, C] each; nothing is read yet."""
         flat = (chunk.flatten().to_numpy(zero_copy_only=True) for chunk in self.dataset.data.column(PIXELS).chunks)
-        return [values.reshape(-1, self.values_per_image) for values in flat]
+        return [values.reshape(-1, *self.stored_size, self.channels) for values in flat]
 
     @cached_property
     def _chunk_starts(self) -> np.ndarray:
@@ -164,51 +183,47 @@ class ImageData(ImageSet):
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
+def other_size(size: Sequence[int], partner: Sequence[int]) -> str | None:
+    """Why a condition image of that size (height, width) is none of such an image."""
+    return None if size == partner else f"it is {shown_size(partner)}, and the image {shown_size(size)}"
+
+
 def cache_key(kind: str, *parts: Any) -> str:
     return hash_of(kind, PREPROCESSING_VERSION, *parts)
 
 
-def images_of(flat: np.ndarray, size: tuple[int, int], channels: int, flip: np.ndarray | None = None) -> torch.Tensor:
-    """Rows of H*W*C values, uint8 [B, H*W*C], as images, uint8 [B, C, H, W]; mirrored where `flip`, bool [B], is true."""
-    shape = (len(flat), *size, channels)
-    images = torch.from_numpy(flat).view(shape).permute(0, 3, 1, 2).contiguous()  # [B, H, W, C] -> [B, C, H, W]
-    if flip is not None:
-        array, mirrored = images.numpy(), np.asarray(flip, dtype=bool)  # numpy's view: twice as fast as torch here
-        array[mirrored] = array[mirrored][..., ::-1]
-    return images
+def scan(source: Source, options: DataOptions, roles: ColumnRoles) -> Dataset:
+    """The SIZES of the images, from the cache if they are there."""
+    key = cache_key("scan", source.state(roles.image), roles.image)
+    look = partial(_scan_batch, roles=roles, reach=source.reach, threads=options.preprocessing_num_workers or 1)
+    return _cached(source, options, roles, look, key, SIZES, 1000, "Looking at image sizes")
 
 
-def load_images(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -> ImageData:
-    """The images that the options name, preprocessed, from the cache if they are there.
+def preprocessed(
+    source: Source, options: DataOptions, roles: ColumnRoles, kept: Features, classes: int | None = None
+) -> ImageData:
+    """The images in the roles' column, with these columns beside them, from the cache if they are there.
 
-    `options.dataset` is the first of these that exists: a bundled data set such as "digits"; a local folder, archive, table or
-    pattern of tables (docs/data.md); a data set on the Hub. Size and channels default to the data's own, the label column
-    to the only ClassLabel column. Rows whose image cannot be read, or that lack what the condition reads, are skipped.
-
-    Raises DataError if the data cannot be used as asked, or if all rows or more than `max_bad_fraction` of them are skipped.
+    Size and channels default to the data's own; with `classes`, the images are label maps. Raises DataError if all rows or more
+    than `max_bad_fraction` of them are skipped.
     """
-    source = load_source(options)
-    roles = find_roles(source.dataset.features, options.image_column, columns)
-    source = source.with_classes(roles)
-    state = source.state(roles.image)
     threads = options.preprocessing_num_workers or 1
-    job = partial(_cached, source, options, roles)
-    size, channels = options.size, options.channels
+    size, channels = options.size, 1 if classes else options.channels
     if size is None or channels is None:
-        scan = partial(_scan_batch, roles=roles, reach=source.reach, threads=threads)
-        scanned = job(scan, cache_key("scan", state, roles.image), SIZES, 1000, "Looking at image sizes")
+        scanned = scan(source, options, roles)
         bad = _unusable(scanned)
         check_bad_fraction(repr(options.dataset), bad, len(bad), len(scanned), options.max_bad_fraction)
         width, height, native = (scanned.data.column(name).to_numpy() for name in ("width", "height", "channels"))
         size = size or _own_size(options.dataset, np.stack([height, width], axis=1)[width > 0])
         channels = channels or int(native.max())
-    images = ImageSet(source.name, size, channels, ValueRange(), roles)
+    stored_size, windows = options.stored_size(size), {"resized": options.resizes_windows}
+    images = ImageSet(source.name, size, stored_size, channels, ValueRange(), roles, classes=classes, **windows)
     _note_resizing(source, images)
-    kept = kept_columns(source.dataset.features)
-    key = cache_key("pixels", state, roles.image, size, channels)
+    key = cache_key("pixels", source.state(roles.image), roles.image, stored_size, channels, classes, list(kept))
     features, batch_size = cache_features(kept, images.values_per_image), BATCH_BYTES // images.values_per_image
     preprocess = partial(_preprocess_batch, kept=list(kept), to=images, reach=source.reach, threads=threads)
-    cached = job(preprocess, key, features, max(1, min(1000, batch_size)), "Preprocessing images")
+    batch_size, desc = max(1, min(1000, batch_size)), "Preprocessing images"
+    cached = _cached(source, options, roles, preprocess, key, features, batch_size, desc)
     return usable_images(cached, images, repr(options.dataset), options.max_bad_fraction)
 
 
@@ -216,8 +231,8 @@ def _note_resizing(source: Source, to: ImageSet) -> None:
     """Log that the images are resized or change their channels, as far as the first one tells."""
     first = source.dataset.with_format("arrow")[:1].column(to.roles.image)[0]
     with contextlib.suppress(BadImage):
-        width, height, channels = _shape_of(to.roles.kind, source.reach, first.as_py())
-        found, wanted = (height, width, channels), (*to.size, to.channels)
+        width, height, channels = shape_of(to.roles.kind, source.reach, first.as_py())
+        found, wanted = (height, width, channels), (*to.stored_size, to.channels)
         if found != wanted:
             shapes = " to ".join(f"{h}x{w} with {c} channels" for h, w, c in (found, wanted))
             logger.info("%s: images are scaled, cropped and converted, the first from %s", to.name, shapes)
@@ -236,12 +251,17 @@ def usable_images(
     skipped = _unusable(cached, of.roles.needed, of.roles.num_classes(class_names))
     check_bad_fraction(shown_name, skipped, len(skipped), len(cached), max_bad_fraction)
     rows = np.setdiff1d(np.arange(len(cached)), [one["row"] for one in skipped]) if skipped else None
+    about = (of.name, of.size, of.stored_size, of.channels, of.value_range, of.roles)
+    more = {"resized": of.resized, "classes": of.classes, "condition_images": of.condition_images, "attributes": of.attributes}
+    return ImageData(*about, cached, class_names, fingerprint_of(of, cached, rows), rows, skipped, **more)
+
+
+def fingerprint_of(images: ImageSet, cached: Dataset, rows: np.ndarray | None) -> str:
+    """32 hex digits of these rows of the cache."""
     digests = cached.data.column(DIGEST).to_numpy().astype("<u8")
     content = hashlib.blake2b((digests if rows is None else digests[rows]).tobytes(), digest_size=16).hexdigest()
     features = {name: str(feature) for name, feature in cached.features.items() if name not in (REASON, FILE)}
-    fingerprint = hash_of(of.size, of.channels, features, content)
-    about = (of.name, of.size, of.channels, of.value_range, of.roles)
-    return ImageData(*about, cached, class_names, fingerprint, rows, skipped)
+    return hash_of(images.size, images.channels, features, content)
 
 
 def _with_class_numbers(images: Dataset, label_column: str | None, classes: pa.Array | None) -> Dataset:
@@ -324,13 +344,13 @@ def cache_features(kept: Features, size: int) -> Features:
 
 
 def _scan_batch(table: pa.Table, *, roles: ColumnRoles, reach: Reach, threads: int) -> pa.Table:
-    look = partial(_shape_of, roles.kind, reach)
+    look = partial(shape_of, roles.kind, reach)
     shapes, *why_bad = _each_image(table.column(roles.image), look, (0, 0, 0), threads)
     columns = dict(zip(SIZES, [*zip(*shapes, strict=True), *why_bad], strict=True))
     return pa.Table.from_pydict(columns, schema=SIZES.arrow_schema)
 
 
-def _shape_of(kind: str, reach: Reach, value: Any) -> tuple[int, int, int]:
+def shape_of(kind: str, reach: Reach, value: Any) -> tuple[int, int, int]:
     """`image_shape` of a row's image, whose file is read as a whole only if its header does not suffice."""
     with contextlib.suppress(BadImage):
         if file := reach.file_of(value):
@@ -339,9 +359,8 @@ def _shape_of(kind: str, reach: Reach, value: Any) -> tuple[int, int, int]:
 
 
 def _preprocess_batch(table: pa.Table, *, kept: list[str], to: ImageSet, reach: Reach, threads: int) -> pa.Table:
-    nothing = np.zeros((*to.size, to.channels), dtype=np.uint8)
-    read = partial(read_image, image_pixels, to.roles.kind, reach, to.size, to.channels)
-    images, *why_bad = _each_image(table.column(to.roles.image), read, nothing, threads)
+    nothing = np.zeros((*to.stored_size, to.channels), dtype=np.uint8)
+    images, *why_bad = _each_image(table.column(to.roles.image), partial(pixels_of, to, reach), nothing, threads)
     return cache_table(np.stack(images).reshape(len(table), -1), *why_bad, table.select(kept))
 
 
@@ -354,6 +373,12 @@ def cache_table(pixels: np.ndarray, reasons: list[str | None], files: list[str |
     why_bad = {REASON: pa.array(reasons, pa.string()), FILE: pa.array(files, pa.string())}
     columns = {PIXELS: flat, DIGEST: pa.array(digests, pa.uint64()), **why_bad}
     return pa.table({**columns, **{name: kept.column(name) for name in kept.column_names}})
+
+
+def pixels_of(to: ImageSet, reach: Reach, value: Any) -> np.ndarray:
+    """A row's image or label map as pixels of that set, [H, W, C]. Raises `BadImage`, or `UnreadableFile`."""
+    function, of = (label_map, to.classes) if to.classes else (image_pixels, to.channels)
+    return read_image(function, to.roles.kind, reach, to.stored_size, of, value)
 
 
 def read_image(function: Callable, kind: str, reach: Reach, *args: Any) -> Any:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..support.errors import ConfigError
-from ..support.options import BELOW_ONE, OptionGroup, at_least, one_of, option
+from ..support.options import BELOW_ONE, Allowed, OptionGroup, at_least, one_of, option
 
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+SHARE = Allowed("above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 def parse_resolution(value: Any) -> int | str:
@@ -61,6 +62,35 @@ class DataOptions(OptionGroup):
     follow_paths: bool = option(
         False, "Read images that the rows of local data name by an address or by a path outside of the data's folder.")
     streaming: bool = option(False, "Read images as they are needed instead of preprocessing all of them first.")
+    random_crop: float | None = option(
+        None, "Windows with this share of the height and width, from images stored at --resolution / SHARE: in training at "
+        "random places, else in the centre. With --resize none, 1: windows of --resolution from images as they are.", SHARE)
+
+    resizes_windows: ClassVar[bool] = False  # whether windows of random shares are resized
+
+    @property
+    def window_share(self) -> float | None:
+        """The smallest share of a stored image's sides that a window has; None if images are stored as they are seen."""
+        return self.random_crop
+
+    def check(self) -> None:
+        if self.random_crop == 1:
+            raise ConfigError("--random_crop 1 is for --resize none; use a smaller share of the height and width.")
+
+    def stored_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width at which images are stored that are seen in this size. Raises ConfigError if that is the same
+        although windows were asked for.
+        """
+        if self.window_share is None:
+            return size
+        stored = tuple(round(side / self.window_share) for side in size)
+        if stored == size:
+            name = "random_crop" if self.random_crop else "random_resized_crop"
+            raise ConfigError(
+                f"--{name} {self.window_share:g} of {shown_size(size)} pixels leaves a window only one place; use at "
+                f"most {max(size) / (max(size) + 1):.2g}."
+            )
+        return stored
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -78,25 +108,62 @@ class TrainingDataOptions(DataOptions):
     """The same, and the order in which training sees the images."""
 
     random_flip: bool = option(False, "Mirror each image left to right with probability 1/2.")
+    random_resized_crop: float | None = option(
+        None, "Windows at random places, with a random share of the height and width from this one to 1, resized to "
+        "--resolution. Images are stored at --resolution / SHARE, so that no window is enlarged.", SHARE)
+    augment: float | None = option(
+        None, "Probability of each of six augmentations, usually 0.12: mirroring, turning upside down, scaling, rotation, "
+        "stretching, shifting. The network is told which, so that samples show none (docs/training.md).", SHARE)
     shuffle_buffer: int = option(
         10_000, "Rows of a stream that each reading process shuffles together, or fewer if they exceed 256 MB.", at_least(1))
     dataloader_num_workers: int = option(
         0, "Worker processes that prepare batches in advance, per training process.", at_least(0), on_resume="tell",
         in_recipe=False)
 
+    @property
+    def resizes_windows(self) -> bool:
+        return self.random_resized_crop is not None
+
+    @property
+    def window_share(self) -> float | None:
+        return self.random_crop or self.random_resized_crop
+
     def check(self) -> None:
+        super().check()
         if self.streaming:
             self.require_resolution()
+        if self.random_crop and self.random_resized_crop:
+            raise ConfigError("--random_crop and --random_resized_crop are two kinds of windows; drop one.")
 
 
 @dataclass(frozen=True)
 class ConditionColumns:
-    """What images are conditioned on: "none" reads no column, "class" a label, "text" a caption or a label."""
+    """What images are conditioned on: "none" reads no column, "class" a label, "text" a caption or a label, "image" a second
+    image, "vector" numbers; "class+image" and "vector+image" both.
+    """
 
     condition: str = "none"
     label_column: str | None = None  # by default the only ClassLabel column, else one called label
     text_column: str | None = None  # by default one called text
     from_labels: bool = False  # captions are made of labels, also where there is a column called text
+    condition_column: str | None = None  # a column of images or a folder of them; for vectors, columns of numbers: "a,b,c"
+    condition_classes: int | None = None  # the second image is a label map of so many classes
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Such as ("class", "image")."""
+        return tuple(self.condition.split("+"))
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        """What `condition_column` names: several columns only with numbers, since a folder's name may have a comma."""
+        names = (self.condition_column or "").split(",") if "vector" in self.kinds else [self.condition_column or ""]
+        return tuple(filter(None, map(str.strip, names)))
+
+    @property
+    def second_folders(self) -> tuple[str, ...]:
+        """Those that may be a folder of condition images."""
+        return self.condition_names if "image" in self.kinds else ()
 
 
 UNCONDITIONAL = ConditionColumns()

@@ -4,7 +4,8 @@ A stream is divided into parts, one per reading process (`divide`). `rows_of_par
 function of the seed; a `Position`, a few numbers, says how far it has been read. Evaluation stores the first images.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -21,9 +22,9 @@ from ..ranges_alpha_ddpm import ValueRange
 from ..support.atomic import atomic_file
 from ..support.draws import block_order, shard_order
 from ..support.errors import DataError
-from .columns import check_column, find_roles, kept_columns, missing_value, occurring_classes
-from .files import Reach
-from .images import DEEP_MODES, BadImage, image_file, image_pixels
+from .columns import ColumnRoles, check_column, find_roles, kept_columns, missing_value, occurring_classes
+from .condition_images import CONDITION_IMAGE, attributes_of, joined, load_images, with_vectors
+from .images import DEEP_MODES, BadImage, image_file
 from .mapped import (
     ImageData,
     ImageSet,
@@ -31,15 +32,16 @@ from .mapped import (
     cache_key,
     cache_table,
     class_names_of,
-    images_of,
-    load_images,
-    read_image,
+    other_size,
+    pixels_of,
+    shape_of,
     unreadable_rows,
     usable_images,
 )
 from .options import UNCONDITIONAL, ConditionColumns, DataOptions
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
 from .sources import Source, as_data_error, cache_folder, column_of, hash_of, load_source
+from .views import Views
 
 READ_ROWS = 100  # rows requested at a time
 LOCAL_SHARDS = 256  # shards that a memory-mapped data set is read in
@@ -54,16 +56,23 @@ SHARD_BITS = 32  # a row's number holds its shard above these bits
 class StreamData(ImageSet):
     """A stream of images, and what is known of it before it is read."""
 
-    stream: IterableDataset  # the image column, not decoded, and the one that the condition reads
+    stream: IterableDataset  # the image column, not decoded, and those that the condition reads
     columns: list[str]  # that can be conditions
     class_names: list[str] | None  # of the label column's values 0, 1, ...
-    classes: pa.Array | None  # the values themselves, of a needed label column that is no ClassLabel
-    reach: Reach
+    labels: pa.Array | None  # the values themselves, of a needed label column that is no ClassLabel
+    source: Source
     fingerprint: str  # of the source and of what its rows become, 32 hex digits
     max_bad_fraction: float
+    cache_dir: str | None
 
     num_images = None  # unknown
     skipped = ()  # before anything was read
+
+    @property
+    def vector_statistics(self) -> tuple[list[float], list[float]]:
+        """As that of `ImageData`, from all rows."""
+        whole = pa.table({name: column_of(self.source, name) for name in self.roles.numbers})
+        return self.attributes.statistics(self.attributes.read(whole))
 
     def values(self, name: str) -> Iterator[Any]:
         """The needed column's values in the first rows. Raises DataError for another column, or if reading fails."""
@@ -75,58 +84,84 @@ class StreamData(ImageSet):
 
     def first(self, count: int) -> torch.Tensor:
         """The first `count` usable images (or all), uint8 [n, C, H, W]. Raises DataError if too many rows there are bad."""
-        rows = [(pixels, found) for pixels, found, _ in self._first_rows(count)]
+        rows = [(pixels, found) for pixels, found, *_ in self._first_rows(count)]
         skipped = [found for pixels, found in rows if pixels is None]
         self.check_bad_rows(skipped, len(skipped), len(rows))
-        images = np.stack([pixels.reshape(-1) for pixels, _ in rows if pixels is not None])
-        return images_of(images, self.size, self.channels)
+        return self.view.apply([pixels for pixels, _ in rows if pixels is not None])
 
     def stored(self, count: int, cache_dir: str | None) -> ImageData:
         """The first `count` usable images (or all) in a memory-mapped cache. Raises DataError if too many rows are bad."""
-        path = cache_folder(cache_dir) / f"{cache_key('stream', self.fingerprint, count)}.arrow"
-        kept = Features({name: feature for name, feature in self.stream.features.items() if name != self.roles.image})
-        features = cache_features(kept, self.values_per_image)
-        known = Dataset.from_file(str(path)).data if path.exists() else None
-        if known is None or unreadable_rows(known):  # such a file may be readable now
-            nothing = np.zeros(self.values_per_image, np.uint8)
-            with atomic_file(path) as temporary, ArrowWriter(features=features, path=str(temporary)) as writer:
-                for pixels, found, row in self._first_rows(count):
-                    flat, why = (nothing, found) if pixels is None else (pixels.reshape(-1), {})
-                    made = cache_table(flat[None], [why.get("reason")], [why.get("file")], row.select(list(kept)))
-                    writer.write_table(made)
-                writer.finalize()
-        images = Dataset.from_file(str(path), info=datasets.DatasetInfo(features=features))
-        return usable_images(images, self, repr(self.name), self.max_bad_fraction, self.classes)
+        sets = [self] if self.condition_images is None else [self, self.condition_images]
+        images = (self.roles.image, self.roles.partner)
+        kept = Features({name: feature for name, feature in self.stream.features.items() if name not in images})
+        features = [cache_features(kept if one is self else Features({}), one.values_per_image) for one in sets]
+        key = cache_key("stream", self.fingerprint, count)
+        paths = [cache_folder(cache_dir) / f"{key}{end}.arrow" for end in ("", "-second")[: len(sets)]]
+        known = [Dataset.from_file(str(path)).data for path in paths if path.exists()]
+        if len(known) < len(sets) or any(map(unreadable_rows, known)):  # such a file may be readable now
+            with ExitStack() as stack:
+                temporary = [str(stack.enter_context(atomic_file(path))) for path in paths]
+                writers = [
+                    stack.enter_context(ArrowWriter(features=f, path=p)) for f, p in zip(features, temporary, strict=True)
+                ]
+                for pixels, found, second, row in self._first_rows(count):
+                    why = found if pixels is None else {}
+                    for writer, one, image in zip(writers, sets, (pixels, second), strict=False):
+                        flat = np.zeros(one.values_per_image, np.uint8) if image is None else image.reshape(-1)
+                        columns = row.select(list(kept) if one is self else [])
+                        writer.write_table(cache_table(flat[None], [why.get("reason")], [why.get("file")], columns))
+                for writer in writers:
+                    writer.finalize()
+        opened = [
+            Dataset.from_file(str(path), info=datasets.DatasetInfo(features=f)) for path, f in zip(paths, features, strict=True)
+        ]
+        about = (repr(self.name), self.max_bad_fraction, self.labels)
+        data, *second = (usable_images(cached, one, *about) for cached, one in zip(opened, sets, strict=True))
+        data = joined(data, *second, [], *about[:2]) if second else data
+        return with_vectors(data, data.dataset.data) if self.attributes else data
 
-    def _first_rows(self, count: int) -> Iterator[tuple[np.ndarray | None, Any, pa.Table]]:
+    def shown(self, count: int) -> ImageData:
+        """The first so many images, for previews."""
+        return self.stored(count, self.cache_dir)
+
+    def _first_rows(self, count: int) -> Iterator[tuple]:
         """Rows in the stream's own order, as `read` gives them and as tables, until `count` of them are usable."""
         with as_data_error(f"the stream {self.name!r}"):
             rows = ((table, index) for table in _tables(self.stream) for index in range(len(table)))
             for number, (table, index) in enumerate(rows):
-                pixels, found = self.read(table, index, number)
-                yield pixels, found, table.slice(index, 1)
-                count -= pixels is not None
+                found = self.read(table, index, number)
+                yield *found, table.slice(index, 1)
+                count -= found[0] is not None
                 if count == 0:
                     return
 
-    def read(self, table: pa.Table, index: int, row: int, shard: int | None = None) -> tuple[np.ndarray | None, Any]:
-        """A row's image, uint8 [H, W, C], and its value in the needed column; or None and the `SkippedRow`."""
-        roles, condition = self.roles, None
+    def read(
+        self, table: pa.Table, index: int, row: int, shard: int | None = None
+    ) -> tuple[np.ndarray | None, Any, np.ndarray | None]:
+        """A row's image, uint8 [H, W, C], its value in the needed column, its second image; or None and the `SkippedRow`."""
+        roles, condition, second, what = self.roles, None, None, ""
         if roles.needed is not None:
             condition = table.column(roles.needed)[index].as_py()
-            condition = condition if self.classes is None else self._class_numbers.get(condition)
+            condition = condition if self.labels is None else self._class_numbers.get(condition)
             missing = missing_value(condition, roles.needed, roles.num_classes(self.class_names))
             if missing is not None:
-                return None, skipped_row(row, missing, shard=shard)
-        value = table.column(roles.image)[index].as_py()
+                return None, skipped_row(row, missing, shard=shard), None
+        reach, value = self.source.reach, table.column(roles.image)[index].as_py()
         try:
-            return read_image(image_pixels, roles.kind, self.reach, self.size, self.channels, value), condition
+            pixels = pixels_of(self, reach, value)
+            if roles.partner is not None:
+                size, what = shape_of(roles.kind, reach, value)[1::-1], CONDITION_IMAGE
+                value = table.column(roles.partner)[index].as_py()
+                second = pixels_of(self.condition_images, reach, value)
+                if why := other_size(size, shape_of(roles.partner_kind, reach, value)[1::-1]):
+                    raise BadImage(why)
         except BadImage as error:
-            return None, skipped_row(row, str(error), image_file(value), shard)
+            return None, skipped_row(row, f"{what}{error}", image_file(value), shard), None
+        return pixels, condition, second
 
     @cached_property
     def _class_numbers(self) -> dict[Any, int]:
-        return {value: number for number, value in enumerate(self.classes.to_pylist())}
+        return {value: number for number, value in enumerate(self.labels.to_pylist())}
 
     def check_bad_rows(self, skipped: list[SkippedRow], bad: int, seen: int) -> None:
         """Raises DataError if no rows were seen, or if too many of them are bad, or all."""
@@ -142,7 +177,7 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
     ConfigError without a resolution, DataError for data that cannot be used as asked.
     """
     options.require_resolution()
-    source = load_source(options, streaming=True)
+    source = load_source(options, columns, streaming=True)
     features = source.dataset.features
     if features is None:
         raise DataError(f"The columns of {options.dataset!r} are unknown before it is read. Drop --streaming.")
@@ -151,32 +186,36 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
     stream = source.dataset
     if isinstance(stream, Dataset):
         stream = stream.to_iterable_dataset(num_shards=min(len(stream), LOCAL_SHARDS))
-    image, label = features[roles.image], features.get(roles.label)
+    label = features.get(roles.label)
     class_names, classes = list(label.names) if isinstance(label, ClassLabel) else None, None
     if label is not None and roles.label == roles.needed and class_names is None:
-        classes = _classes(source, roles.label)
+        with as_data_error(f"the column {roles.label!r}"):
+            classes = occurring_classes(column_of(source, roles.label), roles.label)
         class_names = class_names_of(classes)
-    grey = isinstance(image, datasets.Array2D) or getattr(image, "mode", None) in ("1", "L", *DEEP_MODES)
-    size, channels = options.size, options.channels or (1 if grey else 3)
-    read = [roles.image] if roles.needed is None else [roles.image, roles.needed]
+    size, channels, more = options.size, options.channels or _channels_of(features[roles.image]), {}
+    stored_size = options.stored_size(size)
+    if roles.partner is not None:
+        of, number = ColumnRoles(roles.partner, roles.partner_kind, None, None, None), columns.condition_classes
+        second = 1 if number else _channels_of(features[roles.partner])
+        resized = {"resized": options.resizes_windows, "classes": number}
+        more["condition_images"] = ImageSet(source.name, size, stored_size, second, ValueRange(), of, **resized)
+    if roles.numbers:
+        more["attributes"] = attributes_of(source, roles)
+    read = list(filter(None, [roles.image, roles.needed, roles.partner, *roles.numbers]))
     stream, kept = stream.decode(False).select_columns(read), list(kept_columns(features))
     with as_data_error(f"the files of {source.name!r}"):
-        content = source.content(roles.image)
-    fingerprint = hash_of(content, roles.image, size, channels, roles.needed, class_names)
-    about = (source.name, size, channels, ValueRange(), roles)
-    limit = options.max_bad_fraction
-    return StreamData(*about, stream, kept, class_names, classes, source.reach, fingerprint, limit)
+        content = [source.content(name) for name in (roles.image, roles.partner) if name]
+    seen = [*read[1:], columns.condition_classes] if more else roles.needed
+    fingerprint = hash_of(content if more else content[0], roles.image, stored_size, channels, seen, class_names)
+    about = (source.name, size, stored_size, channels, ValueRange(), roles)
+    reading, more["resized"] = (options.max_bad_fraction, options.cache_dir), options.resizes_windows
+    return StreamData(*about, stream, kept, class_names, classes, source, fingerprint, *reading, **more)
 
 
-def _classes(source: Source, label_column: str) -> pa.Array:
-    """The values of a label column that is no ClassLabel, from local files. Raises DataError for data on the Hub."""
-    with as_data_error(f"the column {label_column!r}"):
-        if isinstance(source.dataset, IterableDataset) and not source.files:
-            raise DataError(
-                f"--label_column {label_column!r} has the type {source.dataset.features[label_column]}, which does not say how "
-                "many classes there are. Drop --streaming, or choose a ClassLabel column."
-            )
-        return occurring_classes(column_of(source, label_column), label_column)
+def _channels_of(feature: Any) -> int:
+    """1 if a column's type says that its images are grey, else 3."""
+    grey = isinstance(feature, datasets.Array2D) or getattr(feature, "mode", None) in ("1", "L", *DEEP_MODES)
+    return 1 if grey else 3
 
 
 def open_data(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -> ImageData | StreamData:
@@ -232,9 +271,37 @@ class Position:
 class StreamedImage:
     pixels: np.ndarray  # uint8 [H, W, C]
     value: Any  # of the needed column
+    second: np.ndarray | None  # uint8 [H, W, k]
+    vector: np.ndarray | None  # float32 [K]
     number: int  # of shard and row: shard * 2^32 + row
     position: Position  # after it
     skipped: list[SkippedRow]  # since the usable row before
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedBatch:
+    """Images of a stream as what conditions read of an `ImageData`, by their places 0, 1, ... in the batch."""
+
+    data: StreamData
+    images: Sequence[StreamedImage]
+
+    def column(self, name: str, indices: Sequence[int]) -> list:
+        return [self.images[index].value for index in indices]
+
+    def vector(self, indices: Sequence[int]) -> torch.Tensor:
+        return torch.from_numpy(np.stack([self.images[index].vector for index in indices]))
+
+    def rows_of(self, indices: Sequence[int]) -> Sequence[int]:
+        return indices
+
+    @property
+    def condition_images(self) -> "StreamedBatch":
+        return self
+
+    def pixels(self, rows: Sequence[int], views: Views) -> torch.Tensor:
+        """The second images."""
+        nearest = self.data.condition_images.classes is not None
+        return views.apply([self.images[row].second for row in rows], nearest=nearest)
 
 
 @dataclass(frozen=True)
@@ -274,7 +341,7 @@ def rows_of_part(
             for offset in range(position.offset, len(rows)):
                 piece, index = rows[order[offset]]
                 row = int(piece.rows[index])
-                pixels, found = data.read(piece.table, index, row, piece.shard)
+                pixels, found, second = data.read(piece.table, index, row, piece.shard)
                 seen, bad = position.seen + 1, position.bad + (pixels is None)
                 position = replace(position, offset=offset + 1, seen=seen, bad=bad)
                 if pixels is None:
@@ -282,7 +349,8 @@ def rows_of_part(
                     if len(skipped) >= JUDGED_ROWS:
                         data.check_bad_rows(skipped, position.bad, position.seen)
                     continue
-                yield StreamedImage(pixels, found, (piece.shard << SHARD_BITS) + row, position, skipped)
+                vector = data.attributes and data.attributes.read(piece.table.slice(index, 1))[0]
+                yield StreamedImage(pixels, found, second, vector, (piece.shard << SHARD_BITS) + row, position, skipped)
                 skipped, barren, seen_before = [], 0, position.seen
             position = replace(position, block=position.block + 1, offset=0)
         if barren >= partition.parts:

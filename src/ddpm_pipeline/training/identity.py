@@ -25,6 +25,7 @@ def identity_of(data: ImageSet, condition: "Condition", unet: Any, scheduler: Al
         DATA: f"{images}, {data.fingerprint}",
         "image column": data.roles.image,
         "condition's column": data.roles.needed,
+        "value range": data.value_range.to_json(),
         **condition.identity(),
         **json.loads(json.dumps({"UNet": unet_config, "scheduler": schedule}, default=lambda array: array.tolist())),
     }

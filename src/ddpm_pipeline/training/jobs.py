@@ -26,7 +26,7 @@ from ..support.atomic import write_text
 from ..support.draws import RandomStream, image_indices, seeds
 from ..support.errors import ConfigError, NumericalError, Stopped
 from ..support.exceptions import describe_exception
-from ..support.pictures import grid, save_picture
+from ..support.pictures import Display, grid, save_picture
 from .batches import BatchLoader
 from .checkpoints import Checkpoints, export_command
 from .conditions import Condition
@@ -89,6 +89,11 @@ class Run:
         # with a scheduler of its own: previews choose shorter chains, and the bound is that of the full one
         self.pipe = self.condition.pipeline(self.state.unet, AlphaDDPMScheduler.from_config(self.scheduler.config))
         self.pipe.set_progress_bar_config(disable=True)
+        try:
+            self.display = Display.parse(watching.preview_channels, self.data.value_range.dtype != "uint8")
+            self.shown = self.display.words(self.data.channels)
+        except ValueError as error:
+            raise ConfigError(f"--preview_channels {error}.") from error
         self.extractor = None
         if watching.eval_samples:
             extractor = feature_extractor(watching.eval_features, options.data.dataset, None, "--eval_features")
@@ -156,13 +161,16 @@ def preview(run: Run, done: int, only_if_missing: bool = False) -> None:
 
 
 def save_grid(run: Run, count: int, steps: int | None, path: Path) -> None:
-    """A picture of about `count` images, in equal rows, one per condition; a text file beside it says which row is what."""
+    """A picture of about `count` images, in equal rows, one per condition; a text file beside it says which row is what, and
+    which channels are shown how.
+    """
     request, columns = run.condition.preview(count)
-    count = len(request.values) or count
+    count = len(request) or count
     images = sample_in_batches(run.pipe, count, run.batch_size, run.options.run.seed, steps, request)
-    save_picture(grid(images, columns), path)
-    if rows := run.condition.row_names(request, columns):
-        write_text(path.with_suffix(".txt"), "".join(f"row {row}: {name}\n" for row, name in enumerate(rows, start=1)))
+    save_picture(grid(images, columns, display=run.display, left=run.condition.left(request, columns)), path)
+    rows = [f"row {row}: {name}\n" for row, name in enumerate(run.condition.row_names(request, columns), start=1)]
+    if lines := [f"shown: {run.shown}\n"] * bool(run.shown) + rows:
+        write_text(path.with_suffix(".txt"), "".join(lines))
 
 
 def push_snapshot(run: Run, done: int) -> None:
@@ -189,7 +197,8 @@ def likelihood(run: Run) -> dict[str, float]:
     inputs = run.condition.unet_inputs(run.condition.request_like(data, indices, seed))
     how = {"num_evaluated": watching.eval_calls, "batch_size": run.batch_size, "progress": False, "model_kwargs": inputs}
     noise_seeds = seeds(seed, RandomStream.NOISE, 0, count)
-    total = likelihood_of(run.pipe.unet, run.scheduler, data.pixels(indices), data.value_range, noise_seeds, **how).total
+    network = run.condition.denoiser(run.pipe.unet)
+    total = likelihood_of(network, run.scheduler, data.pixels(indices), data.value_range, noise_seeds, **how).total
     error = {"eval_bits_per_dim_error": float(total.std() / count**0.5)} if count > 1 else {}
     return {"eval_bits_per_dim": float(total.mean()), **error}
 
@@ -286,9 +295,11 @@ def draw_samples(run: Run) -> None:
     """samples.png, and process.png from noise to images."""
     watching, seed = run.options.watching, run.options.run.seed
     steps = min(watching.sample_inference_steps or len(run.scheduler), len(run.scheduler))
-    logger.info("sampling %d images over %d steps", watching.num_samples, steps)
+    shown = f"; pictures show {run.shown}" if run.shown else ""
+    logger.info("sampling %d images over %d steps%s", watching.num_samples, steps, shown)
     run.pipe.set_progress_bar_config(desc="sampling", leave=False)
     with not_essential("samples.png"):
         save_grid(run, watching.num_samples, steps, run.folder / "samples.png")
     with not_essential("process.png"):
-        save_picture(sample_process(run.pipe, seed, run.condition.preview(4)[0]), run.folder / "process.png")
+        picture = sample_process(run.pipe, seed, run.condition.preview(4)[0], run.display)
+        save_picture(picture, run.folder / "process.png")

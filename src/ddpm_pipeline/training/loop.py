@@ -131,7 +131,7 @@ def open_batches(
     """This process's micro-batches from update `first` on; of a stream, from the `position` that a checkpoint holds."""
     optimisation, passes = options.optimisation, options.optimisation.gradient_accumulation_steps
     process = accelerator.process_index, accelerator.num_processes
-    drawing = options.data.random_flip, options.diffusion.timestep_sampling
+    drawing = options.data.random_flip, options.diffusion.timestep_sampling, options.data.window_share, options.data.augment
     plan = BatchPlan(options.run.seed, optimisation.batch_size, passes, *process, *drawing)
     micro_batches = range(first * passes, optimisation.max_train_steps * passes)
     return batch_loader(data, plan, condition, micro_batches, options.data, accelerator.device.type, position)
@@ -192,9 +192,11 @@ def losses_of(
     sample = scheduler.add_noise(original_samples, noise, timesteps)
     if options.hardware.channels_last:
         sample = sample.contiguous(memory_format=torch.channels_last)
-    inputs = condition.inputs(batch["condition"], timesteps.device) if "condition" in batch else {}
+    inputs = condition.inputs(batch["condition"], original_samples) if "condition" in batch else {}
+    if "augmentation" in batch:
+        inputs["augmentation"] = batch["augmentation"].to(timesteps.device, non_blocking=True)
     prediction = model(sample, timesteps, **inputs).sample
-    diffusion, noised = options.diffusion, NoisedBatch(original_samples, noise, timesteps, sample)
+    diffusion, noised = options.diffusion, NoisedBatch(original_samples, noise, timesteps, sample, value_range.num_bins)
     weights = 1.0 if diffusion.snr_gamma is None else min_snr_weights(scheduler, timesteps, diffusion.snr_gamma)
     return per_image_loss(diffusion.objective, scheduler, prediction, noised, diffusion.bound_weight, weights)
 
