@@ -223,7 +223,7 @@ def open_stream(
     forms = [astuple(one) for one in (form, *(one.form for one in more.values() if isinstance(one, ImageSet)))]
     fingerprint = hash_of(content if more else content[0], roles.image, forms, seen, class_names)
     about = (source.name, options.size, form, unmeasured(form), roles)
-    reading = (options.max_bad_fraction, options.cache_dir)
+    reading = options.max_bad_fraction, options.cache_dir
     data = StreamData(*about, stream, kept, class_names, classes, source, fingerprint, *reading, **resized, **more)
     if not form.raw:
         return data
