@@ -98,4 +98,4 @@ class ImageInput(Condition):
         return {"condition": what, "condition dropout": f"{self.options.condition_dropout:.0%} of the condition images"}
 
     def arguments(self) -> list[str]:
-        return ["condition_image=condition_image"]
+        return [f"{name}={name}" for name in (ASKED if self.task == INPAINT else ASKED[:1])]
