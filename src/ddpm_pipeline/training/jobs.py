@@ -172,10 +172,12 @@ def save_grid(run: Run, count: int, steps: int | None, path: Path) -> None:
     request, columns = run.condition.preview(count)
     count = len(request) or count
     images = sample_in_batches(run.pipe, count, run.batch_size, run.options.run.seed, steps, request)
-    save_picture(grid(images, columns, display=run.display, left=run.condition.left(request, columns)), path)
+    left = run.condition.left(request, columns)
+    save_picture(grid(images, columns, display=run.display, left=left), path)
+    shown = [f"shown: {run.shown}\n"] * bool(run.shown) + ["left: condition images\n"] * (left is not None)
     rows = [f"row {row}: {name}\n" for row, name in enumerate(run.condition.row_names(request, columns), start=1)]
-    if lines := [f"shown: {run.shown}\n"] * bool(run.shown) + rows:
-        write_text(path.with_suffix(".txt"), "".join(lines))
+    if shown or rows:
+        write_text(path.with_suffix(".txt"), "".join(shown + rows))
 
 
 def push_snapshot(run: Run, done: int) -> None:
