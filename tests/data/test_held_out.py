@@ -95,7 +95,6 @@ def test_held_out_labels_are_those_of_training(tmp_path):
 
 def test_percentiles_are_of_the_training_images_alone(tmp_path):
     """Of 16 bits; also those of condition images."""
-    ramp = np.arange(1, 9, dtype=np.uint16)
     for number in range(10):
         for folder, most in (("images", 1000 * number), ("masks", 5000 - 100 * number)):
             write_image(
