@@ -37,7 +37,6 @@ class Condition:
     input_channels = 0  # that the UNet takes beside those of the images
     options = ConditionOptions()
     data: ImageSet | None = None
-    cache_dir: str | None = None
     dropout_streams: tuple[int, ...] = (RandomStream.CONDITION_DROPOUT,)  # a condition that any of these drops is dropped
 
     def unet_config(self) -> dict[str, Any]:
@@ -90,10 +89,13 @@ class Condition:
         """What the pipeline has beside UNet and scheduler."""
         return {}
 
+    def described(self) -> dict[str, Any]:
+        """The same with the range of values, if it is not that of 8 bits."""
+        is_plain = self.data is None or self.data.value_range == ValueRange()
+        return self.settings() | ({} if is_plain else {"value_range": self.data.value_range})
+
     def pipeline(self, unet: Any, scheduler: Any) -> Any:
-        settings = self.settings()
-        if self.data is not None and self.data.value_range != ValueRange():
-            settings["value_range"] = self.data.value_range
+        settings = self.described()
         if settings or OWN_KEY in unet.config:
             describe_conditions(unet, **settings)
         return self.pipeline_class(unet=unet, scheduler=scheduler, **self.components(unet))
@@ -128,7 +130,7 @@ class Condition:
     @cached_property
     def examples(self) -> ImageData:
         """Images whose conditions previews show: all, or the first of a stream."""
-        return self.data if isinstance(self.data, ImageData) else self.data.stored(EXAMPLES, self.cache_dir)
+        return self.data.shown(EXAMPLES)
 
     def dropped(self, where: BatchSlice) -> np.ndarray:
         """Which conditions are dropped, bool [b]."""
