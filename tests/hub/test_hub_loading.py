@@ -211,16 +211,6 @@ def check_trusted_class_model_has_all_features():
     raises(ValueError, lambda: pipe(class_labels="tow"), "near it: 'two'")
     assert len(pipe(class_labels=["one", None], num_inference_steps=3).images) == 2
 
-def check_trusted_model_of_condition_images():
-    pipe = DiffusionPipeline.from_pretrained("org/image", custom_pipeline="org/image", **TRUST)
-    assert type(pipe).__name__ == "AlphaDDPMImageToImagePipeline" and pipe.image_condition.classes == 5
-    told = {"condition_image": torch.ones(1, 1, 8, 16, dtype=torch.int64), "condition_vector": [{"age": 30}, {}]}
-    drawn = pipe(**told, guidance_scale=2.0, num_inference_steps=3, output_type="pt")
-    assert drawn.images.shape == (2, 1, 8, 16)
-    raises(ValueError, lambda: pipe(condition_image=told["condition_image"] * 5), "0 to 4")
-    pipe.save_pretrained("again/image")
-    assert "AlphaDDPMImageToImageBlocks" in Path("again/image/modular_config.json").read_text()
-
 def check_code_of_another_repository_does_not_get_in_the_way():
     first = DiffusionPipeline.from_pretrained("org/own", custom_pipeline="org/own", **TRUST)
     second = DiffusionPipeline.from_pretrained("org/ddpm", custom_pipeline="org/ddpm", **TRUST)
