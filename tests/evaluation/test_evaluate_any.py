@@ -98,12 +98,13 @@ def test_images_of_any_shape_and_depth_are_read_as_the_models_were(tmp_path, mon
 
 
 def test_inception_is_refused_for_channels_that_it_does_not_see(tmp_path, capsys):
-    np.save(tmp_path / "a.npy", np.zeros((8, 8, 5), np.uint8))
+    (tmp_path / "tiles").mkdir()
+    np.save(tmp_path / "tiles" / "a.npy", np.zeros((8, 8, 5), np.uint8))
     pipe = AlphaDDPMPipeline(tiny_unet(in_channels=5, out_channels=5), scheduler())
-    assert "quality" not in evaluated(pipe, tmp_path, tmp_path / "*.npy", num_likelihood_images=1)
+    assert "quality" not in evaluated(pipe, tmp_path, tmp_path / "tiles", num_likelihood_images=1)
     assert "1 or 3 channels, not 5; name your own with --features MODULE:FUNCTION" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="not 5"):
-        evaluated(pipe, tmp_path, tmp_path, features="inception")
+        evaluated(pipe, tmp_path, tmp_path / "tiles", features="inception")
 
 
 @pytest.mark.parametrize("task", ["downscale:2", "inpaint"])

@@ -9,10 +9,16 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file
 from scipy import stats
 
+from data_helpers import write_image
+from ddpm_pipeline.data import load_images
+from ddpm_pipeline.data.options import TrainingDataOptions
 from ddpm_pipeline.data.views import STILL, Views
 from ddpm_pipeline.training import TrainingOptions, train
 from ddpm_pipeline.training.augmentation import AugmentedNetwork, draw_parameters, flips_of, motions_of
+from ddpm_pipeline.training.batches import BatchPlan, MicroBatches
 from ddpm_pipeline.training.export import export_checkpoint
+from ddpm_pipeline.training.image_conditions import ImageInput
+from ddpm_pipeline.training.options import ConditionOptions
 from helpers import tiny_unet
 from training_helpers import quick_options, weights, whole_batch
 
@@ -60,6 +66,23 @@ def test_no_augmentation_is_none():
     assert torch.equal(found[0], plain[0]) and not torch.allclose(found[1], plain[1])
     assert torch.equal(network(sample, timesteps).sample, plain) and torch.equal(unet(sample, timesteps).sample, plain)
     assert unet.state_dict().keys() == tiny_unet().state_dict().keys()
+
+
+@pytest.mark.parametrize(("crop", "classes"), [("random_crop", 3), ("random_resized_crop", None)])
+def test_an_image_and_its_condition_image_are_seen_alike(crop, classes, tmp_path):
+    """Images beside the same images; and levels 0, 100 and 200 beside maps of their classes, in windows at their own scale."""
+    for seed in range(8):
+        ids = np.random.default_rng(seed).integers(0, 3, (8, 8)).astype(np.uint8)
+        write_image(tmp_path / "x/images" / f"{seed}.png", ids * 100)
+        write_image(tmp_path / "x/masks" / f"{seed}.png", ids if classes else ids * 100)
+    asked = ConditionOptions("image", condition_column="masks", condition_classes=classes, condition_dropout=0.0)
+    given = TrainingDataOptions(str(tmp_path / "x"), resolution=6, cache_dir=str(tmp_path / "cache"), **{crop: 0.75})
+    data = load_images(given, asked.columns)
+    plan = BatchPlan(0, 64, random_flip=True, window_share=0.75, augment=None if classes else 0.5)
+    batch = MicroBatches(data, plan, ImageInput(asked, data))[0]
+    second = batch["condition"]["image"]
+    assert torch.equal(batch["pixels"], second * 100 if classes else second)
+    assert len(batch["pixels"].flatten(1).unique(dim=0)) > 40
 
 
 @pytest.mark.parametrize(

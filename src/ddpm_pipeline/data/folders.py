@@ -25,6 +25,7 @@ from PIL import Image
 
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
+from .arrays import ARRAY_FILES
 from .columns import BESIDE, image_columns
 from .files import ARCHIVES, PACKED, Account, File, in_archive, list_archive, list_files, read_bytes, some, text_of
 from .images import image_extensions
@@ -50,18 +51,21 @@ class Contents:
 
     @classmethod
     def of(cls, files: Iterable[File]) -> "Contents":
-        contents, endings = cls(), image_extensions()
+        contents, endings, arrays = cls(), image_extensions(), []
         for file in files:
             if posixpath.basename(file.name).lower() in METADATA:
                 contents.metadata.append(file)
             elif file.suffix in endings or (not file.suffix and _is_image(file)):
                 contents.pictures.append(file)
+            elif file.suffix in ARRAY_FILES:
+                arrays.append(file)
             elif file.suffix in TABLES:
                 contents.tables.append(file)
             elif file.suffix in (*ARCHIVES, *PACKED):
                 contents.archives.append(file)
             else:
                 contents.others.append(file)
+        (contents.others if contents.pictures else contents.pictures).extend(arrays)  # features are stored so beside pictures
         return contents
 
 
@@ -182,7 +186,7 @@ def _nothing(contents: list[Contents], path: Path, account: Account) -> None:
     packed = any(each.archives for each in contents)
     fix = " Unpack the archives (compressed ones cannot be read in any order) and name the folder." if packed else ""
     raise DataError(
-        f"{str(path)!r} holds no images (.png, .jpg, .jpeg, .webp, .avif, .gif, .bmp, .tif, ...; sub-folders and zip and tar "
+        f"{str(path)!r} holds no images (.png, .jpg, .jpeg, .webp, .gif, .bmp, .tif, .npy, ...; sub-folders and zip and tar "
         f"archives are searched too) and no parquet files, and was not written by Dataset.save_to_disk. {holds}{left_out}.{fix}"
     )
 

@@ -1,5 +1,8 @@
 """Which data a command reads, and how: the options from the command line to the reader. Imports neither torch nor datasets."""
 
+import contextlib
+import math
+import os
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -7,7 +10,10 @@ from typing import Any, ClassVar
 from ..support.errors import ConfigError
 from ..support.options import BELOW_ONE, Allowed, OptionGroup, at_least, one_of, option
 
-CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+CHANNELS = (1, 3, 4)  # grey, RGB, RGBA: of pictures, which are converted to one another
+MAX_CHANNELS = 64
+RESIZE = ("crop", "pad", "stretch", "none")
+PERCENTILES = "percentile:"
 SHARE = Allowed("above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
@@ -32,6 +38,23 @@ def shown_size(size: tuple[int, int]) -> str:
     return "x".join(map(str, size))
 
 
+def parse_value_range(value: Any) -> str:
+    """As text, with the numbers that `numbers_of_range` gives. Raises ValueError, completing "must be", for others."""
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value).replace(" ", "")
+    with contextlib.suppress(ValueError):
+        numbers = numbers_of_range(text)
+        pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
+        percentiles = not text.startswith(PERCENTILES) or (len(pairs) == 1 and numbers[0] >= 0 and numbers[1] <= 100)
+        if pairs and percentiles and all(math.isfinite(high - low) and low < high for low, high in pairs):
+            return text
+    raise ValueError("low,high such as -1000,3000 (or such a pair for each channel), or percentiles such as percentile:1,99")
+
+
+def numbers_of_range(text: str) -> list[float]:
+    """The numbers in a range of values, or in one of percentiles."""
+    return [float(number) for number in text.removeprefix(PERCENTILES).split(",")]
+
+
 # fmt: off
 
 
@@ -50,8 +73,15 @@ class DataOptions(OptionGroup):
     resolution: int | str | None = option(
         None, "Size of the images in pixels: 64, or height x width as in 48x96. By default their own, if they share one.",
         parse=parse_resolution)
+    resize: str = option(
+        "crop", "How images get this size: scaled to cover it and cut to the centre (crop), scaled to fit into it and padded "
+        "with the values of their edges (pad), scaled in each direction (stretch), or not at all (none).", one_of(RESIZE))
     channels: int | None = option(
-        None, "1 (grey), 3 (RGB) or 4 (RGBA). By default 1 if all images are grey, else 3.", one_of(CHANNELS))
+        None, f"1 (grey), 3 (RGB), 4 (RGBA), or the number of bands, up to {MAX_CHANNELS}. By default those of the images.",
+        Allowed(f"at least 1 and at most {MAX_CHANNELS}", lambda value: 1 <= value <= MAX_CHANNELS))
+    value_range: str | None = option(
+        None, "Values of the data that become black and white: low,high such as -1000,3000, for all channels or a pair for "
+        "each, or percentile:1,99, measured on the data. By default those of the file type.", parse=parse_value_range)
     cache_dir: str | None = option(
         None, "Cache folder for preprocessed images. By default the datasets library's.", on_resume="tell", in_recipe=False)
     preprocessing_num_workers: int | None = option(
@@ -74,8 +104,8 @@ class DataOptions(OptionGroup):
         return self.random_crop
 
     def check(self) -> None:
-        if self.random_crop == 1:
-            raise ConfigError("--random_crop 1 is for --resize none; use a smaller share of the height and width.")
+        if self.random_crop and (self.random_crop == 1) != (self.resize == "none"):
+            raise ConfigError("--random_crop 1 is for --resize none; else use a smaller share of the height and width.")
 
     def stored_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width at which images are stored that are seen in this size. Raises ConfigError if that is the same
@@ -107,6 +137,9 @@ class DataOptions(OptionGroup):
 class TrainingDataOptions(DataOptions):
     """The same, and the order in which training sees the images."""
 
+    validation_split: str | None = option(
+        None, "Images to hold out: never trained on, and evaluated on the way. A split (test, train[90%:]), a folder or file "
+        "(with a / in its path), or a share of the images (10%, 0.1), chosen by their pixels (docs/training.md).")
     random_flip: bool = option(False, "Mirror each image left to right with probability 1/2.")
     random_resized_crop: float | None = option(
         None, "Windows at random places, with a random share of the height and width from this one to 1, resized to "
@@ -130,10 +163,31 @@ class TrainingDataOptions(DataOptions):
 
     def check(self) -> None:
         super().check()
-        if self.streaming:
-            self.require_resolution()
         if self.random_crop and self.random_resized_crop:
             raise ConfigError("--random_crop and --random_resized_crop are two kinds of windows; drop one.")
+        share = self.held_out_share
+        if share is not None and not 0 < share < 1:
+            raise ConfigError(f"--validation_split {self.validation_split} must be above 0 and below 1, or 100%.")
+        if self.streaming:
+            self.require_resolution()
+            splits = [set(re.sub(r"\[.*?\]", "", split or "").split("+")) for split in (self.split, self.validation_split)]
+            if share is not None or (not self.validation_path and set.intersection(*splits)):
+                raise ConfigError(
+                    f"--validation_split {self.validation_split} is a part of the images, which --streaming cannot leave out; "
+                    "name another split, a folder or a file, or drop --streaming."
+                )
+
+    @property
+    def held_out_share(self) -> float | None:
+        """The share that --validation_split is; None if it names something."""
+        found = re.fullmatch(r"(\d+\.?\d*|\.\d+)(%?)", self.validation_split or "")
+        return found and float(found[1]) / (100 if found[2] else 1)
+
+    @property
+    def validation_path(self) -> bool:
+        """Whether --validation_split names a folder or file; a bare name is a split."""
+        given = self.validation_split or ""
+        return os.path.basename(given) != given or os.path.isfile(given)
 
 
 @dataclass(frozen=True)

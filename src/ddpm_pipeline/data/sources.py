@@ -357,7 +357,7 @@ def _check_split(name: str | Path, split: str, available: list[str]) -> None:
     """Raises DataError unless every split that is named, whole or in slices such as "train[:10%]", is available."""
     for one in split.split("+"):
         if one.partition("[")[0] not in available:
-            raise DataError(f"The data set {str(name)!r} has no split {one!r}. Set --split to one of {available}.")
+            raise DataError(f"The data set {str(name)!r} has no split {one!r}. Its splits are {available}.")
 
 
 @contextlib.contextmanager

@@ -4,9 +4,10 @@ A stream is divided into parts, one per reading process (`divide`). `rows_of_par
 function of the seed; a `Position`, a few numbers, says how far it has been read. Evaluation stores the first images.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -21,10 +22,11 @@ from datasets.arrow_writer import ArrowWriter
 from ..ranges_alpha_ddpm import ValueRange
 from ..support.atomic import atomic_file
 from ..support.draws import block_order, shard_order
-from ..support.errors import DataError
+from ..support.errors import ConfigError, DataError
 from .columns import ColumnRoles, check_column, find_roles, kept_columns, missing_value, occurring_classes
-from .condition_images import CONDITION_IMAGE, attributes_of, joined, load_images, with_vectors
-from .images import DEEP_MODES, BadImage, image_file
+from .condition_images import CONDITION_IMAGE, attributes_of, joined, load_images, options_of_partners, with_vectors
+from .images import DEEP_MODES, BadImage, Form, image_file
+from .label_maps import form_of_label_maps
 from .mapped import (
     ImageData,
     ImageSet,
@@ -34,11 +36,13 @@ from .mapped import (
     class_names_of,
     other_size,
     pixels_of,
+    row_value,
     shape_of,
     unreadable_rows,
     usable_images,
 )
-from .options import UNCONDITIONAL, ConditionColumns, DataOptions
+from .options import PERCENTILES, UNCONDITIONAL, ConditionColumns, DataOptions, numbers_of_range
+from .ranges import depth_of, is_raw, range_of, unmeasured
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
 from .sources import Source, as_data_error, cache_folder, column_of, hash_of, load_source
 from .views import Views
@@ -49,6 +53,7 @@ MANY_SHARDS = 16  # with this many shards per part, parts of whole shards have a
 BLOCK_BYTES = 2**28  # largest size of a block of rows as stored, whatever --shuffle_buffer is
 FIRST_ROWS = 10_000  # rows from whose captions a tokenizer is built
 JUDGED_ROWS = 1000  # rows after which the fraction of bad ones is checked
+CHECKED_IMAGES = 64  # on which a stated range of values is checked
 SHARD_BITS = 32  # a row's number holds its shard above these bits
 
 
@@ -83,7 +88,7 @@ class StreamData(ImageSet):
                 yield from (value.as_py() for value in table.column(name))
 
     def first(self, count: int) -> torch.Tensor:
-        """The first `count` usable images (or all), uint8 [n, C, H, W]. Raises DataError if too many rows there are bad."""
+        """The first `count` usable images (or all), [n, C, H, W]. Raises DataError if too many rows there are bad."""
         rows = [(pixels, found) for pixels, found, *_ in self._first_rows(count)]
         skipped = [found for pixels, found in rows if pixels is None]
         self.check_bad_rows(skipped, len(skipped), len(rows))
@@ -94,7 +99,7 @@ class StreamData(ImageSet):
         sets = [self] if self.condition_images is None else [self, self.condition_images]
         images = (self.roles.image, self.roles.partner)
         kept = Features({name: feature for name, feature in self.stream.features.items() if name not in images})
-        features = [cache_features(kept if one is self else Features({}), one.values_per_image) for one in sets]
+        features = [cache_features(kept if one is self else Features({}), one) for one in sets]
         key = cache_key("stream", self.fingerprint, count)
         paths = [cache_folder(cache_dir) / f"{key}{end}.arrow" for end in ("", "-second")[: len(sets)]]
         known = [Dataset.from_file(str(path)).data for path in paths if path.exists()]
@@ -107,7 +112,7 @@ class StreamData(ImageSet):
                 for pixels, found, second, row in self._first_rows(count):
                     why = found if pixels is None else {}
                     for writer, one, image in zip(writers, sets, (pixels, second), strict=False):
-                        flat = np.zeros(one.values_per_image, np.uint8) if image is None else image.reshape(-1)
+                        flat = np.zeros(one.values_per_image, one.form.dtype) if image is None else image.reshape(-1)
                         columns = row.select(list(kept) if one is self else [])
                         writer.write_table(cache_table(flat[None], [why.get("reason")], [why.get("file")], columns))
                 for writer in writers:
@@ -138,7 +143,7 @@ class StreamData(ImageSet):
     def read(
         self, table: pa.Table, index: int, row: int, shard: int | None = None
     ) -> tuple[np.ndarray | None, Any, np.ndarray | None]:
-        """A row's image, uint8 [H, W, C], its value in the needed column, its second image; or None and the `SkippedRow`."""
+        """A row's image [H, W, C], its value in the needed column, its second image; or None and the `SkippedRow`."""
         roles, condition, second, what = self.roles, None, None, ""
         if roles.needed is not None:
             condition = table.column(roles.needed)[index].as_py()
@@ -146,14 +151,14 @@ class StreamData(ImageSet):
             missing = missing_value(condition, roles.needed, roles.num_classes(self.class_names))
             if missing is not None:
                 return None, skipped_row(row, missing, shard=shard), None
-        reach, value = self.source.reach, table.column(roles.image)[index].as_py()
+        reach, value = self.source.reach, row_value(table.column(roles.image)[index])
         try:
             pixels = pixels_of(self, reach, value)
             if roles.partner is not None:
-                size, what = shape_of(roles.kind, reach, value)[1::-1], CONDITION_IMAGE
-                value = table.column(roles.partner)[index].as_py()
+                size, what = shape_of(roles.kind, reach, value, True, self.channels)[1::-1], CONDITION_IMAGE
+                value = row_value(table.column(roles.partner)[index])
                 second = pixels_of(self.condition_images, reach, value)
-                if why := other_size(size, shape_of(roles.partner_kind, reach, value)[1::-1]):
+                if why := other_size(size, shape_of(roles.partner_kind, reach, value, True, second.shape[2])[1::-1]):
                     raise BadImage(why)
         except BadImage as error:
             return None, skipped_row(row, f"{what}{error}", image_file(value), shard), None
@@ -170,13 +175,22 @@ class StreamData(ImageSet):
         check_bad_fraction(repr(self.name), skipped, bad, seen, self.max_bad_fraction)
 
 
-def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -> StreamData:
+def open_stream(
+    options: DataOptions, columns: ConditionColumns = UNCONDITIONAL, *model_ranges: ValueRange | None
+) -> StreamData:
     """The images that the options name, as in `load_images`, to be read as they are needed.
 
-    Channels default to 1 if the column's type says that images are grey, else to 3. Labels must be a ClassLabel. Raises
-    ConfigError without a resolution, DataError for data that cannot be used as asked.
+    The depth is that of the first usable image. Channels default to its own if it is beyond 8 bits or no picture, else to 1 if
+    the column's type says that images are grey, and to 3. Labels must be a ClassLabel. Raises ConfigError without a resolution
+    or for percentiles, DataError for data that cannot be used as asked.
     """
     options.require_resolution()
+    of_images, of_partners, *_ = (*model_ranges, None, None)
+    if of_images is None and (options.value_range or "").startswith(PERCENTILES):
+        raise ConfigError(
+            f"--value_range {options.value_range} is measured on all images, which a stream has not read. State low,high, or "
+            "drop --streaming."
+        )
     source = load_source(options, columns, streaming=True)
     features = source.dataset.features
     if features is None:
@@ -192,35 +206,63 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
         with as_data_error(f"the column {roles.label!r}"):
             classes = occurring_classes(column_of(source, roles.label), roles.label)
         class_names = class_names_of(classes)
-    size, channels, more = options.size, options.channels or _channels_of(features[roles.image]), {}
-    stored_size = options.stored_size(size)
-    if roles.partner is not None:
-        of, number = ColumnRoles(roles.partner, roles.partner_kind, None, None, None), columns.condition_classes
-        second = 1 if number else _channels_of(features[roles.partner])
-        resized = {"resized": options.resizes_windows, "classes": number}
-        more["condition_images"] = ImageSet(source.name, size, stored_size, second, ValueRange(), of, **resized)
-    if roles.numbers:
-        more["attributes"] = attributes_of(source, roles)
+    more, resized = {}, {"resized": options.resizes_windows}
     read = list(filter(None, [roles.image, roles.needed, roles.partner, *roles.numbers]))
     stream, kept = stream.decode(False).select_columns(read), list(kept_columns(features))
+    form = _first_form(options, source, stream, roles, of_images)
+    if roles.partner is not None:
+        of, classes_of = ColumnRoles(roles.partner, roles.partner_kind, None, None, None), columns.condition_classes
+        second = _first_form(options_of_partners(options), source, stream, of, of_partners, classes_of)
+        about = (source.name, options.size, second, of_partners or unmeasured(second), of)
+        more["condition_images"] = ImageSet(*about, classes=classes_of, **resized)
+    if roles.numbers:
+        more["attributes"] = attributes_of(source, roles)
     with as_data_error(f"the files of {source.name!r}"):
         content = [source.content(name) for name in (roles.image, roles.partner) if name]
     seen = [*read[1:], columns.condition_classes] if more else roles.needed
-    fingerprint = hash_of(content if more else content[0], roles.image, stored_size, channels, seen, class_names)
-    about = (source.name, size, stored_size, channels, ValueRange(), roles)
-    reading, more["resized"] = (options.max_bad_fraction, options.cache_dir), options.resizes_windows
-    return StreamData(*about, stream, kept, class_names, classes, source, fingerprint, *reading, **more)
+    forms = [astuple(one) for one in (form, *(one.form for one in more.values() if isinstance(one, ImageSet)))]
+    fingerprint = hash_of(content if more else content[0], roles.image, forms, seen, class_names)
+    about = (source.name, options.size, form, unmeasured(form), roles)
+    reading = options.max_bad_fraction, options.cache_dir
+    data = StreamData(*about, stream, kept, class_names, classes, source, fingerprint, *reading, **resized, **more)
+    if not form.raw:
+        return data
+    found = of_images or range_of(options.value_range, data.first(CHECKED_IMAGES).numpy(), data.name)
+    return replace(data, value_range=found, fingerprint=hash_of(fingerprint, found.to_json()))
 
 
-def _channels_of(feature: Any) -> int:
-    """1 if a column's type says that its images are grey, else 3."""
+def _first_form(
+    options: DataOptions,
+    source: Source,
+    stream: IterableDataset,
+    roles: ColumnRoles,
+    model: ValueRange | None,
+    classes: int | None = None,
+) -> Form:
+    """What the images become: the depth, and channels that are no picture's, are those of the first usable image."""
+    stored, raw = options.stored_size(options.size), is_raw(options, model)
+    if classes:
+        return form_of_label_maps(Form(stored, 1, resize=options.resize), classes)
+    feature, shape = source.dataset.features[roles.image], None
+    with as_data_error(f"the stream {source.name!r}"):
+        for scalar in (one for table in islice(_tables(stream), JUDGED_ROWS // READ_ROWS) for one in table.column(roles.image)):
+            with contextlib.suppress(BadImage):
+                shape = shape_of(roles.kind, source.reach, row_value(scalar), raw, options.channels)
+                break
     grey = isinstance(feature, datasets.Array2D) or getattr(feature, "mode", None) in ("1", "L", *DEEP_MODES)
-    return 1 if grey else 3
+    channels, dtype = 1 if grey else 3, "uint8"
+    if shape is not None:
+        stated = numbers_of_range(options.value_range) if raw and model is None else [shape.low]
+        dtype = depth_of(min(shape.low, *stated), max(shape.high, *stated))
+        channels = channels if dtype == "uint8" and shape.channels in (1, 3) else shape.channels
+    return Form(stored, options.channels or channels, dtype if model is None else model.dtype, raw, options.resize)
 
 
-def open_data(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -> ImageData | StreamData:
+def open_data(
+    options: DataOptions, columns: ConditionColumns = UNCONDITIONAL, *model_ranges: ValueRange | None
+) -> ImageData | StreamData:
     """The images that the options name: a stream with `options.streaming`, else preprocessed in the cache."""
-    return (open_stream if options.streaming else load_images)(options, columns)
+    return (open_stream if options.streaming else load_images)(options, columns, *model_ranges)
 
 
 def _tables(stream: IterableDataset) -> Iterator[pa.Table]:
@@ -269,9 +311,9 @@ class Position:
 
 @dataclass(frozen=True)
 class StreamedImage:
-    pixels: np.ndarray  # uint8 [H, W, C]
+    pixels: np.ndarray  # [H, W, C]
     value: Any  # of the needed column
-    second: np.ndarray | None  # uint8 [H, W, k]
+    second: np.ndarray | None  # [H, W, k]
     vector: np.ndarray | None  # float32 [K]
     number: int  # of shard and row: shard * 2^32 + row
     position: Position  # after it

@@ -89,10 +89,13 @@ class Condition:
         """What the pipeline has beside UNet and scheduler."""
         return {}
 
+    def described(self) -> dict[str, Any]:
+        """The same with the range of values, if it is not that of 8 bits."""
+        is_plain = self.data is None or self.data.value_range == ValueRange()
+        return self.settings() | ({} if is_plain else {"value_range": self.data.value_range})
+
     def pipeline(self, unet: Any, scheduler: Any) -> Any:
-        settings = self.settings()
-        if self.data is not None and self.data.value_range != ValueRange():
-            settings["value_range"] = self.data.value_range
+        settings = self.described()
         if settings or OWN_KEY in unet.config:
             describe_conditions(unet, **settings)
         return self.pipeline_class(unet=unet, scheduler=scheduler, **self.components(unet))
