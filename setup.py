@@ -20,10 +20,12 @@ TRAIN = [
 ]
 EVAL = [*TRAIN, "matplotlib>=3.8"]  # which benchmarks/few_steps.py plots with
 INCEPTION = ["torchmetrics[image]>=1.6"]  # torchvision and torch-fidelity, for published FIDs
+TIFF = ["tifffile>=2024.8", "imagecodecs>=2024.6"]  # several bands, and colours beyond 8 bits; LZW and the like
 TENSORBOARD = ["tensorboard>=2.16"]
 TEST = [
     *EVAL,
     *TENSORBOARD,
+    *TIFF,
     "pytest>=8.0",
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
@@ -58,7 +60,14 @@ setup(
         "numpy>=1.26",
         "pillow>=10.1",
     ],
-    extras_require={"train": TRAIN, "eval": EVAL, "inception": INCEPTION, "tensorboard": TENSORBOARD, "test": TEST},
+    extras_require={
+        "train": TRAIN,
+        "eval": EVAL,
+        "inception": INCEPTION,
+        "tensorboard": TENSORBOARD,
+        "tiff": TIFF,
+        "test": TEST,
+    },
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

@@ -88,8 +88,8 @@ def methods_of(arguments: argparse.Namespace, images: Tensor) -> dict[str, Calla
     """The methods by name, each a function of a slice of the images [N, 1, 8, 8] in [0, 1] and of generators."""
     pipe = AlphaDDPMImageToImagePipeline.from_pretrained(arguments.folder)
     pipe.set_progress_bar_config(disable=True)
-    factor, how = pipe.condition_image.factor, {"num_inference_steps": arguments.steps, "output_type": "pt"}
-    bicubic = pipe.condition_image.arrange(images * 2 - 1) / 2 + 0.5
+    factor, how = pipe.image_condition.factor, {"num_inference_steps": arguments.steps, "output_type": "pt"}
+    bicubic = pipe.image_condition.arrange(images * 2 - 1) / 2 + 0.5
     low = scaled_down(images, factor).clamp(0, 1)
 
     def trained(rows: slice, generators: list[torch.Generator]) -> Tensor:

@@ -26,7 +26,6 @@ LONGEST_COPY = 6  # lines that two places of the code may share
 # Their arguments are not ours to choose: diffusers' convention of a call, and the configuration keys of its DDPMScheduler.
 WIDE = {
     ("pipeline_alpha_ddpm.py", "__call__"),
-    ("pipeline_alpha_ddpm_image.py", "__call__"),
     ("pipeline_alpha_ddpm_text.py", "__call__"),
     ("scheduling_alpha_ddpm.py", "__init__"),
 }

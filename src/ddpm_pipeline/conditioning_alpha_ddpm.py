@@ -121,89 +121,8 @@ class ClassConditioning:
         return ids, torch.full_like(ids, self._null_label) if guided else None
 
 
-class NumberConditioning:
-    """Mixed into a class with a `unet`, and with what `AlphaDDPMSampling` adds."""
-
-    def _vectors(self, given: ConditionVector | None) -> Tensor | None:
-        """float64 [N, K], NaN where a value is not told."""
-        if given is None:
-            return None
-        if (condition := vector_condition(self.unet)) is None:
-            raise ValueError("condition_vector was given to a model without numbers as its condition; leave it out.")
-        given, count = plain(given), len(condition.names)
-        several = isinstance(given, list) and (count == 1 or any(isinstance(row, list | Mapping) for row in given))
-        rows = [self._vector(row, condition.names) for row in (given if several else [given])]
-        if not rows:
-            raise ValueError("condition_vector is empty; give at least one.")
-        return torch.tensor(rows, dtype=torch.float64, device=self._execution_device)
-
-    @staticmethod
-    def _vector(given: Any, names: tuple[str, ...]) -> list[float]:
-        values = given if isinstance(given, list) else [given]
-        if isinstance(given, Mapping):
-            if unknown := [name for name in given if name not in names]:
-                raise ValueError(f"condition_vector: {unknown} are not in {', '.join(names)}, the attributes of this model.")
-            values = [plain(given.get(name)) for name in names]
-        numbers = all(value is None or (isinstance(value, int | float) and not math.isinf(value)) for value in values)
-        if len(values) != len(names) or not numbers:
-            allowed = f"{len(names)} finite numbers ({', '.join(names)}), None for what is not told, or a dict of them"
-            raise ValueError(f"condition_vector={given!r} must be {allowed}.")
-        return [math.nan if value is None else value for value in values]
-
-    def _vector_rows(self, vectors: Tensor | None, guided: Collection[str]) -> Rows:
-        """The UNet's labels for vectors [N, K] and those of the unconditional half, where `guided` attributes are not told."""
-        if (condition := vector_condition(self.unet)) is None:
-            return None, None
-        told = vectors is not None
-        if not told:
-            self._check_may_be_left_out("condition_vector")
-            vectors = torch.full((1, len(condition.names)), math.nan, device=self._execution_device)
-        dropped = [not {"condition_vector", name}.isdisjoint(guided) for name in condition.names]
-        null = torch.where(torch.tensor(dropped, device=vectors.device), math.nan, vectors)
-        rows, null_rows = (condition.encode(each, embedding_width(self.unet)) for each in (vectors, null))
-        return rows, null_rows if told and any(dropped) else None
-
-
-class ImageConditioning:
-    """Mixed into a class with a `unet`, and with what `AlphaDDPMSampling` adds."""
-
-    def _condition_images(self, images: Images | None, mask: Images | None, denormalize: bool) -> Tensor | None:
-        """Encoded condition images, [N, input_channels, H, W]."""
-        if (condition := image_condition(self.unet)) is None:
-            raise ValueError("condition_image was given to a model without it; use AlphaDDPMPipeline.")
-        if (mask is not None) != (images is not None and condition.task == "inpaint"):
-            raise ValueError("condition_mask goes with the condition_image of a model for inpainting, and with no other.")
-        if images is None:
-            return None
-        size, name = self._shape(1)[2:], "condition_image"
-        if condition.classes is None:
-            channels = 1 if condition.task == "gray" else condition.channels
-            x = self._values_in(images, name, channels, condition.value_range, denormalize)
-        else:
-            x = read_labels(images, name).to(self._execution_device)
-        sizes = [size] + [tuple(length // condition.factor for length in size)] * bool(condition.factor)
-        if tuple(x.shape[2:]) not in sizes:
-            allowed = " or ".join(f"{height}x{width}" for height, width in sizes)
-            raise ValueError(f"{name} has {x.shape[2]}x{x.shape[3]} pixels; this model needs {allowed} (height x width).")
-        if condition.classes is not None:
-            return condition.encode(x)
-        if mask is None:
-            return condition.arrange(x, size=size)
-        unknown, count = ~self._kept_pixels(mask, "condition_mask"), len(x)
-        return condition.arrange(expanded(x, max(count, len(unknown)), name), expanded(unknown, count, "condition masks"))
-
-    def _image_rows(self, encoded: Tensor | None, guided: Collection[str]) -> Rows:
-        """The encoded condition images and those of the unconditional half, which are zeros if they are `guided`."""
-        if encoded is not None:
-            return encoded, torch.zeros_like(encoded) if "condition_image" in guided else None
-        if (condition := image_condition(self.unet)) is None:
-            return None, None
-        self._check_may_be_left_out("condition_image")
-        return torch.zeros(1, condition.input_channels, *self._shape(1)[2:], device=self._execution_device), None
-
-
-class Conditioned(ClassConditioning, NumberConditioning, ImageConditioning):
-    """All that an `AlphaDDPMPipeline` and its subclass can be told."""
+class Conditioned(ClassConditioning):
+    """Class labels, numbers and condition images: all that an `AlphaDDPMPipeline` can be told."""
 
     _takes_image: ClassVar = False
 
@@ -215,29 +134,91 @@ class Conditioned(ClassConditioning, NumberConditioning, ImageConditioning):
             found, use = ("no", "AlphaDDPMPipeline") if self._takes_image else ("a", "AlphaDDPMImageToImagePipeline")
             raise ValueError(f"the UNet's config describes {found} condition image; use {use} for this model.")
 
-    def _check_may_be_left_out(self, name: str) -> None:
-        if own_settings(self.unet).get("condition_dropout") == 0:
-            raise ValueError(f"give {name}: this model was trained without condition dropout, and knows no images without it.")
+    def _told(self, labels: Any, vector: Any, guidance_conditions: Any, image: Tensor | None = None) -> Told:
+        labels = None if labels is None else self._label_ids(labels)
+        return Told(labels, self._vectors(vector), image, self._guided(guidance_conditions))
 
     def _guided(self, names: str | Sequence[str] | None) -> Collection[str]:
         """`guidance_conditions` of a call, by default all."""
-        attributes = condition.names if (condition := vector_condition(self.unet)) else ()
+        allowed = [*CONDITIONS, *(condition.names if (condition := vector_condition(self.unet)) else ())]
         names = CONDITIONS if names is None else [names] if isinstance(names, str) else list(names)
-        if unknown := [name for name in names if name not in (*CONDITIONS, *attributes)]:
-            raise ValueError(f"guidance_conditions={unknown} are not in {', '.join((*CONDITIONS, *attributes))}.")
+        if unknown := [name for name in names if name not in allowed]:
+            raise ValueError(f"guidance_conditions={unknown} are not in {', '.join(allowed)}.")
         return names
 
+    def _vectors(self, given: ConditionVector | None) -> Tensor | None:
+        """float64 [N, K], NaN where a value is not told."""
+        if given is None:
+            return None
+        if (condition := vector_condition(self.unet)) is None:
+            raise ValueError("condition_vector was given to a model without numbers as its condition; leave it out.")
+        names, given, rows = condition.names, plain(given), []
+        several = isinstance(given, list) and (len(names) == 1 or any(isinstance(row, list | Mapping) for row in given))
+        for row in given if several else [given]:
+            by_name = isinstance(row, Mapping) and row.keys() <= set(names)
+            values = plain([row.get(name) for name in names]) if by_name else row if isinstance(row, list) else [row]
+            numbers = all(value is None or (isinstance(value, int | float) and not math.isinf(value)) for value in values)
+            if len(values) != len(names) or not numbers:
+                allowed = f"{len(names)} finite numbers ({', '.join(names)}), None for what is not told, or a dict by name"
+                raise ValueError(f"condition_vector: {row!r} must be {allowed}.")
+            rows.append([math.nan if value is None else value for value in values])
+        return torch.tensor(rows, dtype=torch.float64, device=self._execution_device).view(len(rows), len(names))
+
+    def _condition_images(self, images: Images | None, mask: Images | None, denormalize: bool) -> Tensor | None:
+        """Encoded condition images, [N, input_channels, H, W]."""
+        condition, size, name = image_condition(self.unet), self._shape(1)[2:], "condition_image"
+        if (mask is not None) != (images is not None and condition is not None and condition.task == "inpaint"):
+            raise ValueError("condition_mask goes with the condition_image of a model for inpainting, and with no other.")
+        if images is None:
+            return None
+        if condition is None:
+            raise ValueError("condition_image was given to a model without one; leave it out.")
+        if condition.classes:
+            x = read_labels(images, name).to(self._execution_device)
+        else:
+            channels = 1 if condition.task == "gray" else condition.channels
+            x = self._values_in(images, name, channels, condition.value_range, denormalize)
+        sizes = {size, tuple(length // (condition.factor or 1) for length in size)}
+        if tuple(x.shape[2:]) not in sizes:
+            allowed = " or ".join(f"{height}x{width}" for height, width in sorted(sizes))
+            raise ValueError(f"{name} has {x.shape[2]}x{x.shape[3]} pixels; this model needs {allowed} (height x width).")
+        if condition.classes:
+            return condition.encode(x)
+        unknown = None if mask is None else ~self._kept_pixels(mask, "condition_mask")
+        if unknown is not None and len(unknown) != len(x):
+            count = max(len(unknown), len(x))
+            x, unknown = expanded(x, count, "condition images"), expanded(unknown, count, "condition masks")
+        return condition.arrange(x, unknown, size)
+
+    def _label_rows(self, told: Told) -> Rows:
+        """The UNet's `class_labels`: ids, or encoded numbers, of which the unconditional half is not told what is guided."""
+        if (condition := vector_condition(self.unet)) is None:
+            return self._class_rows(told.class_labels, told.guided)
+        names, vectors = condition.names, told.condition_vector
+        if vectors is None:
+            vectors = torch.full((1, len(names)), math.nan, device=self._execution_device)
+        dropped = [not {"condition_vector", name}.isdisjoint(told.guided) for name in names]
+        nulls = torch.where(torch.tensor(dropped, device=vectors.device), math.nan, vectors)
+        rows, null_rows = (condition.encode(each, embedding_width(self.unet)) for each in (vectors, nulls))
+        return rows, None if told.condition_vector is None else null_rows
+
+    def _image_rows(self, told: Told) -> Rows:
+        """The encoded condition images, or zeros, and those of the unconditional half."""
+        if (condition := image_condition(self.unet)) is None:
+            return None, None
+        if (images := told.condition_image) is None:
+            return torch.zeros(1, condition.input_channels, *self._shape(1)[2:], device=self._execution_device), None
+        return images, torch.zeros_like(images) if "condition_image" in told.guided else None
+
     def _conditioning(self, told: Told, batch: Batch, guidance: Guidance) -> Conditioning:
-        labels, guided = told.class_labels, told.guided
-        if guidance.in_use and labels is not None and "class_labels" in guided and self._null_label is None:
+        if guidance.in_use and told.class_labels is not None and "class_labels" in told.guided and self._null_label is None:
             needed = "an embedding for 'no class', which this model lacks"
             raise ValueError(f"guidance_scale={guidance.scale} needs {needed}; use guidance_scale=1.")
-        numbers = self._class_rows(labels, guided) if self._num_embeddings else self._vector_rows(told.condition_vector, guided)
-        pairs = {"class_labels": numbers, "condition_image": self._image_rows(told.condition_image, guided)}
+        pairs = {"class_labels": self._label_rows(told), "condition_image": self._image_rows(told)}
         pairs = {name: (row, row if null is None else null) for name, (row, null) in pairs.items() if row is not None}
         rows, null_rows = ({name: batch.spread(pair[half], name) for name, pair in pairs.items()} for half in (0, 1))
         if guidance.in_use and all(row is null for row, null in pairs.values()):
-            warn(f"guidance_scale={guidance.scale} has no effect without {' or '.join(guided)}.", stacklevel=4)
+            warn(f"guidance_scale={guidance.scale} has no effect without {' or '.join(told.guided)}.", stacklevel=4)
         elif guidance.in_use:
             self._warn_if_never_unconditional()
             return Conditioning(rows, null_rows, guidance)

@@ -1,12 +1,12 @@
 """Conditions as a UNet gets them: images as further channels of its input, numbers in its time embedding.
 
-Training, likelihoods and pipelines encode here, and nowhere else. The settings stand in the UNet's config, where stock classes
-keep them. Travels inside model repositories.
+Training, likelihoods and pipelines all encode here. The settings stand in the UNet's config, where stock classes keep them.
+Travels inside model repositories.
 """
 
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
@@ -20,12 +20,31 @@ from .tables_alpha_ddpm import OWN_KEY, check_integer
 
 TASKS = ("downscale:F", "gray", "inpaint")
 MAX_CHANNELS = 1024  # of a condition, or classes of a label map
-NOT_TOLD = 2000.0  # the timestep-like label of a number that is left out; others lie in 0..1000
+VOID = 255  # in label maps of 3 to 255 classes: no class
+NOT_TOLD = 2000.0  # label of a single number that is left out; the others lie in 0..1000
 SLOWEST, FASTEST = math.pi / 8, 4 * math.pi  # angular frequencies of an attribute's features, per standard deviation
 
 
+class Settings:
+    """A dataclass that can be stored in a UNet's config."""
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))  # lists, as they are when read again
+
+    @classmethod
+    def from_json(cls, values: Any) -> Self:
+        """Raises ValueError for what is not as stored."""
+        known = [each.name for each in fields(cls)]
+        try:
+            if not isinstance(values, Mapping) or sorted(values) != sorted(known):
+                raise TypeError(f"it needs {', '.join(known)}")
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{cls.__name__} in the UNet's config, {values!r}, is malformed: {error}") from error
+
+
 @dataclass(frozen=True)
-class ImageCondition:
+class ImageCondition(Settings):
     """A condition that is an image, which the UNet gets as channels beside those of x_t. All zeros mean that it is left out.
 
     Label maps become one channel of {0, 1} per class, other images are in [-1, 1]. With a task, the condition is made of the
@@ -38,90 +57,78 @@ class ImageCondition:
     task: str | None = None  # one of TASKS, such as "downscale:2"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.value_range, ValueRange):
+            vars(self).update(value_range=ValueRange.from_json(self.value_range))
         ranges, problem = len(self.value_range.low), None
         check_integer("condition_image: channels", self.channels, 1, MAX_CHANNELS)
-        if self.classes is not None:
-            check_integer("condition_image: classes", self.classes, 2, MAX_CHANNELS)
-            if self.channels != 1 or self.task is not None:
-                problem = f"a label map has one channel and no task, not {self.channels} and {self.task!r}"
+        check_integer("condition_image: classes", 2 if self.classes is None else self.classes, 2, MAX_CHANNELS)
+        if self.classes and (self.channels, self.task) != (1, None):
+            problem = f"a label map has one channel and no task, not {self.channels} and {self.task!r}"
         elif not (self.task in (None, "gray", "inpaint") or self.factor):
             problem = f"task={self.task!r} is not one of {', '.join(TASKS)}, with an integer F from 2 on"
-        elif self.task == "gray" and (self.channels, ranges) != (3, 1):
-            problem = f"'gray' needs images of 3 channels with one range of values, not {self.channels} with {ranges}"
-        elif ranges not in (1, self.channels):
-            problem = f"there are {ranges} value ranges for {self.channels} channels"
+        elif ranges not in (1, self.channels) or (self.task == "gray" and (self.channels, ranges) != (3, 1)):
+            problem = f"task={self.task!r} cannot have {self.channels} channels with {ranges} ranges of values"
         if problem:
             raise ValueError(f"condition_image: {problem}.")
 
     @property
     def factor(self) -> int | None:
         """F of "downscale:F"."""
-        name, _, factor = self.task.partition(":") if isinstance(self.task, str) else ("", "", "")
+        name, _, factor = str(self.task).partition(":")
         return int(factor) if name == "downscale" and factor.isdecimal() and 2 <= int(factor[:6]) <= MAX_CHANNELS else None
 
     @property
     def input_channels(self) -> int:
         """Channels that the UNet gets beside those of x_t."""
-        if self.task == "gray":
-            return 1
-        return self.classes or self.channels + (self.task == "inpaint")
+        return 1 if self.task == "gray" else self.classes or self.channels + (self.task == "inpaint")
 
     def encode(self, raw: Tensor, mask: Tensor | None = None) -> Tensor:
         """Conditions, or with a task whole images, [B, channels, H, W] in their own type, as float32 [B, input_channels, H, W].
 
-        `mask`, bool [B, 1, H, W], is where an image to inpaint is unknown. Raises ValueError for labels beyond the classes.
+        `mask`, bool [B, 1, H, W], is where an image to inpaint is unknown. Where a label map of 3 to 255 classes is VOID, no
+        class is 1. Raises ValueError for labels beyond the classes.
         """
         if self.classes is None:
             return self.arrange(self.value_range.normalize(raw), mask)
         ids = raw[:, 0].long()
-        if ids.numel() and not 0 <= ids.min() <= ids.max() < self.classes:
+        void = (ids == VOID) if 2 < self.classes <= VOID else torch.zeros_like(ids, dtype=torch.bool)
+        ids = ids.masked_fill(void, 0)
+        if not 0 <= ids.min() <= ids.max() < self.classes:
             found = f"labels from {ids.min()} to {ids.max()}"
             raise ValueError(f"the condition image has {found}; this model's label maps have 0 to {self.classes - 1}.")
-        return one_hot(ids, self.classes).movedim(-1, 1).float()
+        return one_hot(ids, self.classes).movedim(-1, 1).float().masked_fill(void[:, None], 0)
 
     def arrange(self, x: Tensor, mask: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
         """As `encode`, from values in [-1, 1]; images of 1/F of `size` (height, width) or in grey are taken as they are."""
         if self.task == "gray" and x.shape[1] == 3:
             return self._rounded((x * x.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True))
-        if self.factor:
-            return self._blurred(x, size or x.shape[-2:])
         if self.task == "inpaint":
             known = (~mask).to(x)
             return torch.cat([x * known, known], dim=1)  # nothing known is the condition left out
-        return x
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "value_range": self.value_range.to_json()}
-
-    @classmethod
-    def from_json(cls, values: Any) -> Self:
-        values = _stored(cls, "condition_image", values)
-        return cls(**{**values, "value_range": ValueRange.from_json(values["value_range"])})
-
-    def _blurred(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """Downscaled by F, if it is not yet, and back to `size`: bicubic both ways, and in between with the data's levels."""
-        height, width = size
+        if not self.factor:
+            return x
+        height, width = size = size or x.shape[-2:]
         if height % self.factor or width % self.factor:
             raise ValueError(f"images of {height}x{width} pixels cannot be downscaled by {self.factor} without a rest.")
-        if list(x.shape[-2:]) == [height, width]:
+        if x.shape[-2:] == size:
             low = (height // self.factor, width // self.factor)
             x = self._rounded(interpolate(x, low, mode="bicubic", antialias=True).clamp(-1, 1))
-        return interpolate(x, (height, width), mode="bicubic").clamp(-1, 1)
+        return interpolate(x, size, mode="bicubic").clamp(-1, 1)
 
     def _rounded(self, x: Tensor) -> Tensor:
         """With the levels of the data, which a picture made elsewhere has too."""
-        if self.value_range.num_bins is None:
+        if (bins := self.value_range.num_bins) is None:
             return x
-        half = (torch.as_tensor(self.value_range.num_bins, device=x.device).view(-1, 1, 1) - 1) / 2
+        half = (torch.as_tensor(bins, device=x.device).view(-1, 1, 1) - 1) / 2
         return ((x + 1) * half).round() / half - 1
 
 
 @dataclass(frozen=True)
-class VectorCondition:
-    """Numbers of known names, which the UNet gets standardised, each of which can be left out.
+class VectorCondition(Settings):
+    """Numbers with names, which the UNet gets standardised, and each of which can be left out.
 
-    One number takes the way of a timestep (`class_embed_type="timestep"`). Several become sines and cosines, each attribute in
-    a block of its own, that are added to the time embedding ("identity"). Raises ValueError for settings that do not fit.
+    A single one is encoded as a timestep is (`class_embed_type="timestep"`). Several become sines and cosines, each attribute
+    in a block of its own, that are added to the time embedding ("identity"). Raises ValueError for settings that do not fit.
     """
 
     names: tuple[str, ...]
@@ -133,8 +140,7 @@ class VectorCondition:
         if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
             raise ValueError(f"condition_vector: names={names!r} must be different strings, at least one.")
         mean, std = (tuple(float(value) for value in values) for values in (self.mean, self.std))
-        numbers = all(math.isfinite(value) for value in mean + std) and min(std, default=0) > 0
-        if not (len(mean) == len(std) == len(names) and numbers):
+        if not (len(mean) == len(std) == len(names) and all(map(math.isfinite, mean + std)) and min(std) > 0):
             raise ValueError(f"condition_vector: mean={mean} and std={std} must be finite, std above 0, one each per name.")
         vars(self).update(names=names, mean=mean, std=std)
 
@@ -157,17 +163,6 @@ class VectorCondition:
         features = torch.cat([phases.sin(), phases.cos()], dim=2).nan_to_num(0).flatten(1)  # [B, K * 2 * pairs]
         return pad(features, (0, width - features.shape[1]))
 
-    def to_json(self) -> dict[str, Any]:
-        return {name: list(values) for name, values in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, values: Any) -> Self:
-        stored = _stored(cls, "condition_vector", values)
-        try:
-            return cls(**stored)
-        except TypeError as error:  # of what is no list, or no number
-            raise ValueError(f"condition_vector={values!r} in the UNet's config is not as saved: {error}.") from error
-
 
 class WithConditionImage(torch.nn.Module):
     """A UNet called as (sample, timesteps, condition_image=encoded, ...), the condition joining x_t at its input."""
@@ -178,28 +173,10 @@ class WithConditionImage(torch.nn.Module):
 
     def forward(self, sample: Tensor, timesteps: Tensor, condition_image: Tensor | None = None, **kwargs: Any) -> Any:
         """Without a condition image [B, input_channels, H, W], it is left out."""
-        return self.unet(beside(self.unet, sample, condition_image), timesteps, **kwargs)
-
-
-def beside(unet: Any, sample: Tensor, condition_image: Tensor | None) -> Tensor:
-    """x_t [B, C, H, W] and the encoded condition, or zeros in its place, as the UNet's input [B, in_channels, H, W]."""
-    if condition_image is None:
-        batch, channels, height, width = sample.shape
-        condition_image = sample.new_zeros(batch, unet.config.in_channels - channels, height, width)
-    return torch.cat([sample, condition_image.to(sample)], dim=1)
-
-
-@contextmanager
-def labels_in_precision(unet: Any) -> Iterator[None]:
-    """Numbers in the precision of a UNet's weights, to which diffusers (0.42) does not bring those of "timestep"."""
-    if unet.config.get("class_embed_type") != "timestep":
-        yield
-        return
-    hook = unet.class_embedding.register_forward_pre_hook(lambda module, given: (given[0].to(unet.dtype), *given[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
+        if condition_image is None:
+            missing = self.unet.config.in_channels - sample.shape[1]
+            condition_image = sample.new_zeros(len(sample), missing, *sample.shape[2:])
+        return self.unet(torch.cat([sample, condition_image.to(sample)], dim=1), timesteps, **kwargs)
 
 
 def own_settings(unet: Any) -> Mapping[str, Any]:
@@ -239,23 +216,16 @@ def embedding_width(unet: Any) -> int:
 
 def check_conditions(unet: Any) -> None:
     """Raise ValueError if the config describes a condition that the UNet cannot have, or has one that it does not describe."""
-    image, vector, embed_type = image_condition(unet), vector_condition(unet), unet.config.get("class_embed_type")
-    channels, described = image_channels(unet), "describe_conditions(unet, condition_{}=...) says so in its config"
-    if unet.config.get("out_channels", channels) not in (channels, 2 * channels) or channels < 1:
-        beside = f"{image.input_channels} of them for a condition image" if image else "none of them for a condition image"
-        found = f"the UNet takes {unet.config.in_channels} channels, {beside}, and gives {unet.config.out_channels}"
-        raise ValueError(f"{found}; it must give as many as its images have, or twice. {described.format('image')}.")
+    vector, channels, embed_type = vector_condition(unet), image_channels(unet), unet.config.get("class_embed_type")
+    if channels < 1 or unet.config.get("out_channels", channels) not in (channels, 2 * channels):
+        taken = f"{unet.config.in_channels} channels, {unet.config.in_channels - channels} of them for a condition image"
+        fix = "it must give as many as are left, or twice; describe_conditions(unet, condition_image=...) sets them apart"
+        raise ValueError(f"the UNet takes {taken}, and gives {unet.config.get('out_channels')}; {fix}.")
     if embed_type != (vector and vector.class_embed_type):
-        needed = f"class_embed_type={vector.class_embed_type!r}" if vector else "a condition_vector, numbers with names"
-        raise ValueError(f"the UNet has class_embed_type={embed_type!r} and needs {needed}; {described.format('vector')}.")
+        fix = "one number takes 'timestep', several 'identity'; describe_conditions(unet, condition_vector=...) names them"
+        numbers = len(vector.names) if vector else 0
+        raise ValueError(f"the UNet has class_embed_type={embed_type!r}, and its config names {numbers} numbers; {fix}.")
     if vector and embedding_width(unet) < 2 * len(vector.names):
         raise ValueError(f"{len(vector.names)} attributes need a time embedding of width {2 * len(vector.names)} or more.")
     if len(value_range(unet).low) not in (1, channels):
         raise ValueError(f"the UNet's config has {len(value_range(unet).low)} value ranges for {channels} channels.")
-
-
-def _stored(kind: type, name: str, values: Any) -> dict[str, Any]:
-    known = {each.name for each in fields(kind)}
-    if not isinstance(values, Mapping) or values.keys() != known:
-        raise ValueError(f"{name}={values!r} in the UNet's config must have {', '.join(sorted(known))}.")
-    return dict(values)

@@ -16,15 +16,15 @@ from diffusers.modular_pipelines import BlockState, ComponentSpec, InputParam, M
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .conditioning_alpha_ddpm import ClassLabels, Conditioned, ConditionVector, TextConditioning
+from .conditioning_alpha_ddpm import ClassLabels, Conditioned, ConditionVector, TextConditioning, Told
 from .editing_alpha_ddpm import Batch, Chain, start_chain
 from .encoding_alpha_ddpm import image_condition, value_range
 from .pictures_alpha_ddpm import Images
 from .ranges_alpha_ddpm import ValueRange
-from .samplers_alpha_ddpm import Steps, checked_generators, plain, reserved, reverse_step, set_timesteps
-from .sampling_alpha_ddpm import AlphaDDPMSampling, Output, check_finite, check_output, check_unet, guided_output, to_images
+from .samplers_alpha_ddpm import Steps, checked_generators, reserved, reverse_step, set_timesteps
+from .sampling_alpha_ddpm import AlphaDDPMSampling, Output, check_finite, check_unet, guided_output, to_images
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
-from .tables_alpha_ddpm import Generators, check_integer
+from .tables_alpha_ddpm import Generators
 
 DENOISER_INPUTS = "denoiser_input_fields"  # as diffusers calls what the guider hands to the UNet
 UNET, SCHEDULER = ComponentSpec("unet", UNet2DModel), ComponentSpec("scheduler", DDPMScheduler)
@@ -37,12 +37,7 @@ GUIDED = InputParam("guidance_conditions", list[str], description="What guidance
 OWN_UNITS = InputParam("denormalize", bool, False, description="Whether numbers are in the units of the model's data.")
 # Inputs that make a workflow
 PROMPT, IMAGE, MASK, CONDITION = {"prompt": True}, {"image": True}, {"mask_image": True}, {"condition_image": True}
-UNET_ARGUMENTS = {
-    "class_ids": "class_labels",
-    "vectors": "class_labels",
-    "condition_images": "condition_image",
-    "text_states": "encoder_hidden_states",
-}
+UNET_ARGUMENTS = {"class_ids": "class_labels", "condition_images": "condition_image", "text_states": "encoder_hidden_states"}
 
 
 class Parts(Conditioned, TextConditioning, AlphaDDPMSampling):
@@ -76,46 +71,25 @@ class Block(ModularPipelineBlocks):
 
 
 class ClassLabelsStep(Block):
-    description = "Turns class ids or names into those of the UNet's embeddings; without labels, into that of 'no class'."
+    description = "Turns class ids or names, or numbers, into what the UNet's embedding takes; without, into 'not told'."
     uses: ClassVar = [UNET]
     takes: ClassVar = [
         InputParam("class_labels", ClassLabels, description="One class for all images, or one per image: ids or names."),
-        InputParam("batch_size", int, description="Number of images; by default one, or one per label or image."),
-        GUIDED,
-    ]
-    gives: ClassVar = [
-        OutputParam("class_ids", Tensor, "Embeddings to use, [1 or N].", DENOISER_INPUTS),
-        OutputParam("negative_class_ids", Tensor, "The embedding for 'no class', [1 or N].", DENOISER_INPUTS),
-        NUM_PROMPTS,
-    ]
-
-    def run(self, components: Any, state: BlockState) -> None:
-        parts = Parts(components)
-        labels = None if state.class_labels is None else parts._label_ids(state.class_labels)
-        state.class_ids, state.negative_class_ids = parts._class_rows(labels, parts._guided(state.guidance_conditions))
-        check_integer("batch_size", 1 if state.batch_size is None else plain(state.batch_size), 1)
-        state.num_prompts = state.batch_size or (len(labels) if labels and len(labels) > 1 else None)
-
-
-class ConditionVectorStep(Block):
-    description = "Standardises numbers and encodes them for the UNet; without them, as not told."
-    uses: ClassVar = [UNET]
-    takes: ClassVar = [
+        InputParam("batch_size", int, description="Number of images; by default one, or one per condition or image."),
         InputParam("condition_vector", ConditionVector, description="Numbers, or a dict by name; or one such per image."),
-        InputParam("num_prompts", int, description="From the step before."),
         GUIDED,
     ]
     gives: ClassVar = [
-        OutputParam("vectors", Tensor, "The UNet's labels, [N] or [N, width].", DENOISER_INPUTS),
-        OutputParam("negative_vectors", Tensor, "Those of the numbers that are not told.", DENOISER_INPUTS),
+        OutputParam("class_ids", Tensor, "Ids of embeddings [1 or N], or encoded numbers [1 or N, ...].", DENOISER_INPUTS),
+        OutputParam("negative_class_ids", Tensor, "Those of 'no class', or of numbers that are not told.", DENOISER_INPUTS),
         NUM_PROMPTS,
     ]
 
     def run(self, components: Any, state: BlockState) -> None:
         parts = Parts(components)
-        rows = parts._vectors(state.condition_vector)
-        state.vectors, state.negative_vectors = parts._vector_rows(rows, parts._guided(state.guidance_conditions))
-        state.num_prompts = state.num_prompts or (len(rows) if rows is not None and len(rows) > 1 else None)
+        told = parts._told(state.class_labels, state.condition_vector, state.guidance_conditions)
+        state.class_ids, state.negative_class_ids = parts._label_rows(told)
+        state.num_prompts = told.prompts(state.batch_size)
 
 
 class ConditionImageStep(Block):
@@ -129,17 +103,17 @@ class ConditionImageStep(Block):
         OWN_UNITS,
     ]
     gives: ClassVar = [
-        OutputParam("condition_images", Tensor, "As the UNet gets them beside x_t, [N, k, H, W].", DENOISER_INPUTS),
+        OutputParam("condition_images", Tensor, "As the UNet gets them beside x_t, [1 or N, k, H, W].", DENOISER_INPUTS),
         OutputParam("negative_condition_images", Tensor, "Zeros.", DENOISER_INPUTS),
         NUM_PROMPTS,
     ]
 
     def run(self, components: Any, state: BlockState) -> None:
         parts = Parts(components)
-        rows = parts._condition_images(state.condition_image, state.condition_mask, state.denormalize)
-        guided = parts._guided(state.guidance_conditions)
-        state.condition_images, state.negative_condition_images = parts._image_rows(rows, guided)
-        state.num_prompts = state.num_prompts or (len(rows) if rows is not None and len(rows) > 1 else None)
+        encoded = parts._condition_images(state.condition_image, state.condition_mask, state.denormalize)
+        told = Told(condition_image=encoded, guided=parts._guided(state.guidance_conditions))
+        state.condition_images, state.negative_condition_images = parts._image_rows(told)
+        state.num_prompts = told.prompts(state.num_prompts)
 
 
 class TextEncoderStep(Block):
@@ -287,7 +261,6 @@ class DecodeStep(Block):
 
     def run(self, components: Any, state: BlockState) -> None:
         output = Output(state.output_type, denormalize=state.denormalize)
-        check_output(components.unet, output)
         own: ValueRange | None = value_range(components.unet) if output.denormalize else None
         state.images = to_images(state.latents, output.type, own)
 
@@ -296,8 +269,8 @@ class AlphaDDPMBlocks(SequentialPipelineBlocks):
     """Those of `AlphaDDPMPipeline`."""
 
     model_name = Block.model_name
-    block_classes: ClassVar = [ClassLabelsStep, ConditionVectorStep, SetTimestepsStep, StartStep, DenoiseStep, DecodeStep]
-    block_names: ClassVar = ["class_labels", "condition_vector", "set_timesteps", "start", "denoise", "decode"]
+    block_classes: ClassVar = [ClassLabelsStep, SetTimestepsStep, StartStep, DenoiseStep, DecodeStep]
+    block_names: ClassVar = ["class_labels", "set_timesteps", "start", "denoise", "decode"]
     description = "Images from noise by the reverse process of DDPM, unconditional, for class labels or for numbers."
     outputs: ClassVar = [OutputParam.template("images")]
     _workflow_map: ClassVar = {"unconditional": {}, "image2image": IMAGE, "inpainting": IMAGE | MASK}
@@ -306,8 +279,8 @@ class AlphaDDPMBlocks(SequentialPipelineBlocks):
 class AlphaDDPMImageToImageBlocks(AlphaDDPMBlocks):
     """Those of `AlphaDDPMImageToImagePipeline`."""
 
-    block_classes: ClassVar = [*AlphaDDPMBlocks.block_classes[:2], ConditionImageStep, *AlphaDDPMBlocks.block_classes[2:]]
-    block_names: ClassVar = [*AlphaDDPMBlocks.block_names[:2], "condition_image", *AlphaDDPMBlocks.block_names[2:]]
+    block_classes: ClassVar = [*AlphaDDPMBlocks.block_classes[:1], ConditionImageStep, *AlphaDDPMBlocks.block_classes[1:]]
+    block_names: ClassVar = [*AlphaDDPMBlocks.block_names[:1], "condition_image", *AlphaDDPMBlocks.block_names[1:]]
     description = "Images for a condition image by the reverse process of DDPM."
     _workflow_map: ClassVar = {
         "conditional": CONDITION, "image2image": CONDITION | IMAGE, "inpainting": CONDITION | IMAGE | MASK
@@ -318,6 +291,6 @@ class AlphaDDPMTextBlocks(AlphaDDPMBlocks):
     """Those of `AlphaDDPMTextToImagePipeline`."""
 
     block_classes: ClassVar = [TextEncoderStep, SetTimestepsStep, StartStep, TextDenoiseStep, DecodeStep]
-    block_names: ClassVar = ["text_encoder", *AlphaDDPMBlocks.block_names[2:]]
+    block_names: ClassVar = ["text_encoder", *AlphaDDPMBlocks.block_names[1:]]
     description = "Images from text by the reverse process of DDPM."
     _workflow_map: ClassVar = {"text2image": PROMPT, "image2image": PROMPT | IMAGE, "inpainting": PROMPT | IMAGE | MASK}

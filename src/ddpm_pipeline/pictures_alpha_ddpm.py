@@ -151,20 +151,21 @@ def read_values(pictures: Images, what: str, channels: int, values: ValueRange, 
 
 
 def read_labels(maps: Images, what: str) -> Tensor:
-    """The class ids of label maps, int64 [N, 1, H, W]: integers, also [N, H, W], or PIL images of one channel, of any palette.
+    """The class ids of label maps, int64 [N, 1, H, W]: integers, or PIL images of one channel with any palette.
 
     Raises BadImage, with `what` in its message.
     """
+
+    def read(ids: np.ndarray) -> Pixels:
+        if ids.dtype.kind not in "bui" or ids.shape[-1] != 1:
+            raise BadImage(f"it has {ids.shape[-1]} channels of {ids.dtype}; a label map has one, of integers, the class ids")
+        return Pixels(ids.astype(np.int64), 1)
+
     with _named(what):
-        found = []
-        for labels in maps if isinstance(maps, list | tuple) else [maps]:
-            values, channel = (_array_of(labels), -3) if isinstance(labels, Tensor) else (np.asarray(labels), -1)
-            if values.ndim > 2 and values.shape[channel] == 1:
-                values = values.squeeze(channel)
-            if values.ndim not in (2, 3) or values.dtype.kind not in "bui" or getattr(labels, "mode", "L") in ("LA", "RGB"):
-                kind = f"{type(labels).__name__} of {values.dtype} of shape {values.shape}"
-                raise BadImage(f"it holds a {kind}; a label map is integers, one class id per pixel")
-            found.append(values[..., None].astype(np.int64))
+        if isinstance(maps, list | tuple | Image.Image):
+            each = [maps] if isinstance(maps, Image.Image) else maps
+            maps = [np.asarray(labels) if isinstance(labels, Image.Image) else labels for labels in each]
+        found = [pixels.values for pixels in _all_pixels(maps, 1, read)]
         return torch.from_numpy(_one_batch(found)).movedim(-1, -3)
 
 

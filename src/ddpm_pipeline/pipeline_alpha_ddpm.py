@@ -12,12 +12,12 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
-from .conditioning_alpha_ddpm import ClassLabels, Conditioned, ConditionVector, Told
+from .conditioning_alpha_ddpm import ClassLabels, Conditioned, ConditionVector
 from .editing_alpha_ddpm import Batch
-from .encoding_alpha_ddpm import value_range
+from .encoding_alpha_ddpm import image_condition  # noqa: F401, travels as well
 from .modular_alpha_ddpm import AlphaDDPMBlocks
 from .pictures_alpha_ddpm import Images
-from .ranges_alpha_ddpm import ValueRange
+from .ranges_alpha_ddpm import ValueRange  # noqa: F401
 from .samplers_alpha_ddpm import Steps
 from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Guidance, Output
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
@@ -51,11 +51,6 @@ class AlphaDDPMPipeline(StockFormatMixin, Conditioned, AlphaDDPMSampling, Diffus
             self._check_model(unet)
         self.register_modules(unet=unet, scheduler=self._own_scheduler(scheduler))
 
-    @property
-    def value_range(self) -> ValueRange:
-        """What -1 and 1 of the model, or 0 and 1 of its pictures, mean in the units of its data."""
-        return value_range(self.unet)
-
     @torch.no_grad()
     def __call__(
         self,
@@ -82,6 +77,8 @@ class AlphaDDPMPipeline(StockFormatMixin, Conditioned, AlphaDDPMSampling, Diffus
         condition_vector: ConditionVector | None = None,
         guidance_conditions: str | Sequence[str] | None = None,
         denormalize: bool = False,
+        condition_image: Images | None = None,
+        condition_mask: Images | None = None,
     ) -> AlphaDDPMOutput | tuple:
         """Sample images.
 
@@ -112,16 +109,17 @@ class AlphaDDPMPipeline(StockFormatMixin, Conditioned, AlphaDDPMSampling, Diffus
             timesteps, sigmas: the chain itself, noise first, in place of `num_inference_steps`, for schedulers that take it.
             condition_vector: the model's attributes for all images, or a list of them, one per image: a number, several in
                 order, or a dict by name, in the units of the training data. None, NaN and what a dict lacks are not told.
-            guidance_conditions: what guidance strengthens, of "class_labels", "condition_vector" and single attributes of it
-                ("condition_image" as well, where there is one); by default all that the call is told.
-            denormalize: numbers are in the units of the model's data (`value_range`) rather than in [0, 1]: `image`, and what
-                comes back, "pt" or "np" as float32, "pil" as L or RGB of 8 bits, or for one channel as I;16, I or F.
+            guidance_conditions: what guidance strengthens: "class_labels", "condition_vector", single attributes of it, or
+                "condition_image"; by default all that the call is told.
+            denormalize: numbers are in the units of the model's data (`value_range`) rather than in [0, 1], those of `image`
+                and `condition_image` as well as those of "np" and "pt", which come back as float32.
+            condition_image, condition_mask: see `AlphaDDPMImageToImagePipeline`; other models take none.
 
         Raises ValueError for a value that cannot be used, before any image is sampled.
         """
         self._check_model(self.unet)  # it may have been replaced
-        labels = None if class_labels is None else self._label_ids(class_labels)
-        told = Told(labels, self._vectors(condition_vector), None, self._guided(guidance_conditions))
+        encoded = self._condition_images(condition_image, condition_mask, denormalize)
+        told = self._told(class_labels, condition_vector, guidance_conditions, encoded)
         steps = Steps(num_inference_steps, timesteps, sigmas)
         callback_inputs = callback_on_step_end_tensor_inputs
         output = Output(output_type, return_dict, output_trajectory, callback_on_step_end, callback_inputs, denormalize)

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conditioning_alpha_ddpm import MAX_TOKENS, TextConditioning
 from .editing_alpha_ddpm import Batch
-from .encoding_alpha_ddpm import value_range
+from .encoding_alpha_ddpm import image_condition  # noqa: F401, travels as well
 from .modular_alpha_ddpm import AlphaDDPMTextBlocks
 from .pictures_alpha_ddpm import Images
-from .ranges_alpha_ddpm import ValueRange
+from .ranges_alpha_ddpm import ValueRange  # noqa: F401
 from .samplers_alpha_ddpm import Steps
 from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output, check_unet
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
@@ -71,11 +71,6 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, TextConditioning, AlphaDDPM
         if "text_encoder" not in config_dict and "text_encoder" not in kwargs and "_class_name" in config_dict:
             raise ValueError(f"this {config_dict['_class_name']} has no text_encoder; load it with AlphaDDPMPipeline.")
         return super().extract_init_dict(config_dict, **kwargs)
-
-    @property
-    def value_range(self) -> ValueRange:
-        """As in `AlphaDDPMPipeline`."""
-        return value_range(self.unet)
 
     @torch.no_grad()
     def __call__(

@@ -13,17 +13,15 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.guiders import BaseGuidance
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from PIL import Image
 from torch import Tensor
 
 from .editing_alpha_ddpm import AlphaDDPMEditing, Batch, Chain, Edit, start_chain
 from .encoding_alpha_ddpm import (
     ImageCondition,
     VectorCondition,
-    beside,
+    WithConditionImage,
     check_conditions,
     image_channels,
-    labels_in_precision,
     own_settings,
     value_range,
 )
@@ -97,8 +95,8 @@ class Output:
     denormalize: bool = False  # in the data's own units rather than [0, 1]
 
     def __post_init__(self) -> None:
-        if self.denormalize and self.type == "latent":
-            raise ValueError("denormalize=True has no meaning for output_type='latent', x_0 as it is; use 'pt' or 'np'.")
+        if self.denormalize and self.type not in ("np", "pt"):
+            raise ValueError(f"denormalize=True gives numbers; use output_type='np' or 'pt', not {self.type!r}.")
         if self.type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={self.type!r} is not one of {', '.join(OUTPUT_TYPES)}.")
         if self.callback is not None and not callable(self.callback):
@@ -165,11 +163,12 @@ def network_outputs(unet: Any, scheduler: Any, x: Tensor, t: Tensor, *conditions
     """What the network says of x [B, C, H, W] under each of the conditions, in one batch and the precision of the chain."""
     model_input = scheduler.scale_model_input(x, t).to(unet.dtype)
     kwargs = {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
-    model_input = torch.cat([model_input] * len(conditions))
-    if "condition_image" in kwargs:
-        model_input = beside(unet, model_input, kwargs.pop("condition_image"))
-    with labels_in_precision(unet):
-        return unet(model_input, t, **kwargs).sample.to(x.dtype).chunk(len(conditions))
+    network = WithConditionImage(unet) if "condition_image" in kwargs else unet
+    # diffusers (0.42) leaves a number as a condition in float32, whatever the weights
+    half = unet.config.get("class_embed_type") == "timestep" and unet.dtype in (torch.float16, torch.bfloat16)
+    with torch.autocast(x.device.type, unet.dtype if half else None, enabled=half):
+        output = network(torch.cat([model_input] * len(conditions)), t, **kwargs).sample
+    return output.to(x.dtype).chunk(len(conditions))
 
 
 def usable_channels(scheduler: Any, output: Tensor, channels: int) -> Tensor:
@@ -206,22 +205,10 @@ def guided_output(unet: Any, scheduler: Any, x: Tensor, t: Tensor, guider: BaseG
     return usable_channels(scheduler, output, channels)
 
 
-def check_output(unet: Any, output: Output) -> None:
-    """Raise ValueError if PIL has no images for what the UNet makes."""
-    channels, dtype = image_channels(unet), value_range(unet).dtype
-    if output.type == "pil" and (channels not in PIL_MODES or (output.denormalize and channels > 1 and dtype != "uint8")):
-        kind = f"the {channels} channels of this model{f' in {dtype}' if output.denormalize else ''}"
-        raise ValueError(f"output_type='pil' cannot show {kind}; use 'pt' or 'np'.")
-
-
 def to_images(x: Tensor, output_type: str, own: ValueRange | None = None) -> Any:
     """x_0 [B, C, H, W] in [-1, 1] as one of OUTPUT_TYPES, in [0, 1] or in the units of `own`; "latent" is x_0 itself."""
     if output_type == "latent":
         return x
-    if own and output_type == "pil":
-        arrays = own.restore(x).transpose(0, 2, 3, 1)
-        arrays = arrays.astype("int32") if own.dtype == "int16" else arrays  # PIL has no signed integers of 16 bits
-        return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
     x = own.denormalize(x) if own else (x / 2 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return x
@@ -290,6 +277,11 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
         """Whether a callback has ended the call, by `_interrupt = True`: its images are as far as they had come."""
         return self._interrupt
 
+    @property
+    def value_range(self) -> ValueRange:
+        """What -1 and 1 of the model, or 0 and 1 of its pictures, mean in the units of its data."""
+        return value_range(self.unet)
+
     @staticmethod
     def _own_scheduler(scheduler: Any) -> Any:
         return AlphaDDPMScheduler.from_config(scheduler.config) if isinstance(scheduler, DDPMScheduler) else scheduler
@@ -298,7 +290,8 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
         self, batch: Batch, conditioning: Conditioning, edit: Edit, output: Output, generator: Generators, steps: Steps
     ) -> AlphaDDPMOutput | tuple:
         """The reverse chain, from noise or from a noised image, to images."""
-        check_output(self.unet, output)
+        if output.type == "pil" and (channels := image_channels(self.unet)) not in PIL_MODES:
+            raise ValueError(f"output_type='pil' cannot show the {channels} channels of this model; use 'pt' or 'np'.")
         generator = checked_generators(generator, batch.size)
         with reserved(self.scheduler):
             set_timesteps(self.scheduler, steps)
@@ -306,7 +299,7 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
             chain = start_chain(self.scheduler, edit, batch, noise, generator)
             x, frames = self._denoise(chain, conditioning, output)
         self.maybe_free_model_hooks()
-        images = to_images(x, output.type, value_range(self.unet) if output.denormalize else None)
+        images = to_images(x, output.type, self.value_range if output.denormalize else None)
         result = AlphaDDPMOutput(images, torch.stack(frames) if frames else None)
         return result if output.as_dict else result.to_tuple()
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from itertools import islice
 
 import datasets
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 from datasets import Dataset, Features
 from PIL import Image
 
-from data_helpers import encoded, rgb, write_image
+from data_helpers import encoded, rgb, stream_of, write_image
 from ddpm_pipeline.data import DataError
+from ddpm_pipeline.data.streamed import Position, StreamedBatch, divide, rows_of_part
+from ddpm_pipeline.data.views import Views
 
 
 def ids(seed: int, classes: int = 3, height: int = 8, width: int = 8) -> np.ndarray:
@@ -102,22 +105,23 @@ def test_pairs_that_do_not_match_are_told_in_both_directions(load, masked, caplo
         load(masked, **MASKS)
     write_map(masked / "masks" / "1.png", ids(1))
     write_map(masked / "masks" / "1.bmp", ids(1))
-    with pytest.raises(DataError, match="'masks/1.*' and 'masks/1.*' in 'masks' would be the condition of one image"):
+    with pytest.raises(DataError, match=r"which of images/1.png and, in 'masks', masks/1.bmp, masks/1.png are a pair"):
         load(masked, **MASKS)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.full((8, 8), 7, np.uint8), r"masks/1.png\): .* the id 7; ids of 3 classes are 0..2, and 255 where there is none"),
-        (rgb(1), r"masks/1.png\): .* its mode is RGB"),
-        (ids(1, height=4, width=16), r"1 of 3 condition images .* differ in size .*masks/1.png\): 4x16, its image 8x8"),
+        (np.full((8, 8), 7, np.uint8), "it has the id 7; ids of 3 classes are 0..2, and 255 where there is none"),
+        (rgb(1), "it has colours; a label map has one number per pixel"),
+        (ids(1, height=4, width=16), "it is 4x16, and the image 8x8"),
     ],
 )
-def test_a_second_image_that_does_not_fit_ends_the_run(load, masked, values, message):
+def test_rows_whose_second_image_does_not_fit_are_bad(load, masked, values, message):
     write_image(masked / "masks" / "1.png", values)
-    with pytest.raises(DataError, match=message):
-        load(masked, max_bad_fraction=0.9, **MASKS)
+    with pytest.raises(DataError, match=rf"1 of 3 rows .*\n.*row 1 \(.*masks/1.png\): .*{message}"):
+        load(masked, **MASKS)
+    assert load(masked, max_bad_fraction=0.5, **MASKS).rows_of(range(2)).tolist() == [0, 2]
 
 
 def test_void_and_black_and_white(load, masked):
@@ -140,3 +144,18 @@ def test_rows_whose_second_image_cannot_be_read_are_skipped_and_listed(load, mas
     assert (data.condition_images.pixels(data.rows_of([1]))[0, 0].numpy() == ids(2)).all()
     with pytest.raises(DataError, match="1 of 3 rows"):
         load(masked, **MASKS)
+
+
+def test_streams_read_the_same_pairs(load, masked, tmp_path):
+    (masked / "masks" / "1.png").write_bytes(b"broken")
+    stream = stream_of(masked, channels=3, max_bad_fraction=0.5, **MASKS)
+    assert (stream.condition_images.classes, stream.condition_images.channels) == (3, 1)
+    stored, mapped = stream.stored(10, str(tmp_path / "stored")), load(masked, max_bad_fraction=0.5, **MASKS)
+    assert stored.rows_of(range(2)).tolist() == mapped.rows_of(range(2)).tolist() == [0, 2]
+    assert stored.condition_images.pixels([0, 2]).equal(mapped.condition_images.pixels([0, 2]))
+    images = list(islice(rows_of_part(stream, divide(stream, 1), 0, 0, 10, Position()), 4))
+    mirrored = Views((8, 8), flips=np.array([[False, True]] * 4))
+    second = StreamedBatch(stream, images).condition_images.pixels(range(4), mirrored)[:, 0].numpy()
+    for image, seen in zip(images, second, strict=True):
+        seed = next(seed for seed in range(3) if (image.pixels == rgb(seed)).all())
+        assert (seen == ids(seed)[:, ::-1]).all() and image.vector is None

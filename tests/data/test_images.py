@@ -334,7 +334,7 @@ def test_paths_and_bytes_are_alike(as_path, tmp_path):
     rgb = noise(SIDE, SIDE, 3)
     Image.fromarray(rgb).save(tmp_path / "a.png")
     assert np.array_equal(np.asarray(open_image(as_path(tmp_path / "a.png"))), rgb)
-    assert image_shape(as_path(tmp_path / "a.png"), "image") == (SIDE, SIDE, 3)
+    assert image_shape(as_path(tmp_path / "a.png"), "image")[:3] == (SIDE, SIDE, 3)
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -382,12 +382,12 @@ import json, sys
 from data_helpers import load, parquet
 from fuzz_images import fuzz, mutated_files, peak_kib
 from pathlib import Path
-from ddpm_pipeline.data.images import image_pixels, image_shape
+from ddpm_pipeline.data.images import Form, image_pixels, image_shape
 folder = Path(sys.argv[1])
 before, large = peak_kib(), {}
 for name in ("png", "webp"):
-    shape = image_shape(str(folder / name), "image")
-    image_pixels(str(folder / name), "image", (64, 64), 3)
+    shape = image_shape(str(folder / name), "image")[:3]
+    image_pixels(str(folder / name), "image", Form((64, 64), 3))
     large[name] = [*shape, peak_kib() - before]
 result = fuzz(200, 0)
 rows = parquet(folder / "x.parquet", [data for *_, data in mutated_files(200, 0)])
@@ -452,7 +452,7 @@ def test_native_channels_of_palettes_are_those_of_the_colours_in_use():
     assert native_channels(palette_image(grey, indices)) == 1
     grey[indices[0, 0]] = (255, 0, 0)
     assert native_channels(palette_image(grey, indices)) == 3
-    assert image_shape(encoded(palette_image(grey, indices)), "bytes") == (SIDE, SIDE, 3)
+    assert image_shape(encoded(palette_image(grey, indices)), "bytes")[:3] == (SIDE, SIDE, 3)
 
 
 # Arrays and arguments

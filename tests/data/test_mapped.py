@@ -71,7 +71,7 @@ def test_the_datas_own_channels(load, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("resolution", 0), ("resolution", "8x"), ("channels", 2), ("preprocessing_num_workers", -1)]
+    ("option", "value"), [("resolution", 0), ("resolution", "8x"), ("channels", 65), ("preprocessing_num_workers", -1)]
 )
 def test_impossible_options(option, value):
     with pytest.raises(ConfigError, match=f"--{option} {value}"):

@@ -72,7 +72,7 @@ def test_files_hold_the_images_in_the_units_of_the_data(models, tmp_path, kind, 
         planes = found[..., None].transpose(2, 0, 1) if channels == 1 else found.transpose(2, 0, 1)
         low, high = (torch.tensor(bound).view(-1, 1, 1) for bound in (values.low, values.high))
         expected = low + image * (high - low)
-        assert np.abs(planes - expected.numpy()).max() <= (1e-5 if values.dtype == "float32" else 0.5 + 1e-3)
+        assert np.abs(planes - expected.numpy()).max() <= (3e-4 if values.dtype == "float32" else 0.5 + 1e-3)
     display = Display(stretch=values.dtype != "uint8")
     with Image.open(folder / "preview.png") as preview:
         assert preview.size == grid(images, display=display).size and preview.mode == ("L" if channels < 3 else "RGB")

@@ -26,7 +26,9 @@ from hub_models import (
     OWN,
     STEPS,
     class_pipeline,
+    deep_pipeline,
     early_repository,
+    image_pipeline,
     images,
     rgba_pipeline,
     scheduler,
@@ -84,6 +86,7 @@ def published(hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> 
             export(pipe, folder / name, build_card(pipe, name=name))
             pipe.to(torch.float16).save_pretrained(folder / name, variant="fp16")
         described = {"text-fixed": make(scheduler=scheduler()), "dotted.v1-5": pipes["class"], "rgba": rgba_pipeline()}
+        described |= {"deep": deep_pipeline(), "image": image_pipeline()}
         for name, pipe in described.items():
             export(pipe, folder / name, build_card(pipe, name=name))
             push(folder / name, f"org/{name}", api=api)
@@ -428,7 +431,9 @@ def check_push_to_hub_of_a_pipeline():
 def check_examples_of_the_card_run():
     import re
     from huggingface_hub import hf_hub_download
-    calls = {"ddpm": 3, "own": 3, "rgba": 3, "text": 3, "class": 2, "text-fixed": 2, "dotted.v1-5": 2}  # of three examples
+    from PIL import Image
+    Image.fromarray(np.arange(128, dtype=np.uint8).reshape(8, 16) % 5).save("condition.png")
+    calls = {"ddpm": 3, "own": 3, "rgba": 3, "deep": 3, "text": 3, "class": 2, "text-fixed": 2, "dotted.v1-5": 2, "image": 2}
     for name, count in calls.items():
         text = Path(hf_hub_download(f"org/{name}", "README.md")).read_text()
         examples = re.findall(r"```python\\n(.*?)```", text, re.DOTALL)
@@ -436,9 +441,12 @@ def check_examples_of_the_card_run():
         for place, example in enumerate(examples):
             names = {}
             exec(example, names)
-            assert ("image" in names) == (place >= 3 - count), (name, example)
-            assert "image" not in names or names["image"].size == ((16, 8) if name == "rgba" else (8, 8))
-            if "image" not in names:  # as the card says
+            assert ("image" in names or "images" in names) == (place >= 3 - count), (name, example)
+            assert "image" not in names or names["image"].size == ((16, 8) if name in ("rgba", "image") else (8, 8))
+            if name == "deep":
+                assert names["images"].shape == (1, 8, 16, 2) and names["images"].max() <= 1
+                assert place != 1 or (names["values"].shape == (1, 8, 16, 2) and 1 < names["values"].max() <= 4095)
+            elif "image" not in names and name != "image":  # as the card says
                 arguments = ["seven"] if name == "text-fixed" else []
                 raises((ValueError, TypeError, RuntimeError), lambda: names["pipe"](*arguments, num_inference_steps=2))
                 assert "cannot be told a class" in text or "learned variance" in text

@@ -45,7 +45,7 @@ def test_a_resolved_configuration_is_a_config_file(tmp_path):
 
 def test_recipes_go_by_name_from_anywhere_and_files_by_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("digits", "digits_class", "digits_likelihood", "digits_text"):
+    for name in ("digits", "digits_class", "digits_likelihood", "digits_text", "digits_upscale"):
         by_name = parse_options(["--config", name])
         assert by_name.optimisation.max_train_steps and by_name == TrainingOptions(config=name)
         assert by_name == parse_options(["--config", str(RECIPES / f"{name}.yaml")])

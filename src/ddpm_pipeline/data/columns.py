@@ -13,12 +13,14 @@ from datasets import ClassLabel, Features, List, Value
 from ..support.errors import DataError
 from .options import ConditionColumns
 
-KINDS = ("image", "image struct", "array", "bytes")  # of image columns, the most telling type first
+KINDS = ("image", "image struct", "array", "bytes", "numbers")  # of image columns, the most telling type first
+LISTS = "lists"  # the kind of columns that are images only if they are named, since lists of boxes have their type too
 IMAGE_COLUMNS = (
-    "Image columns hold the Image feature, {bytes, path} structs, arrays [H, W] or [H, W, C] of uint8 (cast others), or bytes."
+    "Image columns hold the Image feature, {bytes, path} structs, arrays (Array2D, Array3D), nested lists of uint8, or bytes; "
+    "and, if it is named, nested lists of other numbers."
 )
 MAX_CLASSES = 2**16
-BESIDE = "condition_image"  # the column of images in a second folder
+BESIDE = "second_folder"  # the column of images in a second folder
 RESERVED = ("pixels", "pixels_digest", "skipped_reason", "skipped_file")  # the cache's own columns
 
 
@@ -60,7 +62,7 @@ def find_roles(features: Features, image_column: str | None, asked: ConditionCol
     else:
         labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
         label = labels[0] if len(labels) == 1 else None
-        if not labels and asked.condition != "none" and _is_label(features.get("label")):
+        if not labels and {"class", "text"} & set(asked.kinds) and _is_label(features.get("label")):
             label = "label"
     needed = {"class": label, "text": text or label}.get(asked.kinds[0])
     partner_kind = None if partner is None else _image_kind(features[partner])
@@ -122,21 +124,23 @@ def find_image_column(features: Features, named: str | None = None) -> str:
 
 
 def image_columns(features: Features) -> list[str]:
-    """The columns that can hold images."""
-    return [name for name, feature in features.items() if _image_kind(feature) is not None]
+    """The columns whose types say that they hold images; other arrays may hold anything."""
+    return [name for name, feature in features.items() if _image_kind(feature) in KINDS[:-1]]
 
 
 def _image_kind(feature: Any) -> str | None:
-    """The `Image` feature; a struct {bytes, path}; a uint8 array of two or three dimensions; bytes; or None."""
+    """The `Image` feature; a struct {bytes, path}; an array of two or three dimensions; bytes; or None."""
     if isinstance(feature, datasets.Image):
         return "image"
     if isinstance(feature, dict) and "bytes" in feature and set(feature) <= {"bytes", "path"}:
         return "image struct" if _is_value(feature["bytes"], "binary", "large_binary") else None
     if isinstance(feature, datasets.Array2D | datasets.Array3D):
-        return "array" if feature.dtype == "uint8" else None
+        return "array" if feature.dtype == "uint8" else "numbers"
     if isinstance(feature, List) and isinstance(feature.feature, List):
         inner = feature.feature.feature
-        return "array" if _is_value(inner.feature if isinstance(inner, List) else inner, "uint8") else None
+        inner = inner.feature if isinstance(inner, List) else inner
+        number = isinstance(inner, Value) and re.match("u?int|float|bool", inner.dtype)
+        return ("array" if inner.dtype == "uint8" else LISTS) if number else None
     return "bytes" if _is_value(feature, "binary", "large_binary") else None
 
 

@@ -25,6 +25,7 @@ from PIL import Image
 
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
+from .arrays import ARRAY_FILES
 from .columns import BESIDE, image_columns
 from .files import ARCHIVES, PACKED, Account, File, in_archive, list_archive, list_files, read_bytes, some, text_of
 from .images import image_extensions
@@ -50,18 +51,21 @@ class Contents:
 
     @classmethod
     def of(cls, files: Iterable[File]) -> "Contents":
-        contents, endings = cls(), image_extensions()
+        contents, endings, arrays = cls(), image_extensions(), []
         for file in files:
             if posixpath.basename(file.name).lower() in METADATA:
                 contents.metadata.append(file)
             elif file.suffix in endings or (not file.suffix and _is_image(file)):
                 contents.pictures.append(file)
+            elif file.suffix in ARRAY_FILES:
+                arrays.append(file)
             elif file.suffix in TABLES:
                 contents.tables.append(file)
             elif file.suffix in (*ARCHIVES, *PACKED):
                 contents.archives.append(file)
             else:
                 contents.others.append(file)
+        (contents.others if contents.pictures else contents.pictures).extend(arrays)  # features are stored so beside pictures
         return contents
 
 
@@ -105,23 +109,22 @@ def _read(contents: Contents, path: Path, account: Account, beside: Sequence[str
     if kind == "tables":
         return Folder(account, tables=contents.tables)
     contents.pictures, second = find_second_folder(contents.pictures, beside)
+    if not contents.pictures:
+        raise DataError(
+            f"All images in {str(path)!r} lie in {second.name!r}: no image is left that they could be the condition of."
+        )
     images = contents.pictures.copy()
     splits, words = _dataset_splits(contents, path, account)
     columns = set(next(iter(splits.values())).column_names)
-    if second is not None and "image" in columns and not {second.name, second.name.removesuffix("_file_name")} & columns:
-        partners = second.partners(images, account)
-        splits = {split: _with_partners(rows, partners) for split, rows in splits.items()}
-        words = f"{words} with condition images in {second.name!r}".strip()
-        return Folder(account, splits, kind=f"{kind} {words}", second=second)
-    return Folder(account, splits, kind=f"{kind} {words}" if words else kind)
-
-
-def _with_partners(rows: Dataset, partners: dict[str, str]) -> Dataset:
-    """With the condition image of each image, or None, in the column BESIDE."""
-    images = rows.data.column("image").to_pylist()
-    found = [partners.get(image["path"]) if image else None for image in images]
-    values = [None if path is None else {"bytes": None, "path": path} for path in found]
-    return rows.add_column(BESIDE, values, feature=datasets.Image())
+    if second is None or "image" not in columns or {second.name, second.name.removesuffix("_file_name")} & columns:
+        return Folder(account, splits, kind=f"{kind} {words}".strip())
+    paths = {split: [row and row["path"] for row in rows.data["image"].to_pylist()] for split, rows in splits.items()}
+    read = set().union(*paths.values())
+    partners = second.partners([file for file in images if file.path in read], account)
+    for split, rows in splits.items():
+        found = [{"bytes": None, "path": partners[path]} if path in partners else None for path in paths[split]]
+        splits[split] = rows.add_column(BESIDE, found, feature=datasets.Image())
+    return Folder(account, splits, kind=f"{kind} {words} with condition images in {second.name!r}", second=second)
 
 
 def _most(contents: Contents, path: Path, account: Account) -> tuple[str, Contents]:
@@ -183,7 +186,7 @@ def _nothing(contents: list[Contents], path: Path, account: Account) -> None:
     packed = any(each.archives for each in contents)
     fix = " Unpack the archives (compressed ones cannot be read in any order) and name the folder." if packed else ""
     raise DataError(
-        f"{str(path)!r} holds no images (.png, .jpg, .jpeg, .webp, .avif, .gif, .bmp, .tif, ...; sub-folders and zip and tar "
+        f"{str(path)!r} holds no images (.png, .jpg, .jpeg, .webp, .gif, .bmp, .tif, .npy, ...; sub-folders and zip and tar "
         f"archives are searched too) and no parquet files, and was not written by Dataset.save_to_disk. {holds}{left_out}.{fix}"
     )
 

@@ -1,40 +1,31 @@
 """Label maps: images whose pixels are class ids. Of the data modules, imports `images` only."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from .images import BadImage, open_image, stored_image, window
+from .images import BadImage, Form, image_pixels
 
 VOID = 255  # no class; with 2 classes, white, which is class 1
-MISFIT = "it is no map of these classes"  # how the reason of a `Misfit` begins
 
 
-class Misfit(BadImage):
-    """The file is sound, but not what was asked for, as all others may be: no row to skip."""
-
-    def __init__(self, why: str):
-        super().__init__(f"{MISFIT}: {why}")
+def form_of_label_maps(form: Form, classes: int) -> Form:
+    """The same, for ids of so many classes."""
+    return replace(form, channels=1, dtype="uint8" if classes <= VOID else "uint16", raw=True, nearest=True)
 
 
-def label_map(value: Any, kind: str, size: tuple[int, int], classes: int) -> np.ndarray:
-    """One row's label map, ids 0..classes-1 or VOID, uint8 [*size, 1] (uint16 from 256 classes on), by its nearest pixels.
+def label_map(value: Any, kind: str, form: Form, classes: int) -> np.ndarray:
+    """One row's label map, ids 0..classes-1 or VOID, [*size, 1] in the form of label maps, by its nearest pixels.
 
     `value` is that of a column of this kind. Palettes are read as their indices. With 2 classes, black and white are 0 and 1;
-    with more than 255 there is no VOID. Raises `Misfit`, or `BadImage` for what cannot be read.
+    with more than 255 there is no VOID. Raises `BadImage`.
     """
-    image = open_image(stored_image(value, kind))
-    if len(image.getbands()) > 1 or image.mode == "F":
-        raise Misfit(f"its mode is {image.mode}; ids are whole numbers in one channel, or a palette's indices")
-    ids = np.asarray(image).astype(np.int64)  # [H, W]
+    ids = image_pixels(value, kind, replace(form, dtype="uint16"))
     if classes == 2 and ids.max() == VOID and not (ids == 1).any():
         ids = ids // VOID
     known = ids[ids != VOID] if 2 < classes <= VOID else ids
-    if known.size and not 0 <= known.min() <= known.max() < classes:
+    if known.size and known.max() >= classes:
         void = f", and {VOID} where there is none" if 2 < classes <= VOID else ""
-        wrong = known.max() if known.max() >= classes else known.min()
-        raise Misfit(f"it has the id {wrong}; ids of {classes} classes are 0..{classes - 1}{void}")
-    left, top, right, bottom = window(ids.shape, size)
-    rows = (top + (np.arange(size[0]) + 0.5) * ((bottom - top) / size[0])).astype(int)
-    columns = (left + (np.arange(size[1]) + 0.5) * ((right - left) / size[1])).astype(int)
-    return ids[rows[:, None], columns, None].astype(np.uint8 if classes <= VOID else np.uint16)
+        raise BadImage(f"it has the id {known.max()}; ids of {classes} classes are 0..{classes - 1}{void}")
+    return ids.astype(form.dtype)

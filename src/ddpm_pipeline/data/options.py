@@ -1,5 +1,7 @@
 """Which data a command reads, and how: the options from the command line to the reader. Imports neither torch nor datasets."""
 
+import contextlib
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -7,7 +9,10 @@ from typing import Any, ClassVar
 from ..support.errors import ConfigError
 from ..support.options import BELOW_ONE, Allowed, OptionGroup, at_least, one_of, option
 
-CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+CHANNELS = (1, 3, 4)  # grey, RGB, RGBA: of pictures, which are converted to one another
+MAX_CHANNELS = 64
+RESIZE = ("crop", "pad", "stretch", "none")
+PERCENTILES = "percentile:"
 SHARE = Allowed("above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
@@ -32,6 +37,23 @@ def shown_size(size: tuple[int, int]) -> str:
     return "x".join(map(str, size))
 
 
+def parse_value_range(value: Any) -> str:
+    """As text, with the numbers that `numbers_of_range` gives. Raises ValueError, completing "must be", for others."""
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value).replace(" ", "")
+    with contextlib.suppress(ValueError):
+        numbers = numbers_of_range(text)
+        pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
+        percentiles = not text.startswith(PERCENTILES) or (len(pairs) == 1 and numbers[0] >= 0 and numbers[1] <= 100)
+        if pairs and percentiles and all(math.isfinite(high - low) and low < high for low, high in pairs):
+            return text
+    raise ValueError("low,high such as -1000,3000 (or such a pair for each channel), or percentiles such as percentile:1,99")
+
+
+def numbers_of_range(text: str) -> list[float]:
+    """The numbers in a range of values, or in one of percentiles."""
+    return [float(number) for number in text.removeprefix(PERCENTILES).split(",")]
+
+
 # fmt: off
 
 
@@ -50,8 +72,15 @@ class DataOptions(OptionGroup):
     resolution: int | str | None = option(
         None, "Size of the images in pixels: 64, or height x width as in 48x96. By default their own, if they share one.",
         parse=parse_resolution)
+    resize: str = option(
+        "crop", "How images get this size: scaled to cover it and cut to the centre (crop), scaled to fit into it and padded "
+        "with the values of their edges (pad), scaled in each direction (stretch), or not at all (none).", one_of(RESIZE))
     channels: int | None = option(
-        None, "1 (grey), 3 (RGB) or 4 (RGBA). By default 1 if all images are grey, else 3.", one_of(CHANNELS))
+        None, f"1 (grey), 3 (RGB), 4 (RGBA), or the number of bands, up to {MAX_CHANNELS}. By default those of the images.",
+        Allowed(f"at least 1 and at most {MAX_CHANNELS}", lambda value: 1 <= value <= MAX_CHANNELS))
+    value_range: str | None = option(
+        None, "Values of the data that become black and white: low,high such as -1000,3000, for all channels or a pair for "
+        "each, or percentile:1,99, measured on the data. By default those of the file type.", parse=parse_value_range)
     cache_dir: str | None = option(
         None, "Cache folder for preprocessed images. By default the datasets library's.", on_resume="tell", in_recipe=False)
     preprocessing_num_workers: int | None = option(
@@ -74,8 +103,10 @@ class DataOptions(OptionGroup):
         return self.random_crop
 
     def check(self) -> None:
-        if self.random_crop == 1:
-            raise ConfigError("--random_crop 1 is for --resize none; use a smaller share of the height and width.")
+        if self.random_crop and (self.random_crop == 1) != (self.resize == "none"):
+            raise ConfigError("--random_crop 1 is for --resize none; else use a smaller share of the height and width.")
+        if self.random_crop == 1 and self.streaming:
+            raise ConfigError("--random_crop 1 does not work with --streaming: the images' own size is unknown; drop one.")
 
     def stored_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width at which images are stored that are seen in this size. Raises ConfigError if that is the same

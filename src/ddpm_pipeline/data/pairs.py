@@ -15,6 +15,7 @@ from .files import Account, File, list_files, some
 from .images import image_extensions
 from .splits import split_word
 
+UNPAIRED = "condition image without an image"  # the reason in the account
 Place = tuple[str, ...]  # the folders that a file lies in, without the second folder, and its name without the ending
 
 
@@ -24,49 +25,45 @@ class SecondFolder:
 
     name: str  # as --condition_column gives it
     root: str | None  # the folder, if it was named by its path
-    files: dict[Place, File]
+    files: dict[Place, list[File]]
 
     def partners(self, images: Iterable[File], account: Account) -> dict[str, str]:
         """The path of the condition image, by the path of the image. Accounts for files that belong to no image."""
         owners = defaultdict(list)
         for image in images:
-            place = next((place for place in _places(image) if place in self.files), None)
-            if place is not None:
-                owners[place].append(image)
+            owners[next((place for place in _places(image) if place in self.files), None)].append(image)
+        owners.pop(None, None)
         for place, several in owners.items():
-            if len(several) > 1:
-                names = some([image.name for image in several])
+            if len(several) > 1 or len(self.files[place]) > 1:
+                images, files = ([file.name for file in found] for found in (several, self.files[place]))
                 raise DataError(
-                    f"{self.files[place].name!r} in {self.name!r} would be the condition of {len(several)} images ({names}). "
-                    "Name the folder of the images with --dataset, or the pairs in metadata.jsonl."
+                    f"The names do not tell which of {some(images)} and, in {self.name!r}, {some(files)} are a pair. Name the "
+                    "folder of the images with --dataset, or the pairs in metadata.jsonl."
                 )
-        account.leave_out("condition image without an image", (self.files[place] for place in self.files.keys() - owners))
-        return {images[0].path: self.files[place].path for place, images in owners.items()}
+        for place in self.files.keys() - owners:
+            account.leave_out(UNPAIRED, self.files[place])
+        return {several[0].path: self.files[place][0].path for place, several in owners.items()}
 
 
 def find_second_folder(pictures: list[File], names: Sequence[str]) -> tuple[list[File], SecondFolder | None]:
     """(the other pictures, the first of these that is a folder): the name of folders among the pictures', or else a path."""
     for name in names:
-        found = [(place, file) for file in pictures for place in [_place_within(file, name)] if place is not None]
-        path = Path(os.path.abspath(os.path.expanduser(name)))
-        outside = not found and path.is_dir()
-        if outside:
-            files = (file for file in list_files(path, Account()) if file.suffix in image_extensions())
-            found = [((*file.folders, _stem(file)), file) for file in files]
-        if found or outside:
-            taken = {file.path for _, file in found}
-            second = SecondFolder(name, str(path) if outside else None, dict(found))
-            if len(second.files) < len(found):
-                twice = next(file.name for place, file in found if second.files[place] is not file)
-                same = second.files[next(place for place, file in found if file.name == twice)].name
-                raise DataError(f"{twice!r} and {same!r} in {name!r} would be the condition of one image. Keep one of them.")
-            return [file for file in pictures if file.path not in taken], second
+        path, root = Path(os.path.abspath(os.path.expanduser(name))), None
+        files = {file: place for file in pictures if (place := _place_within(file, name))}
+        if not files and path.is_dir():
+            root, listed = str(path), (file for file in list_files(path, Account()) if file.suffix in image_extensions())
+            files = {file: (*file.folders, _stem(file)) for file in listed}
+        if files or root:
+            by_place, paths = defaultdict(list), {file.path for file in files}
+            for file, place in files.items():
+                by_place[place].append(file)
+            return [file for file in pictures if file.path not in paths], SecondFolder(name, root, dict(by_place))
     return pictures, None
 
 
 def missing_partners(images: Sequence[str], of: int, folder: str, account: Account) -> DataError:
     """The error of images without a condition image, out of so many."""
-    surplus = account.names.get("condition image without an image", [])
+    surplus = account.names.get(UNPAIRED, [])
     beside = f", and {len(surplus):,} files there belong to no image ({some(surplus)})" if surplus else ""
     return DataError(
         f"{len(images):,} of {of:,} images have no condition image in {folder!r} ({some(images)}){beside}. A condition image "

@@ -134,9 +134,14 @@ def _warn_of_held_out_rows(source: Source) -> None:
 
 
 def column_of(source: Source, name: str) -> pa.ChunkedArray:
-    """One column of memory-mapped rows, or of the parquet files of a stream."""
+    """One column of memory-mapped rows, or of the parquet files of a stream. Raises DataError for a stream from the Hub."""
     if isinstance(source.dataset, Dataset):
         return source.dataset.select_columns([name]).with_format("arrow")[:].column(0)
+    if not source.files:
+        raise DataError(
+            f"The column {name!r} has the type {source.dataset.features[name]}, which does not say what values there are, and "
+            "they are unknown before all rows are read. Drop --streaming, or choose a ClassLabel column."
+        )
     return pa.dataset.dataset(list(source.files)).to_table([name]).column(0)
 
 
@@ -201,7 +206,7 @@ def _load_folder(path: Path, folder: Folder, options: DataOptions, streaming: bo
         return _load_tables(folder.tables, path, options, streaming, folder.account)
     dataset = _select_split(folder.splits, options.split, path)
     root = path if path.is_dir() else path.parent
-    roots = [str(root), *([folder.second.root] if folder.second and folder.second.root else [])]
+    roots = tuple(filter(None, (str(root), folder.second and folder.second.root)))
     rows = json.dumps(dataset.to_dict(), default=str, ensure_ascii=False)
     for one in roots:
         rows = rows.replace(one, "")
@@ -209,12 +214,11 @@ def _load_folder(path: Path, folder: Folder, options: DataOptions, streaming: bo
     _say(path, folder.kind, _lengths(folder.splits), options.split, folder.account)
     if folder.second is not None:
         table = dataset.select_columns(["image", BESIDE]).with_format("arrow")[:]
-        alone = table.filter(pc.is_null(table.column(BESIDE))).column("image").to_pylist()
-        if alone:
-            names = [os.path.relpath(image["path"], root) for image in alone if image]
+        alone = table.filter(pc.and_(pc.is_null(table.column(BESIDE)), pc.is_valid(table.column("image"))))
+        if names := [image["path"].removeprefix(f"{root}{os.sep}") for image in alone.column("image").to_pylist()]:
             raise missing_partners(names, len(table), folder.second.name, folder.account)
     name = path.name if path.exists() else root.name  # of a pattern
-    return Source(dataset, name, rows, replace(_reach(root, options), roots=tuple(roots)), rows=rows)
+    return Source(dataset, name, rows, replace(_reach(root, options), roots=roots), rows=rows)
 
 
 def _select_split(splits: dict[str, Dataset], split: str, name: str | Path) -> Dataset:

@@ -47,7 +47,10 @@ class RequestOptions(OptionGroup):
         None, "Numbers to sample for in turn, as 30,0.5|40,0.5 for a model of two; a place left empty is not told."
     )
     condition_images: str | None = option(
-        None, "Folder of condition images (or one image) to sample for in turn, in the order of their names."
+        None, "Folder (or other data) of condition images to sample for in turn, in the order of their names."
+    )
+    condition_masks: str | None = option(
+        None, "The same of masks, for a model that inpaints: white where the condition image is unknown."
     )
 
     def check(self) -> None:

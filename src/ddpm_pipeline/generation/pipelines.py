@@ -6,11 +6,13 @@ import diffusers
 
 from ..encoding_alpha_ddpm import image_condition, vector_condition
 from ..pipeline_alpha_ddpm import AlphaDDPMPipeline
+from ..pipeline_alpha_ddpm_image import AlphaDDPMImageToImagePipeline
 from ..pipeline_alpha_ddpm_text import AlphaDDPMTextToImagePipeline
 from ..samplers_alpha_ddpm import Steps, general_sampler_of, set_timesteps
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..support.errors import ConfigError
 from ..support.exceptions import describe_exception
+from ..tables_alpha_ddpm import OWN_KEY
 from .options import SCHEDULERS
 
 Pipeline = AlphaDDPMPipeline | AlphaDDPMTextToImagePipeline
@@ -19,13 +21,13 @@ LATENT = ("vae", "vqvae", "movq")  # components of pipelines whose UNet denoises
 
 
 def load_pipeline(model: str) -> Pipeline:
-    """The pipeline in a folder or Hub repository: unconditional, or for classes or prompts. Raises ConfigError if there is
-    none, or none that images can be sampled from.
+    """The pipeline in a folder or Hub repository, of the class for its conditions. Raises ConfigError if there is none, or none
+    that images can be sampled from.
     """
     try:
         index = AlphaDDPMPipeline.load_config(model)
         text = (index.get("text_encoder") or [None])[0] is not None
-        pipe = (AlphaDDPMTextToImagePipeline if text else AlphaDDPMPipeline).from_pretrained(model)
+        pipe = (AlphaDDPMTextToImagePipeline if text else _class_without_text(model)).from_pretrained(model)
     except Exception as error:  # the loaders of three libraries raise many types
         raise ConfigError(f"--model {model} cannot be loaded as a DDPM pipeline: {describe_exception(error)}") from error
     config = pipe.unet.config
@@ -43,6 +45,14 @@ def load_pipeline(model: str) -> Pipeline:
         raise ConfigError(f"--model {model} has no weights for {', '.join(missing[:3])} of its UNet; save it again.")
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _class_without_text(model: str) -> type[AlphaDDPMPipeline]:
+    try:
+        settings = diffusers.UNet2DModel.load_config(model, subfolder="unet").get(OWN_KEY) or {}
+    except OSError:  # all files of early repositories are at their top
+        settings = {}
+    return AlphaDDPMImageToImagePipeline if "condition_image" in settings else AlphaDDPMPipeline
 
 
 def condition_of(pipe: Pipeline) -> str:

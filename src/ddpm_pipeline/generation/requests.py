@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from ..encoding_alpha_ddpm import vector_condition
+from ..encoding_alpha_ddpm import image_condition, vector_condition
 from ..support.errors import ConfigError
 from ..support.exceptions import describe_exception
+from .condition_images import ConditionImages
 from .drawing import UNCONDITIONAL, Request
-from .options import GenerationOptions
+from .options import GenerationOptions, RequestOptions
 from .pipelines import Pipeline, condition_of
 
-OPTIONS = {"class_labels": "class", "prompts": "text", "condition_vector": "vector", "condition_images": "image"}  # and kinds
+OPTIONS = {"class_labels": "class", "prompts": "text", "condition_vector": "vector"}  # and kinds
+OPTIONS |= {"condition_images": "image", "condition_masks": "image"}
 
 
 def request_of(pipe: Pipeline, options: GenerationOptions) -> tuple[Request, dict[str, Any]]:
@@ -35,6 +37,11 @@ def request_of(pipe: Pipeline, options: GenerationOptions) -> tuple[Request, dic
     if "vector" in kinds:
         arguments["condition_vector"] = _vectors(pipe, asked.condition_vector)
     told = {**arguments, "guidance_scale": scale}
+    if "image" in kinds:
+        images = _images(pipe, asked)
+        told |= {name: some.names for name, some in images.items()}
+        told["condition_images"] = [some.data.fingerprint for some in images.values()]
+        arguments |= images
     return Request(arguments, scale), told
 
 
@@ -66,6 +73,20 @@ def _vectors(pipe: Pipeline, given: str | None) -> list[dict[str, float]]:
             needed = f"{len(condition.names)} numbers, {','.join(condition.names)}, separated by commas"
             raise ConfigError(f"--condition_vector {words!r} must be {needed}.") from error
     return vectors
+
+
+def _images(pipe: Pipeline, asked: RequestOptions) -> dict[str, ConditionImages]:
+    """Condition images and, for inpainting, masks of what is unknown, by the pipeline's arguments."""
+    task = image_condition(pipe.unet).task
+    if asked.condition_images is None:
+        raise ConfigError("--condition_images is required for a model of condition images: a folder of them.")
+    if (task == "inpaint") != (asked.condition_masks is not None):
+        needed = "is required to inpaint: a folder of masks, white where an image is unknown"
+        raise ConfigError(f"--condition_masks {needed if task == 'inpaint' else 'is for models that inpaint; drop it'}.")
+    found = {"condition_image": ConditionImages(pipe, asked.condition_images, "--condition_images")}
+    if asked.condition_masks is not None:
+        found["condition_mask"] = ConditionImages(pipe, asked.condition_masks, "--condition_masks", as_masks=True)
+    return found
 
 
 def _prompts(given: str | None) -> list[str]:

@@ -24,7 +24,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from ..data.mapped import ImageData, ImageSet
 from ..data.options import TrainingDataOptions
 from ..data.skipped import SHOWN, SkippedRow
-from ..data.streamed import JUDGED_ROWS, Partition, Position, StreamData, divide, rows_of_part
+from ..data.streamed import JUDGED_ROWS, Partition, Position, StreamData, StreamedBatch, divide, rows_of_part
 from ..data.views import Views
 from ..support.draws import BatchSlice, RandomStream, image_indices, uniform
 from ..support.errors import ConfigError, DataError
@@ -139,9 +139,10 @@ class StreamBatches(IterableDataset):
 
     def _micro_batch(self, k: int, images: list[Any]) -> dict[str, Any]:
         where = self.plan.slice_of(k)
-        values = None if self.condition.column is None else [image.value for image in images]
+        views = self.plan.views(where, self.data.view)
+        values = self.condition.read(StreamedBatch(self.data, images), range(len(images)), views)
         return {
-            "pixels": self.plan.views(where, self.data.view).apply([image.pixels for image in images]),
+            "pixels": views.apply([image.pixels for image in images]),
             "indices": torch.tensor([image.number for image in images]),
             **self.plan.draws(where, self.condition, values),
             "position": images[-1].position.to_json(),

@@ -6,13 +6,14 @@ pipeline.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from ..data.mapped import ImageData
+from ..data.mapped import ImageData, ImageSet
 from ..generation.drawing import UNCONDITIONAL, Request
 from ..pipeline_alpha_ddpm import AlphaDDPMPipeline
 from ..ranges_alpha_ddpm import ValueRange
@@ -22,6 +23,7 @@ from ..tables_alpha_ddpm import OWN_KEY
 from .options import ConditionOptions
 
 MAX_PREVIEW_ROWS = 10
+EXAMPLES = 100  # of a stream
 
 
 class Condition:
@@ -34,7 +36,8 @@ class Condition:
     variance_type: str | None = None  # of a new model; the scheduler's default if None
     input_channels = 0  # that the UNet takes beside those of the images
     options = ConditionOptions()
-    value_range = ValueRange()  # of the data
+    data: ImageSet | None = None
+    cache_dir: str | None = None
     dropout_streams: tuple[int, ...] = (RandomStream.CONDITION_DROPOUT,)  # a condition that any of these drops is dropped
 
     def unet_config(self) -> dict[str, Any]:
@@ -89,8 +92,8 @@ class Condition:
 
     def pipeline(self, unet: Any, scheduler: Any) -> Any:
         settings = self.settings()
-        if self.value_range != ValueRange():
-            settings["value_range"] = self.value_range
+        if self.data is not None and self.data.value_range != ValueRange():
+            settings["value_range"] = self.data.value_range
         if settings or OWN_KEY in unet.config:
             describe_conditions(unet, **settings)
         return self.pipeline_class(unet=unet, scheduler=scheduler, **self.components(unet))
@@ -121,6 +124,11 @@ class Condition:
         return ", ".join([*arguments, f"guidance_scale={self.options.preview_guidance:g}"] if arguments else [])
 
     # ---- for the conditions that there are -----------------------------------------------------------
+
+    @cached_property
+    def examples(self) -> ImageData:
+        """Images whose conditions previews show: all, or the first of a stream."""
+        return self.data if isinstance(self.data, ImageData) else self.data.stored(EXAMPLES, self.cache_dir)
 
     def dropped(self, where: BatchSlice) -> np.ndarray:
         """Which conditions are dropped, bool [b]."""

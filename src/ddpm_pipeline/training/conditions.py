@@ -121,14 +121,14 @@ class CombinedCondition(Condition):
         return unet
 
     def preview(self, count: int) -> tuple[Request, int]:
-        data = self.image.data
-        return self.rows(count, **self.request_like(data, range(min(MAX_PREVIEW_ROWS, len(data))), 0).arguments)
+        shown = range(min(MAX_PREVIEW_ROWS, len(self.examples)))
+        return self.rows(count, **self.request_like(self.examples, shown, 0).arguments)
 
     def left(self, request: Request, columns: int) -> Tensor:
         return self.image.left(request, columns)
 
     def row_names(self, request: Request, columns: int | None) -> list[str]:
-        return [", ".join(names) for names in zip(*(part.row_names(request, columns) for part in self.parts), strict=True)]
+        return self.parts[0].row_names(request, columns)
 
     def facts(self) -> dict[str, str]:
         first, second = (part.facts() for part in self.parts)
@@ -139,7 +139,9 @@ class CombinedCondition(Condition):
         return [argument for part in self.parts for argument in part.arguments()]
 
 
-def build_condition(options: ConditionOptions, data: ImageSet, init_from: str | None = None) -> Condition:
+def build_condition(
+    options: ConditionOptions, data: ImageSet, init_from: str | None = None, cache_dir: str | None = None
+) -> Condition:
     """What `--condition` names. A small encoder's initial weights come from torch's global generator, as the UNet's do."""
     kinds = {"none": Condition, "class": ClassCondition, "vector": NumbersCondition, "image": ImageInput}
     if options.condition == "text":
@@ -149,5 +151,5 @@ def build_condition(options: ConditionOptions, data: ImageSet, init_from: str | 
     else:
         parts = [kinds[kind](options, data) for kind in options.condition.split("+")]
         condition = parts[0] if len(parts) == 1 else CombinedCondition(options, *parts)
-    condition.value_range = data.value_range
+    condition.data, condition.cache_dir = data, cache_dir
     return condition

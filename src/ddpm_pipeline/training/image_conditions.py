@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.mapped import ImageData
+from ..data.mapped import ImageData, ImageSet
 from ..encoding_alpha_ddpm import ImageCondition, WithConditionImage
 from ..generation.drawing import Request
 from ..pipeline_alpha_ddpm_image import AlphaDDPMImageToImagePipeline
@@ -26,8 +26,10 @@ class ImageInput(Condition):
 
     pipeline_class = AlphaDDPMImageToImagePipeline
 
-    def __init__(self, options: ConditionOptions, data: ImageData):
+    def __init__(self, options: ConditionOptions, data: ImageSet):
         self.options, self.data, self.task = options, data, options.condition_from
+        if self.task == "gray" and data.channels != 3:
+            raise ConfigError(f"--condition_from gray needs images of 3 channels, and those of {data.name} have {data.channels}.")
         try:
             if self.task:
                 self.encoder = ImageCondition(data.channels, value_range=data.value_range, task=self.task)
@@ -82,8 +84,8 @@ class ImageInput(Condition):
         return WithConditionImage(unet)
 
     def preview(self, count: int) -> tuple[Request, int]:
-        shown = range(min(MAX_PREVIEW_ROWS, len(self.data)))
-        return self.rows(count, **self.request_like(self.data, shown, 0).arguments)
+        shown = range(min(MAX_PREVIEW_ROWS, len(self.examples)))
+        return self.rows(count, **self.request_like(self.examples, shown, 0).arguments)
 
     def left(self, request: Request, columns: int) -> Tensor:
         encoded = self.unet_inputs(request)["condition_image"][::columns]
@@ -91,9 +93,6 @@ class ImageInput(Condition):
             return encoded.argmax(dim=1, keepdim=True) / (self.encoder.classes - 1)
         deep = self.encoder.value_range.dtype != "uint8"
         return Display(stretch=deep).show(encoded[:, : self.encoder.channels] / 2 + 0.5)  # without a mask's own channel
-
-    def row_names(self, request: Request, columns: int | None) -> list[str]:
-        return [f"condition image {row}" for row in range(len(request) // columns)]
 
     def facts(self) -> dict[str, str]:
         if self.task:

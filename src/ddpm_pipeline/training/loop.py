@@ -62,7 +62,7 @@ def train(options: TrainingOptions) -> Path:
             pusher = Pusher(options.hub, folder) if options.hub.push_to_hub and main else None
             data = open_data(options.data, options.condition.columns)
         seed_weights(options.run.seed)
-        condition = build_condition(options.condition, data, options.model.init_from)
+        condition = build_condition(options.condition, data, options.model.init_from, options.data.cache_dir)
 
         # What it learns
         unet, scheduler = build_model(options.model, options.diffusion, data.size, data.channels, condition)

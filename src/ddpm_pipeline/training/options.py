@@ -339,8 +339,6 @@ class TrainingOptions(OptionSet):
                 f"--eval_samples {self.watching.eval_samples} does not work with --streaming, since it compares with all of "
                 "the data; drop one."
             )
-        if self.data.streaming and {"image", "vector"} & self.condition.parts:
-            raise ConfigError(f"--streaming does not work with --condition {self.condition} yet; drop one.")
 
     @classmethod
     def merged(cls, stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -369,5 +367,5 @@ def parse_options(argv: Sequence[str]) -> TrainingOptions:
     if config is None and value_of(argv, "--dataset") is None:
         config = DEFAULT_RECIPE
     description = "Train a diffusion model. Without --dataset and --config the digits recipe runs."
-    help = "Recipe (digits, digits_class, digits_likelihood, digits_text) or YAML file of options; flags override it."
+    help = "Recipe (digits, digits_class, digits_likelihood, digits_text, digits_upscale) or YAML file of options; flags override it."
     return TrainingOptions.parse(argv, description, config, config=help)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.mapped import ImageData
+from ..data.mapped import ImageData, ImageSet
 from ..encoding_alpha_ddpm import VectorCondition, embedding_width
 from ..generation.drawing import Request
 from ..support.draws import BatchSlice, RandomStream
@@ -23,8 +23,8 @@ class NumbersCondition(Condition):
     of several is dropped on its own.
     """
 
-    def __init__(self, options: ConditionOptions, data: ImageData):
-        self.options, self.data = options, data
+    def __init__(self, options: ConditionOptions, data: ImageSet):
+        self.options = options
         self.encoder = VectorCondition(data.vector_names, *data.vector_statistics)
         self.width = 0  # of the UNet's time embedding, once it is known
 
@@ -71,10 +71,10 @@ class NumbersCondition(Condition):
 
     def preview(self, count: int) -> tuple[Request, int]:
         """The numbers of the images at equally spaced quantiles of the first of them."""
-        first = self.read(self.data, range(len(self.data)))[:, 0]
+        first = self.read(self.examples, range(len(self.examples)))[:, 0]
         order = first.argsort(stable=True)[: first.isfinite().sum()]
         places = np.linspace(0, len(order) - 1, min(count, MAX_PREVIEW_ROWS, len(order))).round().astype(int)
-        return self.rows(count, **self.request_like(self.data, order[places].tolist(), 0).arguments)
+        return self.rows(count, **self.request_like(self.examples, order[places].tolist(), 0).arguments)
 
     def row_names(self, request: Request, columns: int | None) -> list[str]:
         return [self._shown(row) for row in request.arguments["condition_vector"][::columns]]
