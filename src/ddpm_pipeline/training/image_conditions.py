@@ -29,7 +29,9 @@ class ImageInput(Condition):
     def __init__(self, options: ConditionOptions, data: ImageSet):
         self.options, self.data, self.task = options, data, options.condition_from
         if self.task == "gray" and data.channels != 3:
-            raise ConfigError(f"--condition_from gray needs images of 3 channels, and those of {data.name} have {data.channels}.")
+            raise ConfigError(
+                f"--condition_from gray needs images of 3 channels, and those of {data.name} have {data.channels}."
+            )
         try:
             if self.task:
                 self.encoder = ImageCondition(data.channels, value_range=data.value_range, task=self.task)

@@ -367,5 +367,6 @@ def parse_options(argv: Sequence[str]) -> TrainingOptions:
     if config is None and value_of(argv, "--dataset") is None:
         config = DEFAULT_RECIPE
     description = "Train a diffusion model. Without --dataset and --config the digits recipe runs."
-    help = "Recipe (digits, digits_class, digits_likelihood, digits_text, digits_upscale) or YAML file of options; flags override it."
+    recipes = "digits, digits_class, digits_likelihood, digits_small, digits_text, digits_upscale"
+    help = f"Recipe ({recipes}) or YAML file of options; flags override it."
     return TrainingOptions.parse(argv, description, config, config=help)
