@@ -61,12 +61,15 @@ def part(data: ImageData, chosen: np.ndarray) -> ImageData:
 
 
 def _load(options: TrainingDataOptions, columns: ConditionColumns, like: ImageSet, streamed: int) -> ImageData:
-    """The split, folder or file that `options` name, with the size, channels and class numbers of the training images."""
+    """The split, folder or file that `options` name, with the size, channels, range and classes of the training images."""
     given, is_path = options.validation_split, options.validation_path
     place = {"dataset": given, "dataset_config": None, "split": "train"} if is_path else {"split": given}
     own = replace(options, validation_split=None, **place, resolution=like.size, channels=like.channels)
     try:
-        found = open_stream(own, columns).stored(streamed, own.cache_dir) if own.streaming else load_images(own, columns)
+        ranges = like.value_range, like.condition_images and like.condition_images.value_range
+        read = open_stream if own.streaming else load_images
+        found = read(own, columns, *ranges)
+        found = found.stored(streamed, own.cache_dir) if own.streaming else found
         if found.roles.needed != like.roles.needed:
             raise DataError(f"its condition is in the column {found.roles.needed!r}, and not in {like.roles.needed!r}.")
         found = _with_labels_of(like, _with_classes_of(like, found))
