@@ -37,7 +37,7 @@ from .views import Views
 
 logger = logging.getLogger(__name__)
 
-PREPROCESSING_VERSION = 4  # part of the cache's key: raise it when the same options give other pixels
+PREPROCESSING_VERSION = 5  # part of the cache's key: raise it when the same options give other pixels
 BATCH_BYTES = 2**25  # of pixels preprocessed at a time
 
 PIXELS, DIGEST, REASON, FILE, IMAGE_DIGEST = RESERVED
