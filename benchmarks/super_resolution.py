@@ -84,10 +84,8 @@ def in_batches(method: Callable[[slice, list[torch.Generator]], Tensor], count: 
     return torch.cat(made)
 
 
-def methods_of(arguments: argparse.Namespace, images: Tensor) -> dict[str, Callable[..., Tensor]]:
+def methods_of(pipe: Any, arguments: argparse.Namespace, images: Tensor) -> dict[str, Callable[..., Tensor]]:
     """The methods by name, each a function of a slice of the images [N, 1, 8, 8] in [0, 1] and of generators."""
-    pipe = AlphaDDPMImageToImagePipeline.from_pretrained(arguments.folder)
-    pipe.set_progress_bar_config(disable=True)
     factor, how = pipe.image_condition.factor, {"num_inference_steps": arguments.steps, "output_type": "pt"}
     bicubic = pipe.image_condition.arrange(images * 2 - 1) / 2 + 0.5
     low = scaled_down(images, factor).clamp(0, 1)
@@ -144,16 +142,17 @@ def main() -> None:
     data = load_images(DataOptions(split=arguments.split))
     images, labels = data.pixels(range(len(data))) / 255, torch.tensor(list(data.values(data.label_column)))
     classifier, results, rows = fit_digits_classifier(), [], []
-    for name, method in methods_of(arguments, images).items():
+    pipe = AlphaDDPMImageToImagePipeline.from_pretrained(arguments.folder)
+    pipe.set_progress_bar_config(disable=True)
+    factor = pipe.image_condition.factor
+    for name, method in methods_of(pipe, arguments, images).items():
         began = time.monotonic()
         made = in_batches(method, len(images), arguments.seed)
-        seconds, factor = time.monotonic() - began, images.shape[-1] // 4
+        seconds = time.monotonic() - began
         accuracy = (classifier(made * 2 - 1).argmax(dim=1) == labels).double().mean().item()
-        known = made is not images and not torch.equal(made, images)
-        low = (scaled_down(image, factor).clamp(0, 1) for image in (made, images))
-        results.append(
-            asdict(Result(name, accuracy, psnr(made, images) if known else None, psnr(*low) if known else None, seconds))
-        )
+        low = [scaled_down(image, factor).clamp(0, 1) for image in (made, images)]
+        figures = (None, None) if torch.equal(made, images) else (psnr(made, images), psnr(*low))
+        results.append(asdict(Result(name, accuracy, *figures, seconds)))
         rows.append(made[:16])
     print(table(results))
     if arguments.picture:

@@ -100,10 +100,7 @@ def image_pipeline() -> AlphaDDPMImageToImagePipeline:
     """Of grey images for label maps and an age."""
     unet = tiny_unet(class_embed_type="timestep").config
     unet = UNet2DModel.from_config(unet, sample_size=(8, 16), in_channels=6)
-    conditions = {
-        "condition_image": ImageCondition(1, classes=5),
-        "condition_vector": VectorCondition(("age",), (41.25,), (9.0,)),
-    }
+    numbers = VectorCondition(("age",), (41.25,), (9.0,))
     describe_conditions(unet, condition_dropout=0.1, condition_image=ImageCondition(1, classes=5), condition_vector=numbers)
     return AlphaDDPMImageToImagePipeline(unet, scheduler())
 

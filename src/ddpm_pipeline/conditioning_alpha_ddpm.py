@@ -153,6 +153,8 @@ class Conditioned(ClassConditioning):
         if (condition := vector_condition(self.unet)) is None:
             raise ValueError("condition_vector was given to a model without numbers as its condition; leave it out.")
         names, given, rows = condition.names, plain(given), []
+        if given == []:
+            raise ValueError("condition_vector is empty; give at least one.")
         several = isinstance(given, list) and (len(names) == 1 or any(isinstance(row, list | Mapping) for row in given))
         for row in given if several else [given]:
             by_name = isinstance(row, Mapping) and row.keys() <= set(names)
@@ -162,7 +164,7 @@ class Conditioned(ClassConditioning):
                 allowed = f"{len(names)} finite numbers ({', '.join(names)}), None for what is not told, or a dict by name"
                 raise ValueError(f"condition_vector: {row!r} must be {allowed}.")
             rows.append([math.nan if value is None else value for value in values])
-        return torch.tensor(rows, dtype=torch.float64, device=self._execution_device).view(len(rows), len(names))
+        return torch.tensor(rows, dtype=torch.float64)
 
     def _condition_images(self, images: Images | None, mask: Images | None, denormalize: bool) -> Tensor | None:
         """Encoded condition images, [N, input_channels, H, W]."""
@@ -190,16 +192,22 @@ class Conditioned(ClassConditioning):
             x, unknown = expanded(x, count, "condition images"), expanded(unknown, count, "condition masks")
         return condition.arrange(x, unknown, size)
 
+    def _check_left_out(self, name: str) -> None:
+        if own_settings(self.unet).get("condition_dropout") == 0:
+            raise ValueError(f"give {name}: this model never went without it, since it was trained without condition dropout.")
+
     def _label_rows(self, told: Told) -> Rows:
         """The UNet's `class_labels`: ids, or encoded numbers, of which the unconditional half is not told what is guided."""
         if (condition := vector_condition(self.unet)) is None:
             return self._class_rows(told.class_labels, told.guided)
         names, vectors = condition.names, told.condition_vector
         if vectors is None:
-            vectors = torch.full((1, len(names)), math.nan, device=self._execution_device)
+            self._check_left_out("condition_vector")
+            vectors = torch.full((1, len(names)), math.nan)
         dropped = [not {"condition_vector", name}.isdisjoint(told.guided) for name in names]
-        nulls = torch.where(torch.tensor(dropped, device=vectors.device), math.nan, vectors)
-        rows, null_rows = (condition.encode(each, embedding_width(self.unet)) for each in (vectors, nulls))
+        nulls = torch.where(torch.tensor(dropped), math.nan, vectors)
+        width, device = embedding_width(self.unet), self._execution_device
+        rows, null_rows = (condition.encode(each, width).to(device) for each in (vectors, nulls))
         return rows, None if told.condition_vector is None else null_rows
 
     def _image_rows(self, told: Told) -> Rows:
@@ -207,6 +215,7 @@ class Conditioned(ClassConditioning):
         if (condition := image_condition(self.unet)) is None:
             return None, None
         if (images := told.condition_image) is None:
+            self._check_left_out("condition_image")
             return torch.zeros(1, condition.input_channels, *self._shape(1)[2:], device=self._execution_device), None
         return images, torch.zeros_like(images) if "condition_image" in told.guided else None
 

@@ -20,7 +20,7 @@ from .tables_alpha_ddpm import OWN_KEY, check_integer
 
 TASKS = ("downscale:F", "gray", "inpaint")
 MAX_CHANNELS = 1024  # of a condition, or classes of a label map
-VOID = 255  # in label maps of 3 to 255 classes: no class
+VOID = 255  # in label maps of 3 to 255 classes: none of them; in those of 2, white, which is class 1
 NOT_TOLD = 2000.0  # label of a single number that is left out; the others lie in 0..1000
 SLOWEST, FASTEST = math.pi / 8, 4 * math.pi  # angular frequencies of an attribute's features, per standard deviation
 
@@ -85,18 +85,19 @@ class ImageCondition(Settings):
     def encode(self, raw: Tensor, mask: Tensor | None = None) -> Tensor:
         """Conditions, or with a task whole images, [B, channels, H, W] in their own type, as float32 [B, input_channels, H, W].
 
-        `mask`, bool [B, 1, H, W], is where an image to inpaint is unknown. Where a label map of 3 to 255 classes is VOID, no
-        class is 1. Raises ValueError for labels beyond the classes.
+        `mask`, bool [B, 1, H, W], is where an image to inpaint is unknown. Where a label map is VOID, no class is 1. Raises
+        ValueError for labels beyond the classes.
         """
         if self.classes is None:
             return self.arrange(self.value_range.normalize(raw), mask)
         ids = raw[:, 0].long()
-        void = (ids == VOID) if 2 < self.classes <= VOID else torch.zeros_like(ids, dtype=torch.bool)
-        ids = ids.masked_fill(void, 0)
+        void = (ids == VOID) & (self.classes <= VOID)
+        ids = ids.masked_fill(void, 1)
         if not 0 <= ids.min() <= ids.max() < self.classes:
             found = f"labels from {ids.min()} to {ids.max()}"
             raise ValueError(f"the condition image has {found}; this model's label maps have 0 to {self.classes - 1}.")
-        return one_hot(ids, self.classes).movedim(-1, 1).float().masked_fill(void[:, None], 0)
+        encoded = one_hot(ids, self.classes).movedim(-1, 1).float()
+        return encoded if self.classes == 2 else encoded.masked_fill_(void[:, None], 0)
 
     def arrange(self, x: Tensor, mask: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
         """As `encode`, from values in [-1, 1]; images of 1/F of `size` (height, width) or in grey are taken as they are."""
@@ -155,12 +156,12 @@ class VectorCondition(Settings):
         `width` is that of the UNet's time embedding, at least 2 per attribute.
         """
         mean, std = (torch.tensor(moment, dtype=torch.float64, device=values.device) for moment in (self.mean, self.std))
-        z = ((values - mean) / std).float()
+        z = (values - mean) / std
         if len(self.names) == 1:
-            return torch.where(z.isnan(), NOT_TOLD, (500 + 125 * z).clamp(0, 1000))[:, 0]
+            return torch.where(z.isnan(), NOT_TOLD, (500 + 125 * z).clamp(0, 1000))[:, 0].float()
         pairs = width // (2 * len(self.names))
-        phases = z[:, :, None] * torch.logspace(math.log2(SLOWEST), math.log2(FASTEST), pairs, base=2, device=z.device)
-        features = torch.cat([phases.sin(), phases.cos()], dim=2).nan_to_num(0).flatten(1)  # [B, K * 2 * pairs]
+        phases = z[:, :, None] * torch.logspace(math.log2(SLOWEST), math.log2(FASTEST), pairs, base=2).to(z)
+        features = torch.cat([phases.sin(), phases.cos()], dim=2).nan_to_num(0).flatten(1).float()  # [B, K * 2 * pairs]
         return pad(features, (0, width - features.shape[1]))
 
 

@@ -133,4 +133,6 @@ def test_a_kind_of_data_from_its_files_to_the_hub_and_back(name, tmp_path, clien
     push(folder, "org/model", PushOptions(first_wait=0.01), api=client)
     pipe = load_pipeline(client.snapshot_download("org/model"))
     values = pipe(**kind.call, num_inference_steps=2, output_type="np", denormalize=True).images
-    assert values.shape[1:] == (*kind.shape[1:], kind.shape[0])
+    assert values.shape[1:] == (*kind.shape[1:], kind.shape[0]) and pipe.value_range.dtype == kind.dtype
+    low, high = pipe.value_range.low[0], pipe.value_range.high[0]
+    assert low <= values.min() < low + 0.5 * (high - low) < values.max() <= high  # in the data's own units

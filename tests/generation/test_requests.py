@@ -13,6 +13,7 @@ from ddpm_pipeline import (
     AlphaDDPMPipeline,
     AlphaDDPMScheduler,
     ImageCondition,
+    ValueRange,
     VectorCondition,
     describe_conditions,
 )
@@ -31,6 +32,8 @@ CONDITIONS: dict[str, Any] = {
         "condition_image": ImageCondition(1, task="downscale:2"),
     },
     "inpaint": {"condition_image": ImageCondition(1, task="inpaint")},
+    "16 bits": {"condition_image": ImageCondition(1, value_range=ValueRange((0.0,), (4095.0,), "uint16"))},
+    "bands": {"condition_image": ImageCondition(2, value_range=ValueRange((-1.0,), (3.0,), "float32"))},
 }
 
 
@@ -46,7 +49,7 @@ def models(tmp_path_factory) -> dict[str, str]:
             class_embed_type=vector.class_embed_type if vector else None,
         )  # fmt: skip
         describe_conditions(unet, condition_dropout=0.1, **described)
-        folders[name] = str(tmp_path_factory.mktemp(name.replace("+", "-")))
+        folders[name] = str(tmp_path_factory.mktemp(name.replace("+", "-").replace(" ", "-")))
         pipeline = AlphaDDPMImageToImagePipeline if image else AlphaDDPMPipeline
         pipeline(unet, AlphaDDPMScheduler(4, beta_end=0.999)).save_pretrained(folders[name])
     return folders
@@ -62,12 +65,17 @@ def images(tmp_path_factory) -> dict[str, Path]:
         "beyond": [np.full((8, 16), 5, np.uint8)],
         "small": [generator.integers(0, 256, (4, 8), dtype=np.uint8) for _ in range(2)],
         "grey": [generator.integers(0, 256, (8, 16), dtype=np.uint8) for _ in range(2)],
+        "16 bits": [generator.integers(0, 4096, (8, 16), dtype=np.uint16) for _ in range(2)],
+        "bands": [generator.uniform(-1, 3, (8, 16, 2)).astype(np.float32) for _ in range(2)],
         "masks": [np.where(np.arange(16) < 5, 255, 0).astype(np.uint8)[None].repeat(8, 0)],
     }
     for name, arrays in made.items():
         (folder / name).mkdir()
         for letter, array in zip("ba", arrays, strict=False):
-            Image.fromarray(array).save(folder / name / f"{letter}.png")
+            if name == "bands":
+                np.save(folder / name / f"{letter}.npy", array)
+            else:
+                Image.fromarray(array).save(folder / name / f"{letter}.png")
     return {name: folder / name for name in made}
 
 
@@ -87,8 +95,12 @@ def called(model: str, count: int = 3, **arguments: list[Any]) -> list[bytes]:
     return found
 
 
-def pictures(folder: Path) -> list[Image.Image]:
-    return [Image.open(path) for path in sorted(folder.iterdir())]
+def pictures(folder: Path) -> list[Any]:
+    """Its files as a caller of the pipeline gives them: floats as fractions of the range from -1 to 3."""
+    paths = sorted(folder.iterdir())
+    if folder.name == "bands":
+        return [np.load(path) / 4 + 0.25 for path in paths]
+    return [np.asarray(Image.open(path)) if folder.name == "16 bits" else Image.open(path) for path in paths]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +112,7 @@ def pictures(folder: Path) -> list[Image.Image]:
         ("vector+image", "small", {"condition_vector": "30,0.4|,0.9"},
          {"condition_vector": [{"age": 30, "angle": 0.4}, {"angle": 0.9}]}),
         ("vector", None, {"condition_vector": "30|55.5"}, {"condition_vector": [30, 55.5]}),
-        ("inpaint", "grey", {}, {}),
+        ("inpaint", "grey", {}, {}), ("16 bits", "16 bits", {}, {}), ("bands", "bands", {}, {}),
     ],
 )  # fmt: skip
 def test_conditions_are_asked_for_in_turn(models, images, tmp_path, kind, folder, options, arguments):
@@ -109,11 +121,11 @@ def test_conditions_are_asked_for_in_turn(models, images, tmp_path, kind, folder
         options["condition_images"], asked["condition_image"] = str(images[folder]), pictures(images[folder])
     if kind == "inpaint":
         options["condition_masks"], asked["condition_mask"] = str(images["masks"]), pictures(images["masks"])
-    else:
+    elif kind not in ("16 bits", "bands"):
         assert condition_of(load_pipeline(models[kind])) == kind
     assert sampled(models[kind], tmp_path, **options) == called(models[kind], **asked)
     settings = (tmp_path / "generation.json").read_text()
-    assert ('"a.png"' in settings) == bool(folder)
+    assert ('"a.' in settings) == bool(folder)
 
 
 def test_other_condition_images_are_another_folder_s(models, images, tmp_path):

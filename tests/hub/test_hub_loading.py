@@ -16,25 +16,12 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from huggingface_hub import HfApi
 
 import ddpm_pipeline
+import hub_models as models
 import hub_server
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline
 from ddpm_pipeline.hub import build_card, export, push
 from hub_fixtures import environment, run_checks
-from hub_models import (
-    CALLS,
-    KEPT,
-    OWN,
-    STEPS,
-    class_pipeline,
-    deep_pipeline,
-    early_repository,
-    image_pipeline,
-    images,
-    rgba_pipeline,
-    scheduler,
-    text_pipeline,
-    tiny_unet,
-)
+from hub_models import CALLS, KEPT, OWN, STEPS, images, scheduler, tiny_unet
 from text_models import make
 
 SCHEDULER, INDEX = "scheduler/scheduler_config.json", "model_index.json"
@@ -79,14 +66,18 @@ def published(hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> 
         other = tiny_unet()
         with torch.no_grad():
             other.conv_out.bias.add_(1.0)
-        moved = {"ddpm": AlphaDDPMPipeline(other, scheduler()), "text": text_pipeline(seed=1)}
-        pipes = {"own": AlphaDDPMPipeline(tiny_unet(), scheduler(**OWN)), "class": class_pipeline(), "text": text_pipeline()}
+        moved = {"ddpm": AlphaDDPMPipeline(other, scheduler()), "text": models.text_pipeline(seed=1)}
+        pipes = {
+            "own": AlphaDDPMPipeline(tiny_unet(), scheduler(**OWN)),
+            "class": models.class_pipeline(),
+            "text": models.text_pipeline(),
+        }
         for name, pipe in pipes.items():
             expected[name] = images(pipe, name)
             export(pipe, folder / name, build_card(pipe, name=name))
             pipe.to(torch.float16).save_pretrained(folder / name, variant="fp16")
-        described = {"text-fixed": make(scheduler=scheduler()), "dotted.v1-5": pipes["class"], "rgba": rgba_pipeline()}
-        described |= {"deep": deep_pipeline(), "image": image_pipeline()}
+        described = {"text-fixed": make(scheduler=scheduler()), "dotted.v1-5": pipes["class"], "rgba": models.rgba_pipeline()}
+        described |= {"deep": models.deep_pipeline(), "image": models.image_pipeline()}
         for name, pipe in described.items():
             export(pipe, folder / name, build_card(pipe, name=name))
             push(folder / name, f"org/{name}", api=api)
@@ -98,7 +89,7 @@ def published(hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> 
             push(folder / name, f"org/{name}-moved", api=api)
         for name in pipes:
             push(folder / name, f"org/{name}", api=api)
-        expected["early"] = early_repository(folder / "early")
+        expected["early"] = models.early_repository(folder / "early")
         api.create_repo("org/early")
         api.upload_folder(repo_id="org/early", folder_path=folder / "early")
         malformed(hub, folder / "ddpm")

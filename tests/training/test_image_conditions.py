@@ -1,5 +1,7 @@
 """Images as conditions in training: what the network sees, what is dropped, and which options go together."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +10,12 @@ from ddpm_pipeline.data.options import ConditionColumns
 from ddpm_pipeline.support.draws import image_indices
 from ddpm_pipeline.support.errors import ConfigError
 from ddpm_pipeline.support.masks import inpainting_masks
+from ddpm_pipeline.training import train
 from ddpm_pipeline.training.conditions import build_condition
 from ddpm_pipeline.training.models import build_model
 from ddpm_pipeline.training.options import ConditionOptions, TrainingOptions
 from training_helpers import digits as load_digits
-from training_helpers import whole_batch
+from training_helpers import metrics, weights, whole_batch
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +109,30 @@ def test_what_is_read_beside_the_images():
     assert ConditionOptions("image", condition_from="inpaint").columns == ConditionColumns()
     both = ConditionOptions("vector+image", condition_column="a,b,mask", condition_classes=4).columns
     assert (both.condition, both.condition_column, both.condition_classes) == ("vector+image", "a,b,mask", 4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # 30 timesteps do not reach noise
+def test_a_run_with_class_and_mask_resumes_bit_for_bit_and_starts_another(tmp_path):
+    quick = {
+        "config": "digits_upscale", "condition": "class+image", "condition_from": "inpaint", "num_train_timesteps": 30,
+        "batch_size": 8, "max_train_steps": 3, "checkpoint_every": 2, "preview_every": 0, "num_samples": 4, "eval_every": 3,
+        "eval_images": 4, "sample_inference_steps": 2, "num_cpu_threads": 1, "mixed_precision": "no",
+    }  # fmt: skip
+    whole = train(TrainingOptions(**quick, output_dir=str(tmp_path / "whole")))
+    shutil.copytree(whole, tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000003")
+    more = {"resume": "latest", "dataloader_num_workers": 1}
+    resumed = train(TrainingOptions(**quick, **more, output_dir=str(tmp_path / "parts")))
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+    assert np.isfinite(metrics(whole)[-1]["eval_bits_per_dim"])
+    called = "class_labels='9', condition_image=condition_image, condition_mask=condition_mask"
+    assert called in (whole / "README.md").read_text()
+    with pytest.raises(ConfigError, match="condition_from was inpaint"):
+        train(TrainingOptions(**{**quick, "condition_from": "downscale:2"}, resume="latest", output_dir=str(whole)))
+    tuned = {**quick, "init_from": str(whole / "checkpoints" / "step-00000002"), "eval_every": 0, "checkpoint_every": 0}
+    with pytest.raises(ConfigError, match="1 channels and their condition image 1 and the UNet takes 3"):
+        train(TrainingOptions(**{**tuned, "condition_from": "downscale:2"}, output_dir=str(tmp_path / "tuned")))
+    train(TrainingOptions(**tuned, output_dir=str(tmp_path / "tuned")))
 
 
 @pytest.mark.parametrize("source, named", [("gray", "3 channels"), ("downscale:3", "8x8 pixels cannot be downscaled by 3")])

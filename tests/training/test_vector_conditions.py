@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from ddpm_pipeline import AlphaDDPMScheduler
 from ddpm_pipeline.data import DataOptions, load_images
 from ddpm_pipeline.support.errors import ConfigError
 from ddpm_pipeline.training.conditions import build_condition
@@ -86,6 +87,16 @@ def test_previews_go_through_the_quantiles_of_the_first_and_facts_have_the_stati
     )
     assert condition.example() == "condition_vector={'weight': 4.883, 'age': 32.04}, guidance_scale=2"
     assert condition.identity()["condition vector"]["names"] == ["weight", "age"] and told
+
+
+def test_what_the_numbers_of_a_model_to_start_from_were_is_said(numbered, tmp_path, caplog):
+    condition, data = numbered("age")
+    given = TrainingOptions(init_from=str(tmp_path))
+    _, unet = network_for(condition, data)
+    condition.pipeline(unet, AlphaDDPMScheduler()).save_pretrained(tmp_path)
+    for columns in ("age", "weight"):
+        build_model(given.model, given.diffusion, data.size, data.channels, numbered(columns)[0])
+        assert ("condition_vector of" in caplog.text) == (columns == "weight")
 
 
 def test_more_numbers_than_the_embedding_has_room_for_are_refused(numbered):

@@ -21,7 +21,8 @@ IMAGE_COLUMNS = (
 )
 MAX_CLASSES = 2**16
 BESIDE = "second_folder"  # the column of images in a second folder
-RESERVED = ("pixels", "pixels_digest", "skipped_reason", "skipped_file")  # the cache's own columns
+IMAGE_DIGEST = "image_digest"  # of the pixels alone
+RESERVED = ("pixels", "pixels_digest", "skipped_reason", "skipped_file", IMAGE_DIGEST)  # the cache's own columns
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,10 @@ from .views import Views
 
 logger = logging.getLogger(__name__)
 
-PREPROCESSING_VERSION = 4  # part of the cache's key: raise it when the same options give other pixels
+PREPROCESSING_VERSION = 5  # part of the cache's key: raise it when the same options give other pixels
 BATCH_BYTES = 2**25  # of pixels preprocessed at a time
 
-PIXELS, DIGEST, REASON, FILE = RESERVED
+PIXELS, DIGEST, REASON, FILE, IMAGE_DIGEST = RESERVED
 WHY_BAD = {REASON: Value("string"), FILE: Value("string")}  # of a row's image; null if it is good
 NO_SHAPE = Shape(0, 0, 0, 0, 0, 0)
 SIZES = Features({**{name: Value("float64") for name in NO_SHAPE._fields}, **WHY_BAD})
@@ -67,6 +67,7 @@ class ImageSet:
     form: Form  # in which they are stored, perhaps larger, so that windows can be taken of them
     value_range: ValueRange  # of the pixels
     roles: ColumnRoles
+    held_out: "ImageData | None" = field(default=None, kw_only=True)  # images that are not trained on
     resized: bool = field(default=False, kw_only=True)  # whether windows are, so that the plain view is of the whole image
     classes: int | None = field(default=None, kw_only=True)  # of label maps: the pixels are 0..classes-1, or VOID
     condition_images: "ImageSet | None" = field(default=None, kw_only=True)  # mapped, with a row per row of the source
@@ -140,6 +141,10 @@ class ImageData(ImageSet):
         """Images [B, C, *size] of their own type, contiguous; by default in their plain view. Label maps by nearest pixels."""
         stored = [self._pixel_chunks[chunk][place] for chunk, place in self._locate(indices)]
         return (views or self.view).apply(stored or self._pixel_chunks[0][:0], nearest=self.classes is not None)
+
+    def shown(self, count: int) -> "ImageData":
+        """At least so many images for previews, if there are: all."""
+        return self
 
     def vector(self, indices: Sequence[int]) -> torch.Tensor:
         """The numbers of images, float32 [B, K] in the order of `vector_names`; NaN where one is not told."""
@@ -308,7 +313,7 @@ def fingerprint_of(images: ImageSet, cached: Dataset, rows: np.ndarray | None) -
     """32 hex digits of these rows of the cache."""
     digests = cached.data.column(DIGEST).to_numpy().astype("<u8")
     content = hashlib.blake2b((digests if rows is None else digests[rows]).tobytes(), digest_size=16).hexdigest()
-    features = {name: str(feature) for name, feature in cached.features.items() if name not in (REASON, FILE)}
+    features = {name: str(feature) for name, feature in cached.features.items() if name not in (REASON, FILE, IMAGE_DIGEST)}
     measured = [] if images.value_range == unmeasured(images.form) else [images.value_range.to_json()]
     return hash_of(images.size, images.channels, features, content, *measured)
 
@@ -331,9 +336,14 @@ def _with_class_numbers(images: Dataset, label_column: str | None, classes: pa.A
     column = images.data.column(label_column)
     classes = occurring_classes(column, label_column) if classes is None else classes
     chunks = [pc.index_in(chunk, value_set=classes).cast(pa.int64()) for chunk in column.chunks]  # as in the other columns
-    place = images.column_names.index(label_column)
-    table = images.data.set_column(place, pa.field(label_column, pa.int64()), pa.chunked_array(chunks))
-    features = Features({**images.features, label_column: ClassLabel(names=class_names_of(classes))})
+    return with_class_column(images, label_column, chunks, class_names_of(classes))
+
+
+def with_class_column(images: Dataset, name: str, chunks: list[pa.Array], class_names: list[str]) -> Dataset:
+    """With class numbers, int64 in chunks as of the other columns, in the place of a column."""
+    column, place = pa.chunked_array(chunks), images.column_names.index(name)
+    table = images.data.set_column(place, pa.field(name, pa.int64()), column)
+    features = Features({**images.features, name: ClassLabel(names=class_names)})
     return Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint=images._fingerprint)
 
 
@@ -400,7 +410,7 @@ def _own_size(dataset: str, sizes: np.ndarray) -> tuple[int, int]:
 def cache_features(kept: Features, of: ImageSet) -> Features:
     """The cache's columns: those of preprocessed images, and those kept from the source."""
     pixels = List(Value(of.form.dtype), length=of.values_per_image)
-    return Features({PIXELS: pixels, DIGEST: Value("uint64"), **WHY_BAD, **kept})
+    return Features({PIXELS: pixels, DIGEST: Value("uint64"), IMAGE_DIGEST: Value("uint64"), **WHY_BAD, **kept})
 
 
 def _scan_batch(table: pa.Table, *, column: str, look: Callable, threads: int) -> pa.Table:
@@ -426,11 +436,16 @@ def _preprocess_batch(table: pa.Table, *, kept: list[str], to: ImageSet, reach: 
 def cache_table(pixels: np.ndarray, reasons: list[str | None], files: list[str | None], kept: pa.Table) -> pa.Table:
     """Rows of the cache: pixels [N, H*W*C]; what is wrong with them; and the N rows of the kept columns."""
     rows = zip(pixels, kept.to_pylist() if kept.column_names else [{}] * len(pixels), strict=True)
-    contents = (image.tobytes() + json.dumps(values, sort_keys=True, default=str).encode() for image, values in rows)
-    digests = np.frombuffer(b"".join(hashlib.blake2b(one, digest_size=8).digest() for one in contents), "<u8")
+    of_images, of_rows = [], []
+    for image, values in rows:
+        digest = hashlib.blake2b(image.tobytes(), digest_size=8)
+        of_images.append(digest.digest())
+        digest.update(json.dumps(values, sort_keys=True, default=str).encode())  # as if of both one after the other
+        of_rows.append(digest.digest())
+    digests, image_digests = (pa.array(np.frombuffer(b"".join(each), "<u8"), pa.uint64()) for each in (of_rows, of_images))
     flat = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), pixels.shape[1])
     why_bad = {REASON: pa.array(reasons, pa.string()), FILE: pa.array(files, pa.string())}
-    columns = {PIXELS: flat, DIGEST: pa.array(digests, pa.uint64()), **why_bad}
+    columns = {PIXELS: flat, DIGEST: digests, IMAGE_DIGEST: image_digests, **why_bad}
     return pa.table({**columns, **{name: kept.column(name) for name in kept.column_names}})
 
 

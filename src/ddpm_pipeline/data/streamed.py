@@ -68,6 +68,7 @@ class StreamData(ImageSet):
     source: Source
     fingerprint: str  # of the source and of what its rows become, 32 hex digits
     max_bad_fraction: float
+    cache_dir: str | None
 
     num_images = None  # unknown
     skipped = ()  # before anything was read
@@ -123,6 +124,10 @@ class StreamData(ImageSet):
         data, *second = (usable_images(cached, one, *about) for cached, one in zip(opened, sets, strict=True))
         data = joined(data, *second, [], *about[:2]) if second else data
         return with_vectors(data, data.dataset.data) if self.attributes else data
+
+    def shown(self, count: int) -> ImageData:
+        """The first so many images, for previews."""
+        return self.stored(count, self.cache_dir)
 
     def _first_rows(self, count: int) -> Iterator[tuple]:
         """Rows in the stream's own order, as `read` gives them and as tables, until `count` of them are usable."""
@@ -218,8 +223,8 @@ def open_stream(
     forms = [astuple(one) for one in (form, *(one.form for one in more.values() if isinstance(one, ImageSet)))]
     fingerprint = hash_of(content if more else content[0], roles.image, forms, seen, class_names)
     about = (source.name, options.size, form, unmeasured(form), roles)
-    limit = options.max_bad_fraction
-    data = StreamData(*about, stream, kept, class_names, classes, source, fingerprint, limit, **resized, **more)
+    reading = options.max_bad_fraction, options.cache_dir
+    data = StreamData(*about, stream, kept, class_names, classes, source, fingerprint, *reading, **resized, **more)
     if not form.raw:
         return data
     found = of_images or range_of(options.value_range, data.first(CHECKED_IMAGES).numpy(), data.name)

@@ -3,7 +3,6 @@
 Image i is a function of (seed, i), the model and the sampler. Called by `run`, by evaluation and by training.
 """
 
-import colorsys
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ from ..support.errors import ConfigError
 from ..support.pictures import BY_DEFAULT, Display, strip
 
 PROCESS_ROWS, PROCESS_MOMENTS = 4, 10
-GOLDEN = (5**0.5 - 1) / 2  # multiples of it are far apart on a circle, such as that of hues
 PROCESS_STEPS = 100  # a trajectory of more would only take memory
 
 
@@ -119,13 +117,3 @@ def sample_process(pipe: Any, seed: int, request: Request = UNCONDITIONAL, displ
     steps = min(PROCESS_STEPS, pipe.scheduler.config.num_train_timesteps)
     trajectory = sample(pipe, range(rows), seed, steps, request, output_trajectory=True).trajectory
     return strip(trajectory, PROCESS_MOMENTS, display=display)
-
-
-def condition_pictures(condition: Any, encoded: torch.Tensor) -> torch.Tensor:
-    """Condition images as an `ImageCondition` encodes them, [N, K, H, W], as pictures [N, 1, 3 or 4, H, W] in [0, 1]: the
-    classes of label maps in colours, of images to inpaint what is known.
-    """
-    if condition.classes is not None:
-        colours = [colorsys.hsv_to_rgb(label * GOLDEN % 1, 0.75, float(label > 0)) for label in range(condition.classes)]
-        return torch.tensor(colours)[encoded.argmax(1).cpu()].movedim(-1, 1)
-    return Display(stretch=condition.value_range.dtype != "uint8").show(encoded[:, : condition.channels].cpu() / 2 + 0.5)

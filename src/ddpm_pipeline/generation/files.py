@@ -22,11 +22,13 @@ class ImageFiles:
     Raises ConfigError for a format that does not hold such images.
     """
 
-    format: str  # png, npy, tiff, or parquet, which holds PNGs
+    format: str  # png, npy, tiff, parquet (of PNGs), or auto: PNG where PNG holds such images, else NPY
     shape: tuple[int, int, int]
     value_range: ValueRange
 
     def __post_init__(self) -> None:
+        if self.format == "auto":
+            vars(self).update(format="png" if self._kind in IN_PNG else "npy")
         if self.format in ("png", "parquet") and self._kind not in IN_PNG:
             raise ConfigError(
                 f"--format {self.format} holds grey, RGB and RGBA of 8 bits and grey of 16 bits, and this model samples "
@@ -35,12 +37,6 @@ class ImageFiles:
         if self.format == "tiff":
             with needs_extra("tiff", "--format tiff"):
                 import tifffile  # noqa: F401
-
-    @classmethod
-    def of(cls, format: str, shape: tuple[int, int, int], value_range: ValueRange) -> "ImageFiles":
-        """Those of a --format, of which "auto" is PNG where PNG holds such images, else NPY."""
-        fitting = "png" if (shape[0], value_range.dtype) in IN_PNG else "npy"
-        return cls(fitting if format == "auto" else format, shape, value_range)
 
     @property
     def _kind(self) -> tuple[int, str]:

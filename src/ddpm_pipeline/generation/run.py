@@ -69,7 +69,7 @@ def generate(options: GenerationOptions) -> Path:
 def _files_of(pipe: Pipeline, output: OutputOptions) -> tuple[ImageFiles, Display | None]:
     """The files, and how a preview shows their images, which no viewer shows as they are. Raises ConfigError."""
     values, (_, *shape) = value_range(pipe.unet), pipe._shape(1)
-    files = ImageFiles.of(output.format, tuple(shape), values)
+    files = ImageFiles(output.format, tuple(shape), values)
     try:
         display = Display.parse(output.preview_channels, values.dtype != "uint8")
         display.words(files.shape[0])

@@ -329,7 +329,8 @@ def pictures_in(folder: Path) -> dict[str, str]:
     text = decoded((folder / ROWS).read_bytes()) if (folder / ROWS).is_file() else ""
     rows = re.findall(r"(?m)^row \d+: (.*)$", text)
     shown = f" ({found[1]})" if (found := re.search(r"(?m)^shown: (.*)$", text)) else ""
-    samples = f"samples{shown}, row by row: {', '.join(rows)}" if rows else f"samples{shown}"
+    left = ", on the left the condition images" if re.search(r"(?m)^left: condition images$", text) else ""
+    samples = f"samples{shown}{left}" + (f", row by row: {', '.join(rows)}" if rows else "")
     pictures = {"samples.png": samples, "process.png": f"from noise to images{shown}"}
     return {file: caption for file, caption in pictures.items() if (folder / file).is_file()}
 

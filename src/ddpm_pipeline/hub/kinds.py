@@ -4,7 +4,7 @@ Imports the standard library alone. Called by `card`.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 OWN_KEY = "_alpha_ddpm"  # of our settings in a UNet's config
-DEPTHS = {
-    "uint8": "8-bit integers", "uint16": "16-bit integers", "int16": "signed 16-bit integers",
-    "float32": "floating-point numbers",
-}  # fmt: skip
+DEPTHS = {"uint8": "8-bit integers", "uint16": "16-bit integers", "int16": "signed 16-bit integers", "float32": "floats"}
 
 
 @dataclass(frozen=True)
@@ -59,34 +56,24 @@ class ModelFacts:
     schedule: Mapping[str, Any]
 
     @property
-    def own(self) -> Mapping[str, Any]:
-        """Our settings of the UNet."""
-        return self.unet.get(OWN_KEY) or {}
-
-    @property
     def channels(self) -> int:
         """Of the images, without those of a condition image."""
-        beside = self.own.get("condition_image")
+        beside = (self.unet.get(OWN_KEY) or {}).get("condition_image")
         task = beside and beside["task"]
         encoded = 1 if task == "gray" else beside["classes"] or beside["channels"] + (task == "inpaint") if beside else 0
         return self.unet.get("in_channels", 3) - encoded
 
     @property
-    def size(self) -> tuple[int, int] | None:
-        """(height, width)."""
-        size = self.unet.get("sample_size")
-        return tuple(size) if isinstance(size, list | tuple) else size and (size, size)
-
-    @property
     def images(self) -> str:
         """Such as "RGB 32x48", height first."""
-        colours = {1: "grey", 3: "RGB", 4: "RGBA"}.get(self.channels, f"{self.channels}-channel")
-        return f"{colours} {self.size[0]}x{self.size[1]}" if self.size else colours
+        colours, size = {1: "grey", 3: "RGB", 4: "RGBA"}.get(self.channels, f"{self.channels}-channel"), self._size
+        return f"{colours} {size[0]}x{size[1]}" if all(size) else colours
 
     @property
     def values(self) -> str:
         """A sentence on the values of the images; "" for 8 bits from 0 to 255."""
-        return _values(found, "Their values are") if (found := self.own.get("value_range")) else ""
+        found = (self.unet.get(OWN_KEY) or {}).get("value_range")
+        return _values(found, "Their values are") if found else ""
 
     def call(self, arguments: str, steps: int, own_units: bool = False) -> str:
         """Code of a call that samples an image, or an array of what PIL has no pictures of."""
@@ -98,9 +85,15 @@ class ModelFacts:
 
     def plain_call(self, arguments: str, steps: int) -> str:
         """The same for diffusers alone, whose text pipeline takes the size of square images only from the model."""
-        height, width = self.size or (None, None)
+        height, width = self._size
         size = f", height={height}, width={width}" if self.kind.plain_class == TEXT.plain_class and height != width else ""
         return "" if self.kind.why_plain_cannot_sample else self.call(arguments + size, steps)
+
+    @property
+    def _size(self) -> Sequence[int | None]:
+        """Height and width."""
+        size = self.unet.get("sample_size")
+        return size if isinstance(size, list | tuple) else (size, size)
 
 
 def facts_of(model: "DiffusionPipeline | Path") -> ModelFacts:
@@ -113,10 +106,8 @@ def facts_of(model: "DiffusionPipeline | Path") -> ModelFacts:
     if "text_encoder" in index:
         learned = schedule.get("variance_type") in ("learned", "learned_range")
         return ModelFacts(TEXT if learned else FIXED_TEXT, unet, schedule)
-    kind, own = (
-        CLASS if unet.get("num_class_embeds") or unet.get("class_embed_type") else UNCONDITIONAL,
-        unet.get(OWN_KEY) or {},
-    )
+    kind = CLASS if unet.get("num_class_embeds") or unet.get("class_embed_type") else UNCONDITIONAL
+    own = unet.get(OWN_KEY) or {}
     if vector := own.get("condition_vector"):
         told = {name: float(f"{mean:.4g}") for name, mean in zip(vector["names"], vector["mean"], strict=True)}
         example, condition = f"condition_vector={told}, guidance_scale=2.0", f"It is conditioned on numbers: {', '.join(told)}."

@@ -37,7 +37,6 @@ class Condition:
     input_channels = 0  # that the UNet takes beside those of the images
     options = ConditionOptions()
     data: ImageSet | None = None
-    cache_dir: str | None = None
     dropout_streams: tuple[int, ...] = (RandomStream.CONDITION_DROPOUT,)  # a condition that any of these drops is dropped
 
     def unet_config(self) -> dict[str, Any]:
@@ -50,7 +49,8 @@ class Condition:
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must find as it was: JSON values by the names that messages use."""
-        return {}
+        settings = self.settings().items()
+        return {name.replace("_", " "): value if isinstance(value, list) else value.to_json() for name, value in settings}
 
     def read(self, data: ImageData, indices: Sequence[int], views: Any = None) -> Any:
         """The values of images with these indices that `draw` takes; of condition images, seen as by `views`."""
@@ -90,10 +90,14 @@ class Condition:
         """What the pipeline has beside UNet and scheduler."""
         return {}
 
+    def described(self) -> dict[str, Any]:
+        """The same, with the share that is dropped and a range of values that is not that of 8 bits."""
+        conditional, deep = self.options.condition != "none", self.data is not None and self.data.value_range != ValueRange()
+        shared = {"condition_dropout": self.options.condition_dropout} if conditional else {}
+        return {**self.settings(), **shared, **({"value_range": self.data.value_range} if deep else {})}
+
     def pipeline(self, unet: Any, scheduler: Any) -> Any:
-        settings = self.settings()
-        if self.data is not None and self.data.value_range != ValueRange():
-            settings["value_range"] = self.data.value_range
+        settings = self.described()
         if settings or OWN_KEY in unet.config:
             describe_conditions(unet, **settings)
         return self.pipeline_class(unet=unet, scheduler=scheduler, **self.components(unet))
@@ -128,7 +132,7 @@ class Condition:
     @cached_property
     def examples(self) -> ImageData:
         """Images whose conditions previews show: all, or the first of a stream."""
-        return self.data if isinstance(self.data, ImageData) else self.data.stored(EXAMPLES, self.cache_dir)
+        return self.data.shown(EXAMPLES)
 
     def dropped(self, where: BatchSlice) -> np.ndarray:
         """Which conditions are dropped, bool [b]."""

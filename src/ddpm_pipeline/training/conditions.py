@@ -1,6 +1,6 @@
 """The conditions that a run can have: none, a class, a caption, numbers, an image, or several of these at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from ..data.mapped import ImageData, ImageSet
 from ..generation.drawing import Request
 from ..support.draws import BatchSlice, RandomStream
 from ..support.errors import ConfigError
-from .condition_base import MAX_PREVIEW_ROWS, Condition
+from .condition_base import Condition
 from .image_conditions import ImageInput
 from .options import ConditionOptions
 from .text_conditions import TextCondition
@@ -32,10 +32,7 @@ class ClassCondition(Condition):
         return {"num_class_embeds": len(self.names) + 1}
 
     def settings(self) -> dict[str, Any]:
-        return {"class_names": self.names, "condition_dropout": self.options.condition_dropout}
-
-    def identity(self) -> dict[str, Any]:
-        return {"class names": self.names}
+        return {"class_names": self.names}
 
     def draw(self, values: Sequence[int], where: BatchSlice) -> Tensor:
         dropped = torch.from_numpy(self.dropped(where))
@@ -67,6 +64,16 @@ class ClassCondition(Condition):
         return [f"class_labels={self.names[-1]!r}"]
 
 
+def _of_both(method: str) -> Callable[..., dict[str, Any]]:
+    """A method that gives what that of either part gives, as one dict."""
+
+    def merged(self: "CombinedCondition", *arguments: Any) -> dict[str, Any]:
+        first, second = (getattr(part, method)(*arguments) for part in self.parts)
+        return {**first, **second}
+
+    return merged
+
+
 class CombinedCondition(Condition):
     """A class or numbers, and an image.
 
@@ -74,26 +81,15 @@ class CombinedCondition(Condition):
     probability that it is dropped on its own (after Huang et al. 2023, "Composer", §2.2).
     """
 
+    unet_config, settings, probe, unet_inputs = map(_of_both, ("unet_config", "settings", "probe", "unet_inputs"))
+    preview = ImageInput.preview
+
     def __init__(self, options: ConditionOptions, first: Condition, image: ImageInput):
-        self.options, self.parts, self.image = options, (first, image), image
-        self.column, self.names = first.column, first.names
+        self.options, self.parts, self.column, self.names = options, (first, image), first.column, first.names
         self.pipeline_class, self.input_channels = image.pipeline_class, image.input_channels
-        for part, stream in zip(self.parts, (RandomStream.FIRST_DROPOUT, RandomStream.IMAGE_DROPOUT), strict=True):
-            part.dropout_streams += (stream,)
-
-    def _merged(self, method: str, *arguments: Any) -> dict[str, Any]:
-        """What a method of both parts gives, as one dict."""
-        first, second = (getattr(part, method)(*arguments) for part in self.parts)
-        return {**first, **second}
-
-    def unet_config(self) -> dict[str, Any]:
-        return self._merged("unet_config")
-
-    def settings(self) -> dict[str, Any]:
-        return self._merged("settings")
-
-    def identity(self) -> dict[str, Any]:
-        return self._merged("identity")
+        self.left, self.row_names = image.left, first.row_names
+        first.dropout_streams += (RandomStream.FIRST_DROPOUT,)
+        image.dropout_streams += (RandomStream.IMAGE_DROPOUT,)
 
     def read(self, data: ImageData, indices: Sequence[int], views: Any = None) -> list[Any]:
         return [part.read(data, indices, views) for part in self.parts]
@@ -105,51 +101,29 @@ class CombinedCondition(Condition):
         first, second = (part.inputs(some, original_samples) for part, some in zip(self.parts, drawn, strict=True))
         return {**first, **second}
 
-    def probe(self, count: int, unet: nn.Module) -> dict[str, Tensor]:
-        return self._merged("probe", count, unet)
-
     def request_like(self, data: ImageData, indices: Sequence[int], seed: int) -> Request:
         first, second = (part.request_like(data, indices, seed).arguments for part in self.parts)
         return self.asked(**first, **second)
 
-    def unet_inputs(self, request: Request) -> dict[str, Tensor]:
-        return self._merged("unet_inputs", request)
-
     def denoiser(self, unet: nn.Module) -> nn.Module:
-        for part in self.parts:
-            unet = part.denoiser(unet)
-        return unet
-
-    def preview(self, count: int) -> tuple[Request, int]:
-        shown = range(min(MAX_PREVIEW_ROWS, len(self.examples)))
-        return self.rows(count, **self.request_like(self.examples, shown, 0).arguments)
-
-    def left(self, request: Request, columns: int) -> Tensor:
-        return self.image.left(request, columns)
-
-    def row_names(self, request: Request, columns: int | None) -> list[str]:
-        return self.parts[0].row_names(request, columns)
+        first, image = self.parts
+        return image.denoiser(first.denoiser(unet))
 
     def facts(self) -> dict[str, str]:
         first, second = (part.facts() for part in self.parts)
-        both = {name: f"{first[name]}; {second[name]}" for name in first.keys() & second.keys()}
-        return {**first, **second, **both}
+        return {name: f"{first[name]}; {second[name]}" for name in first}
 
     def arguments(self) -> list[str]:
         return [argument for part in self.parts for argument in part.arguments()]
 
 
-def build_condition(
-    options: ConditionOptions, data: ImageSet, init_from: str | None = None, cache_dir: str | None = None
-) -> Condition:
+def build_condition(options: ConditionOptions, data: ImageSet, init_from: str | None = None) -> Condition:
     """What `--condition` names. A small encoder's initial weights come from torch's global generator, as the UNet's do."""
-    kinds = {"none": Condition, "class": ClassCondition, "vector": NumbersCondition, "image": ImageInput}
-    if options.condition == "text":
-        condition = TextCondition(options, data, init_from)
-    elif options.condition == "none":
-        condition = Condition()
+    kinds = {"class": ClassCondition, "vector": NumbersCondition, "image": ImageInput}
+    if options.condition in ("none", "text"):
+        condition = Condition() if options.condition == "none" else TextCondition(options, data, init_from)
     else:
         parts = [kinds[kind](options, data) for kind in options.condition.split("+")]
         condition = parts[0] if len(parts) == 1 else CombinedCondition(options, *parts)
-    condition.data, condition.cache_dir = data, cache_dir
+    condition.data = data
     return condition

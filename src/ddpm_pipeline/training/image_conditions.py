@@ -29,9 +29,7 @@ class ImageInput(Condition):
     def __init__(self, options: ConditionOptions, data: ImageSet):
         self.options, self.data, self.task = options, data, options.condition_from
         if self.task == "gray" and data.channels != 3:
-            raise ConfigError(
-                f"--condition_from gray needs images of 3 channels, and those of {data.name} have {data.channels}."
-            )
+            raise ConfigError(f"--condition_from gray needs images of 3 channels, and {data.name} has {data.channels}.")
         try:
             if self.task:
                 self.encoder = ImageCondition(data.channels, value_range=data.value_range, task=self.task)
@@ -44,10 +42,7 @@ class ImageInput(Condition):
         self.input_channels = self.encoder.input_channels
 
     def settings(self) -> dict[str, Any]:
-        return {"condition_image": self.encoder, "condition_dropout": self.options.condition_dropout}
-
-    def identity(self) -> dict[str, Any]:
-        return {"condition image": self.encoder.to_json()}
+        return {"condition_image": self.encoder}
 
     def read(self, data: ImageData, indices: Sequence[int], views: Any = None) -> Tensor | None:
         return None if self.task else data.condition_images.pixels(data.rows_of(indices), views)
@@ -60,10 +55,8 @@ class ImageInput(Condition):
 
     def inputs(self, drawn: dict[str, Tensor], original_samples: Tensor) -> dict[str, Tensor]:
         drawn = {name: value.to(original_samples.device, non_blocking=True) for name, value in drawn.items()}
-        if self.task:
-            encoded = self.encoder.arrange(original_samples, drawn.get("mask"))
-        else:
-            encoded = self.encoder.encode(drawn["image"])
+        made, encode = self.encoder.arrange, self.encoder.encode
+        encoded = made(original_samples, drawn.get("mask")) if self.task else encode(drawn["image"])
         return {"condition_image": encoded.masked_fill(drawn["dropped"][:, None, None, None], 0)}
 
     def request_like(self, data: ImageData, indices: Sequence[int], seed: int) -> Request:
@@ -97,13 +90,9 @@ class ImageInput(Condition):
         return Display(stretch=deep).show(encoded[:, : self.encoder.channels] / 2 + 0.5)  # without a mask's own channel
 
     def facts(self) -> dict[str, str]:
-        if self.task:
-            what = f"images made of the images themselves ({self.task})"
-        elif self.encoder.classes:
-            what = f"label maps of {self.encoder.classes} classes"
-        else:
-            what = f"images of {self.encoder.channels} channel{'s' * (self.encoder.channels > 1)}"
+        what = f"label maps of {self.encoder.classes} classes" if self.encoder.classes else "images"
+        what = f"images made of the images themselves ({self.task})" if self.task else what
         return {"condition": what, "condition dropout": f"{self.options.condition_dropout:.0%} of the condition images"}
 
     def arguments(self) -> list[str]:
-        return ["condition_image=condition_image"]
+        return [f"{name}={name}" for name in (ASKED if self.task == INPAINT else ASKED[:1])]

@@ -124,6 +124,11 @@ def _from_pipeline(model: ModelOptions, schedule: dict[str, Any], condition: Con
             f"--init_from {source} has a {type(pipe.unet).__name__}, and this --condition needs a "
             f"{condition.unet_class.__name__}; use the --condition that it was trained with."
         )
+    own, described = pipe.unet.config.get(OWN_KEY) or {}, condition.described()
+    for name in ("condition_image", "condition_vector", "value_range"):
+        now = described[name].to_json() if name in described else None
+        if name in own and own[name] != now:
+            logger.warning("%s of %s was %s and is %s", name, source, own[name], now)
     if model.model != "auto":
         logger.warning("--model %s has no effect: the network is that of --init_from %s", model.model, source)
     for name, value in schedule.items():

@@ -256,6 +256,8 @@ class RunOptions(OptionGroup):
         Allowed("a number of minutes above 0", POSITIVE.holds))
     checkpoint_every: int = _free(1000, "Updates between checkpoints; 0 writes none.", at_least(0))
     checkpoints_total_limit: int = _free(2, "Number of checkpoints to keep.", at_least(1))
+    keep_best: bool = _free(
+        False, "Write a checkpoint whenever the held-out bits/dim are the lowest so far, and keep that one beside the others.")
 
     def check(self) -> None:
         if self.resume and self.overwrite:
@@ -273,9 +275,11 @@ class WatchingOptions(OptionGroup):
         "than 4 the first three, and of 2 the first.")
     preview_inference_steps: int = _free(100, "Reverse steps for previews, at most the full chain.", at_least(1))
     eval_every: int = _free(
-        0, "Updates between evaluations of the EMA weights; 0 makes none (docs/evaluation.md).", at_least(0))
-    eval_images: int = _free(64, "Number of dataset images used in each evaluation.", at_least(1))
-    eval_calls: int = _free(50, "Network calls per image in each evaluation.", at_least(3))
+        0, "Updates between evaluations of the EMA weights; 0 makes none or, with --validation_split, ten in a run "
+        "(docs/evaluation.md).", at_least(0))
+    eval_images: int = _free(
+        64, "Number of training images, and of held-out ones, used in each evaluation.", at_least(1))
+    eval_calls: int = _free(50, "Network calls per image for the bits/dim of each evaluation.", at_least(3))
     eval_samples: int = _free(
         0, "Images sampled in each evaluation for FID, KID, precision and recall; 0 samples none.",
         Allowed("0 or at least 5", lambda value: value == 0 or value >= 5))
@@ -286,10 +290,6 @@ class WatchingOptions(OptionGroup):
         None, "Reverse steps for samples.png. By default the full chain, as a call of the pipeline takes.", at_least(1))
     log_every: int = _free(50, "Updates between log lines.", at_least(1))
     report_to: str = _free("none", f"Tracker: none, {', '.join(TRACKERS)}.", one_of(("none", *TRACKERS)))
-
-    def check(self) -> None:
-        if self.eval_samples and not self.eval_every:
-            raise ConfigError(f"--eval_samples {self.eval_samples} has no effect with --eval_every 0; drop one.")
 
 
 @dataclass(frozen=True)
@@ -334,6 +334,10 @@ class TrainingOptions(OptionSet):
     def check(self) -> None:
         if self.data.streaming and self.optimisation.max_train_steps is None:
             raise ConfigError("--streaming needs --max_train_steps: an epoch's length is unknown before it is read.")
+        if self.watching.eval_samples and not (self.watching.eval_every or self.data.validation_split):
+            raise ConfigError(f"--eval_samples {self.watching.eval_samples} has no effect with --eval_every 0; drop one.")
+        if self.run.keep_best and self.data.validation_split is None:
+            raise ConfigError("--keep_best goes by held-out images; add --validation_split, such as 10%.")
         if self.data.streaming and self.watching.eval_samples:
             raise ConfigError(
                 f"--eval_samples {self.watching.eval_samples} does not work with --streaming, since it compares with all of "
