@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data_helpers import encoded, load, parquet, stream_of
+from data_helpers import array_to_image, encoded, load, parquet, stream_of
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
-from ddpm_pipeline.data.images import BadImage, Form, array_to_image, image_pixels, open_image, to_array
+from ddpm_pipeline.data.images import BadImage, Form, image_pixels, open_image, to_array
 from ddpm_pipeline.pictures_alpha_ddpm import read_pictures
 from helpers import tiny_unet
 from picture_files import ARRAYS, FILES, HIDDEN, PIL_IMAGES, tiff

@@ -11,9 +11,11 @@ from datasets import Array2D, Array3D, Dataset, Features
 from PIL import Image
 
 from data_helpers import data_options, encoded, stream_of
-from ddpm_pipeline.data import DataError, DataOptions, open_data, ranges
+from ddpm_pipeline.data import ConditionColumns, DataError, DataOptions, load_images, open_data, ranges
 from ddpm_pipeline.data.arrays import channels_last
+from ddpm_pipeline.data.held_out import open_training_data
 from ddpm_pipeline.data.images import BadImage, Form, image_pixels, image_shape
+from ddpm_pipeline.data.options import TrainingDataOptions
 from ddpm_pipeline.ranges_alpha_ddpm import ValueRange
 from ddpm_pipeline.support.errors import ConfigError, MissingExtraError
 
@@ -258,6 +260,14 @@ def test_a_model_s_range_is_that_of_the_data_it_is_judged_on(tmp_path):
     grey = folder_of(tmp_path / "grey", np.full((8, 12), 9, np.uint8))
     data = open_data(*data_options(grey, cache_dir=str(tmp_path / "cache")), ValueRange.of_type("uint16"))
     assert (last(data) == 9 * 257).all() and data.value_range == ValueRange.of_type("uint16")
+
+
+def test_held_out_images_are_read_in_the_range_of_the_others(tmp_path):
+    folder, other = folder_of(tmp_path / "train", INT16, INT16 + 5), folder_of(tmp_path / "other", INT16 + 900, INT16 + 950)
+    common = {"value_range": "percentile:1,99", "cache_dir": str(tmp_path / "cache")}
+    options = TrainingDataOptions(dataset=str(folder), validation_split=str(other), **common)
+    data = open_training_data(options, ConditionColumns(), 0)
+    assert data.held_out.value_range == data.value_range == load_images(data_options(folder, **common)[0]).value_range
 
 
 @pytest.mark.parametrize(

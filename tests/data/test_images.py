@@ -15,8 +15,9 @@ from ddpm_pipeline.data import images as data_images
 from ddpm_pipeline.data.images import (
     MAX_PIXELS,
     BadImage,
-    array_to_image,
+    Form,
     image_extensions,
+    image_pixels,
     image_shape,
     native_channels,
     open_image,
@@ -461,16 +462,16 @@ def test_native_channels_of_palettes_are_those_of_the_colours_in_use():
 @pytest.mark.parametrize("shape", [(5, 6), (5, 6, 1), (1, 5, 6), (5, 6, 3), (3, 5, 6), (5, 6, 4), (4, 5, 6)])
 def test_arrays(shape):
     array = noise(*shape)
-    image = array_to_image(array)
-    assert image.size == (6, 5)
-    channels_last = array.transpose(1, 2, 0) if len(shape) == 3 and shape[0] != 5 else array
-    assert np.array_equal(np.asarray(image).reshape(channels_last.shape), channels_last)
+    channels_last = array.transpose(1, 2, 0) if len(shape) == 3 and shape[0] != 5 else array.reshape(5, 6, -1)
+    channels = channels_last.shape[-1]
+    assert image_shape(array, "array")[:3] == (6, 5, min(channels, 3))
+    assert np.array_equal(image_pixels(array, "array", Form((5, 6), channels)), channels_last)
 
 
-@pytest.mark.parametrize("array", [noise(5), noise(5, 6, 7), noise(0, 5), noise(2, 2, 2, 2), np.zeros((4, 4))])
+@pytest.mark.parametrize("array", [noise(5), noise(5, 6, 7), noise(0, 5), noise(2, 2, 2, 2), np.zeros((4, 4), complex)])
 def test_arrays_that_are_no_images(array):
-    with pytest.raises(BadImage, match=r"array's (shape|type)"):
-        array_to_image(array)
+    with pytest.raises(BadImage, match=r"array's shape|type|no pixels"):
+        image_pixels(array, "array", Form((4, 4), 1))
 
 
 @pytest.mark.parametrize("resolution", [0, -1, 1.5, "8", True, None])

@@ -112,20 +112,6 @@ def to_array(image: Image.Image, size: tuple[int, int], channels: int) -> np.nda
     return _formed(read_image(image), Form(size, channels))
 
 
-def array_to_image(array: np.ndarray) -> Image.Image:
-    """The PIL image of a uint8 array [H, W], [H, W, C] or else [C, H, W], where C is 1, 3 or 4. Raises `BadImage`."""
-    if array.dtype != np.uint8:
-        raise BadImage(f"the array's type is {array.dtype}, not uint8")
-    if array.ndim == 3 and array.shape[-1] not in CHANNELS and array.shape[0] in CHANNELS:
-        array = array.transpose(1, 2, 0)
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in CHANNELS)):
-        allowed = f"[H, W], [H, W, C] or [C, H, W] where C is one of {CHANNELS}"
-        raise BadImage(f"the array's shape is {array.shape}, not {allowed}")
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
 def image_pixels(value: Any, kind: str, form: Form) -> np.ndarray:
     """One row's image, [*size, channels] in the type of the form, from its value in a column of that kind.
 

@@ -11,7 +11,7 @@ from ..support.errors import DataError
 from .images import Form
 from .options import PERCENTILES, DataOptions, numbers_of_range
 
-MEASURED_BYTES = 2**27
+MEASURED_BYTES = 2**26
 MOST_CLIPPED = 0.001  # share of the values that a stated range may leave out
 
 
