@@ -6,6 +6,7 @@ functions take the UNet, the scheduler and tensors, and no pipeline. Travels ins
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -165,8 +166,8 @@ def network_outputs(unet: Any, scheduler: Any, x: Tensor, t: Tensor, *conditions
     kwargs = {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
     network = WithConditionImage(unet) if "condition_image" in kwargs else unet
     # diffusers (0.42) leaves a number as a condition in float32, whatever the weights
-    half = unet.config.get("class_embed_type") == "timestep" and unet.dtype in (torch.float16, torch.bfloat16)
-    with torch.autocast(x.device.type, unet.dtype if half else None, enabled=half):
+    mixed = unet.config.get("class_embed_type") == "timestep" and unet.dtype in (torch.float16, torch.bfloat16)
+    with torch.autocast(x.device.type, unet.dtype) if mixed else nullcontext():
         output = network(torch.cat([model_input] * len(conditions)), t, **kwargs).sample
     return output.to(x.dtype).chunk(len(conditions))
 

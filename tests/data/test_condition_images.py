@@ -124,6 +124,21 @@ def test_rows_whose_second_image_does_not_fit_are_bad(load, masked, values, mess
     assert load(masked, max_bad_fraction=0.5, **MASKS).rows_of(range(2)).tolist() == [0, 2]
 
 
+def test_arrays_beside_pictures_and_pictures_beside_arrays(load, masked):
+    for seed in range(3):
+        (masked / "ids").mkdir(exist_ok=True)
+        np.save(masked / "ids" / f"{seed}.npy", ids(seed, 300).astype(np.int16))
+    deep = load(masked, **{**MASKS, "condition_column": "ids", "condition_classes": 300}).condition_images
+    assert deep.value_range.dtype == "uint16" and (deep.pixels([2])[0, 0].numpy() == ids(2, 300)).all()
+    arrays = masked / "images"
+    for seed in range(3):
+        np.save(arrays / f"{seed}.npy", rgb(seed))
+        (arrays / f"{seed}.png").unlink()
+    data = load(masked, **MASKS)
+    assert (data.pixels([2])[0].permute(1, 2, 0).numpy() == rgb(2)).all()
+    assert (data.condition_images.pixels([2])[0, 0].numpy() == ids(2)).all()
+
+
 def test_void_and_black_and_white(load, masked):
     void = ids(1)
     void[0] = 255

@@ -93,6 +93,21 @@ def test_held_out_labels_are_those_of_training(tmp_path):
     assert np.array_equal(held_out, [[0, 0, 1], [1, 0, 1], [np.nan] * 3], equal_nan=True)
 
 
+def test_percentiles_are_of_the_training_images_alone(tmp_path):
+    """Of 16 bits; also those of condition images."""
+    for number in range(10):
+        for folder, most in (("images", 1000 * number), ("masks", 5000 - 100 * number)):
+            write_image(
+                tmp_path / f"{folder}/{number}.png", np.full((8, 8), most, np.uint16) // np.arange(1, 9, dtype=np.uint16)
+            )
+    asked = {"condition": "image", "condition_column": "masks", "value_range": "percentile:0,100"}
+    whole, data = opened(tmp_path, None, **asked), opened(tmp_path, "train[40%:]", **asked)
+    assert (len(data), len(data.held_out), whole.value_range.high, data.value_range.high) == (4, 6, (9000,), (3000,))
+    assert whole.condition_images.value_range.low == (512,) and data.condition_images.value_range.low == (587,)
+    assert data.held_out.value_range == data.value_range and data.held_out.pixels([5]).numpy().max() == 9000
+    assert data.held_out.condition_images.value_range == data.condition_images.value_range
+
+
 def test_beside_a_stream_the_first_images_are_held_out(table, tmp_path):
     data = opened(table("all", range(30)), str(table("held", range(40, 60))), streaming=True, resolution=8, channels=1)
     assert data.num_images is None and numbers_of(data.held_out) == [40, 41, 42, 43, 44]

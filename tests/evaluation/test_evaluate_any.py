@@ -169,3 +169,33 @@ def test_label_maps_and_numbers_are_read_from_the_data(tmp_path):
         evaluated(pipe, tmp_path, path, image_column="image")
     with pytest.raises(ConfigError, match=r"takes the number 'age', and pairs.* has angle"):
         evaluated(pipe, tmp_path, path, image_column="image", condition_column="angle,mask")
+
+
+def test_condition_images_are_read_with_the_range_that_the_model_knows(tmp_path, monkeypatch):
+    def fail(weights):
+        raise FileNotFoundError("no weights")
+
+    monkeypatch.setattr("ddpm_pipeline.evaluation.features.InceptionFeatures", fail)
+    rng, values = np.random.default_rng(0), ValueRange((-1.0,), (3.0,), "float32")
+    for name, arrays in {"photos": rng.integers(0, 256, (6, 8, 8), np.uint8), "depth": rng.normal(1, 1, (6, 8, 8))}.items():
+        (tmp_path / name).mkdir()
+        for number, array in enumerate(arrays):
+            np.save(tmp_path / name / f"{number}.npy", array if name == "photos" else array.astype(np.float32))
+    unet = tiny_unet(in_channels=2)
+    describe_conditions(unet, condition_image=ImageCondition(1, value_range=values), condition_dropout=0.1)
+    pipe = AlphaDDPMImageToImagePipeline(unet, scheduler())
+    found = evaluated(pipe, tmp_path, tmp_path / "photos", condition_column=str(tmp_path / "depth"), features="auto")
+
+    def of(places, folder: str) -> torch.Tensor:
+        return torch.from_numpy(np.stack([np.load(tmp_path / folder / f"{place}.npy") for place in places]))[:, None]
+
+    places = image_indices(SEED, 6, 0, COUNT)
+    beside = values.normalize(of(places, "depth"))
+    expected = bits(pipe, ValueRange().normalize(of(places, "photos")), 256, condition=beside)
+    assert found["bits_per_dim"]["total"] == pytest.approx(expected, rel=1e-6)
+
+    places = image_indices(SEED, 6, 0, SAMPLES)
+    samples = sampled(pipe, condition_image=list(values.normalize(of(places, "depth")) / 2 + 0.5))
+    expected = likeness(((samples + 1) * 127.5).round() / 127.5 - 1, ValueRange().normalize(of(places, "photos")))
+    assert found["conditions"]["psnr"] == pytest.approx(expected["psnr"].mean().item(), rel=1e-4)
+    assert "quality" not in found  # without Inception, the pairs are compared all the same

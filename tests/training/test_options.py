@@ -79,7 +79,7 @@ def test_options_from_python_are_flat_or_in_groups():
         (["--learning_rate", "fast"], "learning_rate"),
         (["--batch_size", "0"], "at least 1"),
         (["--learning_rate", "nan"], "above 0"),
-        (["--channels", "2"], "1, 3, 4"),
+        (["--channels", "65"], "at least 1 and at most 64"),
         (["--mixed_precision", "int8"], "no, bf16, fp16"),
         (["--lr_scheduler", "cosin"], "cosine"),
         (["--variance_type", "learned"], "learned_range"),

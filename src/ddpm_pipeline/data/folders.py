@@ -108,23 +108,33 @@ def _read(contents: Contents, path: Path, account: Account, beside: Sequence[str
     kind, contents = _most(contents, path, account)
     if kind == "tables":
         return Folder(account, tables=contents.tables)
-    contents.pictures, second = find_second_folder(contents.pictures, beside)
-    if not contents.pictures:
-        raise DataError(
-            f"All images in {str(path)!r} lie in {second.name!r}: no image is left that they could be the condition of."
-        )
+    contents, second = _without_second_folder(contents, beside)
     images = contents.pictures.copy()
     splits, words = _dataset_splits(contents, path, account)
     columns = set(next(iter(splits.values())).column_names)
+    kind = f"{kind} {words}".strip()
     if second is None or "image" not in columns or {second.name, second.name.removesuffix("_file_name")} & columns:
-        return Folder(account, splits, kind=f"{kind} {words}".strip())
+        return Folder(account, splits, kind=kind)
     paths = {split: [row and row["path"] for row in rows.data["image"].to_pylist()] for split, rows in splits.items()}
     read = set().union(*paths.values())
     partners = second.partners([file for file in images if file.path in read], account)
     for split, rows in splits.items():
         found = [{"bytes": None, "path": partners[path]} if path in partners else None for path in paths[split]]
         splits[split] = rows.add_column(BESIDE, found, feature=datasets.Image())
-    return Folder(account, splits, kind=f"{kind} {words} with condition images in {second.name!r}", second=second)
+    return Folder(account, splits, kind=f"{kind} with condition images in {second.name!r}", second=second)
+
+
+def _without_second_folder(contents: Contents, beside: Sequence[str]) -> tuple[Contents, SecondFolder | None]:
+    """The contents without the folder of condition images, if there is one; pictures or arrays, as the images may be."""
+    arrays = {file for file in contents.others if file.suffix in ARRAY_FILES}
+    left, second = find_second_folder([*contents.pictures, *sorted(arrays, key=lambda file: file.name)], beside)
+    if second is None:
+        return contents, None
+    if not left:
+        raise DataError(f"All images lie in {second.name!r}: none is left that they could be the condition of.")
+    pictures = [file for file in left if file not in arrays] or left
+    unread = arrays.difference(left) | set(pictures)
+    return replace(contents, pictures=pictures, others=[file for file in contents.others if file not in unread]), second
 
 
 def _most(contents: Contents, path: Path, account: Account) -> tuple[str, Contents]:

@@ -12,12 +12,12 @@ import pyarrow as pa
 
 from ..support.errors import DataError
 from .columns import IMAGE_DIGEST
-from .condition_images import load_images
 from .mapped import ImageData, ImageSet, fingerprint_of, with_class_column
-from .options import ConditionColumns, TrainingDataOptions
+from .options import PERCENTILES, ConditionColumns, TrainingDataOptions
+from .ranges import measured_images, range_of
 from .skipped import SHOWN, describe
 from .sources import hash_of
-from .streamed import open_data, open_stream
+from .streamed import StreamData, open_data
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ def open_training_data(options: TrainingDataOptions, columns: ConditionColumns, 
     left, count = data, "a stream"
     if isinstance(data, ImageData):
         same = np.isin(image_digests(data), image_digests(held_out))
-        left = part(data, ~same) if same.any() else data
+        left = _measured(part(data, ~same), options) if same.any() else data
+        held_out = _in_ranges_of(left, held_out)
         count = f"{len(left):,} of {len(data):,}, which are not held out"
     if len(held_out) < FEWEST or left.num_images == 0:
         what = f"{len(held_out):,} images, and leaves {count}"
@@ -60,13 +61,33 @@ def part(data: ImageData, chosen: np.ndarray) -> ImageData:
     return replace(data, rows=rows, fingerprint=hash_of(data.fingerprint, fingerprint_of(data, data.dataset, rows)))
 
 
+def _measured(data: ImageData, options: TrainingDataOptions) -> ImageData:
+    """With percentiles of these images' values, if that is what --value_range asks for, and of their condition images'."""
+    if not (options.value_range or "").startswith(PERCENTILES):
+        return data
+    looked_at, second = measured_images(len(data), data.bytes_per_image), data.condition_images
+    if second is not None and not second.classes:
+        values = second.pixels(data.rows_of(looked_at)).numpy()
+        second = replace(second, value_range=range_of(options.value_range, values, second.name))
+    value_range = range_of(options.value_range, data.pixels(looked_at).numpy(), data.name)
+    return replace(data, value_range=value_range, condition_images=second)
+
+
+def _in_ranges_of(training: ImageData, held_out: ImageData) -> ImageData:
+    second = held_out.condition_images
+    second = second and replace(second, value_range=training.condition_images.value_range)
+    return replace(held_out, value_range=training.value_range, condition_images=second)
+
+
 def _load(options: TrainingDataOptions, columns: ConditionColumns, like: ImageSet, streamed: int) -> ImageData:
     """The split, folder or file that `options` name, with the size, channels and class numbers of the training images."""
     given, is_path = options.validation_split, options.validation_path
     place = {"dataset": given, "dataset_config": None, "split": "train"} if is_path else {"split": given}
     own = replace(options, validation_split=None, **place, resolution=like.size, channels=like.channels)
+    ranges = like.value_range, like.condition_images and like.condition_images.value_range
     try:
-        found = open_stream(own, columns).stored(streamed, own.cache_dir) if own.streaming else load_images(own, columns)
+        found = open_data(own, columns, *ranges)
+        found = found.stored(streamed, own.cache_dir) if isinstance(found, StreamData) else found
         if found.roles.needed != like.roles.needed:
             raise DataError(f"its condition is in the column {found.roles.needed!r}, and not in {like.roles.needed!r}.")
         found = _with_labels_of(like, _with_classes_of(like, found))

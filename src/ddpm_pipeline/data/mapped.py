@@ -37,7 +37,7 @@ from .views import Views
 
 logger = logging.getLogger(__name__)
 
-PREPROCESSING_VERSION = 4  # part of the cache's key: raise it when the same options give other pixels
+PREPROCESSING_VERSION = 5  # part of the cache's key: raise it when the same options give other pixels
 BATCH_BYTES = 2**25  # of pixels preprocessed at a time
 
 PIXELS, DIGEST, REASON, FILE, IMAGE_DIGEST = RESERVED
@@ -269,6 +269,7 @@ def _found_form(options: DataOptions, scanned: Dataset, raw: bool, channels: int
             raise DataError(
                 f"--resize none: the images of {options.dataset!r} are {shown_size(stored)}, not {shown_size(size)}. {fix}."
             )
+        stored = options.stored_size(size, stored)
     else:
         size = size or _own_size(options.dataset, sizes)
         stored = options.stored_size(size)

@@ -1,6 +1,6 @@
 """Which image of a folder has which condition image in a second folder: by the names of files and folders.
 
-Of the data modules, imports `files`, `images` and `splits` only. docs/data.md draws the layouts.
+Of the data modules, imports `arrays`, `files`, `images` and `splits` only. docs/data.md draws the layouts.
 """
 
 import os
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..support.errors import DataError
+from .arrays import ARRAY_FILES
 from .files import Account, File, list_files, some
 from .images import image_extensions
 from .splits import split_word
@@ -51,8 +52,8 @@ def find_second_folder(pictures: list[File], names: Sequence[str]) -> tuple[list
         path, root = Path(os.path.abspath(os.path.expanduser(name))), None
         files = {file: place for file in pictures if (place := _place_within(file, name))}
         if not files and path.is_dir():
-            root, listed = str(path), (file for file in list_files(path, Account()) if file.suffix in image_extensions())
-            files = {file: (*file.folders, _stem(file)) for file in listed}
+            root, endings = str(path), {*image_extensions(), *ARRAY_FILES}
+            files = {file: (*file.folders, _stem(file)) for file in list_files(path, Account()) if file.suffix in endings}
         if files or root:
             by_place, paths = defaultdict(list), {file.path for file in files}
             for file, place in files.items():

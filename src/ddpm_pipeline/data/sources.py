@@ -215,7 +215,9 @@ def _load_folder(path: Path, folder: Folder, options: DataOptions, streaming: bo
     if folder.second is not None:
         table = dataset.select_columns(["image", BESIDE]).with_format("arrow")[:]
         alone = table.filter(pc.and_(pc.is_null(table.column(BESIDE)), pc.is_valid(table.column("image"))))
-        if names := [image["path"].removeprefix(f"{root}{os.sep}") for image in alone.column("image").to_pylist()]:
+        if names := [
+            image["path"].partition("::")[0].removeprefix(f"{root}{os.sep}") for image in alone.column("image").to_pylist()
+        ]:
             raise missing_partners(names, len(table), folder.second.name, folder.account)
     name = path.name if path.exists() else root.name  # of a pattern
     return Source(dataset, name, rows, replace(_reach(root, options), roots=roots), rows=rows)

@@ -61,11 +61,10 @@ class DataConditions:
         if self.vector is not None and (unknown := [name for name in self.vector.names if name not in data.vector_names]):
             told = ", ".join(data.vector_names)
             raise ConfigError(f"the model takes the number {unknown[0]!r}, and {data.name} has {told}; see --condition_column.")
-        if self.image is not None and not (self.image.task or self.image.classes):
-            needed, found = ((one.channels, one.value_range.dtype) for one in (self.image, data.condition_images))
-            if needed != found:
-                words = "the model takes condition images of {} channels of {}, and those of {} have {} of {}"
-                raise ConfigError(f"{words.format(*needed, data.name, *found)}; name others with --condition_column.")
+        partners = None if self.image is None or self.image.task else data.condition_images
+        if partners is not None and partners.channels != self.image.channels:
+            found = f"{self.image.channels} channels, and those of {data.name} have {partners.channels}"
+            raise ConfigError(f"the model takes condition images of {found}; name others with --condition_column.")
         if self.image is not None and self.image.task == "inpaint":
             self.mask_seeds = seeds(seed, RandomStream.INPAINTING_MASK, 0, len(data))
 

@@ -145,11 +145,12 @@ def _open_images(options: EvaluationOptions, pipe: Pipeline, accelerator: Accele
             raise ConfigError(f"--{name} {given} differs from the model's, {value}; leave it out.")
     if options.data.value_range is not None:
         raise ConfigError(f"--value_range {options.data.value_range} is not needed: the model has its own; leave it out.")
-    data, values = replace(options.data, **own), value_range(pipe.unet)
+    data, condition = replace(options.data, **own), image_condition(pipe.unet)
+    ranges = value_range(pipe.unet), condition and condition.value_range
     if not data.streaming:
-        return load_images(data, columns, values)
+        return load_images(data, columns, *ranges)
     count = max(options.quality.num_images, options.likelihood.num_likelihood_images)
-    return open_stream(data, columns, values).stored(count, data.cache_dir)
+    return open_stream(data, columns, *ranges).stored(count, data.cache_dir)
 
 
 def _bits_per_dim(subject: Subject, options: EvaluationOptions, accelerator: Accelerator) -> dict[str, Any]:

@@ -49,7 +49,8 @@ class Condition:
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must find as it was: JSON values by the names that messages use."""
-        return {}
+        settings = self.settings().items()
+        return {name.replace("_", " "): value if isinstance(value, list) else value.to_json() for name, value in settings}
 
     def read(self, data: ImageData, indices: Sequence[int], views: Any = None) -> Any:
         """The values of images with these indices that `draw` takes; of condition images, seen as by `views`."""
@@ -90,9 +91,10 @@ class Condition:
         return {}
 
     def described(self) -> dict[str, Any]:
-        """The same with the range of values, if it is not that of 8 bits."""
-        is_plain = self.data is None or self.data.value_range == ValueRange()
-        return self.settings() | ({} if is_plain else {"value_range": self.data.value_range})
+        """The same, with the share that is dropped and a range of values that is not that of 8 bits."""
+        conditional, deep = self.options.condition != "none", self.data is not None and self.data.value_range != ValueRange()
+        shared = {"condition_dropout": self.options.condition_dropout} if conditional else {}
+        return {**self.settings(), **shared, **({"value_range": self.data.value_range} if deep else {})}
 
     def pipeline(self, unet: Any, scheduler: Any) -> Any:
         settings = self.described()

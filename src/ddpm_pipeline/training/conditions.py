@@ -32,10 +32,7 @@ class ClassCondition(Condition):
         return {"num_class_embeds": len(self.names) + 1}
 
     def settings(self) -> dict[str, Any]:
-        return {"class_names": self.names, "condition_dropout": self.options.condition_dropout}
-
-    def identity(self) -> dict[str, Any]:
-        return {"class names": self.names}
+        return {"class_names": self.names}
 
     def draw(self, values: Sequence[int], where: BatchSlice) -> Tensor:
         dropped = torch.from_numpy(self.dropped(where))
@@ -84,8 +81,8 @@ class CombinedCondition(Condition):
     probability that it is dropped on its own (after Huang et al. 2023, "Composer", §2.2).
     """
 
-    unet_config, settings, identity = _of_both("unet_config"), _of_both("settings"), _of_both("identity")
-    probe, unet_inputs, preview = _of_both("probe"), _of_both("unet_inputs"), ImageInput.preview
+    unet_config, settings, probe, unet_inputs = map(_of_both, ("unet_config", "settings", "probe", "unet_inputs"))
+    preview = ImageInput.preview
 
     def __init__(self, options: ConditionOptions, first: Condition, image: ImageInput):
         self.options, self.parts, self.column, self.names = options, (first, image), first.column, first.names

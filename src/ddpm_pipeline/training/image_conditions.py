@@ -42,10 +42,7 @@ class ImageInput(Condition):
         self.input_channels = self.encoder.input_channels
 
     def settings(self) -> dict[str, Any]:
-        return {"condition_image": self.encoder, "condition_dropout": self.options.condition_dropout}
-
-    def identity(self) -> dict[str, Any]:
-        return {"condition image": self.encoder.to_json()}
+        return {"condition_image": self.encoder}
 
     def read(self, data: ImageData, indices: Sequence[int], views: Any = None) -> Tensor | None:
         return None if self.task else data.condition_images.pixels(data.rows_of(indices), views)
@@ -58,8 +55,8 @@ class ImageInput(Condition):
 
     def inputs(self, drawn: dict[str, Tensor], original_samples: Tensor) -> dict[str, Tensor]:
         drawn = {name: value.to(original_samples.device, non_blocking=True) for name, value in drawn.items()}
-        arrange, encode = self.encoder.arrange, self.encoder.encode
-        encoded = arrange(original_samples, drawn.get("mask")) if self.task else encode(drawn["image"])
+        made, encode = self.encoder.arrange, self.encoder.encode
+        encoded = made(original_samples, drawn.get("mask")) if self.task else encode(drawn["image"])
         return {"condition_image": encoded.masked_fill(drawn["dropped"][:, None, None, None], 0)}
 
     def request_like(self, data: ImageData, indices: Sequence[int], seed: int) -> Request:

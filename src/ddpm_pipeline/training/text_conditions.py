@@ -129,9 +129,6 @@ class TextCondition(Condition):
     def network(self, unet: nn.Module) -> nn.Module:
         return TextDenoiser(unet, self.text_encoder) if self.trained else unet
 
-    def settings(self) -> dict[str, Any]:
-        return {"condition_dropout": self.options.condition_dropout}
-
     def components(self, unet: Any) -> dict[str, Any]:
         return {"text_encoder": self.text_encoder.to(unet.device), "tokenizer": self.tokenizer}
 

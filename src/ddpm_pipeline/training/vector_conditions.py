@@ -32,10 +32,7 @@ class NumbersCondition(Condition):
         return {"class_embed_type": self.encoder.class_embed_type}
 
     def settings(self) -> dict[str, Any]:
-        return {"condition_vector": self.encoder, "condition_dropout": self.options.condition_dropout}
-
-    def identity(self) -> dict[str, Any]:
-        return {"condition vector": self.encoder.to_json()}
+        return {"condition_vector": self.encoder}
 
     def read(self, data: ImageData, indices: Sequence[int], views: Any = None) -> Tensor:
         return data.vector(indices)
