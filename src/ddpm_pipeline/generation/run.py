@@ -39,7 +39,9 @@ def generate(options: GenerationOptions) -> Path:
         torch.set_num_threads(sampling.num_cpu_threads)
     pipe = load_pipeline(sampling.model).to(accelerator.device)
     pipe.scheduler = scheduler_for(pipe, sampling.scheduler)
-    steps, (request, told) = steps_of(pipe.scheduler, sampling.num_inference_steps), request_of(pipe, options)
+    steps = steps_of(pipe.scheduler, sampling.num_inference_steps)
+    with accelerator.main_process_first():  # the others find its cache of condition images
+        request, told = request_of(pipe, options)
     files, display = _files_of(pipe, output)
     folder, count, todo = Path(output.output_dir), output.num_images, [None]
     if accelerator.is_main_process:
