@@ -180,7 +180,9 @@ def _bits_per_dim(subject: Subject, options: EvaluationOptions, accelerator: Acc
         **summary({name: gather_object(values) for name, values in rows.items()}),
         "steps": chain,
         "network_calls": min(likelihood.likelihood_calls or chain, chain),
-        **({"density": DENSITY} if num_bins is None else {"num_bins": num_bins}),
+        **(
+            {"density": DENSITY} if num_bins is None else {"num_bins": [*num_bins] if isinstance(num_bins, tuple) else num_bins}
+        ),
         "variance_type": own_scheduler(pipe.scheduler).config.variance_type,
     }
 
