@@ -26,7 +26,7 @@ from ddpm_pipeline.training import TrainingOptions, train
 from ddpm_pipeline.training.checkpoints import list_checkpoints
 from ddpm_pipeline.training.export import pipeline_of
 
-RECIPE, HELD_OUT = "digits_small", "train[200:]"
+RECIPE, HELD_OUT = "digits_small", "train[1000:]"
 CHECKPOINTS = 6  # of a run
 
 

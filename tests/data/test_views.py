@@ -112,6 +112,8 @@ def test_a_quarter_turn_is_exact():
     ("options", "message"),
     [
         ({"random_crop": 1.0}, "for --resize none"),
+        ({"random_crop": 0.5, "resize": "none"}, "for --resize none"),
+        ({"random_crop": 1.0, "resize": "none", "streaming": True, "resolution": 8}, "own size is unknown"),
         ({"random_crop": 0.0}, "must be above 0 and at most 1"),
         ({"random_crop": 0.5, "random_resized_crop": 0.5}, "two kinds of windows; drop one"),
     ],
@@ -127,3 +129,12 @@ def test_images_are_stored_larger_than_their_windows():
     assert TrainingDataOptions().stored_size((48, 96)) == (48, 96)
     with pytest.raises(ConfigError, match=r"--random_crop 0.99 of 8x8 pixels leaves a window only one place; use at most 0.89"):
         TrainingDataOptions(random_crop=0.99).stored_size((8, 8))
+
+
+def test_windows_of_images_as_they_are():
+    whole, resized = (TrainingDataOptions(resize="none", **crop) for crop in ({"random_crop": 1}, {"random_resized_crop": 0.5}))
+    assert whole.stored_size((64, 64), (100, 80)) == (100, 80) == resized.stored_size((40, 40), (100, 80))
+    with pytest.raises(ConfigError, match="only one place; use a --resolution below that"):
+        whole.stored_size((100, 80), (100, 80))
+    with pytest.raises(ConfigError, match=r"0.5 of 100x80 pixels is below --resolution 48x48; use 0.6"):
+        resized.stored_size((48, 48), (100, 80))

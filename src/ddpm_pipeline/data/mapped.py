@@ -269,6 +269,7 @@ def _found_form(options: DataOptions, scanned: Dataset, raw: bool, channels: int
             raise DataError(
                 f"--resize none: the images of {options.dataset!r} are {shown_size(stored)}, not {shown_size(size)}. {fix}."
             )
+        stored = options.stored_size(size, stored)
     else:
         size = size or _own_size(options.dataset, sizes)
         stored = options.stored_size(size)

@@ -106,20 +106,24 @@ class DataOptions(OptionGroup):
     def check(self) -> None:
         if self.random_crop and (self.random_crop == 1) != (self.resize == "none"):
             raise ConfigError("--random_crop 1 is for --resize none; else use a smaller share of the height and width.")
+        if self.random_crop == 1 and self.streaming:
+            raise ConfigError("--random_crop 1 does not work with --streaming: the images' own size is unknown; drop one.")
 
-    def stored_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width at which images are stored that are seen in this size. Raises ConfigError if that is the same
-        although windows were asked for.
+    def stored_size(self, size: tuple[int, int], own: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Height and width at which images are stored that are seen in this size: with --resize none, their `own`. Raises
+        ConfigError if windows were asked for, and there is one alone or some would be enlarged.
         """
         if self.window_share is None:
-            return size
-        stored = tuple(round(side / self.window_share) for side in size)
+            return own or size
+        stored = own or tuple(round(side / self.window_share) for side in size)
+        name = f"{'random_crop' if self.random_crop else 'random_resized_crop'} {self.window_share:g}"
         if stored == size:
-            name = "random_crop" if self.random_crop else "random_resized_crop"
-            raise ConfigError(
-                f"--{name} {self.window_share:g} of {shown_size(size)} pixels leaves a window only one place; use at "
-                f"most {max(size) / (max(size) + 1):.2g}."
-            )
+            fix = "a --resolution below that" if own else f"at most {max(size) / (max(size) + 1):.2g}"
+            raise ConfigError(f"--{name} of {shown_size(size)} pixels leaves a window only one place; use {fix}.")
+        least = max(side / of for side, of in zip(size, stored, strict=True))
+        if own and self.resizes_windows and self.window_share < least:
+            wanted = f"--resolution {shown_size(size)}; use {least:.2g}"
+            raise ConfigError(f"--{name} of {shown_size(own)} pixels is below {wanted}.")
         return stored
 
     @property

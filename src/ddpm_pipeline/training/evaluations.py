@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from ..data.mapped import ImageData, ImageSet
-from ..evaluation.features import real_features
+from ..evaluation.features import real_features, seen
 from ..evaluation.figures import likelihood_of
 from ..evaluation.quality import ImageQuality
-from ..generation.drawing import sample_uint8
+from ..generation.drawing import sample_values
 from ..support.draws import RandomStream, image_indices, seeds, uniform
 from .jobs import Run, best_checkpoint, not_essential, save_checkpoint
 from .stop import in_any_process
@@ -114,7 +114,7 @@ def quality(run: Run) -> dict[str, float]:
     measured.add_real_features(real_features(run.data, extractor, run.options.data.cache_dir).to(pipe.device))
     for start in range(0, watching.eval_samples, run.batch_size):
         batch = range(start, min(start + run.batch_size, watching.eval_samples))
-        images = sample_uint8(pipe, batch, seed, run.preview_steps, request)
-        measured.update(images.to(pipe.device), real=False)
+        images = torch.from_numpy(sample_values(pipe, batch, seed, run.preview_steps, request))
+        measured.update(seen(images.to(pipe.device), run.data.value_range), real=False)
     figures = measured.compute()._asdict()
     return {f"eval_{name}": figures[name] for name in FIGURES if not math.isnan(figures[name])}

@@ -93,9 +93,10 @@ class Run:
             raise ConfigError(f"--preview_channels {error}.") from error
         self.extractor = None
         if watching.eval_samples:
-            extractor = feature_extractor(watching.eval_features, options.data.dataset, None, "--eval_features")
+            name = watching.eval_features
+            extractor = feature_extractor(name, options.data.dataset, None, "--eval_features", self.data.channels)
             self.extractor = extractor.to(self.accelerator.device)
-            try_extractor(self.extractor, self.data, f"--eval_features {watching.eval_features}")
+            try_extractor(self.extractor, self.data, f"--eval_features {name}")
         self.telemetry = Telemetry(self.accelerator, self.folder, self.state.updater, self.first, self.total)
 
     def _earlier_evaluations(self) -> Validation:
