@@ -27,7 +27,7 @@ from ddpm_pipeline.training.checkpoints import list_checkpoints
 from ddpm_pipeline.training.export import pipeline_of
 
 RECIPE, HELD_OUT = "digits_small", "train[1000:]"
-CHECKPOINTS = 6  # of a run
+CHECKPOINTS = 4  # of a run
 
 
 def measured(checkpoint: Path, data: Any, calls: int) -> Tensor:
