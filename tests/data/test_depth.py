@@ -1,8 +1,10 @@
 """Images of any depth, number of channels, size and range of values, in real files, against numpy."""
 
+import re
 import sys
 from functools import partial
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -46,27 +48,23 @@ TIFFS = {
     "interleaved": (BANDS, CONTIGUOUS),
     "planar": (np.moveaxis(BANDS, -1, 0), {"planarconfig": "separate", "photometric": "minisblack"}),
     "pages": (np.moveaxis(BANDS, -1, 0), {"photometric": "minisblack"}),
-    "compressed": (BANDS, {**CONTIGUOUS, "compression": "zlib", "predictor": True}),
+    "deflate": (BANDS, {**CONTIGUOUS, "compression": "zlib", "predictor": True}),
+    "LZW": (BANDS, {**CONTIGUOUS, "compression": "lzw", "predictor": True}),  # as GIS tools write them
     "big-endian": (BANDS, {**CONTIGUOUS, "byteorder": ">"}),
     "BigTIFF": (BANDS, {**CONTIGUOUS, "bigtiff": True}),
 }
 
 
 @pytest.mark.parametrize("way", TIFFS)
-def test_bands_of_a_tiff_keep_their_16_bits(way, load, tmp_path):
+def test_bands_of_a_tiff_keep_their_16_bits(way, load, tmp_path, caplog):
     values, how = TIFFS[way]
     data = load(folder_of(tmp_path / "tiles", values, suffix="tif", **how), channels=13)
     assert (data.size, data.channels, data.value_range) == ((8, 12), 13, ValueRange.of_type("uint16"))
     assert np.array_equal(last(data)[0], BANDS)
-    if way != "pages":
-        assert load(tmp_path / "tiles").channels == 13
-
-
-def test_pages_are_not_taken_for_channels_unasked(load, tmp_path, caplog):
-    values, how = TIFFS["pages"]
-    data = load(folder_of(tmp_path / "tiles", values, suffix="tif", **how))
-    assert np.array_equal(last(data)[0], BANDS[..., :1])
-    assert "several pages, of which the first is read. If pages are channels, say --channels 13" in caplog.text
+    data = load(tmp_path / "tiles")
+    assert np.array_equal(last(data)[0], BANDS[..., :1] if way == "pages" else BANDS)
+    said = "several pages, of which the first is read. If pages are channels, say --channels 13" in caplog.text
+    assert said == (way == "pages")
 
 
 def test_colours_of_16_bits_are_kept(load, tmp_path):
@@ -78,6 +76,16 @@ def test_colours_of_16_bits_are_kept(load, tmp_path):
     turned = folder_of(tmp_path / "turned", rgba, suffix="tif", photometric="rgb", extratags=[(274, 3, 1, 6, True)])
     data = load(turned)
     assert (data.size, data.channels) == ((12, 8), 3) and np.array_equal(last(data)[0], np.rot90(colours, -1))
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colours_of_16_bits_in_a_png_are_kept(channels, load, tmp_path):
+    """Pillow gives their upper 8 bits."""
+    colours = np.ascontiguousarray(BANDS[..., :channels])
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "0.png").write_bytes(imagecodecs.png_encode(colours))
+    data = load(tmp_path / "deep", channels=channels)
+    assert data.value_range == ValueRange.of_type("uint16") and np.array_equal(last(data)[0], colours)
 
 
 SAVED = {
@@ -240,7 +248,7 @@ def test_values_without_a_known_range_are_one_clear_line(load, tmp_path):
     floats = RNG.normal(0, 3, (8, 8)).astype(np.float32)
     for number, array in enumerate([INT16, floats, np.eye(8, dtype=np.int64)]):
         folder = folder_of(tmp_path / f"{number}", array, array)
-        with pytest.raises(DataError, match=r"^2 of 2 images of .* black and white.*--value_range percentile:1,99\.$"):
+        with pytest.raises(DataError, match=r"^2 of 2 images of .* black and white.*--value_range percentile:1,99 \(.*\)\.$"):
             load(folder)
     tiff = folder_of(tmp_path / "tiff", INT16, suffix="tif")
     with pytest.raises(DataError, match="signed integers"):
@@ -249,6 +257,17 @@ def test_values_without_a_known_range_are_one_clear_line(load, tmp_path):
     holes = folder_of(tmp_path / "holes", floats, np.where(floats > 4, np.nan, floats), suffix="tif")
     data = load(holes, value_range="percentile:0,100", max_bad_fraction=0.5)
     assert len(data) == 1 and "nan" in data.skipped[0]["reason"]
+    huge = floats.astype(float) * 1e300
+    for name, array, reason in [("beyond", huge, "beyond 32 bits"), ("none", huge[:0], r"no pixels.*\(0, 8, 1\)")]:
+        with pytest.raises(DataError, match=reason):
+            load(folder_of(tmp_path / name, array), value_range="-1,1")
+
+
+def test_16_bits_of_which_few_are_used_are_told(load, tmp_path, caplog):
+    load(folder_of(tmp_path / "bright", BANDS), channels=13)
+    assert not caplog.text
+    load(folder_of(tmp_path / "12 bits", BANDS // 16), channels=13)
+    assert re.search(r"'12 bits': 99.9 % of the values are at most 4\d{3} of 65535. .*--value_range percentile", caplog.text)
 
 
 def test_a_model_s_range_is_that_of_the_data_it_is_judged_on(tmp_path):

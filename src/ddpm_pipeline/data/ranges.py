@@ -4,6 +4,8 @@ What is measured, and what a stated range is held against, are images at even di
 MEASURED_BYTES: a function of the data alone, in memory that does not grow with them.
 """
 
+import logging
+
 import numpy as np
 
 from ..ranges_alpha_ddpm import DEPTHS, ValueRange
@@ -11,7 +13,10 @@ from ..support.errors import DataError
 from .images import Form
 from .options import PERCENTILES, DataOptions, numbers_of_range
 
+logger = logging.getLogger(__name__)
+
 MEASURED_BYTES = 2**26
+DARK = 2**14  # as 14 bits in files of 16
 MOST_CLIPPED = 0.001  # share of the values that a stated range may leave out
 
 
@@ -35,6 +40,14 @@ def depth_of(low: float, high: float) -> str:
 def measured_images(count: int, bytes_per_image: int) -> np.ndarray:
     """The numbers of the images to look at, of so many: int64, ascending."""
     return np.unique(np.linspace(0, count - 1, min(count, max(1, MEASURED_BYTES // bytes_per_image))).round().astype(np.int64))
+
+
+def warn_of_dark(images: np.ndarray, name: str) -> None:
+    """Log that 16-bit images [N, C, H, W] use so little of 0..65535 that a model would see hardly any contrast."""
+    brightest = np.percentile(images, 99.9)
+    if brightest < DARK:
+        words = "%r: 99.9 %% of the values are at most %d of 65535. State black and white, or --value_range percentile:0.1,99.9"
+        logger.warning(words, name, brightest)
 
 
 def range_of(text: str, images: np.ndarray, name: str) -> ValueRange:

@@ -4,7 +4,6 @@ A stream is divided into parts, one per reading process (`divide`). `rows_of_par
 function of the seed; a `Position`, a few numbers, says how far it has been read. Evaluation stores the first images.
 """
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, astuple, dataclass, replace
@@ -24,7 +23,15 @@ from ..support.atomic import atomic_file
 from ..support.draws import block_order, shard_order
 from ..support.errors import ConfigError, DataError
 from .columns import ColumnRoles, check_column, find_roles, kept_columns, missing_value, occurring_classes
-from .condition_images import CONDITION_IMAGE, attributes_of, joined, load_images, options_of_partners, with_vectors
+from .condition_images import (
+    CONDITION_IMAGE,
+    attributes_of,
+    joined,
+    load_images,
+    name_of_partners,
+    options_of_partners,
+    with_vectors,
+)
 from .images import DEEP_MODES, BadImage, Form, image_file
 from .label_maps import form_of_label_maps
 from .mapped import (
@@ -33,6 +40,7 @@ from .mapped import (
     cache_features,
     cache_key,
     cache_table,
+    check_rows,
     class_names_of,
     other_size,
     pixels_of,
@@ -120,9 +128,9 @@ class StreamData(ImageSet):
         opened = [
             Dataset.from_file(str(path), info=datasets.DatasetInfo(features=f)) for path, f in zip(paths, features, strict=True)
         ]
-        about = (repr(self.name), self.max_bad_fraction, self.labels)
-        data, *second = (usable_images(cached, one, *about) for cached, one in zip(opened, sets, strict=True))
-        data = joined(data, *second, [], *about[:2]) if second else data
+        limit = self.max_bad_fraction
+        data, *second = (usable_images(cached, one, limit, self.labels) for cached, one in zip(opened, sets, strict=True))
+        data = joined(data, *second, [], limit) if second else data
         return with_vectors(data, data.dataset.data) if self.attributes else data
 
     def shown(self, count: int) -> ImageData:
@@ -209,11 +217,12 @@ def open_stream(
     more, resized = {}, {"resized": options.resizes_windows}
     read = list(filter(None, [roles.image, roles.needed, roles.partner, *roles.numbers]))
     stream, kept = stream.decode(False).select_columns(read), list(kept_columns(features))
-    form = _first_form(options, source, stream, roles, of_images)
+    form = _first_form(options, source, stream, roles, of_images, source.name)
     if roles.partner is not None:
         of, classes_of = ColumnRoles(roles.partner, roles.partner_kind, None, None, None), columns.condition_classes
-        second = _first_form(options_of_partners(options), source, stream, of, of_partners, classes_of)
-        about = (source.name, options.size, second, of_partners or unmeasured(second), of)
+        name = name_of_partners(source.name)
+        second = _first_form(options_of_partners(options), source, stream, of, of_partners, name, classes_of)
+        about = (name, options.size, second, of_partners or unmeasured(second), of)
         more["condition_images"] = ImageSet(*about, classes=classes_of, **resized)
     if roles.numbers:
         more["attributes"] = attributes_of(source, roles)
@@ -237,18 +246,27 @@ def _first_form(
     stream: IterableDataset,
     roles: ColumnRoles,
     model: ValueRange | None,
+    name: str,
     classes: int | None = None,
 ) -> Form:
-    """What the images become: the depth, and channels that are no picture's, are those of the first usable image."""
+    """What the images become: the depth, and channels that are no picture's, are those of the first usable image.
+
+    Raises DataError if none of the first JUDGED_ROWS rows has one.
+    """
     stored, raw = options.stored_size(options.size), is_raw(options, model)
     if classes:
         return form_of_label_maps(Form(stored, 1, resize=options.resize), classes)
-    feature, shape = source.dataset.features[roles.image], None
+    feature, shape, bad = source.dataset.features[roles.image], None, []
     with as_data_error(f"the stream {source.name!r}"):
-        for scalar in (one for table in islice(_tables(stream), JUDGED_ROWS // READ_ROWS) for one in table.column(roles.image)):
-            with contextlib.suppress(BadImage):
-                shape = shape_of(roles.kind, source.reach, row_value(scalar), raw, options.channels)
+        tables = islice(_tables(stream), JUDGED_ROWS // READ_ROWS)
+        for value in (row_value(one) for table in tables for one in table.column(roles.image)):
+            try:
+                shape = shape_of(roles.kind, source.reach, value, raw, options.channels)
                 break
+            except BadImage as error:
+                bad.append(skipped_row(len(bad), str(error), image_file(value)))
+    if bad and shape is None:
+        check_rows(name, bad, len(bad), 0)
     grey = isinstance(feature, datasets.Array2D) or getattr(feature, "mode", None) in ("1", "L", *DEEP_MODES)
     channels, dtype = 1 if grey else 3, "uint8"
     if shape is not None:
