@@ -238,22 +238,17 @@ def preprocessed(
     if classes:
         form = form_of_label_maps(form, classes)
     images = ImageSet(source.name, size, form, unmeasured(form), roles, classes=classes, resized=options.resizes_windows)
-    _note_resizing(source, images)
     key = cache_key("pixels", source.state(roles.image), roles.image, astuple(form), classes, list(kept))
     features, batch_size = cache_features(kept, images), max(1, min(1000, BATCH_BYTES // images.bytes_per_image))
     threads = options.preprocessing_num_workers or 1
     preprocess = partial(_preprocess_batch, kept=list(kept), to=images, reach=source.reach, threads=threads)
     cached = _cached(source, options, roles, preprocess, key, features, batch_size, "Preprocessing images")
     data = usable_images(cached, images, options.max_bad_fraction)
-    if classes or (not raw and form.dtype != "uint16"):
+    if classes or not raw:
+        if form.dtype == "uint16" and not classes and value_range is None:
+            warn_of_dark(_looked_at(data), data.name)
         return data
-    if value_range is None:
-        looked_at = data.pixels(measured_images(len(data), data.bytes_per_image)).numpy()
-        if not raw:
-            warn_of_dark(looked_at, data.name)
-            return data
-        value_range = range_of(options.value_range, looked_at, data.name)
-    data = replace(data, value_range=value_range)
+    data = measured(data, options.value_range) if value_range is None else replace(data, value_range=value_range)
     return replace(data, fingerprint=fingerprint_of(data, data.dataset, data.rows))
 
 
@@ -274,18 +269,22 @@ def _found_form(
         words = "%r has TIFF files of several pages, of which the first is read. If pages are channels, say --channels %d"
         logger.warning(words, name, min(pages, MAX_CHANNELS))
     depth = depth_of(found["low"][good].min(), found["high"][good].max())
-    return size, Form(stored, channels or int(found["channels"].max()), depth, raw, options.resize)
+    form = Form(stored, channels or int(found["channels"].max()), depth, raw, options.resize)
+    first, wanted = (*sizes[0].tolist(), int(found["channels"][good][0])), (*stored, form.channels)
+    if first != wanted:
+        shapes = " to ".join(f"{h}x{w} with {c} channels" for h, w, c in (first, wanted))
+        logger.info("%s: images are resized (%s) and converted, the first from %s", name, options.resize, shapes)
+    return size, form
 
 
-def _note_resizing(source: Source, to: ImageSet) -> None:
-    """Log that the images are resized or change their channels, as far as the first one tells."""
-    first = source.dataset.with_format("arrow")[:1].column(to.roles.image)[0]
-    with contextlib.suppress(BadImage):
-        shape = shape_of(to.roles.kind, source.reach, row_value(first), to.form.raw, to.channels)
-        found, wanted = (shape.height, shape.width, shape.channels), (*to.stored_size, to.channels)
-        if found != wanted:
-            shapes = " to ".join(f"{h}x{w} with {c} channels" for h, w, c in (found, wanted))
-            logger.info("%s: images are resized (%s) and converted, the first from %s", to.name, to.form.resize, shapes)
+def measured(data: ImageData, text: str) -> ImageData:
+    """In the range that `--value_range` asks for. Raises DataError if it does not fit the images."""
+    return replace(data, value_range=range_of(text, _looked_at(data), data.name))
+
+
+def _looked_at(data: ImageData) -> np.ndarray:
+    """The images [N, C, H, W] that stand for all."""
+    return data.pixels(measured_images(len(data), data.bytes_per_image)).numpy()
 
 
 def usable_images(cached: Dataset, of: ImageSet, max_bad_fraction: float, classes: pa.Array | None = None) -> ImageData:
@@ -299,9 +298,9 @@ def usable_images(cached: Dataset, of: ImageSet, max_bad_fraction: float, classe
     skipped = _unusable(cached, of.roles.needed, of.roles.num_classes(class_names))
     check_rows(of.name, skipped, len(cached), max_bad_fraction)
     rows = np.setdiff1d(np.arange(len(cached)), [one["row"] for one in skipped]) if skipped else None
-    about = (of.name, of.size, of.form, of.value_range, of.roles)
-    more = {"resized": of.resized, "classes": of.classes, "condition_images": of.condition_images, "attributes": of.attributes}
-    return ImageData(*about, cached, class_names, fingerprint_of(of, cached, rows), rows, skipped, **more)
+    about = {field.name: getattr(of, field.name) for field in fields(ImageSet)}
+    own = {"dataset": cached, "class_names": class_names, "fingerprint": fingerprint_of(of, cached, rows)}
+    return ImageData(**about, **own, rows=rows, skipped=skipped)
 
 
 def fingerprint_of(images: ImageSet, cached: Dataset, rows: np.ndarray | None) -> str:
