@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 
 import imagecodecs
@@ -281,12 +282,15 @@ def test_a_model_s_range_is_that_of_the_data_it_is_judged_on(tmp_path):
     assert (last(data) == 9 * 257).all() and data.value_range == ValueRange.of_type("uint16")
 
 
-def test_held_out_images_are_read_in_the_range_of_the_others(tmp_path):
+def test_held_out_images_are_read_in_the_range_of_the_others(tmp_path, caplog):
     folder, other = folder_of(tmp_path / "train", INT16, INT16 + 5), folder_of(tmp_path / "other", INT16 + 900, INT16 + 950)
     common = {"value_range": "percentile:1,99", "cache_dir": str(tmp_path / "cache")}
     options = TrainingDataOptions(dataset=str(folder), validation_split=str(other), **common)
     data = open_training_data(options, ConditionColumns(), 0)
     assert data.held_out.value_range == data.value_range == load_images(data_options(folder, **common)[0]).value_range
+    assert re.search(r"'other': [\d.]+ % of the values lie beyond the model's range, -\d+..\d+, and are clipped", caplog.text)
+    with pytest.raises(DataError, match=r"holds out 2 images, and leaves 0 of 2"):
+        open_training_data(replace(options, validation_split="train"), ConditionColumns(), 0)
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,14 @@ def open_training_data(options: TrainingDataOptions, columns: ConditionColumns, 
     left, count = data, "a stream"
     if isinstance(data, ImageData):
         same = np.isin(image_digests(data), image_digests(held_out))
-        left = _measured(part(data, ~same), options) if same.any() else data
-        held_out = _in_ranges_of(left, held_out)
+        left = part(data, ~same) if same.any() else data
         count = f"{len(left):,} of {len(data):,}, which are not held out"
     if len(held_out) < FEWEST or left.num_images == 0:
         what = f"{len(held_out):,} images, and leaves {count}"
         raise DataError(f"--validation_split {given} holds out {what}. Hold out at least {FEWEST} images, and not all.")
+    if left is not data:
+        left = _measured(left, options)
+        held_out = _in_ranges_of(left, held_out)
     logger.info("held out (--validation_split %s): %d images; trained on: %s", given, len(held_out), count)
     return replace(left, held_out=held_out)
 

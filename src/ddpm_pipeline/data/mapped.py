@@ -29,7 +29,7 @@ from .files import UNREADABLE, Reach, UnreadableFile
 from .images import SAY_RANGE, BadImage, Form, Shape, image_file, image_pixels, image_shape
 from .label_maps import form_of_label_maps, label_map
 from .options import MAX_CHANNELS, DataOptions, shown_size
-from .ranges import depth_of, is_raw, measured_images, range_of, unmeasured, warn_of_dark
+from .ranges import depth_of, is_raw, measured_images, range_of, unmeasured, warn_of_clipped, warn_of_dark
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
 from .sources import Source, cache_folder, hash_of
 from .vectors import Attributes
@@ -248,7 +248,11 @@ def preprocessed(
         if form.dtype == "uint16" and not classes and value_range is None:
             warn_of_dark(_looked_at(data), data.name)
         return data
-    data = measured(data, options.value_range) if value_range is None else replace(data, value_range=value_range)
+    if value_range is None:
+        data = measured(data, options.value_range)
+    else:
+        warn_of_clipped(_looked_at(data), value_range, data.name)
+        data = replace(data, value_range=value_range)
     return replace(data, fingerprint=fingerprint_of(data, data.dataset, data.rows))
 
 
