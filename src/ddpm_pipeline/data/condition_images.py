@@ -56,8 +56,8 @@ def attributes_of(source: Source, roles: ColumnRoles) -> Attributes:
     return find_attributes(roles.numbers, source.dataset.features, lambda name: column_of(source, name))
 
 
-def name_of_partners(name: str) -> str:
-    return f"{name} (condition images)"
+def source_of_partners(source: Source) -> Source:
+    return replace(source, name=f"{source.name} (condition images)")
 
 
 def options_of_partners(options: DataOptions) -> DataOptions:
@@ -72,7 +72,7 @@ def _with_partners(
     """With the second images, without the rows where they cannot be read or do not fit the image. Raises DataError."""
     roles = ColumnRoles(data.roles.partner, data.roles.partner_kind, None, None, None)
     given = replace(options_of_partners(options), resolution=shown_size(data.size))
-    source = replace(source, name=name_of_partners(source.name))
+    source = source_of_partners(source)
     second = preprocessed(source, given, roles, Features({}), columns.condition_classes, value_range)
     unread = [{**one, "reason": CONDITION_IMAGE + one["reason"]} for one in second.skipped]
     shapes = [

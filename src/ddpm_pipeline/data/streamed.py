@@ -28,8 +28,8 @@ from .condition_images import (
     attributes_of,
     joined,
     load_images,
-    name_of_partners,
     options_of_partners,
+    source_of_partners,
     with_vectors,
 )
 from .images import DEEP_MODES, BadImage, Form, image_file
@@ -214,26 +214,24 @@ def open_stream(
         with as_data_error(f"the column {roles.label!r}"):
             classes = occurring_classes(column_of(source, roles.label), roles.label)
         class_names = class_names_of(classes)
-    more, resized = {}, {"resized": options.resizes_windows}
+    more = {"resized": options.resizes_windows}
     read = list(filter(None, [roles.image, roles.needed, roles.partner, *roles.numbers]))
     stream, kept = stream.decode(False).select_columns(read), list(kept_columns(features))
-    form = _first_form(options, source, stream, roles, of_images, source.name)
+    forms = [form := _first_form(options, source, stream, roles, of_images)]
     if roles.partner is not None:
         of, classes_of = ColumnRoles(roles.partner, roles.partner_kind, None, None, None), columns.condition_classes
-        name = name_of_partners(source.name)
-        second = _first_form(options_of_partners(options), source, stream, of, of_partners, name, classes_of)
-        about = (name, options.size, second, of_partners or unmeasured(second), of)
-        more["condition_images"] = ImageSet(*about, classes=classes_of, **resized)
+        partners = source_of_partners(source)
+        forms.append(second := _first_form(options_of_partners(options), partners, stream, of, of_partners, classes_of))
+        about = (partners.name, options.size, second, of_partners or unmeasured(second), of)
+        more["condition_images"] = ImageSet(*about, classes=classes_of, **more)
     if roles.numbers:
         more["attributes"] = attributes_of(source, roles)
     with as_data_error(f"the files of {source.name!r}"):
         content = [source.content(name) for name in (roles.image, roles.partner) if name]
-    seen = [*read[1:], columns.condition_classes] if more else roles.needed
-    forms = [astuple(one) for one in (form, *(one.form for one in more.values() if isinstance(one, ImageSet)))]
-    fingerprint = hash_of(content if more else content[0], roles.image, forms, seen, class_names)
+    fingerprint = hash_of(content, read, [*map(astuple, forms)], columns.condition_classes, class_names)
     about = (source.name, options.size, form, unmeasured(form), roles)
     reading = options.max_bad_fraction, options.cache_dir
-    data = StreamData(*about, stream, kept, class_names, classes, source, fingerprint, *reading, **resized, **more)
+    data = StreamData(*about, stream, kept, class_names, classes, source, fingerprint, *reading, **more)
     if not form.raw:
         return data
     found = of_images or range_of(options.value_range, data.first(CHECKED_IMAGES).numpy(), data.name)
@@ -246,7 +244,6 @@ def _first_form(
     stream: IterableDataset,
     roles: ColumnRoles,
     model: ValueRange | None,
-    name: str,
     classes: int | None = None,
 ) -> Form:
     """What the images become: the depth, and channels that are no picture's, are those of the first usable image.
@@ -266,7 +263,7 @@ def _first_form(
             except BadImage as error:
                 bad.append(skipped_row(len(bad), str(error), image_file(value)))
     if bad and shape is None:
-        check_rows(name, bad, len(bad), 0)
+        check_rows(source.name, bad, len(bad), 0)
     grey = isinstance(feature, datasets.Array2D) or getattr(feature, "mode", None) in ("1", "L", *DEEP_MODES)
     channels, dtype = 1 if grey else 3, "uint8"
     if shape is not None:
