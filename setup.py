@@ -21,9 +21,11 @@ TRAIN = [
 EVAL = [*TRAIN, "matplotlib>=3.8"]  # which benchmarks/few_steps.py plots with
 INCEPTION = ["torchmetrics[image]>=1.6"]  # torchvision and torch-fidelity, for published FIDs
 TENSORBOARD = ["tensorboard>=2.16"]
+CATS = ["robohash==2.0"]  # its art: another version may have other pictures
 TEST = [
     *EVAL,
     *TENSORBOARD,
+    *CATS,
     "pytest>=8.0",
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
@@ -58,7 +60,14 @@ setup(
         "numpy>=1.26",
         "pillow>=10.1",
     ],
-    extras_require={"train": TRAIN, "eval": EVAL, "inception": INCEPTION, "tensorboard": TENSORBOARD, "test": TEST},
+    extras_require={
+        "train": TRAIN,
+        "eval": EVAL,
+        "inception": INCEPTION,
+        "tensorboard": TENSORBOARD,
+        "cats": CATS,
+        "test": TEST,
+    },
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
