@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from ddpm_pipeline.data.images import BadImage, image_pixels, image_shape
+from ddpm_pipeline.data.images import BadImage, Form, image_pixels, image_shape
 from ddpm_pipeline.support.provenance import provenance
 
 SECONDS = 10  # that one file may take
@@ -117,12 +117,12 @@ def mutated_files(count: int, seed: int) -> list[tuple[str, str, bytes]]:
 def look_at(data: bytes) -> str | None:
     """None if the file became pixels, else why it is bad. Any other exception is a failure of ours."""
     try:
-        width, height, channels = image_shape(data, "bytes")
+        width, height, channels, *_ = image_shape(data, "bytes")
         assert width > 0 and height > 0 and channels in (1, 3)
     except BadImage:
         pass
     try:
-        pixels = image_pixels(data, "bytes", (RESOLUTION, RESOLUTION), CHANNELS)
+        pixels = image_pixels(data, "bytes", Form((RESOLUTION, RESOLUTION), CHANNELS))
     except BadImage as error:
         assert str(error)
         return str(error)

@@ -40,6 +40,11 @@ def encoded(image: np.ndarray | Image.Image, format: str = "PNG", **options: Any
     return file.getvalue()
 
 
+def array_to_image(array: np.ndarray) -> Image.Image:
+    """The picture of uint8 [H, W] or [H, W, C]."""
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
 def numbered(number: int) -> bytes:
     """The file of a grey 8x8 image that says which one it is."""
     array = np.zeros((8, 8), dtype=np.uint8)

@@ -10,7 +10,16 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, AlphaDDPMTextToImagePipeline, describe_conditions
+from ddpm_pipeline import (
+    AlphaDDPMImageToImagePipeline,
+    AlphaDDPMPipeline,
+    AlphaDDPMScheduler,
+    AlphaDDPMTextToImagePipeline,
+    ImageCondition,
+    ValueRange,
+    VectorCondition,
+    describe_conditions,
+)
 from ddpm_pipeline.hub import Measurement, TrainingFacts, build_card
 from text_models import make
 
@@ -78,6 +87,22 @@ def rgba_pipeline() -> AlphaDDPMPipeline:
     torch.manual_seed(0)
     unet = UNet2DModel.from_config(smallest_pipeline().unet.config, sample_size=(8, 16), in_channels=4, out_channels=4)
     return AlphaDDPMPipeline(unet, AlphaDDPMScheduler(120))
+
+
+def deep_pipeline() -> AlphaDDPMPipeline:
+    """Of two channels of 12 bits, twice as wide as high."""
+    unet = UNet2DModel.from_config(smallest_pipeline().unet.config, sample_size=(8, 16), in_channels=2, out_channels=2)
+    describe_conditions(unet, value_range=ValueRange((0.0,), (4095.0,), "uint16"))
+    return AlphaDDPMPipeline(unet, scheduler())
+
+
+def image_pipeline() -> AlphaDDPMImageToImagePipeline:
+    """Of grey images for label maps and an age."""
+    unet = tiny_unet(class_embed_type="timestep").config
+    unet = UNet2DModel.from_config(unet, sample_size=(8, 16), in_channels=6)
+    numbers = VectorCondition(("age",), (41.25,), (9.0,))
+    describe_conditions(unet, condition_dropout=0.1, condition_image=ImageCondition(1, classes=5), condition_vector=numbers)
+    return AlphaDDPMImageToImagePipeline(unet, scheduler())
 
 
 def text_pipeline(seed: int = 0) -> AlphaDDPMTextToImagePipeline:

@@ -11,18 +11,26 @@ _LAZY = {
     "ReverseMoments": "scheduling_alpha_ddpm",
     "AlphaDDPMPipeline": "pipeline_alpha_ddpm",
     "AlphaDDPMTextToImagePipeline": "pipeline_alpha_ddpm_text",
+    "AlphaDDPMImageToImagePipeline": "pipeline_alpha_ddpm_image",
     "AlphaDDPMBlocks": "modular_alpha_ddpm",
+    "AlphaDDPMImageToImageBlocks": "modular_alpha_ddpm",
     "AlphaDDPMTextBlocks": "modular_alpha_ddpm",
     "describe_conditions": "sampling_alpha_ddpm",
+    "ImageCondition": "encoding_alpha_ddpm",
+    "VectorCondition": "encoding_alpha_ddpm",
+    "ValueRange": "ranges_alpha_ddpm",
     "push_pipeline": "hub",  # which the pipelines look up here, so that they work without the hub room as well
 }
 __all__ = ["__version__", *_LAZY]
 
 if TYPE_CHECKING:
+    from .encoding_alpha_ddpm import ImageCondition, VectorCondition
     from .hub import push_pipeline
-    from .modular_alpha_ddpm import AlphaDDPMBlocks, AlphaDDPMTextBlocks
+    from .modular_alpha_ddpm import AlphaDDPMBlocks, AlphaDDPMImageToImageBlocks, AlphaDDPMTextBlocks
     from .pipeline_alpha_ddpm import AlphaDDPMPipeline
+    from .pipeline_alpha_ddpm_image import AlphaDDPMImageToImagePipeline
     from .pipeline_alpha_ddpm_text import AlphaDDPMTextToImagePipeline
+    from .ranges_alpha_ddpm import ValueRange
     from .sampling_alpha_ddpm import describe_conditions
     from .scheduling_alpha_ddpm import AlphaDDPMScheduler, Moments, ReverseMoments
 

@@ -1,22 +1,30 @@
-"""From what a call is told to what the UNet is told: class labels and prompts.
+"""From what a call is told to what the UNet is told: class labels, numbers, condition images and prompts.
 
 Mixed into the pipelines, and used by the modular blocks. Travels inside model repositories.
 """
 
 import difflib
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .editing_alpha_ddpm import Batch, expanded
+from .encoding_alpha_ddpm import embedding_width, image_condition, own_settings, vector_condition
+from .pictures_alpha_ddpm import Images, read_labels
 from .samplers_alpha_ddpm import plain
-from .sampling_alpha_ddpm import Conditioning, Guidance
-from .tables_alpha_ddpm import warn
+from .sampling_alpha_ddpm import Conditioning, Guidance, check_unet
+from .tables_alpha_ddpm import check_integer, warn
 
 ClassLabels = int | str | Sequence[int | str | None] | Tensor
+Vector = float | None | Sequence[float | None] | Mapping[str, float | None] | Tensor
+ConditionVector = Vector | Sequence[Vector]
+Rows = tuple[Tensor | None, Tensor | None]  # an argument of the UNet and that of the unconditional half, each [1 or N, ...]
+CONDITIONS = ("class_labels", "condition_vector", "condition_image")
 
 MAX_TOKENS = 77  # IFPipeline pads to 77, whatever the tokenizer
 SHOWN = 200  # most characters of a cut prompt that the warning shows
@@ -35,13 +43,32 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str
     return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
 
 
+@dataclass(frozen=True)
+class Told:
+    """The conditions of a call, None where it is not told, each with one row for all images or one per image."""
+
+    class_labels: list[int] | None = None
+    condition_vector: Tensor | None = None  # float64 [N, K], NaN where a value is not told
+    condition_image: Tensor | None = None  # encoded, [N, input_channels, H, W]
+    guided: Collection[str] = CONDITIONS  # what the unconditional half is not told: of these, or single attributes
+
+    def prompts(self, batch_size: int | None) -> int | None:
+        """How many images of different conditions are asked for, None if any number."""
+        if (batch_size := plain(batch_size)) is not None:
+            check_integer("batch_size", batch_size, 1)
+            return batch_size
+        told = (self.class_labels, self.condition_vector, self.condition_image)
+        most = max(len(rows) for rows in (*told, [0]) if rows is not None)
+        return most if most > 1 else None
+
+
 class ClassConditioning:
     """Mixed into a class with a `unet`, and with what `AlphaDDPMSampling` adds."""
 
     @property
     def id2label(self) -> dict[int, str]:
         """Class names by id; empty if the model has none."""
-        return dict(enumerate(self._own_settings.get("class_names") or []))
+        return dict(enumerate(own_settings(self.unet).get("class_names") or []))
 
     @property
     def _num_embeddings(self) -> int:
@@ -85,26 +112,126 @@ class ClassConditioning:
             return f"near it: {', '.join(map(repr, near))}"
         return f"its classes are {', '.join(map(repr, names[:10]))}{', ...' if len(names) > 10 else ''}"
 
-    def _class_rows(self, labels: list[int] | None) -> tuple[Tensor | None, Tensor | None]:
+    def _class_rows(self, labels: list[int] | None, guided: Collection[str] = CONDITIONS) -> Rows:
         """The UNet's embeddings for the labels or, without, for "no class", and those of the unconditional half, each [N]."""
         if labels is None and not self._num_embeddings:
             return None, None
         ids = torch.tensor([self._label_id(None)] if labels is None else labels, device=self._execution_device)
-        return ids, None if labels is None or self._null_label is None else torch.full_like(ids, self._null_label)
+        guided = labels is not None and self._null_label is not None and "class_labels" in guided
+        return ids, torch.full_like(ids, self._null_label) if guided else None
 
-    def _class_conditioning(self, labels: list[int] | None, batch: Batch, guidance: Guidance) -> Conditioning:
-        rows, null_rows = ({"class_labels": batch.spread(ids, "class_labels")} for ids in self._class_rows(labels))
-        if labels is None:
-            if guidance.in_use:
-                warn(f"guidance_scale={guidance.scale} has no effect without class_labels.", stacklevel=4)
-            return Conditioning(rows if self._num_embeddings else {}, guidance=guidance)
-        if not guidance.in_use:
-            return Conditioning(rows, guidance=guidance)
-        if self._null_label is None:
+
+class Conditioned(ClassConditioning):
+    """Class labels, numbers and condition images: all that an `AlphaDDPMPipeline` can be told."""
+
+    _takes_image: ClassVar = False
+
+    def _check_model(self, unet: Any) -> None:
+        check_unet(unet)
+        if unet.config.get("cross_attention_dim"):
+            raise ValueError(f"{type(unet).__name__} reads text states; use AlphaDDPMTextToImagePipeline for this model.")
+        if (image_condition(unet) is not None) != self._takes_image:
+            found, use = ("no", "AlphaDDPMPipeline") if self._takes_image else ("a", "AlphaDDPMImageToImagePipeline")
+            raise ValueError(f"the UNet's config describes {found} condition image; use {use} for this model.")
+
+    def _told(self, labels: Any, vector: Any, guidance_conditions: Any, image: Tensor | None = None) -> Told:
+        labels = None if labels is None else self._label_ids(labels)
+        return Told(labels, self._vectors(vector), image, self._guided(guidance_conditions))
+
+    def _guided(self, names: str | Sequence[str] | None) -> Collection[str]:
+        """`guidance_conditions` of a call, by default all."""
+        allowed = [*CONDITIONS, *(condition.names if (condition := vector_condition(self.unet)) else ())]
+        names = CONDITIONS if names is None else [names] if isinstance(names, str) else list(names)
+        if unknown := [name for name in names if name not in allowed]:
+            raise ValueError(f"guidance_conditions={unknown} are not in {', '.join(allowed)}.")
+        return names
+
+    def _vectors(self, given: ConditionVector | None) -> Tensor | None:
+        """float64 [N, K], NaN where a value is not told."""
+        if given is None:
+            return None
+        if (condition := vector_condition(self.unet)) is None:
+            raise ValueError("condition_vector was given to a model without numbers as its condition; leave it out.")
+        names, given, rows = condition.names, plain(given), []
+        if given == []:
+            raise ValueError("condition_vector is empty; give at least one.")
+        several = isinstance(given, list) and (len(names) == 1 or any(isinstance(row, list | Mapping) for row in given))
+        for row in given if several else [given]:
+            by_name = isinstance(row, Mapping) and row.keys() <= set(names)
+            values = plain([row.get(name) for name in names]) if by_name else row if isinstance(row, list) else [row]
+            numbers = all(value is None or (isinstance(value, int | float) and not math.isinf(value)) for value in values)
+            if len(values) != len(names) or not numbers:
+                allowed = f"{len(names)} finite numbers ({', '.join(names)}), None for what is not told, or a dict by name"
+                raise ValueError(f"condition_vector: {row!r} must be {allowed}.")
+            rows.append([math.nan if value is None else value for value in values])
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def _condition_images(self, images: Images | None, mask: Images | None, denormalize: bool) -> Tensor | None:
+        """Encoded condition images, [N, input_channels, H, W]."""
+        condition, size, name = image_condition(self.unet), self._shape(1)[2:], "condition_image"
+        if (mask is not None) != (images is not None and condition is not None and condition.task == "inpaint"):
+            raise ValueError("condition_mask goes with the condition_image of a model for inpainting, and with no other.")
+        if images is None:
+            return None
+        if condition is None:
+            raise ValueError("condition_image was given to a model without one; leave it out.")
+        if condition.classes:
+            x = read_labels(images, name).to(self._execution_device)
+        else:
+            channels = 1 if condition.task == "gray" else condition.channels
+            x = self._values_in(images, name, channels, condition.value_range, denormalize)
+        sizes = {size, tuple(length // (condition.factor or 1) for length in size)}
+        if tuple(x.shape[2:]) not in sizes:
+            allowed = " or ".join(f"{height}x{width}" for height, width in sorted(sizes))
+            raise ValueError(f"{name} has {x.shape[2]}x{x.shape[3]} pixels; this model needs {allowed} (height x width).")
+        if condition.classes:
+            return condition.encode(x)
+        unknown = None if mask is None else ~self._kept_pixels(mask, "condition_mask")
+        if unknown is not None and len(unknown) != len(x):
+            count = max(len(unknown), len(x))
+            x, unknown = expanded(x, count, "condition images"), expanded(unknown, count, "condition masks")
+        return condition.arrange(x, unknown, size)
+
+    def _check_left_out(self, name: str) -> None:
+        if own_settings(self.unet).get("condition_dropout") == 0:
+            raise ValueError(f"give {name}: this model never went without it, since it was trained without condition dropout.")
+
+    def _label_rows(self, told: Told) -> Rows:
+        """The UNet's `class_labels`: ids, or encoded numbers, of which the unconditional half is not told what is guided."""
+        if (condition := vector_condition(self.unet)) is None:
+            return self._class_rows(told.class_labels, told.guided)
+        names, vectors = condition.names, told.condition_vector
+        if vectors is None:
+            self._check_left_out("condition_vector")
+            vectors = torch.full((1, len(names)), math.nan)
+        dropped = [not {"condition_vector", name}.isdisjoint(told.guided) for name in names]
+        nulls = torch.where(torch.tensor(dropped), math.nan, vectors)
+        width, device = embedding_width(self.unet), self._execution_device
+        rows, null_rows = (condition.encode(each, width).to(device) for each in (vectors, nulls))
+        return rows, None if told.condition_vector is None else null_rows
+
+    def _image_rows(self, told: Told) -> Rows:
+        """The encoded condition images, or zeros, and those of the unconditional half."""
+        if (condition := image_condition(self.unet)) is None:
+            return None, None
+        if (images := told.condition_image) is None:
+            self._check_left_out("condition_image")
+            return torch.zeros(1, condition.input_channels, *self._shape(1)[2:], device=self._execution_device), None
+        return images, torch.zeros_like(images) if "condition_image" in told.guided else None
+
+    def _conditioning(self, told: Told, batch: Batch, guidance: Guidance) -> Conditioning:
+        if guidance.in_use and told.class_labels is not None and "class_labels" in told.guided and self._null_label is None:
             needed = "an embedding for 'no class', which this model lacks"
             raise ValueError(f"guidance_scale={guidance.scale} needs {needed}; use guidance_scale=1.")
-        self._warn_if_never_unconditional()
-        return Conditioning(rows, null_rows, guidance)
+        pairs = {"class_labels": self._label_rows(told), "condition_image": self._image_rows(told)}
+        pairs = {name: (row, row if null is None else null) for name, (row, null) in pairs.items() if row is not None}
+        rows, null_rows = ({name: batch.spread(pair[half], name) for name, pair in pairs.items()} for half in (0, 1))
+        if guidance.in_use and all(row is null for row, null in pairs.values()):
+            warn(f"guidance_scale={guidance.scale} has no effect without {' or '.join(told.guided)}.", stacklevel=4)
+        elif guidance.in_use:
+            self._warn_if_never_unconditional()
+            return Conditioning(rows, null_rows, guidance)
+        return Conditioning(rows, guidance=guidance)
 
 
 class TextConditioning:

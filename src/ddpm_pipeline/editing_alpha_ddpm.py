@@ -14,7 +14,9 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .pictures_alpha_ddpm import Images, read_masks, read_pictures
+from .encoding_alpha_ddpm import image_channels, value_range
+from .pictures_alpha_ddpm import Images, read_masks, read_values
+from .ranges_alpha_ddpm import ValueRange
 from .samplers_alpha_ddpm import (
     Steps,
     check_start,
@@ -161,9 +163,11 @@ def start_chain(scheduler: Any, edit: Edit, batch: Batch, noise: Tensor, generat
 class AlphaDDPMEditing:
     """Mixed into a `DiffusionPipeline` with a `unet` and a `scheduler`."""
 
-    def _edit(self, image: Any, strength: float | None, mask_image: Any, num_resamples: int, latents: Any) -> Edit:
+    def _edit(
+        self, image: Any, strength: float | None, mask_image: Any, num_resamples: int, latents: Any, denormalize: bool = False
+    ) -> Edit:
         """The arguments of a call that say what it starts from, as tensors."""
-        image = None if image is None else self._images_in(image)
+        image = None if image is None else self._images_in(image, denormalize)
         kept = None if mask_image is None else self._kept_pixels(mask_image)
         return Edit(image, strength, kept, num_resamples, None if latents is None else self._latents_in(latents))
 
@@ -189,26 +193,30 @@ class AlphaDDPMEditing:
             fix = "unet.register_to_config(sample_size=(height, width))"
             raise ValueError(f"the UNet's config has no sample_size, so that the images have none; set it with {fix}.")
         height, width = (size, size) if isinstance(size, int) else size
-        return batch_size, self.unet.config.in_channels, height, width
+        return batch_size, image_channels(self.unet), height, width
 
     @property
     def _chain_dtype(self) -> torch.dtype:
         return torch.float64 if self.unet.dtype == torch.float64 else torch.float32
 
-    def _images_in(self, images: Images) -> Tensor:
-        """[N, C, H, W] in [-1, 1] on the device."""
+    def _images_in(self, images: Images, denormalize: bool = False) -> Tensor:
+        """[N, C, H, W] in [-1, 1] on the device; with `denormalize`, of numbers in the data's own units."""
         _, channels, height, width = self._shape(1)
-        x = read_pictures(images, "image", channels)
+        x = self._values_in(images, "image", channels, value_range(self.unet), denormalize)
         if x.shape[1:] != (channels, height, width):
             needed = f"this model needs {(channels, height, width)} as (channels, height, width)"
             raise ValueError(f"image has shape {tuple(x.shape[1:])}; {needed}: resize or crop it first.")
-        return (x * 2 - 1).to(self._execution_device, self._chain_dtype)
+        return x
 
-    def _kept_pixels(self, mask: Images) -> Tensor:
+    def _values_in(self, images: Images, what: str, channels: int, values: ValueRange, denormalize: bool) -> Tensor:
+        """[N, channels, H, W] of any size, in [-1, 1] on the device."""
+        return read_values(images, what, channels, values, denormalize).to(self._execution_device, self._chain_dtype)
+
+    def _kept_pixels(self, mask: Images, what: str = "mask_image") -> Tensor:
         """Where pixels are kept, bool [N, 1, H, W]: black (0) is kept and white (1) is painted."""
-        painted, needed = read_masks(mask, "mask_image"), (1, *self._shape(1)[2:])
+        painted, needed = read_masks(mask, what), (1, *self._shape(1)[2:])
         if painted.shape[1:] != needed:
-            raise ValueError(f"mask_image has shape {tuple(painted.shape[1:])}, not {needed}.")
+            raise ValueError(f"{what} has shape {tuple(painted.shape[1:])}, not {needed}.")
         return (~painted).to(self._execution_device)
 
     @torch.no_grad()
@@ -235,7 +243,8 @@ class AlphaDDPMEditing:
             num_inference_steps: length of the whole chain, which is run from `at` on.
             options: further arguments of the call, such as the condition.
         """
-        a, b = self._images_in(a), self._images_in(b)
+        own_units = bool(options.get("denormalize"))
+        a, b = self._images_in(a, own_units), self._images_in(b, own_units)
         if (len(a), len(b)) != (1, 1):
             raise ValueError(f"interpolate takes one image a and one image b, not {len(a)} and {len(b)}.")
         weights, at = list(plain(weights)), plain(at)
@@ -246,10 +255,10 @@ class AlphaDDPMEditing:
         if not (remaining := int((timesteps <= at).sum())):
             raise ValueError(f"at={at} is below the last timestep of this chain, {timesteps[-1]}; use more steps.")
         weight = torch.tensor(weights, device=a.device, dtype=a.dtype).view(-1, 1, 1, 1)
-        mixtures = ((1 - weight) * a + weight * b) / 2 + 0.5  # as mixing x_t, because the noise is shared
+        mixtures = (1 - weight) * a + weight * b  # as mixing x_t, because the noise is shared
         seed = torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu").item()
         return self(
-            image=mixtures.clamp(0, 1),
+            image=value_range(self.unet).denormalize(mixtures) if own_units else (mixtures / 2 + 0.5).clamp(0, 1),
             strength=remaining / len(timesteps),
             generator=[torch.Generator(self._execution_device).manual_seed(seed) for _ in mixtures],
             num_inference_steps=num_inference_steps,

@@ -16,13 +16,15 @@ from diffusers.modular_pipelines import BlockState, ComponentSpec, InputParam, M
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .conditioning_alpha_ddpm import ClassConditioning, ClassLabels, TextConditioning
+from .conditioning_alpha_ddpm import ClassLabels, Conditioned, ConditionVector, TextConditioning, Told
 from .editing_alpha_ddpm import Batch, Chain, start_chain
+from .encoding_alpha_ddpm import image_condition, value_range
 from .pictures_alpha_ddpm import Images
-from .samplers_alpha_ddpm import Steps, checked_generators, plain, reserved, reverse_step, set_timesteps
+from .ranges_alpha_ddpm import ValueRange
+from .samplers_alpha_ddpm import Steps, checked_generators, reserved, reverse_step, set_timesteps
 from .sampling_alpha_ddpm import AlphaDDPMSampling, Output, check_finite, check_unet, guided_output, to_images
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
-from .tables_alpha_ddpm import Generators, check_integer
+from .tables_alpha_ddpm import Generators
 
 DENOISER_INPUTS = "denoiser_input_fields"  # as diffusers calls what the guider hands to the UNet
 UNET, SCHEDULER = ComponentSpec("unet", UNet2DModel), ComponentSpec("scheduler", DDPMScheduler)
@@ -31,11 +33,14 @@ CHAIN = InputParam("chain", Chain, description="From the step that starts the ch
 CONDITIONS = InputParam(kwargs_type=DENOISER_INPUTS, description="What goes to the UNet, each with its negative.")
 NUM_PROMPTS = OutputParam("num_prompts", int, "Number of prompts or labels, or None if any number of images may share them.")
 GUIDER = partial(ComponentSpec, "guider", ClassifierFreeGuidance, default_creation_method="from_config")
-PROMPT, IMAGE, MASK = {"prompt": True}, {"image": True}, {"mask_image": True}  # inputs that make a workflow
-UNET_ARGUMENTS = {"class_ids": "class_labels", "text_states": "encoder_hidden_states"}
+GUIDED = InputParam("guidance_conditions", list[str], description="What guidance strengthens; by default all that is told.")
+OWN_UNITS = InputParam("denormalize", bool, False, description="Whether numbers are in the units of the model's data.")
+# Inputs that make a workflow
+PROMPT, IMAGE, MASK, CONDITION = {"prompt": True}, {"image": True}, {"mask_image": True}, {"condition_image": True}
+UNET_ARGUMENTS = {"class_ids": "class_labels", "condition_images": "condition_image", "text_states": "encoder_hidden_states"}
 
 
-class Parts(ClassConditioning, TextConditioning, AlphaDDPMSampling):
+class Parts(Conditioned, TextConditioning, AlphaDDPMSampling):
     """The components of a modular pipeline, with the methods of our pipelines."""
 
     def __init__(self, components: Any):
@@ -66,24 +71,49 @@ class Block(ModularPipelineBlocks):
 
 
 class ClassLabelsStep(Block):
-    description = "Turns class ids or names into those of the UNet's embeddings; without labels, into that of 'no class'."
+    description = "Turns class ids or names, or numbers, into what the UNet's embedding takes; without, into 'not told'."
     uses: ClassVar = [UNET]
     takes: ClassVar = [
         InputParam("class_labels", ClassLabels, description="One class for all images, or one per image: ids or names."),
-        InputParam("batch_size", int, description="Number of images; by default one, or one per label or image."),
+        InputParam("batch_size", int, description="Number of images; by default one, or one per condition or image."),
+        InputParam("condition_vector", ConditionVector, description="Numbers, or a dict by name; or one such per image."),
+        GUIDED,
     ]
     gives: ClassVar = [
-        OutputParam("class_ids", Tensor, "Embeddings to use, [1 or N].", DENOISER_INPUTS),
-        OutputParam("negative_class_ids", Tensor, "The embedding for 'no class', [1 or N].", DENOISER_INPUTS),
+        OutputParam("class_ids", Tensor, "Ids of embeddings [1 or N], or encoded numbers [1 or N, ...].", DENOISER_INPUTS),
+        OutputParam("negative_class_ids", Tensor, "Those of 'no class', or of numbers that are not told.", DENOISER_INPUTS),
         NUM_PROMPTS,
     ]
 
     def run(self, components: Any, state: BlockState) -> None:
         parts = Parts(components)
-        labels = None if state.class_labels is None else parts._label_ids(state.class_labels)
-        state.class_ids, state.negative_class_ids = parts._class_rows(labels)
-        check_integer("batch_size", 1 if state.batch_size is None else plain(state.batch_size), 1)
-        state.num_prompts = state.batch_size or (len(labels) if labels and len(labels) > 1 else None)
+        told = parts._told(state.class_labels, state.condition_vector, state.guidance_conditions)
+        state.class_ids, state.negative_class_ids = parts._label_rows(told)
+        state.num_prompts = told.prompts(state.batch_size)
+
+
+class ConditionImageStep(Block):
+    description = "Encodes condition images for the UNet; without them, zeros."
+    uses: ClassVar = [UNET]
+    takes: ClassVar = [
+        InputParam("condition_image", Images, description="One for all images, or one per image."),
+        InputParam("condition_mask", Images, description="For inpainting, white where the condition image is unknown."),
+        InputParam("num_prompts", int, description="From the step before."),
+        GUIDED,
+        OWN_UNITS,
+    ]
+    gives: ClassVar = [
+        OutputParam("condition_images", Tensor, "As the UNet gets them beside x_t, [1 or N, k, H, W].", DENOISER_INPUTS),
+        OutputParam("negative_condition_images", Tensor, "Zeros.", DENOISER_INPUTS),
+        NUM_PROMPTS,
+    ]
+
+    def run(self, components: Any, state: BlockState) -> None:
+        parts = Parts(components)
+        encoded = parts._condition_images(state.condition_image, state.condition_mask, state.denormalize)
+        told = Told(condition_image=encoded, guided=parts._guided(state.guidance_conditions))
+        state.condition_images, state.negative_condition_images = parts._image_rows(told)
+        state.num_prompts = told.prompts(state.num_prompts)
 
 
 class TextEncoderStep(Block):
@@ -136,13 +166,16 @@ class NoiseStep(Block):
         InputParam("chain", Chain, description="Of an earlier call, whose result is not taken for noise."),
         InputParam("strength", float, description="Fraction of the chain to run; by default 0.5, or 1 with a mask."),
         InputParam("num_resamples", int, 1, description="With a mask, passes per step, for a better fit of old and new."),
+        OWN_UNITS,
     ]
     gives: ClassVar = [OutputParam.template("latents"), OutputParam("chain", Chain, "Where it starts, and what it keeps.")]
 
     def run(self, components: Any, state: BlockState) -> None:
         parts, given = Parts(components), state.as_dict().get
+        if image_condition(parts.unet) and state[DENOISER_INPUTS].get("condition_images") is None:
+            raise ValueError("this model takes a condition image; use AlphaDDPMImageToImageBlocks.")
         latents = None if state.chain is not None and state.latents is state.chain.x else state.latents
-        edit = parts._edit(given("image"), state.strength, given("mask_image"), state.num_resamples, latents)
+        edit = parts._edit(given("image"), state.strength, given("mask_image"), state.num_resamples, latents, state.denormalize)
         batch = Batch.of(state.num_prompts, state.num_images_per_prompt, edit)
         generator = checked_generators(state.generator, batch.size)
         noise = parts._start_noise(edit.latents, batch.size, generator)
@@ -177,8 +210,8 @@ class PredictStep(Block):
     def __call__(self, components: Any, state: BlockState, i: int, t: Tensor) -> tuple[Any, BlockState]:
         guider, scheduler = components.guider, state.chain.scheduler
         guider.set_state(step=i, num_inference_steps=len(scheduler.timesteps), timestep=t)
-        rows = {UNET_ARGUMENTS[name]: (state[name], state[f"negative_{name}"]) for name in UNET_ARGUMENTS}
-        given = {name: (c, c if null is None else null) for name, (c, null) in rows.items() if c is not None}
+        pairs = {name: (state[name], state[f"negative_{name}"]) for name in UNET_ARGUMENTS if state[name] is not None}
+        given = {UNET_ARGUMENTS[name]: (c, c if null is None else null) for name, (c, null) in pairs.items()}
         state.model_output = guided_output(components.unet, scheduler, state.latents, t, guider, given)
         return components, state
 
@@ -222,11 +255,14 @@ class TextDenoiseStep(DenoiseStep):
 
 class DecodeStep(Block):
     description = "Turns x_0 into pictures."
-    takes: ClassVar = [X, InputParam.template("output_type")]
+    uses: ClassVar = [UNET]
+    takes: ClassVar = [X, InputParam.template("output_type"), OWN_UNITS]
     gives: ClassVar = [OutputParam.template("images")]
 
     def run(self, components: Any, state: BlockState) -> None:
-        state.images = to_images(state.latents, Output(state.output_type).type)
+        output = Output(state.output_type, denormalize=state.denormalize)
+        own: ValueRange | None = value_range(components.unet) if output.denormalize else None
+        state.images = to_images(state.latents, output.type, own)
 
 
 class AlphaDDPMBlocks(SequentialPipelineBlocks):
@@ -235,9 +271,20 @@ class AlphaDDPMBlocks(SequentialPipelineBlocks):
     model_name = Block.model_name
     block_classes: ClassVar = [ClassLabelsStep, SetTimestepsStep, StartStep, DenoiseStep, DecodeStep]
     block_names: ClassVar = ["class_labels", "set_timesteps", "start", "denoise", "decode"]
-    description = "Images from noise by the reverse process of DDPM, unconditional or for class labels."
+    description = "Images from noise by the reverse process of DDPM, unconditional, for class labels or for numbers."
     outputs: ClassVar = [OutputParam.template("images")]
     _workflow_map: ClassVar = {"unconditional": {}, "image2image": IMAGE, "inpainting": IMAGE | MASK}
+
+
+class AlphaDDPMImageToImageBlocks(AlphaDDPMBlocks):
+    """Those of `AlphaDDPMImageToImagePipeline`."""
+
+    block_classes: ClassVar = [*AlphaDDPMBlocks.block_classes[:1], ConditionImageStep, *AlphaDDPMBlocks.block_classes[1:]]
+    block_names: ClassVar = [*AlphaDDPMBlocks.block_names[:1], "condition_image", *AlphaDDPMBlocks.block_names[1:]]
+    description = "Images for a condition image by the reverse process of DDPM."
+    _workflow_map: ClassVar = {
+        "conditional": CONDITION, "image2image": CONDITION | IMAGE, "inpainting": CONDITION | IMAGE | MASK
+    }  # fmt: skip
 
 
 class AlphaDDPMTextBlocks(AlphaDDPMBlocks):

@@ -1,7 +1,7 @@
 """One reading of pictures: PIL images, arrays and tensors as pixels whose black and white are known.
 
 Training and evaluation (`data/images.py`) and the pipelines (`editing_alpha_ddpm.py`) read every picture here. What cannot be
-read as it was meant is refused with a reason. Travels inside model repositories; imports no sibling.
+read as it was meant is refused with a reason. Travels inside model repositories.
 
 Files and PIL images have the values that their mode and their format say, arrays those of their type: booleans are black and
 white, uint16 is 0..65535, other integers 0..255, floats 0..1 or, if the largest is at least 32, 0..255. Where that leaves
@@ -25,6 +25,8 @@ import torch
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import OPEN_INFO
 from torch import Tensor
+
+from .ranges_alpha_ddpm import ValueRange
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # grey beyond 8 bits; PIL's own conversion clips them
@@ -117,16 +119,60 @@ def read_pictures(pictures: Images, what: str, channels: int | None = None) -> T
     Raises BadImage, with `what` in its message.
     """
     with _named(what):
-        found = _all_pixels(pictures, channels, _check_levels)
+        found = _all_pixels(pictures, channels, _read_levels)
         channels = channels or max(pixels.channels for pixels in found)
         values = [pixels.with_channels(channels).floats() for pixels in found]
         return torch.from_numpy(_one_batch(values)).movedim(-1, -3).contiguous()
 
 
+def read_values(pictures: Images, what: str, channels: int, values: ValueRange, own_units: bool) -> Tensor:
+    """As `read_pictures`, but in the model's [-1, 1], float32 or float64.
+
+    With `own_units` numbers are in the units of the model's data, as integers of the data's own type are in any case. Other
+    numbers are fractions of white, which is 1.
+    """
+    own_type = values.dtype if values.dtype != "float32" and values != ValueRange() else ""
+
+    def read(array: np.ndarray) -> Pixels:
+        if not (array.dtype.kind in "uif" and (own_units or array.dtype.name == own_type)):
+            return _read_levels(array)
+        if not np.isfinite(array).all():
+            raise BadImage("it holds NaN or infinite values")
+        return Pixels(array.astype(array.dtype.newbyteorder("="), copy=False), max(values.high))
+
+    with _named(what):
+        found = [pixels.with_channels(channels) for pixels in _all_pixels(pictures, channels, read)]
+        own = {own_units or pixels.values.dtype.name == own_type for pixels in found}
+        if len(own) > 1:
+            raise BadImage(f"some pictures hold values of the model's own type, {own_type}, and others do not")
+        batch = _one_batch([pixels.values if True in own else pixels.floats() for pixels in found])
+        x = torch.from_numpy(batch).movedim(-1, -3).contiguous()
+        return values.normalize(x) if True in own else x * 2 - 1
+
+
+def read_labels(maps: Images, what: str) -> Tensor:
+    """The class ids of label maps, int64 [N, 1, H, W]: integers, or PIL images of one channel with any palette.
+
+    Raises BadImage, with `what` in its message.
+    """
+
+    def read(ids: np.ndarray) -> Pixels:
+        if ids.dtype.kind not in "bui" or ids.shape[-1] != 1:
+            raise BadImage(f"it has {ids.shape[-1]} channels of {ids.dtype}; a label map has one, of integers, the class ids")
+        return Pixels(ids.astype(np.int64), 1)
+
+    with _named(what):
+        if isinstance(maps, list | tuple | Image.Image):
+            each = [maps] if isinstance(maps, Image.Image) else maps
+            maps = [np.asarray(labels) if isinstance(labels, Image.Image) else labels for labels in each]
+        found = [pixels.values for pixels in _all_pixels(maps, 1, read)]
+        return torch.from_numpy(_one_batch(found)).movedim(-1, -3)
+
+
 def read_masks(masks: Images, what: str) -> Tensor:
     """Where masks are white, bool [N, 1, H, W]. Raises BadImage, with `what` in its message."""
     with _named(what):
-        return torch.from_numpy(_one_batch([_white(pixels) for pixels in _all_pixels(masks, 1, None)])).movedim(-1, -3)
+        return torch.from_numpy(_one_batch([_white(pixels) for pixels in _all_pixels(masks, 1, read_array)])).movedim(-1, -3)
 
 
 def read_image(image: Image.Image) -> Pixels:
@@ -281,22 +327,22 @@ def _deep_pixels(image: Image.Image) -> Pixels:
     return Pixels(np.concatenate([np.repeat(grey.in_8_bits().values, 3, axis=-1), alpha], axis=-1), 255)
 
 
-def _all_pixels(pictures: Images, channels: int | None, check: Callable[[np.ndarray], None] | None) -> list[Pixels]:
-    """A picture's or a batch's pixels, or those of each picture in a list: `channels` are needed, and arrays pass `check`."""
+def _all_pixels(pictures: Images, channels: int | None, read: Callable[[np.ndarray], Pixels]) -> list[Pixels]:
+    """A picture's or a batch's pixels, or those of each picture in a list: `channels` are needed, and `read` takes arrays."""
     if not isinstance(pictures, list | tuple):
         if isinstance(pictures, Tensor) and pictures.ndim == 3 and len(pictures) not in (1, channels or len(pictures)):
             either = f"one picture of {len(pictures)} channels or so many of one"
             raise BadImage(f"its shape {tuple(pictures.shape)} may mean {either}; give a tensor [N, C, H, W]")
-        return [_any_pixels(pictures, 4, check)]
+        return [_any_pixels(pictures, 4, read)]
     if not pictures:
         raise BadImage("the list is empty; give at least one picture")
-    found = [_any_pixels(picture, 3, check) for picture in pictures]
+    found = [_any_pixels(picture, 3, read) for picture in pictures]
     if len({pixels.top for pixels in found if pixels.values.dtype.kind == "f" and pixels.values.any()}) > 1:
         raise BadImage("some pictures hold floats in [0, 1] and others in [0, 255]")
     return found
 
 
-def _any_pixels(picture: Picture, most: int, check: Callable[[np.ndarray], None] | None) -> Pixels:
+def _any_pixels(picture: Picture, most: int, read: Callable[[np.ndarray], Pixels]) -> Pixels:
     """[H, W, C] or [N, H, W, C] of what has at most so many dimensions."""
     if isinstance(picture, Image.Image):
         return read_image(picture)
@@ -306,19 +352,18 @@ def _any_pixels(picture: Picture, most: int, check: Callable[[np.ndarray], None]
         allowed = "an array is [N, H, W, C], [H, W, C] or [H, W], a tensor [N, C, H, W], [C, H, W] or [H, W]"
         raise BadImage(f"its shape is {tuple(picture.shape)}; {allowed}; in a list, without N")
     values = _array_of(picture) if isinstance(picture, Tensor) else picture
-    if check is not None:
-        check(values)
     if values.ndim == 2:
-        return read_array(values[..., None])
-    return read_array(np.moveaxis(values, -3, -1) if isinstance(picture, Tensor) else values)
+        return read(values[..., None])
+    return read(np.moveaxis(values, -3, -1) if isinstance(picture, Tensor) else values)
 
 
-def _check_levels(values: np.ndarray) -> None:
-    """Raises BadImage for integers that may be 0 and 1 for black and white, or 8 bits in a type of 16."""
+def _read_levels(values: np.ndarray) -> Pixels:
+    """As `read_array`. Raises BadImage for integers that may be 0 and 1 for black and white, or 8 bits in a type of 16."""
     most = {"uint8": 0, "uint16": 255}.get(values.dtype.name, 1)
     if values.dtype.kind in "iu" and 0 < values.max(initial=0) <= most:
         fix = "give uint8 for 0..255, uint16 for 0..65535, booleans, or floats in [0, 1]"
         raise BadImage(f"its largest value is {values.max()} in {values.dtype}, of which the white is not clear; {fix}")
+    return read_array(values)
 
 
 def _array_of(tensor: Tensor) -> np.ndarray:

@@ -12,22 +12,25 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
-from .conditioning_alpha_ddpm import ClassConditioning, ClassLabels
+from .conditioning_alpha_ddpm import ClassLabels, Conditioned, ConditionVector
 from .editing_alpha_ddpm import Batch
+from .encoding_alpha_ddpm import image_condition  # noqa: F401, travels as well
 from .modular_alpha_ddpm import AlphaDDPMBlocks
 from .pictures_alpha_ddpm import Images
-from .samplers_alpha_ddpm import Steps, plain
-from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Guidance, Output, check_unet
+from .ranges_alpha_ddpm import ValueRange  # noqa: F401
+from .samplers_alpha_ddpm import Steps
+from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Guidance, Output
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .stock_format import StockFormatMixin
-from .tables_alpha_ddpm import Generators, check_integer
+from .tables_alpha_ddpm import Generators
 
 # diffusers runs the pipeline.py of every local folder in one and the same module, where it wants to find a single class
-globals().pop("AlphaDDPMTextToImagePipeline", None)
+for other in ("AlphaDDPMTextToImagePipeline", "AlphaDDPMImageToImagePipeline"):
+    globals().pop(other, None)
 
 
-class AlphaDDPMPipeline(StockFormatMixin, ClassConditioning, AlphaDDPMSampling, DiffusionPipeline):
-    """Image generation, unconditional or for class labels.
+class AlphaDDPMPipeline(StockFormatMixin, Conditioned, AlphaDDPMSampling, DiffusionPipeline):
+    """Image generation, unconditional, for class labels or for numbers.
 
     Loads any repository of diffusers' `DDPMPipeline`; a `DDPMScheduler` becomes an `AlphaDDPMScheduler` of the same config, any
     other stays as it is. What the pipeline saves names the stock classes, so that it loads with diffusers alone.
@@ -45,9 +48,7 @@ class AlphaDDPMPipeline(StockFormatMixin, ClassConditioning, AlphaDDPMSampling, 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler):
         super().__init__()
         if unet is not None:  # `from_pretrained(..., unet=None)` loads part of a pipeline
-            check_unet(unet)
-            if unet.config.get("cross_attention_dim"):
-                raise ValueError(f"{type(unet).__name__} reads text states; use AlphaDDPMTextToImagePipeline for this model.")
+            self._check_model(unet)
         self.register_modules(unet=unet, scheduler=self._own_scheduler(scheduler))
 
     @torch.no_grad()
@@ -73,6 +74,11 @@ class AlphaDDPMPipeline(StockFormatMixin, ClassConditioning, AlphaDDPMSampling, 
         latents: Tensor | None = None,
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
+        condition_vector: ConditionVector | None = None,
+        guidance_conditions: str | Sequence[str] | None = None,
+        denormalize: bool = False,
+        condition_image: Images | None = None,
+        condition_mask: Images | None = None,
     ) -> AlphaDDPMOutput | tuple:
         """Sample images.
 
@@ -80,19 +86,20 @@ class AlphaDDPMPipeline(StockFormatMixin, ClassConditioning, AlphaDDPMSampling, 
             batch_size: number of images, at least 1; the default is one, or one per class label or image.
             generator: one for all images, or a list of one per image, which then does not depend on the others.
             num_inference_steps: length of the chain; the default is every timestep the model was trained on.
-            output_type: "pil" images (of 1, 3 or 4 channels), "np" [B, H, W, C] or "pt" [B, C, H, W], both in [0, 1],
-                or "latent", x_0 as it is.
+            output_type: "pil" images (of 1, 3 or 4 channels, in 8 bits), "np" [B, H, W, C] or "pt" [B, C, H, W], both in
+                [0, 1], or "latent", x_0 as it is.
             return_dict: return an `AlphaDDPMOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, index, timestep, tensors)` after each step; "latents" in the dict
                 that it returns replace the current ones, and `pipe._interrupt = True` ends the chain.
             callback_on_step_end_tensor_inputs: names in `tensors`: "latents" (x_s, [B, C, H, W], in about [-1, 1]; formerly
                 "image") and "pred_original_sample" (the x_0 predicted at this step).
             class_labels: one class for all images, or one per image: ids, names (see `id2label`), or None for no class.
-            guidance_scale: 1 is none; above 1, images are pushed towards their class, for twice the network's batch.
+            guidance_scale: 1 is none; above 1, images are pushed towards their condition, for twice the network's batch.
             guidance_rescale: from 0 to 1, how much of the contrast that guidance adds is undone (Lin et al. 2023).
             guidance_interval: start and end of guidance as fractions of the chain, noise being 0 (Kynkäänniemi et al. 2024).
             image: start from this picture, noised, instead of pure noise: PIL, array [B, H, W, C] or tensor [B, C, H, W] in
-                [0, 1] (uint8: 0..255; of other types see `pictures_alpha_ddpm.py`); a single one, or one per image.
+                [0, 1] (uint8: 0..255; of other types see `pictures_alpha_ddpm.py`), or integers of the type of the model's
+                data, such as int16, in their own units; a single one, or one per image.
             strength: fraction of the chain to run on `image`, from 0 (unchanged) to 1; by default 0.5, or 1 with a mask.
             mask_image: white (1) where `image` is painted anew, black (0) where its pixels are kept.
             num_resamples: with a mask, passes per step, for a better fit of old and new (Lugmayr et al. 2022); 1 is none.
@@ -100,21 +107,23 @@ class AlphaDDPMPipeline(StockFormatMixin, ClassConditioning, AlphaDDPMSampling, 
             num_images_per_prompt: images per class label or image; those of one are neighbours.
             latents: the noise N(0, I) to start from, or to noise `image` with, [B, C, H, W], in place of the generator's.
             timesteps, sigmas: the chain itself, noise first, in place of `num_inference_steps`, for schedulers that take it.
+            condition_vector: the model's attributes for all images, or a list of them, one per image: a number, several in
+                order, or a dict by name, in the units of the training data. None, NaN and what a dict lacks are not told.
+            guidance_conditions: what guidance strengthens: "class_labels", "condition_vector", single attributes of it, or
+                "condition_image"; by default all that the call is told.
+            denormalize: numbers are in the units of the model's data (`value_range`) rather than in [0, 1], those of `image`
+                and `condition_image` as well as those of "np" and "pt", which come back as float32.
+            condition_image, condition_mask: see `AlphaDDPMImageToImagePipeline`; other models take none.
 
         Raises ValueError for a value that cannot be used, before any image is sampled.
         """
-        check_unet(self.unet)  # it may have been replaced
-        labels = None if class_labels is None else self._label_ids(class_labels)
-        batch_size = plain(batch_size)
-        if batch_size is not None:
-            check_integer("batch_size", batch_size, 1)
-        elif labels is not None and len(labels) > 1:
-            batch_size = len(labels)
+        self._check_model(self.unet)  # it may have been replaced
+        encoded = self._condition_images(condition_image, condition_mask, denormalize)
+        told = self._told(class_labels, condition_vector, guidance_conditions, encoded)
         steps = Steps(num_inference_steps, timesteps, sigmas)
         callback_inputs = callback_on_step_end_tensor_inputs
-        output = Output(output_type, return_dict, output_trajectory, callback_on_step_end, callback_inputs)
+        output = Output(output_type, return_dict, output_trajectory, callback_on_step_end, callback_inputs, denormalize)
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
-        edit = self._edit(image, strength, mask_image, num_resamples, latents)
-        batch = Batch.of(batch_size, num_images_per_prompt, edit)
-        conditioning = self._class_conditioning(labels, batch, guidance)
-        return self._sample(batch, conditioning, edit, output, generator, steps)
+        edit = self._edit(image, strength, mask_image, num_resamples, latents, denormalize)
+        batch = Batch.of(told.prompts(batch_size), num_images_per_prompt, edit)
+        return self._sample(batch, self._conditioning(told, batch, guidance), edit, output, generator, steps)

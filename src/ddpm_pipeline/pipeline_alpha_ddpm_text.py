@@ -16,8 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conditioning_alpha_ddpm import MAX_TOKENS, TextConditioning
 from .editing_alpha_ddpm import Batch
+from .encoding_alpha_ddpm import image_condition  # noqa: F401, travels as well
 from .modular_alpha_ddpm import AlphaDDPMTextBlocks
 from .pictures_alpha_ddpm import Images
+from .ranges_alpha_ddpm import ValueRange  # noqa: F401
 from .samplers_alpha_ddpm import Steps
 from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output, check_unet
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
@@ -25,7 +27,8 @@ from .stock_format import StockFormatMixin
 from .tables_alpha_ddpm import Generators
 
 # diffusers runs the pipeline.py of every local folder in one and the same module, where it wants to find a single class
-globals().pop("AlphaDDPMPipeline", None)
+for other in ("AlphaDDPMPipeline", "AlphaDDPMImageToImagePipeline"):
+    globals().pop(other, None)
 
 
 class AlphaDDPMTextToImagePipeline(StockFormatMixin, TextConditioning, AlphaDDPMSampling, DiffusionPipeline):
@@ -94,6 +97,7 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, TextConditioning, AlphaDDPM
         latents: Tensor | None = None,
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
+        denormalize: bool = False,
     ) -> AlphaDDPMOutput | tuple:
         """Sample `num_images_per_prompt` images per prompt; those of one prompt are neighbours.
 
@@ -110,11 +114,11 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, TextConditioning, AlphaDDPM
         check_unet(self.unet)  # it may have been replaced
         steps = Steps(num_inference_steps, timesteps, sigmas)
         callback_inputs = callback_on_step_end_tensor_inputs
-        output = Output(output_type, return_dict, output_trajectory, callback_on_step_end, callback_inputs)
+        output = Output(output_type, return_dict, output_trajectory, callback_on_step_end, callback_inputs, denormalize)
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         given = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         states, null_states = self.encode_prompt(prompt, guidance.in_use, negative_prompt=negative_prompt, **given)
-        edit = self._edit(image, strength, mask_image, num_resamples, latents)
+        edit = self._edit(image, strength, mask_image, num_resamples, latents, denormalize)
         batch = Batch.of(len(states) if len(states) > 1 else None, num_images_per_prompt, edit)
         kwargs = {"encoder_hidden_states": batch.spread(states, "prompts")}
         null_kwargs = None

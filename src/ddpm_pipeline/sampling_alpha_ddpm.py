@@ -5,7 +5,8 @@ functions take the UNet, the scheduler and tensors, and no pipeline. Travels ins
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +17,17 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from torch import Tensor
 
 from .editing_alpha_ddpm import AlphaDDPMEditing, Batch, Chain, Edit, start_chain
+from .encoding_alpha_ddpm import (
+    ImageCondition,
+    VectorCondition,
+    WithConditionImage,
+    check_conditions,
+    image_channels,
+    own_settings,
+    value_range,
+)
 from .pictures_alpha_ddpm import PIL_MODES
+from .ranges_alpha_ddpm import ValueRange
 from .samplers_alpha_ddpm import Steps, advice, checked_generators, plain, reserved, reverse_step, set_timesteps, takes_variance
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .tables_alpha_ddpm import OWN_KEY, Generators, warn
@@ -82,8 +93,11 @@ class Output:
     trajectory: bool = False  # also return all x_t
     callback: Callable[[Any, int, Tensor, dict], dict] | None = None  # called as (pipe, index, timestep, tensors)
     callback_inputs: Sequence[str] = ("latents", "image")
+    denormalize: bool = False  # in the data's own units rather than [0, 1]
 
     def __post_init__(self) -> None:
+        if self.denormalize and self.type not in ("np", "pt"):
+            raise ValueError(f"denormalize=True gives numbers; use output_type='np' or 'pt', not {self.type!r}.")
         if self.type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={self.type!r} is not one of {', '.join(OUTPUT_TYPES)}.")
         if self.callback is not None and not callable(self.callback):
@@ -122,21 +136,40 @@ def guide(unconditional: Tensor, conditional: Tensor, channels: int, scale: floa
     return torch.cat([guided, conditional[:, channels:]], dim=1)
 
 
-def describe_conditions(unet: Any, *, class_names: Sequence[str] | None = None, condition_dropout: float | None = None) -> None:
-    """Record what the UNet's conditions mean in its config, where it survives stock classes.
+def describe_conditions(
+    unet: Any,
+    *,
+    class_names: Sequence[str] | None = None,
+    condition_dropout: float | None = None,
+    condition_image: ImageCondition | None = None,
+    condition_vector: VectorCondition | None = None,
+    value_range: ValueRange | None = None,
+) -> None:
+    """Record what the UNet's conditions and values mean in its config, where it survives stock classes.
 
     With N `class_names`, embedding N of the UNet means "no class". `condition_dropout` is the fraction of training images
-    whose condition was left out; at 0 the unconditional half of guidance was never trained.
+    whose condition was left out; at 0 the unconditional half of guidance was never trained. `value_range` is what -1 and 1
+    mean in the data's units, by default 0 and 255 of 8 bits. Raises ValueError if this UNet cannot have such conditions.
     """
+    described = {"condition_image": condition_image, "condition_vector": condition_vector}
+    if value_range != ValueRange():
+        described["value_range"] = value_range
     settings = {"class_names": list(class_names) if class_names else None, "condition_dropout": condition_dropout}
+    settings |= {name: value and value.to_json() for name, value in described.items()}
     unet.register_to_config(**{OWN_KEY: {name: value for name, value in settings.items() if value is not None}})
+    check_unet(unet)
 
 
 def network_outputs(unet: Any, scheduler: Any, x: Tensor, t: Tensor, *conditions: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """What the network says of x [B, C, H, W] under each of the conditions, in one batch and the precision of the chain."""
     model_input = scheduler.scale_model_input(x, t).to(unet.dtype)
     kwargs = {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
-    return unet(torch.cat([model_input] * len(conditions)), t, **kwargs).sample.to(x.dtype).chunk(len(conditions))
+    network = WithConditionImage(unet) if "condition_image" in kwargs else unet
+    # diffusers (0.42) leaves a number as a condition in float32, whatever the weights
+    mixed = unet.config.get("class_embed_type") == "timestep" and unet.dtype in (torch.float16, torch.bfloat16)
+    with torch.autocast(x.device.type, unet.dtype) if mixed else nullcontext():
+        output = network(torch.cat([model_input] * len(conditions)), t, **kwargs).sample
+    return output.to(x.dtype).chunk(len(conditions))
 
 
 def usable_channels(scheduler: Any, output: Tensor, channels: int) -> Tensor:
@@ -173,11 +206,11 @@ def guided_output(unet: Any, scheduler: Any, x: Tensor, t: Tensor, guider: BaseG
     return usable_channels(scheduler, output, channels)
 
 
-def to_images(x: Tensor, output_type: str) -> Any:
-    """x_0 [B, C, H, W] in [-1, 1] as one of OUTPUT_TYPES; "latent" is x_0 itself."""
+def to_images(x: Tensor, output_type: str, own: ValueRange | None = None) -> Any:
+    """x_0 [B, C, H, W] in [-1, 1] as one of OUTPUT_TYPES, in [0, 1] or in the units of `own`; "latent" is x_0 itself."""
     if output_type == "latent":
         return x
-    x = (x / 2 + 0.5).clamp(0, 1)
+    x = own.denormalize(x) if own else (x / 2 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return x
     array = x.cpu().permute(0, 2, 3, 1).float().numpy()  # [B, C, H, W] -> [B, H, W, C]
@@ -207,9 +240,8 @@ def check_unet(unet: Any) -> None:
     """Raise ValueError if a UNet is wrapped, or its config describes conditions that it cannot have."""
     if isinstance(unet, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
         raise ValueError(f"the unet is wrapped in {type(unet).__name__}, which a pipeline cannot use; give unet.module.")
-    settings, embeddings = unet.config.get(OWN_KEY) or {}, unet.config.get("num_class_embeds") or 0
-    if not isinstance(settings, Mapping):
-        raise ValueError(f"{OWN_KEY}={settings!r} in the UNet's config must be a dict; describe_conditions writes it.")
+    check_conditions(unet)
+    settings, embeddings = own_settings(unet), unet.config.get("num_class_embeds") or 0
     names, dropout = settings.get("class_names"), settings.get("condition_dropout")
     if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
         raise ValueError(f"class_names={names!r} in the UNet's config must be a list of strings, one per class.")
@@ -246,6 +278,11 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
         """Whether a callback has ended the call, by `_interrupt = True`: its images are as far as they had come."""
         return self._interrupt
 
+    @property
+    def value_range(self) -> ValueRange:
+        """What -1 and 1 of the model, or 0 and 1 of its pictures, mean in the units of its data."""
+        return value_range(self.unet)
+
     @staticmethod
     def _own_scheduler(scheduler: Any) -> Any:
         return AlphaDDPMScheduler.from_config(scheduler.config) if isinstance(scheduler, DDPMScheduler) else scheduler
@@ -254,7 +291,7 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
         self, batch: Batch, conditioning: Conditioning, edit: Edit, output: Output, generator: Generators, steps: Steps
     ) -> AlphaDDPMOutput | tuple:
         """The reverse chain, from noise or from a noised image, to images."""
-        if output.type == "pil" and (channels := self.unet.config.in_channels) not in PIL_MODES:
+        if output.type == "pil" and (channels := image_channels(self.unet)) not in PIL_MODES:
             raise ValueError(f"output_type='pil' cannot show the {channels} channels of this model; use 'pt' or 'np'.")
         generator = checked_generators(generator, batch.size)
         with reserved(self.scheduler):
@@ -263,7 +300,8 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
             chain = start_chain(self.scheduler, edit, batch, noise, generator)
             x, frames = self._denoise(chain, conditioning, output)
         self.maybe_free_model_hooks()
-        result = AlphaDDPMOutput(to_images(x, output.type), torch.stack(frames) if frames else None)
+        images = to_images(x, output.type, self.value_range if output.denormalize else None)
+        result = AlphaDDPMOutput(images, torch.stack(frames) if frames else None)
         return result if output.as_dict else result.to_tuple()
 
     def _denoise(self, chain: Chain, conditioning: Conditioning, output: Output) -> tuple[Tensor, list[Tensor]]:
@@ -295,12 +333,8 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
             raise ValueError(f"{len(latents)} latents for {size} images; give one per image.")
         return latents
 
-    @property
-    def _own_settings(self) -> dict[str, Any]:
-        return self.unet.config.get(OWN_KEY) or {}
-
     def _warn_if_never_unconditional(self) -> None:
-        if self._own_settings.get("condition_dropout") == 0:
+        if own_settings(self.unet).get("condition_dropout") == 0:
             problem = "but this one was trained without condition dropout: expect poor images"
             fix = "Use guidance_scale=1, or train with --condition_dropout 0.1."
             warn(f"guidance needs the model without its condition, {problem}. {fix}", stacklevel=4)

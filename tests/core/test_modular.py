@@ -9,18 +9,26 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, ModularPipelin
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance, TangentialClassifierFreeGuidance
 from torch import Tensor
 
-from ddpm_pipeline import AlphaDDPMBlocks, AlphaDDPMPipeline, AlphaDDPMTextBlocks, AlphaDDPMTextToImagePipeline
+import condition_models
+from ddpm_pipeline import AlphaDDPMBlocks, AlphaDDPMImageToImageBlocks, AlphaDDPMPipeline, AlphaDDPMTextBlocks, ImageCondition
 from ddpm_pipeline.modular_alpha_ddpm import Block, DecodeStep
 from hub_models import class_pipeline, scheduler, text_pipeline, tiny_unet
 
 MAKERS = {
-    "plain": lambda: AlphaDDPMPipeline(tiny_unet(), scheduler()), "class": class_pipeline, "text": text_pipeline
+    "plain": lambda: AlphaDDPMPipeline(tiny_unet(), scheduler()), "class": class_pipeline, "text": text_pipeline,
+    "image": lambda: condition_models.pipeline(1, ImageCondition(1, classes=3), condition_models.POSE, sample_size=8),
 }  # fmt: skip
 CONDITIONS = {
     "plain": {"batch_size": 2},
     "class": {"class_labels": ["two", "zero"]},
     "text": {"prompt": ["a seven", "One"], "negative_prompt": "three"},
+    "image": {
+        "condition_image": torch.arange(128).view(2, 1, 8, 8) % 3,
+        "condition_vector": [{"angle": 9, "height": 1.6}, {"angle": -20, "smiling": 1}],
+        "guidance_conditions": ["condition_image", "angle"],
+    },
 }
+BLOCKS = {"text": AlphaDDPMTextBlocks, "image": AlphaDDPMImageToImageBlocks}
 PICTURES = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 MASK = torch.zeros(1, 1, 8, 8).index_fill(3, torch.arange(4), 1)
 STARTS = {
@@ -37,10 +45,10 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, 
     loaded = {}
     for name, make in MAKERS.items():
         folder = tmp_path_factory.mktemp(name)
-        make().save_pretrained(folder)
-        kind = AlphaDDPMTextToImagePipeline if name == "text" else AlphaDDPMPipeline
-        blocks = AlphaDDPMTextBlocks() if name == "text" else AlphaDDPMBlocks()
-        loaded[name] = kind.from_pretrained(folder), blocks.init_pipeline(str(folder)), folder
+        made = make()
+        made.save_pretrained(folder)
+        blocks = BLOCKS.get(name, AlphaDDPMBlocks)()
+        loaded[name] = type(made).from_pretrained(folder), blocks.init_pipeline(str(folder)), folder
         loaded[name][1].load_components()
         for pipe in loaded[name][:2]:
             pipe.set_progress_bar_config(disable=True)
@@ -53,7 +61,9 @@ def call(**arguments: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize(("name", "scale"), [("plain", 1.0), ("class", 1.0), ("class", 3.0), ("text", 1.0), ("text", 3.0)])
+@pytest.mark.parametrize(
+    ("name", "scale"), [("plain", 1.0), ("class", 1.0), ("class", 3.0), ("text", 1.0), ("text", 3.0), ("image", 3.0)]
+)
 def test_blocks_give_the_images_of_the_pipelines(pipelines: dict, name: str, scale: float, start: str) -> None:
     pipe, modular, _ = pipelines[name]
     modular.update_components(guider=ClassifierFreeGuidance(guidance_scale=scale))
@@ -65,7 +75,7 @@ def test_blocks_give_the_images_of_the_pipelines(pipelines: dict, name: str, sca
 @pytest.mark.parametrize("name", MAKERS)
 def test_defaults_are_those_of_the_pipelines(pipelines: dict, name: str) -> None:
     pipe, _, folder = pipelines[name]
-    modular = (AlphaDDPMTextBlocks if name == "text" else AlphaDDPMBlocks)().init_pipeline(str(folder))
+    modular = BLOCKS.get(name, AlphaDDPMBlocks)().init_pipeline(str(folder))
     modular.load_components()
     arguments = {"generator": torch.Generator().manual_seed(1), "output_type": "np", **CONDITIONS[name]}
     expected = pipe(**arguments).images
@@ -157,7 +167,7 @@ def test_a_state_can_be_used_again_and_between_pipelines(pipelines: dict, name: 
     again = modular(state=state, generator=torch.Generator().manual_seed(4), output="images")
     assert torch.equal(again, state.get("images"))
     names, halves = list(modular.blocks.sub_blocks), []
-    for part in (names[:3], names[3:]):
+    for part in (names[:-2], names[-2:]):
         blocks = SequentialPipelineBlocks.from_blocks_dict({name: modular.blocks.sub_blocks[name] for name in part})
         halves.append(blocks.init_pipeline(str(folder)))
         halves[-1].load_components()
@@ -182,13 +192,18 @@ def test_what_the_pipelines_refuse_is_refused(pipelines: dict, changes: dict[str
 
 
 def test_workflows_need_what_they_name() -> None:
-    for blocks, condition in ((AlphaDDPMBlocks(), "class_labels"), (AlphaDDPMTextBlocks(), "prompt")):
+    conditions = {
+        "class_labels": AlphaDDPMBlocks(),
+        "prompt": AlphaDDPMTextBlocks(),
+        "condition_image": AlphaDDPMImageToImageBlocks(),
+    }
+    for condition, blocks in conditions.items():
         assert condition in blocks.input_names
         for name in blocks.available_workflows:
             steps = blocks.get_workflow(name)
             assert ("mask_image" in steps.input_names) == (name == "inpainting")
             assert ("image" in steps.input_names) == (name in ("image2image", "inpainting"))
-    assert "TODO" not in AlphaDDPMBlocks().doc + AlphaDDPMTextBlocks().doc  # diffusers' word for an input that is not described
+        assert "TODO" not in blocks.doc  # diffusers' word for an input that is not described
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -200,7 +215,20 @@ def test_what_it_saves_loads_with_the_code_of_the_folder(pipelines: dict, name: 
     expected = pipe(**call(**CONDITIONS[name])).images
     assert torch.equal(modular(**call(**CONDITIONS[name]), output="images"), expected)
     modular.save_pretrained(str(tmp_path), overwrite_modular_index=True)  # as diffusers does: the components, without code
-    blocks = AlphaDDPMTextBlocks() if name == "text" else AlphaDDPMBlocks()
+    blocks = BLOCKS.get(name, AlphaDDPMBlocks)()
     again = blocks.init_pipeline(str(tmp_path))
     again.load_components()
     assert torch.equal(again(**call(**CONDITIONS[name]), output="images"), expected)
+
+
+def test_values_in_units_of_the_data_and_blocks_that_do_not_know_the_condition(pipelines: dict) -> None:
+    pipe, modular, folder = pipelines["image"]
+    own = call(**CONDITIONS["image"], output_type="np", denormalize=True)
+    modular.update_components(guider=ClassifierFreeGuidance(guidance_scale=1.0))
+    assert (
+        modular(**own, output="images") == pipe(**call(**CONDITIONS["image"], output_type="np", denormalize=True)).images
+    ).all()
+    plain = AlphaDDPMBlocks().init_pipeline(str(folder))
+    plain.load_components()
+    with pytest.raises(ValueError, match="use AlphaDDPMImageToImageBlocks"):
+        plain(**call(batch_size=2))

@@ -19,8 +19,15 @@ from diffusers import (
 )
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
+import condition_models
 import text_models
-from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, AlphaDDPMTextToImagePipeline
+from ddpm_pipeline import (
+    AlphaDDPMImageToImagePipeline,
+    AlphaDDPMPipeline,
+    AlphaDDPMScheduler,
+    AlphaDDPMTextToImagePipeline,
+    ImageCondition,
+)
 from helpers import run_python, tiny_unet
 
 
@@ -45,6 +52,7 @@ def saved(tmp_path_factory):
 def test_saved_folders_load_with_diffusers_alone_and_with_the_code_beside_their_weights(saved, tmp_path):
     """In a fresh process in which the package cannot be imported; the text model's code runs in the same module."""
     text_models.make().save_pretrained(tmp_path / "text")
+    condition_models.pipeline(1, ImageCondition(1)).save_pretrained(tmp_path / "image")
     code = f"""
 import sys
 sys.modules["ddpm_pipeline"] = None
@@ -53,7 +61,7 @@ from diffusers import DiffusionPipeline
 def draw(pipe, *arguments, **options):
     pipe.set_progress_bar_config(disable=True)
     return pipe(*arguments, generator=torch.Generator().manual_seed(0), output_type="np", **options).images
-folder, text = {str(saved)!r}, {str(tmp_path / "text")!r}
+folder, text, image = {str(saved)!r}, {str(tmp_path / "text")!r}, {str(tmp_path / "image")!r}
 stock = DiffusionPipeline.from_pretrained(folder)
 assert type(stock).__name__ == "DDPMPipeline" and type(stock.scheduler).__name__ == "DDPMScheduler"
 own = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
@@ -63,10 +71,15 @@ pipe = DiffusionPipeline.from_pretrained(text, custom_pipeline=text, trust_remot
 assert type(pipe).__name__ == "AlphaDDPMTextToImagePipeline" and hasattr(pipe.scheduler, "p_mean_variance")
 images.append(torch.as_tensor(draw(pipe, "zero", num_inference_steps=4, image=torch.zeros(1, 1, 8, 8), strength=0.5)))
 pipe.save_pretrained({str(tmp_path / "again")!r})
+pipe = DiffusionPipeline.from_pretrained(image, custom_pipeline=image, trust_remote_code=True)
+assert type(pipe).__name__ == "AlphaDDPMImageToImagePipeline"
+images.append(torch.as_tensor(draw(pipe, num_inference_steps=4, condition_image=torch.ones(1, 1, 8, 16))))
+pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+assert type(pipe).__name__ == "AlphaDDPMPipeline"
 torch.save(images, {str(tmp_path / "images.pt")!r})
 """
     run_python(code, HF_MODULES_CACHE=str(tmp_path / "modules"))
-    stock, own, text = torch.load(tmp_path / "images.pt", weights_only=True)
+    stock, own, text, image = torch.load(tmp_path / "images.pt", weights_only=True)
     pipe = AlphaDDPMPipeline.from_pretrained(saved)
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe.scheduler, AlphaDDPMScheduler)
@@ -75,6 +88,9 @@ torch.save(images, {str(tmp_path / "images.pt")!r})
     torch.testing.assert_close(ours, stock, atol=1e-3, rtol=0)
     torch.testing.assert_close(own, ours, atol=1e-6, rtol=0)
     torch.testing.assert_close(draw(make(), num_inference_steps=200, output_type="np"), ours, atol=1e-6, rtol=0)
+    pipe = AlphaDDPMImageToImagePipeline.from_pretrained(tmp_path / "image")
+    drawn = draw(pipe, batch_size=1, num_inference_steps=4, condition_image=torch.ones(1, 1, 8, 16), output_type="np")
+    torch.testing.assert_close(drawn, image, atol=1e-6, rtol=0)
     again = AlphaDDPMTextToImagePipeline.from_pretrained(tmp_path / "again")
     again.set_progress_bar_config(disable=True)
     start = {"image": torch.zeros(1, 1, 8, 8), "strength": 0.5}
@@ -316,7 +332,7 @@ def test_bad_input_is_named(options, named):
         make()(**options)
 
 
-@pytest.mark.parametrize("kind", [AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline])
+@pytest.mark.parametrize("kind", [AlphaDDPMPipeline, AlphaDDPMImageToImagePipeline, AlphaDDPMTextToImagePipeline])
 def test_what_travels_imports_only_what_travels(kind):
     """diffusers' loader copies what pipeline.py imports, and looks no further in a local folder."""
     shipped = kind.shipped_files()

@@ -20,6 +20,20 @@ def draw(pipe, prompt, seed=0, **options) -> torch.Tensor:
     return torch.from_numpy(pipe(prompt, generator=torch.Generator().manual_seed(seed), **options).images)
 
 
+def test_images_that_are_not_square(tmp_path):
+    """The plain call has to be told their size, which IFPipeline does not read from a list."""
+    made = make()
+    unet = make_unet(sample_size=(8, 16)).eval()
+    AlphaDDPMTextToImagePipeline(unet, made.text_encoder, made.tokenizer, made.scheduler).save_pretrained(tmp_path)
+    pipe, stock = AlphaDDPMTextToImagePipeline.from_pretrained(tmp_path), DiffusionPipeline.from_pretrained(tmp_path)
+    ours = draw(pipe, "seven", guidance_scale=2.0)
+    assert ours.shape == (1, 8, 16, 1)
+    stocks = draw(stock, "seven", guidance_scale=2.0, height=8, width=16)
+    torch.testing.assert_close(ours, stocks, atol=2e-4, rtol=0)
+    with pytest.raises(TypeError):
+        draw(stock, "seven")
+
+
 @pytest.mark.parametrize("kind", ["clip", "t5", "bert"])
 def test_the_plain_call_draws_the_same_images_as_stock(kind, tmp_path, caplog):
     pipe = make(kind)

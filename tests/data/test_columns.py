@@ -87,7 +87,7 @@ def test_the_values_that_occur_are_the_classes(load, tmp_path, values, name):
     assert data.column(data.label_column, range(4)).tolist() == numbers
     stream = stream_of(file, cache_dir=str(tmp_path / "cache"), **asked)
     assert stream.class_names == classes
-    assert [value for _, value, _ in stream._first_rows(4)] == numbers
+    assert [value for _, value, *_ in stream._first_rows(4)] == numbers
     assert stream.stored(2, str(tmp_path / "cache")).column(data.label_column, [0, 1]).tolist() == numbers[:2]
 
 

@@ -29,6 +29,8 @@ class Drawing:
     links: dict[str, str] = field(default_factory=dict)
     read: dict[str, tuple[str, str | None, str | None]] = field(default_factory=dict)  # path -> split, class, caption
     left_out: dict[str, str] = field(default_factory=dict)  # path -> reason
+    second: str | None = None  # --condition_column
+    partners: dict[str, str] = field(default_factory=dict)  # path -> that of its condition image
 
     def make(self, parent: Path) -> dict[bytes, str]:
         """Writes the files; returns which file has which pixels."""
@@ -76,6 +78,7 @@ def drawings() -> dict[str, Drawing]:
     for language, path, block in blocks:
         if language == "text":
             drawing = _parse(block.splitlines())
+            drawing.second = path or None
             found[drawing.root] = drawing
         else:
             found[path.split("/")[0]].files[path] = block
@@ -98,6 +101,8 @@ def _parse(lines: list[str]) -> Drawing:
             text = [one[1:-1] for one in others if one.startswith('"')]
             label = [one for one in others if not one.startswith('"')]
             drawing.read[path] = (split, *(label or [None]), *(text or [None]))
+        elif note.startswith("condition of "):
+            drawing.partners[f"{drawing.root}/{note.removeprefix('condition of ')}"] = path
         elif note.startswith("✗"):
             drawing.left_out[path.rstrip("/")] = note[1:].strip()
     return drawing
@@ -124,17 +129,23 @@ def test_drawn_folders_are_read_as_the_page_says(tmp_path, caplog, name):
     pixels, options = drawing.make(tmp_path), {"cache_dir": str(tmp_path / ".cache"), "resolution": 8, "channels": 3}
     if name == "facades":
         options["image_column"] = "target"
-    read = {}
+    if drawing.second:
+        options |= {"condition": "image", "condition_column": drawing.second}
+    read, partners = {}, {}
     with caplog.at_level(logging.INFO, "ddpm_pipeline"):
         for split in {split: None for split, *_ in drawing.read.values()}:
             caplog.clear()
             data = load(tmp_path / name, split=split, **options)
-            read |= _rows(data, pixels, split)
+            rows = _rows(data, pixels, split)
+            read |= rows
+            if drawing.second:
+                second = data.condition_images.pixels(range(len(data))).permute(0, 2, 3, 1).numpy()
+                partners |= {file: pixels[image.tobytes()] for file, image in zip(rows, second, strict=True)}
             (line,) = [record.getMessage() for record in caplog.records]
             assert f"reading the split {split!r}" in line
             stream = stream_of(tmp_path / name, split=split, **options)
             assert stream.first(100).equal(data.pixels(range(len(data)))) and stream.class_names == data.class_names
-    assert read == drawing.read
+    assert read == drawing.read and partners == drawing.partners
     for path, reason in drawing.left_out.items():
         if not reason.startswith("named by"):
             assert reason in line and os.path.relpath(path, name) in line.split(reason)[1].split(";")[0], line

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -70,7 +71,7 @@ def test_the_datas_own_channels(load, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("resolution", 0), ("resolution", "8x"), ("channels", 2), ("preprocessing_num_workers", -1)]
+    ("option", "value"), [("resolution", 0), ("resolution", "8x"), ("channels", 65), ("preprocessing_num_workers", -1)]
 )
 def test_impossible_options(option, value):
     with pytest.raises(ConfigError, match=f"--{option} {value}"):
@@ -190,7 +191,8 @@ def test_batches_across_chunks(chunked):
 
 def test_flips(chunked):
     flip = np.array([True, False, True, False])
-    plain, flipped = chunked.pixels([3, 50, 50, 199]), chunked.pixels([3, 50, 50, 199], flip)
+    views = replace(chunked.view, flips=np.stack([np.zeros(4, bool), flip], axis=1))
+    plain, flipped = chunked.pixels([3, 50, 50, 199]), chunked.pixels([3, 50, 50, 199], views)
     for index, mirrored in enumerate(flip):
         expected = plain[index].numpy()[:, :, ::-1] if mirrored else plain[index].numpy()
         assert np.array_equal(flipped[index].numpy(), expected)

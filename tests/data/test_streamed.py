@@ -250,7 +250,7 @@ def test_the_first_images_are_stored_for_evaluation(tmp_path):
 
 def test_storing_that_fails_leaves_no_file(tmp_path, monkeypatch):
     data = stream_of(write_numbered(tmp_path / "x", [30]))
-    monkeypatch.setattr(streamed, "image_pixels", lambda *_: 1 / 0)
+    monkeypatch.setattr(streamed, "pixels_of", lambda *_: 1 / 0)
     with pytest.raises(DataError, match="ZeroDivisionError"):
         data.stored(20, str(tmp_path / "cache"))
     assert not list((tmp_path / "cache" / "ddpm_pipeline").iterdir())

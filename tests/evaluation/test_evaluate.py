@@ -253,8 +253,7 @@ def test_images_that_are_not_numbers_are_no_images(model):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"sample_size": (8, 12)}, r"8, 12.; data are read as square"),
-        ({"in_channels": 2, "out_channels": 2}, "2 channels"),
+        ({"sample_size": (8, 12)}, r"DigitsClassifier fails on images \[2, 1, 8, 12\]"),
         ({"sample_size": None}, "no sample_size"),
     ],
 )
@@ -477,6 +476,10 @@ def test_conditional_models_are_evaluated_under_the_conditions_of_the_data(cache
     metric.update(samples.mul(255).round().to(torch.uint8), real=False)
     assert results["quality"]["fid"] == pytest.approx(metric.compute().fid, rel=1e-4)
     assert results["quality"]["guidance_scale"] == 1.5
+    digits = data.column("label", image_indices(SEED, len(data), 0, 6))
+    right = fit_digits_classifier()(samples * 2 - 1).argmax(dim=1) == digits
+    found = results["conditions"]
+    assert (found["class_accuracy"], found["num_images"], found["guidance_scale"]) == (right.double().mean().item(), 6, 1.5)
 
 
 def test_conditions_that_the_data_lack_are_named(cache, tmp_path):

@@ -15,6 +15,7 @@ import ddpm_pipeline.evaluation.quality as quality
 from ddpm_pipeline.evaluation.digits import fit_digits_classifier, load_digits_images
 from ddpm_pipeline.evaluation.features import InceptionFeatures, real_features
 from ddpm_pipeline.evaluation.quality import ImageQuality, frechet_distance, frechet_distance_of_halves, precision_recall
+from ddpm_pipeline.ranges_alpha_ddpm import ValueRange
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,8 @@ def test_reference_features_are_cached_by_data_and_extractor(digits, tmp_path):
     classifier, extracted = fit_digits_classifier(), []
 
     class Data:
+        value_range = ValueRange()
+
         def __init__(self, fingerprint: str):
             self.fingerprint = fingerprint
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,12 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
 
+from ddpm_pipeline import ValueRange
 from ddpm_pipeline.evaluation.figures import measurements
-from ddpm_pipeline.hub import Measurement, TrainingFacts, build_card, push, record_evaluation, refresh_card
+from ddpm_pipeline.hub import Measurement, TrainingFacts, build_card, pictures_in, push, record_evaluation, refresh_card
 from ddpm_pipeline.hub.readme import metadata, private_lines, sections
-from hub_models import FIGURES, TRAINING, card_of
+from ddpm_pipeline.tables_alpha_ddpm import OWN_KEY
+from hub_models import FIGURES, TRAINING, card_of, text_pipeline
 
 
 def test_card_says_what_is_known_and_passes_the_hub_s_validation(hub, client: HfApi, pipe, monkeypatch) -> None:
@@ -74,6 +77,56 @@ def test_example_of_a_card_outlives_pushes(hub, client: HfApi, folder: Path) -> 
     push(folder, "org/example", api=client)
     card = hub.read("org/example", "README.md").decode()
     assert "pipe(num_inference_steps=20)" in card and "nine" not in card
+
+
+SAID = {  # of models, by a change of their configs
+    "16-bit": ({"sample_size": [8, 16], OWN_KEY: {"value_range": {"low": [0], "high": [4095], "dtype": "uint16"}}},
+               ("grey 8x16 images", "16-bit integers from 0 to 4095.", 'output_type="np", denormalize=True).images')),
+    "bands": ({"in_channels": 13, OWN_KEY: {"value_range": {"low": [0.0] * 13, "high": [*range(1, 14)], "dtype": "float32"}}},
+              ("13-channel 8x8", "floats from 0 to 13, each channel in a range of its own",
+               'images = pipe(num_inference_steps=20, output_type="np").images')),
+    "numbers": ({"class_embed_type": "identity",
+                 OWN_KEY: {"condition_vector": {"names": ["age", "`x`"], "mean": [41.23456, 0.5], "std": [1, 1]}}},
+                ("conditioned on numbers: age, \\`x\\`.", "condition_vector={'age': 41.23, '`x`': 0.5}, guidance_scale=2.0",
+                 "cannot be told numbers")),
+    "inpainting": ({"in_channels": 7, OWN_KEY: {"condition_image": {
+                    "channels": 3, "classes": None, "task": "inpaint", "value_range": ValueRange().to_json()}}},
+                   ("RGB 8x8 images", "is the image with a part left out.", 'condition_mask = Image.open("mask.png")',
+                    "condition_image=condition_image, condition_mask=condition_mask", "pipeline_tag: image-to-image",
+                    "what it samples without means nothing", "AlphaDDPMImageToImageBlocks")),
+    "of arrays": ({"num_class_embeds": 3, "in_channels": 6, OWN_KEY: {"condition_image": {
+                   "channels": 5, "classes": None, "task": None, "value_range": ValueRange((-1,), (1,), "float32").to_json()}}},
+                  ('condition_image = np.load("condition.npy")', "Its values are floats from -1 to 1",
+                   "condition_image=condition_image, class_labels=[0]", "- class-conditional")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_card_says_what_images_and_conditions_are(folder: Path, kind: str) -> None:
+    changes, words = SAID[kind]
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | changes))
+    text = str(build_card(folder, name="x", repo_id="org/x"))
+    for expected in words:
+        assert expected in text, expected
+    assert ("denormalize" in text) == ("value_range" in changes[OWN_KEY])
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        ast.parse(block)
+
+
+def test_card_of_a_text_model_that_is_not_square_names_its_size_for_diffusers_alone() -> None:
+    pipe = text_pipeline()
+    pipe.unet.register_to_config(sample_size=(8, 16))
+    calls = re.findall(r"pipe\(.*\)", str(build_card(pipe, name="x")))
+    assert ["height=8, width=16" in call for call in calls] == [True, False, False]
+
+
+def test_captions_say_how_images_are_shown(folder: Path) -> None:
+    shown = "channels 3, 2, 1 of 13, contrast stretched from percentile 1 to 99, for viewing only"
+    (folder / "samples.txt").write_text(f"shown: {shown}\nleft: condition images\nrow 1: cat\nrow 2: dog\n")
+    (folder / "process.png").write_bytes(b"")
+    samples = f"samples ({shown}), on the left the condition images, row by row: cat, dog"
+    assert pictures_in(folder) == {"samples.png": samples, "process.png": f"from noise to images ({shown})"}
 
 
 TOKEN = "hf_" + "x" * 30

@@ -16,23 +16,12 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from huggingface_hub import HfApi
 
 import ddpm_pipeline
+import hub_models as models
 import hub_server
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMTextToImagePipeline
 from ddpm_pipeline.hub import build_card, export, push
 from hub_fixtures import environment, run_checks
-from hub_models import (
-    CALLS,
-    KEPT,
-    OWN,
-    STEPS,
-    class_pipeline,
-    early_repository,
-    images,
-    rgba_pipeline,
-    scheduler,
-    text_pipeline,
-    tiny_unet,
-)
+from hub_models import CALLS, KEPT, OWN, STEPS, images, scheduler, tiny_unet
 from text_models import make
 
 SCHEDULER, INDEX = "scheduler/scheduler_config.json", "model_index.json"
@@ -77,13 +66,18 @@ def published(hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> 
         other = tiny_unet()
         with torch.no_grad():
             other.conv_out.bias.add_(1.0)
-        moved = {"ddpm": AlphaDDPMPipeline(other, scheduler()), "text": text_pipeline(seed=1)}
-        pipes = {"own": AlphaDDPMPipeline(tiny_unet(), scheduler(**OWN)), "class": class_pipeline(), "text": text_pipeline()}
+        moved = {"ddpm": AlphaDDPMPipeline(other, scheduler()), "text": models.text_pipeline(seed=1)}
+        pipes = {
+            "own": AlphaDDPMPipeline(tiny_unet(), scheduler(**OWN)),
+            "class": models.class_pipeline(),
+            "text": models.text_pipeline(),
+        }
         for name, pipe in pipes.items():
             expected[name] = images(pipe, name)
             export(pipe, folder / name, build_card(pipe, name=name))
             pipe.to(torch.float16).save_pretrained(folder / name, variant="fp16")
-        described = {"text-fixed": make(scheduler=scheduler()), "dotted.v1-5": pipes["class"], "rgba": rgba_pipeline()}
+        described = {"text-fixed": make(scheduler=scheduler()), "dotted.v1-5": pipes["class"], "rgba": models.rgba_pipeline()}
+        described |= {"deep": models.deep_pipeline(), "image": models.image_pipeline()}
         for name, pipe in described.items():
             export(pipe, folder / name, build_card(pipe, name=name))
             push(folder / name, f"org/{name}", api=api)
@@ -95,7 +89,7 @@ def published(hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> 
             push(folder / name, f"org/{name}-moved", api=api)
         for name in pipes:
             push(folder / name, f"org/{name}", api=api)
-        expected["early"] = early_repository(folder / "early")
+        expected["early"] = models.early_repository(folder / "early")
         api.create_repo("org/early")
         api.upload_folder(repo_id="org/early", folder_path=folder / "early")
         malformed(hub, folder / "ddpm")
@@ -428,7 +422,9 @@ def check_push_to_hub_of_a_pipeline():
 def check_examples_of_the_card_run():
     import re
     from huggingface_hub import hf_hub_download
-    calls = {"ddpm": 3, "own": 3, "rgba": 3, "text": 3, "class": 2, "text-fixed": 2, "dotted.v1-5": 2}  # of three examples
+    from PIL import Image
+    Image.fromarray(np.arange(128, dtype=np.uint8).reshape(8, 16) % 5).save("condition.png")
+    calls = {"ddpm": 3, "own": 3, "rgba": 3, "deep": 3, "text": 3, "class": 2, "text-fixed": 2, "dotted.v1-5": 2, "image": 2}
     for name, count in calls.items():
         text = Path(hf_hub_download(f"org/{name}", "README.md")).read_text()
         examples = re.findall(r"```python\\n(.*?)```", text, re.DOTALL)
@@ -436,9 +432,12 @@ def check_examples_of_the_card_run():
         for place, example in enumerate(examples):
             names = {}
             exec(example, names)
-            assert ("image" in names) == (place >= 3 - count), (name, example)
-            assert "image" not in names or names["image"].size == ((16, 8) if name == "rgba" else (8, 8))
-            if "image" not in names:  # as the card says
+            assert ("image" in names or "images" in names) == (place >= 3 - count), (name, example)
+            assert "image" not in names or names["image"].size == ((16, 8) if name in ("rgba", "image") else (8, 8))
+            if name == "deep":
+                assert names["images"].shape == (1, 8, 16, 2) and names["images"].max() <= 1
+                assert place != 1 or (names["values"].shape == (1, 8, 16, 2) and 1 < names["values"].max() <= 4095)
+            elif "image" not in names and name != "image":  # as the card says
                 arguments = ["seven"] if name == "text-fixed" else []
                 raises((ValueError, TypeError, RuntimeError), lambda: names["pipe"](*arguments, num_inference_steps=2))
                 assert "cannot be told a class" in text or "learned variance" in text

@@ -263,6 +263,7 @@ def test_conditions_are_cut_along_with_the_images():
         (torch.ones(1, 8, 8), {}, r"this network takes floating-point \[B, 1, H, W\]"),
         (torch.ones(1, 3, 8, 8), {}, "this network takes"),
         (torch.ones(1, 1, 8, 8), {"num_bins": 1}, "num_bins=1"),
+        (torch.ones(1, 1, 8, 8), {"num_bins": (256, 256)}, "num_bins=.256, 256. must be at least 2, 1 such numbers"),
         (torch.ones(1, 1, 8, 8), {"num_evaluated": 2}, "num_evaluated=2"),
         (torch.ones(1, 1, 8, 8), {"num_evaluated": 4, "two_term": True}, "whole chains"),
         (torch.ones(2, 1, 8, 8), {"generator": [torch.Generator()]}, "1 generators for 2"),
@@ -272,6 +273,20 @@ def test_conditions_are_cut_along_with_the_images():
 def test_what_cannot_be_used_is_named(images, options, message):
     with pytest.raises(ValueError, match=message):
         bits_per_dim(tiny_unet(), AlphaDDPMScheduler(**SHORT), images, progress=False, **options)
+
+
+def test_a_density_in_own_units_is_the_probability_of_narrow_bins():
+    """A density of x in [-1, 1] is that of the data's own values once the logarithm of half their range is added."""
+    scheduler = AlphaDDPMScheduler(**SHORT)
+    values = torch.randint(2000, 60_000, (3, 2, 4, 6), generator=generator())  # inside: the outer bins are open
+    images = values.float() / 32767.5 - 1  # float32, as of the loader
+    options = {"num_inference_steps": 6, "noise": lambda t, shape: torch.zeros(shape), "progress": False}
+    found = {
+        bins: bits_per_dim(lambda x, t: 0.5 * x, scheduler, images, num_bins=bins, **options).total
+        for bins in (65536, (65536, 65536), None)
+    }
+    assert torch.equal(found[65536], found[65536, 65536])
+    assert torch.allclose(found[None] + math.log2(65535 / 2), found[65536], rtol=0, atol=1e-4)
 
 
 # The stratified subset

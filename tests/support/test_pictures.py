@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from ddpm_pipeline.support import pictures
+from ddpm_pipeline.support.pictures import Display
 
 
 def test_grid_shows_each_image_enlarged_in_reading_order():
@@ -41,9 +42,7 @@ def test_grids_are_alike_however_the_images_are_given():
 
 
 @pytest.mark.parametrize(
-    "images",
-    [None, [], 3, "a.png", torch.zeros(2, 5, 8, 8), torch.zeros(2, 1, 8, 8) - 1, torch.full((1, 1, 8, 8), torch.nan), [None]],
-    ids=str,
+    "images", [None, [], 3, "a.png", torch.zeros(2, 1, 8, 8) - 1, torch.full((1, 1, 8, 8), torch.nan), [None]], ids=str
 )
 def test_what_is_no_image_is_refused(images):
     with pytest.raises((ValueError, TypeError), match="image"):
@@ -101,3 +100,52 @@ def test_a_gif_of_one_image_can_be_seen_and_says_where_it_is(tmp_path):
             gif.seek(frame)
             greys.append(gif.convert("L").getpixel((gif.width // 2, gif.height // 2)))
     assert greys == [0, 85, 170, 255]
+
+
+# ---- images of any depth and number of channels ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("channels", "display", "shown", "words"),
+    [
+        (1, Display(), [1], ""), (3, Display(), [1, 2, 3], ""), (4, Display(), [1, 2, 3, 4], ""),
+        (2, Display(), [1], "channel 1 of 2"), (13, Display(), [1, 2, 3], "channels 1, 2, 3 of 13"),
+        (13, Display.parse("4, 3,2"), [4, 3, 2], "channels 4, 3, 2 of 13"), (3, Display((2,)), [2], "channel 2 of 3"),
+        (4, Display(stretch=True), [1, 2, 3], "channels 1, 2, 3 of 4, contrast stretched from percentile 1 to 99"),
+        (1, Display(stretch=True), [1], "contrast stretched from percentile 1 to 99"),
+    ],
+)  # fmt: skip
+def test_a_display_shows_channels_and_says_which(channels, display, shown, words):
+    images = torch.arange(1, channels + 1).view(1, channels, 1, 1).expand(2, channels, 3, 5) / 100
+    assert display.words(channels).removesuffix(", for viewing only") == words
+    if not display.stretch:
+        assert (display.show(images)[1, :, 2, 4] * 100).round().tolist() == shown
+    assert display.show(images).shape[1] == len(shown)
+
+
+def test_deep_images_are_stretched_between_percentiles_of_each_channel():
+    images = torch.rand(4, 2, 9, 16, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.01, 0.5]).view(2, 1, 1) + 0.2
+    found = Display((1, 2, 1), stretch=True).show(images)
+    low, high = np.percentile(images[:, 0].numpy(), (1, 99))
+    np.testing.assert_allclose(found[:, 0], ((images[:, 0] - low) / (high - low)).clamp(0, 1), atol=1e-4)
+    assert torch.equal(found[:, 0], found[:, 2]) and 0 < (found == 1).float().mean() < 0.03
+    frames = torch.stack([torch.zeros_like(images), images]) * 2 - 1
+    expected = pictures.grid(torch.stack([Display().show(images * 0), found[:, :1]], 1).flatten(0, 1), columns=2)
+    assert pictures.strip(frames, 2, display=Display((1,), stretch=True)).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("channels", ["1,2", "0", "a", "1,,2", "-1", "1,2,3,4"])
+def test_channels_that_cannot_be_shown_are_refused(channels):
+    with pytest.raises(ValueError, match="counted from 1"):
+        Display.parse(channels)
+    with pytest.raises(ValueError, match="1 to 3"):
+        pictures.grid(torch.zeros(1, 3, 8, 8), display=Display.parse("4,3,2"))
+
+
+def test_rows_of_a_grid_begin_with_a_picture_of_their_own():
+    images, left = torch.full((4, 1, 6, 12), 0.5), torch.stack([torch.zeros(3, 6, 12), torch.ones(3, 6, 12)])
+    picture = pictures.grid(images, columns=2, left=left)
+    assert picture.mode == "RGB" and picture.size == (3 * 52 + 4, 2 * 28 + 4)
+    assert [picture.getpixel((52 * column + 28, 28 * row + 16))[0] for row in (0, 1) for column in range(3)] == [
+        0, 128, 128, 255, 128, 128,
+    ]  # fmt: skip

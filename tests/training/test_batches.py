@@ -14,6 +14,7 @@ import torch
 
 from data_helpers import load, numbered, numbers, stream_of, write_numbered
 from ddpm_pipeline import AlphaDDPMScheduler
+from ddpm_pipeline.data import load_images
 from ddpm_pipeline.data.options import TrainingDataOptions
 from ddpm_pipeline.ranges_alpha_ddpm import ValueRange
 from ddpm_pipeline.support.errors import ConfigError, DataError
@@ -22,7 +23,7 @@ from ddpm_pipeline.training.batches import BatchPlan, MicroBatches, batch_loader
 from ddpm_pipeline.training.conditions import Condition, build_condition
 from ddpm_pipeline.training.loop import losses_of
 from ddpm_pipeline.training.options import ConditionOptions
-from training_helpers import digits
+from training_helpers import digits, whole_batch
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +34,10 @@ def quiet():
 
 
 @pytest.mark.parametrize("world_size, accumulation", [(2, 1), (4, 1), (2, 2), (1, 4)])
-@pytest.mark.parametrize("sampling", ["uniform", "stratified"])
-def test_a_batch_is_the_same_however_it_is_divided(world_size, accumulation, sampling, tmp_path):
-    data = digits(tmp_path)
-    common = {"random_flip": True, "timestep_sampling": sampling}
+@pytest.mark.parametrize(("sampling", "crop"), [("uniform", "random_crop"), ("stratified", "random_resized_crop")])
+def test_a_batch_is_the_same_however_it_is_divided(world_size, accumulation, sampling, crop, tmp_path):
+    data = load_images(TrainingDataOptions(resolution=6, cache_dir=str(tmp_path), **{crop: 0.75}))
+    common = {"random_flip": True, "timestep_sampling": sampling, "window_share": 0.75, "augment": 0.5}
     whole = MicroBatches(data, BatchPlan(0, 16, **common))[5]
     parts = [
         MicroBatches(data, BatchPlan(0, 16, accumulation, rank, world_size, **common))[5 * accumulation + index]
@@ -53,6 +54,26 @@ def test_half_of_the_images_are_mirrored(tmp_path):
     mirrored = [torch.equal(a, b.flip(-1)) and not torch.equal(a, b) for a, b in zip(flipped, plain, strict=True)]
     assert 160 < sum(mirrored) < 240
     assert all(torch.equal(a, b) or flip for a, b, flip in zip(flipped, plain, mirrored, strict=True))
+
+
+@pytest.mark.parametrize("crop", ["random_crop", "random_resized_crop"])
+def test_windows_of_training_and_of_evaluation(crop, tmp_path):
+    """At random places in training, each time others; the centre, or the whole image resized, in evaluation."""
+    options = {"resolution": 6, "cache_dir": str(tmp_path)}
+    data, stored = load_images(TrainingDataOptions(**options, **{crop: 0.75})), digits(tmp_path)
+    assert (data.size, data.stored_size) == ((6, 6), (8, 8)) and data.fingerprint != stored.fingerprint
+    plain, whole = data.pixels(range(50)), stored.pixels(range(50))
+    if crop == "random_crop":
+        assert torch.equal(plain, whole[:, :, 1:7, 1:7])
+    else:
+        small = load_images(TrainingDataOptions(**options)).pixels(range(50)).float()
+        assert (plain - small).abs().mean() < 1.5  # Pillow, from the same pixels, rounds and clips once more
+    seen = [MicroBatches(data, BatchPlan(0, 256, window_share=0.75))[k] for k in range(8)]  # in turn, over an epoch
+    pictures, rows = torch.cat([batch["pixels"] for batch in seen]), torch.cat([batch["indices"] for batch in seen])
+    for picture, row in zip(pictures[:20], rows[:20].tolist(), strict=True):
+        places = [torch.equal(picture, stored.pixels([row])[0, :, y : y + 6, x : x + 6]) for y in range(3) for x in range(3)]
+        assert any(places) == (crop == "random_crop")
+    assert not torch.equal(pictures[:256], data.pixels(rows[:256]))
 
 
 def test_the_loss_is_the_definition(tmp_path):
@@ -144,8 +165,20 @@ def test_what_is_drawn_does_not_depend_on_the_kind_of_data(tmp_path):
             assert torch.equal(streamed[name], expected[name])
         assert streamed["pixels"].dtype == expected["pixels"].dtype and streamed["pixels"].is_contiguous()
         assert streamed["indices"].shape == (2,) and streamed["indices"].dtype == torch.int64
-        for pixels, before, flip in zip(streamed["pixels"], unflipped["pixels"], plan.flips(plan.slice_of(k)), strict=True):
+        flips = plan.views(plan.slice_of(k), mapped.view).flips[:, 1]
+        for pixels, before, flip in zip(streamed["pixels"], unflipped["pixels"], flips, strict=True):
             assert torch.equal(pixels, before.flip(-1) if flip else before)
+
+
+def test_a_stream_is_seen_through_the_windows_of_mapped_data(tmp_path):
+    folder, crop = write_numbered(tmp_path / "x", [64], group=64), {"resolution": 6, "random_crop": 0.75}
+    mapped, streamed = load(folder, cache_dir=str(tmp_path / "cache"), **crop), stream_of(folder, **crop)
+    plan = {"random_flip": True, "window_share": 0.75, "augment": 0.5}
+    for k, batch in enumerate(loader(streamed, micro_batches=range(3), **plan)):
+        views = BatchPlan(0, 8, **plan).views(whole_batch(k, 8), mapped.view)
+        assert torch.equal(batch["pixels"], mapped.pixels(batch["indices"], views))
+        assert batch["augmentation"].shape == (8, 9)
+    assert streamed.first(9).equal(mapped.pixels(range(9)))
 
 
 def test_bad_rows_are_skipped_and_named_once_in_an_epoch(tmp_path):
@@ -232,6 +265,7 @@ import os, signal, sys, time
 import datasets
 from torch.utils.data._utils import worker
 from ddpm_pipeline.data import DataOptions, load_images, open_stream
+from ddpm_pipeline.data import load_images
 from ddpm_pipeline.data.options import TrainingDataOptions
 from ddpm_pipeline.training.batches import BatchPlan, batch_loader
 datasets.disable_progress_bars()

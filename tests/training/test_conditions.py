@@ -19,9 +19,10 @@ from ddpm_pipeline.support.draws import image_indices
 from ddpm_pipeline.support.errors import ConfigError
 from ddpm_pipeline.training import TrainingOptions, train
 from ddpm_pipeline.training.captions import Captions, Templates
-from ddpm_pipeline.training.conditions import ClassCondition, TextCondition, build_condition
+from ddpm_pipeline.training.conditions import ClassCondition, build_condition
 from ddpm_pipeline.training.identity import changes
 from ddpm_pipeline.training.options import RECIPES, ConditionOptions
+from ddpm_pipeline.training.text_conditions import TextCondition
 from ddpm_pipeline.training.text_encoders import make_small_encoder, make_tokenizer
 from training_helpers import digits as load_digits
 from training_helpers import metrics, whole_batch
@@ -108,11 +109,11 @@ def test_a_text_column_gives_one_of_an_image_s_captions_and_survives_any_of_them
     drawn = {step: conditions.draw(values, whole_batch(step, 12)) for step in range(8)}
     assert drawn[0][0] == "" and drawn[0][5] == ""  # an empty caption and a missing one
     assert len({batch[7] for batch in drawn.values()}) > 2
-    arguments = conditions.inputs(drawn[0], torch.device("cpu"))
+    arguments = conditions.inputs(drawn[0], torch.zeros(1))
     states = conditions.text_encoder(arguments["input_ids"], attention_mask=arguments["attention_mask"])[0]
     assert torch.isfinite(states).all() and states.shape[1] == 77
     request, columns = conditions.preview(6)
-    assert request.argument == "prompt" and len(request.values) == 6 and columns == 1
+    assert list(request.arguments) == ["prompt"] and len(request) == 6 and columns == 1
 
 
 @pytest.mark.parametrize(
@@ -171,8 +172,8 @@ def test_a_loaded_encoder_is_frozen_and_encodes_each_caption_once(digits, tmp_pa
     assert not any(parameter.requires_grad for parameter in conditions.text_encoder.parameters())
     calls = []
     conditions.text_encoder.register_forward_hook(lambda module, inputs, output: calls.append(len(output[0])))
-    first = conditions.inputs(["one", "two", "one"], torch.device("cpu"))["encoder_hidden_states"]
-    again = conditions.inputs(["two", "three"], torch.device("cpu"))["encoder_hidden_states"]
+    first = conditions.inputs(["one", "two", "one"], torch.zeros(1))["encoder_hidden_states"]
+    again = conditions.inputs(["two", "three"], torch.zeros(1))["encoder_hidden_states"]
     assert calls == [2, 1] and first.shape == (3, 77, 16) and not first.requires_grad
     assert torch.equal(first[0], first[2]) and torch.equal(first[1], again[0])
     with pytest.raises(ConfigError, match="cannot be used as a text encoder"):

@@ -34,12 +34,16 @@ def test_training_evaluates_on_the_way(tmp_path):
         learning_rate=0.001, mixed_precision="no", log_every=3, cache_dir=str(tmp_path / "cache"), num_cpu_threads=1,
         variance_type="learned_range", objective="bound", timestep_sampling="importance",
         eval_every=3, eval_images=6, eval_calls=5, eval_samples=6, preview_inference_steps=3,
+        validation_split="20%", keep_best=True, checkpoints_total_limit=1,
     )  # fmt: skip
     train(options.with_values(output_dir=str(tmp_path / "1")))
     debug_launcher(_train_in_a_fork, (options.with_values(output_dir=str(tmp_path / "2")),), num_processes=2)
     logs = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in "12"]
-    evaluated = [[entry["eval_bits_per_dim"] for entry in log if "eval_bits_per_dim" in entry] for log in logs]
-    assert len(evaluated[0]) == 2
+    names = ("eval_bits_per_dim", "validation_bits_per_dim", "validation_loss")
+    evaluated = [[entry[name] for entry in log if "eval_bits_per_dim" in entry for name in names] for log in logs]
+    assert len(evaluated[0]) == 6
+    kept = [sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir()) for name in "12"]
+    assert kept[0] == kept[1]
     for log in logs:
         with_figures = [entry for entry in log if "eval_bits_per_dim" in entry]
         assert all(0 < entry["eval_fid"] < 1000 and 0 <= entry["eval_precision"] <= 1 for entry in with_figures)

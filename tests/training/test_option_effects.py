@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ddpm_pipeline.training import TrainingOptions, loop, train
+from ddpm_pipeline.training import TrainingOptions, evaluations, loop, train
 from ddpm_pipeline.training.objectives import UniformTimesteps
 from training_helpers import metrics, quick_options, weights
 
@@ -129,19 +129,17 @@ def test_previews_and_evaluations_are_of_the_ema_weights(tmp_path, monkeypatch):
     """With an EMA that hardly moves, what is looked at on the way is near the start, whatever the weights became."""
     seen = {}
 
-    def looked_at(name):
-        job = getattr(loop, name)
-
-        def look(run, done):
+    def looked_at(job):
+        def look(run, done, **options):
             unet = run.pipe.unet
-            seen[name] = torch.cat([value.detach().flatten().clone() for value in unet.parameters()])
+            seen[job.__name__] = torch.cat([value.detach().flatten().clone() for value in unet.parameters()])
             assert not unet.training
-            job(run, done)
+            job(run, done, **options)
 
         return look
 
-    for name in ("preview", "evaluate"):
-        monkeypatch.setattr(loop, name, looked_at(name))
+    for module, name in ((loop, "preview"), (evaluations, "evaluate")):
+        monkeypatch.setattr(module, name, looked_at(getattr(module, name)))
     options = quick_options(
         tmp_path, **BASE | {"checkpoint_every": 4}, preview_every=2, preview_images=1, preview_inference_steps=2,
         eval_every=4, eval_images=2, eval_calls=3, ema_decay=0.9, learning_rate=0.05,

@@ -45,7 +45,7 @@ def test_a_resolved_configuration_is_a_config_file(tmp_path):
 
 def test_recipes_go_by_name_from_anywhere_and_files_by_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("digits", "digits_class", "digits_likelihood", "digits_text"):
+    for name in ("digits", "digits_class", "digits_likelihood", "digits_text", "digits_upscale"):
         by_name = parse_options(["--config", name])
         assert by_name.optimisation.max_train_steps and by_name == TrainingOptions(config=name)
         assert by_name == parse_options(["--config", str(RECIPES / f"{name}.yaml")])
@@ -79,7 +79,7 @@ def test_options_from_python_are_flat_or_in_groups():
         (["--learning_rate", "fast"], "learning_rate"),
         (["--batch_size", "0"], "at least 1"),
         (["--learning_rate", "nan"], "above 0"),
-        (["--channels", "2"], "1, 3, 4"),
+        (["--channels", "65"], "at least 1 and at most 64"),
         (["--mixed_precision", "int8"], "no, bf16, fp16"),
         (["--lr_scheduler", "cosin"], "cosine"),
         (["--variance_type", "learned"], "learned_range"),

@@ -26,7 +26,7 @@ def card_of_run(done: int, first: int = 0, data_name: str = "digits", images: in
         options=options, first=first, began=time.monotonic(), condition=Condition(), folder=Path("ddpm-digits"),
         pipe=AlphaDDPMPipeline(tiny_unet(), AlphaDDPMScheduler(20)), state=SimpleNamespace(num_parameters=12_000),
         accelerator=SimpleNamespace(device=torch.device("cpu"), num_processes=1),
-        origin=origin_of(options, data_name, images),
+        origin=origin_of(options, data_name, images), data=SimpleNamespace(held_out=None),
     )  # fmt: skip
     return model_card(run, Path("ddpm-digits"), done)
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ddpm_pipeline.support.errors import STOPPED_STATUS, ConfigError, PushError, Stopped
-from ddpm_pipeline.training import TrainingOptions, jobs, pusher, stop, train
+from ddpm_pipeline.training import TrainingOptions, evaluations, jobs, pusher, stop, train
 from ddpm_pipeline.training.checkpoints import list_checkpoints
 from ddpm_pipeline.training.telemetry import duration
 from ddpm_pipeline.training.text_encoders import load_text_encoder, make_tokenizer
@@ -128,8 +128,8 @@ def test_a_picture_a_figure_or_a_tracker_that_fails_does_not_end_the_run(run, tm
     def fail(*_, **__):
         raise RuntimeError("no room on the device")
 
-    for name in ("save_picture", "likelihood"):
-        monkeypatch.setattr(jobs, name, fail)
+    monkeypatch.setattr(jobs, "save_picture", fail)
+    monkeypatch.setattr(evaluations, "per_image", fail)
     monkeypatch.setattr(Accelerator, "log", fail)
     model = run(tmp_path / "model", preview_every=1, preview_images=1, preview_inference_steps=2, eval_every=1, eval_images=1)
     assert (model / "model_index.json").is_file() and not list(model.rglob("*.png"))

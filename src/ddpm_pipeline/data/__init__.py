@@ -10,13 +10,15 @@ from ..support.extras import lazy_exports
 
 _MODULES = {
     **dict.fromkeys(("ConditionColumns", "DataOptions"), ".options"),
-    **dict.fromkeys(("ImageData", "load_images"), ".mapped"),
+    "ImageData": ".mapped",
+    "load_images": ".condition_images",
     **dict.fromkeys(("StreamData", "open_data", "open_stream"), ".streamed"),
 }
 __all__ = ["DataError", *_MODULES]
 
 if TYPE_CHECKING:
-    from .mapped import ImageData, load_images
+    from .condition_images import load_images
+    from .mapped import ImageData
     from .options import ConditionColumns, DataOptions
     from .streamed import StreamData, open_data, open_stream
 

@@ -1,4 +1,4 @@
-"""Which columns of a data set hold its images, labels and captions, and which of their values are missing."""
+"""Which columns of a data set hold its images, what they are conditioned on, and which of their values are missing."""
 
 import re
 from collections.abc import Callable
@@ -13,12 +13,16 @@ from datasets import ClassLabel, Features, List, Value
 from ..support.errors import DataError
 from .options import ConditionColumns
 
-KINDS = ("image", "image struct", "array", "bytes")  # of image columns, the most telling type first
+KINDS = ("image", "image struct", "array", "bytes", "numbers")  # of image columns, the most telling type first
+LISTS = "lists"  # the kind of columns that are images only if they are named, since lists of boxes have their type too
 IMAGE_COLUMNS = (
-    "Image columns hold the Image feature, {bytes, path} structs, arrays [H, W] or [H, W, C] of uint8 (cast others), or bytes."
+    "Image columns hold the Image feature, {bytes, path} structs, arrays (Array2D, Array3D), nested lists of uint8, or bytes; "
+    "and, if it is named, nested lists of other numbers."
 )
 MAX_CLASSES = 2**16
-RESERVED = ("pixels", "pixels_digest", "skipped_reason", "skipped_file")  # the cache's own columns
+BESIDE = "second_folder"  # the column of images in a second folder
+IMAGE_DIGEST = "image_digest"  # of the pixels alone
+RESERVED = ("pixels", "pixels_digest", "skipped_reason", "skipped_file", IMAGE_DIGEST)  # the cache's own columns
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,9 @@ class ColumnRoles:
     label: str | None
     text: str | None
     needed: str | None  # the column that the condition reads: a row without a value there is skipped
+    partner: str | None = None  # the column of second images, and
+    partner_kind: str | None = None  # its kind, one of KINDS
+    numbers: tuple[str, ...] = ()  # columns of numbers or of lists of labels
 
     def num_classes(self, class_names: list[str] | None) -> int | None:
         """How many classes the needed column has; None for captions."""
@@ -38,10 +45,17 @@ class ColumnRoles:
 
 def find_roles(features: Features, image_column: str | None, asked: ConditionColumns) -> ColumnRoles:
     """The columns to read: those named, else the only ones of their type. Raises DataError for what is not there."""
-    image, label, text = find_image_column(features, image_column), asked.label_column, asked.text_column
+    partner, numbers = _find_beside(features, asked)
+    if partner is not None and (image_column == partner or image_columns(features) == [partner]):
+        raise DataError(
+            f"--condition_column {partner!r} is the column of the images themselves. Name another column or a folder; "
+            "--condition_from makes a condition of the image itself."
+        )
+    others = Features({name: feature for name, feature in features.items() if name != partner})
+    image, label, text = find_image_column(others, image_column), asked.label_column, asked.text_column
     if text is not None:
         _check_condition("--text_column", text, features, _is_text, "Captions must be strings or lists of strings.")
-    elif asked.condition == "text" and label is None and not asked.from_labels and _is_text(features.get("text")):
+    elif "text" in asked.kinds and label is None and not asked.from_labels and _is_text(features.get("text")):
         text = "text"
     if label is not None:
         words = "Labels must be a ClassLabel, whole numbers, booleans, strings or times."
@@ -49,10 +63,40 @@ def find_roles(features: Features, image_column: str | None, asked: ConditionCol
     else:
         labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
         label = labels[0] if len(labels) == 1 else None
-        if not labels and asked.condition != "none" and _is_label(features.get("label")):
+        if not labels and {"class", "text"} & set(asked.kinds) and _is_label(features.get("label")):
             label = "label"
-    needed = {"class": label, "text": text or label}.get(asked.condition)
-    return ColumnRoles(image, _image_kind(features[image]), label, text, needed)
+    needed = {"class": label, "text": text or label}.get(asked.kinds[0])
+    partner_kind = None if partner is None else _image_kind(features[partner])
+    return ColumnRoles(image, _image_kind(features[image]), label, text, needed, partner, partner_kind, numbers)
+
+
+def _find_beside(features: Features, asked: ConditionColumns) -> tuple[str | None, tuple[str, ...]]:
+    """(the column of second images, the columns of numbers) that the condition reads. Raises DataError."""
+    found = {name: _named_column(name, features) for name in asked.condition_names}
+    images = [name for name, column in found.items() if column == BESIDE or _image_kind(features[column]) is not None]
+    numbers = tuple(column for name, column in found.items() if name not in images)
+    if not found or not {"image", "vector"} & set(asked.kinds):
+        return None, ()
+    if len(images) != ("image" in asked.kinds) or bool(numbers) != ("vector" in asked.kinds):
+        types = ", ".join(f"{name} ({features[column]})" for name, column in found.items())
+        wanted = {"image": "one column or folder of images", "vector": "columns of numbers, such as a,b,c"}
+        needs = " and ".join(words for kind, words in wanted.items() if kind in asked.kinds)
+        raise DataError(f"--condition {asked.condition} needs {needs} in --condition_column, which names {types}.")
+    for name in numbers:
+        words = "Numbers must be whole numbers, floats, booleans, or lists of labels; for a single label, --condition class."
+        _check_condition("--condition_column", name, features, _is_numbers, words)
+    return (found[images[0]] if images else None), numbers
+
+
+def _named_column(name: str, features: Features) -> str:
+    """The column that is meant: of this name, of the images that a column of file names became, or of a folder's images."""
+    column = next((one for one in (name, name.removesuffix("_file_name"), BESIDE) if one in features), None)
+    if column is None:
+        raise DataError(
+            f"--condition_column {name!r} is no column of the data set, and no folder with condition images for a folder of "
+            f"images. The columns are {list(features)}."
+        )
+    return column
 
 
 def _check_condition(option: str, name: str, features: Features, fits: Callable[[Any], bool], words: str) -> None:
@@ -81,21 +125,23 @@ def find_image_column(features: Features, named: str | None = None) -> str:
 
 
 def image_columns(features: Features) -> list[str]:
-    """The columns that can hold images."""
-    return [name for name, feature in features.items() if _image_kind(feature) is not None]
+    """The columns whose types say that they hold images; other arrays may hold anything."""
+    return [name for name, feature in features.items() if _image_kind(feature) in KINDS[:-1]]
 
 
 def _image_kind(feature: Any) -> str | None:
-    """The `Image` feature; a struct {bytes, path}; a uint8 array of two or three dimensions; bytes; or None."""
+    """The `Image` feature; a struct {bytes, path}; an array of two or three dimensions; bytes; or None."""
     if isinstance(feature, datasets.Image):
         return "image"
     if isinstance(feature, dict) and "bytes" in feature and set(feature) <= {"bytes", "path"}:
         return "image struct" if _is_value(feature["bytes"], "binary", "large_binary") else None
     if isinstance(feature, datasets.Array2D | datasets.Array3D):
-        return "array" if feature.dtype == "uint8" else None
+        return "array" if feature.dtype == "uint8" else "numbers"
     if isinstance(feature, List) and isinstance(feature.feature, List):
         inner = feature.feature.feature
-        return "array" if _is_value(inner.feature if isinstance(inner, List) else inner, "uint8") else None
+        inner = inner.feature if isinstance(inner, List) else inner
+        number = isinstance(inner, Value) and re.match("u?int|float|bool", inner.dtype)
+        return ("array" if inner.dtype == "uint8" else LISTS) if number else None
     return "bytes" if _is_value(feature, "binary", "large_binary") else None
 
 
@@ -111,6 +157,13 @@ def _is_label(feature: Any) -> bool:
 
 def is_whole_number(feature: Any) -> bool:
     return isinstance(feature, ClassLabel) or (isinstance(feature, Value) and bool(re.match("u?int", feature.dtype)))
+
+
+def _is_numbers(feature: Any) -> bool:
+    """Numbers or booleans, or lists of labels."""
+    if isinstance(feature, List):
+        return is_whole_number(feature.feature) or _is_value(feature.feature, "string", "large_string")
+    return isinstance(feature, Value) and bool(re.match("u?int|float|bool", feature.dtype))
 
 
 def _is_text(feature: Any) -> bool:

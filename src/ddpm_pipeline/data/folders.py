@@ -10,7 +10,7 @@ import json
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,9 +25,11 @@ from PIL import Image
 
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
-from .columns import image_columns
+from .arrays import ARRAY_FILES
+from .columns import BESIDE, image_columns
 from .files import ARCHIVES, PACKED, Account, File, in_archive, list_archive, list_files, read_bytes, some, text_of
 from .images import image_extensions
+from .pairs import SecondFolder, find_second_folder
 from .splits import SPLIT_COLUMNS, Picture, may_divide, pictures_in_splits, split_in_column, split_word
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -49,18 +51,21 @@ class Contents:
 
     @classmethod
     def of(cls, files: Iterable[File]) -> "Contents":
-        contents, endings = cls(), image_extensions()
+        contents, endings, arrays = cls(), image_extensions(), []
         for file in files:
             if posixpath.basename(file.name).lower() in METADATA:
                 contents.metadata.append(file)
             elif file.suffix in endings or (not file.suffix and _is_image(file)):
                 contents.pictures.append(file)
+            elif file.suffix in ARRAY_FILES:
+                arrays.append(file)
             elif file.suffix in TABLES:
                 contents.tables.append(file)
             elif file.suffix in (*ARCHIVES, *PACKED):
                 contents.archives.append(file)
             else:
                 contents.others.append(file)
+        (contents.others if contents.pictures else contents.pictures).extend(arrays)  # features are stored so beside pictures
         return contents
 
 
@@ -81,28 +86,55 @@ class Folder:
     splits: dict[str, Dataset] = field(default_factory=dict)
     tables: list[File] = field(default_factory=list)
     kind: str = ""
+    second: SecondFolder | None = None  # of condition images, which are a column of the data sets
 
 
-def read_folder(path: Path) -> Folder:
+def read_folder(path: Path, beside: Sequence[str] = ()) -> Folder:
     """Decides what a folder is, and reads what describes its images. The path must be absolute.
 
-    Raises DataError for a folder without images, and for files that describe images and cannot be read.
+    The first of `beside` that names a folder holds the condition images. Raises DataError for a folder without images, and for
+    files that describe images and cannot be read.
     """
     account = Account()
-    return _read(Contents.of(list_files(path, account)), path, account)
+    return _read(Contents.of(list_files(path, account)), path, account, beside)
 
 
-def read_archives(path: Path, archives: list[File]) -> Folder:
+def read_archives(path: Path, archives: list[File], beside: Sequence[str] = ()) -> Folder:
     """The same for archives, as if each were a folder."""
-    return _read(Contents(archives=archives), path, Account())
+    return _read(Contents(archives=archives), path, Account(), beside)
 
 
-def _read(contents: Contents, path: Path, account: Account) -> Folder:
+def _read(contents: Contents, path: Path, account: Account, beside: Sequence[str]) -> Folder:
     kind, contents = _most(contents, path, account)
     if kind == "tables":
         return Folder(account, tables=contents.tables)
+    contents, second = _without_second_folder(contents, beside)
+    images = contents.pictures.copy()
     splits, words = _dataset_splits(contents, path, account)
-    return Folder(account, splits, kind=f"{kind} {words}" if words else kind)
+    columns = set(next(iter(splits.values())).column_names)
+    kind = f"{kind} {words}".strip()
+    if second is None or "image" not in columns or {second.name, second.name.removesuffix("_file_name")} & columns:
+        return Folder(account, splits, kind=kind)
+    paths = {split: [row and row["path"] for row in rows.data["image"].to_pylist()] for split, rows in splits.items()}
+    read = set().union(*paths.values())
+    partners = second.partners([file for file in images if file.path in read], account)
+    for split, rows in splits.items():
+        found = [{"bytes": None, "path": partners[path]} if path in partners else None for path in paths[split]]
+        splits[split] = rows.add_column(BESIDE, found, feature=datasets.Image())
+    return Folder(account, splits, kind=f"{kind} with condition images in {second.name!r}", second=second)
+
+
+def _without_second_folder(contents: Contents, beside: Sequence[str]) -> tuple[Contents, SecondFolder | None]:
+    """The contents without the folder of condition images, if there is one; pictures or arrays, as the images may be."""
+    arrays = {file for file in contents.others if file.suffix in ARRAY_FILES}
+    left, second = find_second_folder([*contents.pictures, *sorted(arrays, key=lambda file: file.name)], beside)
+    if second is None:
+        return contents, None
+    if not left:
+        raise DataError(f"All images lie in {second.name!r}: none is left that they could be the condition of.")
+    pictures = [file for file in left if file not in arrays] or left
+    unread = arrays.difference(left) | set(pictures)
+    return replace(contents, pictures=pictures, others=[file for file in contents.others if file not in unread]), second
 
 
 def _most(contents: Contents, path: Path, account: Account) -> tuple[str, Contents]:
@@ -164,7 +196,7 @@ def _nothing(contents: list[Contents], path: Path, account: Account) -> None:
     packed = any(each.archives for each in contents)
     fix = " Unpack the archives (compressed ones cannot be read in any order) and name the folder." if packed else ""
     raise DataError(
-        f"{str(path)!r} holds no images (.png, .jpg, .jpeg, .webp, .avif, .gif, .bmp, .tif, ...; sub-folders and zip and tar "
+        f"{str(path)!r} holds no images (.png, .jpg, .jpeg, .webp, .gif, .bmp, .tif, .npy, ...; sub-folders and zip and tar "
         f"archives are searched too) and no parquet files, and was not written by Dataset.save_to_disk. {holds}{left_out}.{fix}"
     )
 

@@ -1,7 +1,6 @@
 """Images preprocessed once into a memory-mapped cache, from which batches are read without touching an image file.
 
-In a launch of several processes the main one calls `load_images` first (`accelerator.main_process_first()`), and the others
-find the cache, an Arrow file. `streamed` fills a cache of the same form.
+`condition_images` loads them with what they are conditioned on. `streamed` fills a cache of the same form.
 """
 
 import contextlib
@@ -11,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -25,30 +24,26 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from ..ranges_alpha_ddpm import ValueRange
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
-from .columns import (
-    RESERVED,
-    ColumnRoles,
-    check_column,
-    find_roles,
-    is_whole_number,
-    kept_columns,
-    missing_value,
-    occurring_classes,
-)
+from .columns import RESERVED, ColumnRoles, check_column, is_whole_number, missing_value, occurring_classes
 from .files import UNREADABLE, Reach, UnreadableFile
-from .images import BadImage, image_file, image_pixels, image_shape
-from .options import UNCONDITIONAL, ConditionColumns, DataOptions, shown_size
+from .images import SAY_RANGE, BadImage, Form, Shape, image_file, image_pixels, image_shape
+from .label_maps import form_of_label_maps, label_map
+from .options import MAX_CHANNELS, DataOptions, shown_size
+from .ranges import depth_of, is_raw, measured_images, range_of, unmeasured
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
-from .sources import Source, cache_folder, hash_of, load_source
+from .sources import Source, cache_folder, hash_of
+from .vectors import Attributes
+from .views import Views
 
 logger = logging.getLogger(__name__)
 
-PREPROCESSING_VERSION = 3  # part of the cache's key: raise it when the same options give other pixels
+PREPROCESSING_VERSION = 5  # part of the cache's key: raise it when the same options give other pixels
 BATCH_BYTES = 2**25  # of pixels preprocessed at a time
 
-PIXELS, DIGEST, REASON, FILE = RESERVED
+PIXELS, DIGEST, REASON, FILE, IMAGE_DIGEST = RESERVED
 WHY_BAD = {REASON: Value("string"), FILE: Value("string")}  # of a row's image; null if it is good
-SIZES = Features({"width": Value("int32"), "height": Value("int32"), "channels": Value("int8"), **WHY_BAD})
+NO_SHAPE = Shape(0, 0, 0, 0, 0, 0)
+SIZES = Features({**{name: Value("float64") for name in NO_SHAPE._fields}, **WHY_BAD})
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +53,8 @@ class ImageSet:
     Both kinds have `class_names` (of the label column's values 0, 1, ..., or None), `columns` (names of those that can be
     conditions) and `fingerprint`: 32 hex digits that say whether two runs see the same data. It is of the content, not of the
     path: it stays when a folder is moved or renamed, when a cache is rebuilt, and over processes. It changes when an image is
-    added, removed or replaced, when a caption or label is edited or a class renamed, and with the size and channels.
+    added, removed or replaced, when a caption or label is edited or a class renamed, and with the size, the channels, the way
+    of resizing and the range of values.
 
     - `ImageData`: of the preprocessed pixels of the usable rows in order, with the names, types and values of their columns.
     - `StreamData`: of local files, of their names within the data, their sizes, and the first and last 8 KB of each (so an
@@ -67,14 +63,40 @@ class ImageSet:
     """
 
     name: str  # of the bundled or Hub data set, or the last part of a local path
-    size: tuple[int, int]  # height and width
-    channels: int
-    value_range: ValueRange  # of the pixels, and their type
+    size: tuple[int, int]  # height and width, as the images are seen
+    form: Form  # in which they are stored, perhaps larger, so that windows can be taken of them
+    value_range: ValueRange  # of the pixels
     roles: ColumnRoles
+    held_out: "ImageData | None" = field(default=None, kw_only=True)  # images that are not trained on
+    resized: bool = field(default=False, kw_only=True)  # whether windows are, so that the plain view is of the whole image
+    classes: int | None = field(default=None, kw_only=True)  # of label maps: the pixels are 0..classes-1, or VOID
+    condition_images: "ImageSet | None" = field(default=None, kw_only=True)  # mapped, with a row per row of the source
+    attributes: Attributes | None = field(default=None, kw_only=True)  # what vectors hold
+
+    @property
+    def vector_names(self) -> list[str]:
+        return self.attributes.names
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        return self.form.size
+
+    @property
+    def channels(self) -> int:
+        return self.form.channels
 
     @property
     def values_per_image(self) -> int:
-        return math.prod(self.size) * self.channels
+        return math.prod(self.stored_size) * self.channels
+
+    @property
+    def bytes_per_image(self) -> int:
+        return self.values_per_image * np.dtype(self.form.dtype).itemsize
+
+    @property
+    def view(self) -> Views:
+        """How the images are seen if nothing is random."""
+        return Views(self.size, self.resized)
 
     @property
     def label_column(self) -> str | None:
@@ -94,6 +116,7 @@ class ImageData(ImageSet):
     fingerprint: str  # of the usable rows' pixels and kept columns, in order, wherever they lie; 32 hex digits
     rows: np.ndarray | None  # the usable rows, int64; None if all are
     skipped: Sequence[SkippedRow]  # the others
+    vectors: np.ndarray | None = None  # of all rows of the source, float32 [N, K]; NaN where a number is not told
 
     def __len__(self) -> int:
         return len(self.dataset) if self.rows is None else len(self.rows)
@@ -114,12 +137,23 @@ class ImageData(ImageSet):
             raise IndexError(f"index {indices.min()} or {indices.max()} is outside 0..{len(self) - 1}")
         return indices if self.rows is None else self.rows[indices]
 
-    def pixels(self, indices: Sequence[int], flip: np.ndarray | None = None) -> torch.Tensor:
-        """Images, uint8 [B, C, H, W], contiguous. Where `flip`, bool [B], is true they are mirrored left to right."""
-        out = np.empty((len(indices), self.values_per_image), dtype=np.uint8)
-        for image, (chunk, place) in zip(out, self._locate(indices), strict=True):
-            image[:] = self._pixel_chunks[chunk][place]
-        return images_of(out, self.size, self.channels, flip)
+    def pixels(self, indices: Sequence[int], views: Views | None = None) -> torch.Tensor:
+        """Images [B, C, *size] of their own type, contiguous; by default in their plain view. Label maps by nearest pixels."""
+        stored = [self._pixel_chunks[chunk][place] for chunk, place in self._locate(indices)]
+        return (views or self.view).apply(stored or self._pixel_chunks[0][:0], nearest=self.classes is not None)
+
+    def shown(self, count: int) -> "ImageData":
+        """At least so many images for previews, if there are: all."""
+        return self
+
+    def vector(self, indices: Sequence[int]) -> torch.Tensor:
+        """The numbers of images, float32 [B, K] in the order of `vector_names`; NaN where one is not told."""
+        return torch.from_numpy(self.vectors[self.rows_of(indices)])
+
+    @property
+    def vector_statistics(self) -> tuple[list[float], list[float]]:
+        """(means, deviations) of the numbers where they are told. Raises DataError for one that says nothing."""
+        return self.attributes.statistics(self.vectors if self.rows is None else self.vectors[self.rows])
 
     def column(self, name: str, indices: Sequence[int]) -> torch.Tensor | list:
         """A kept column's values: int64 [B] for labels and whole numbers, else a list of B strings (or lists of them).
@@ -140,9 +174,9 @@ class ImageData(ImageSet):
 
     @cached_property
     def _pixel_chunks(self) -> list[np.ndarray]:
-        """Views into the memory-mapped file, uint8 [rows, H*W*C] each; nothing is read yet."""
+        """Views into the memory-mapped file, [rows, H, W, C] each; nothing is read yet."""
         flat = (chunk.flatten().to_numpy(zero_copy_only=True) for chunk in self.dataset.data.column(PIXELS).chunks)
-        return [values.reshape(-1, self.values_per_image) for values in flat]
+        return [values.reshape(-1, *self.stored_size, self.channels) for values in flat]
 
     @cached_property
     def _chunk_starts(self) -> np.ndarray:
@@ -164,63 +198,97 @@ class ImageData(ImageSet):
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
+def other_size(size: Sequence[int], partner: Sequence[int]) -> str | None:
+    """Why a condition image of that size (height, width) is none of such an image."""
+    return None if size == partner else f"it is {shown_size(partner)}, and the image {shown_size(size)}"
+
+
 def cache_key(kind: str, *parts: Any) -> str:
     return hash_of(kind, PREPROCESSING_VERSION, *parts)
 
 
-def images_of(flat: np.ndarray, size: tuple[int, int], channels: int, flip: np.ndarray | None = None) -> torch.Tensor:
-    """Rows of H*W*C values, uint8 [B, H*W*C], as images, uint8 [B, C, H, W]; mirrored where `flip`, bool [B], is true."""
-    shape = (len(flat), *size, channels)
-    images = torch.from_numpy(flat).view(shape).permute(0, 3, 1, 2).contiguous()  # [B, H, W, C] -> [B, C, H, W]
-    if flip is not None:
-        array, mirrored = images.numpy(), np.asarray(flip, dtype=bool)  # numpy's view: twice as fast as torch here
-        array[mirrored] = array[mirrored][..., ::-1]
-    return images
+def scan(source: Source, options: DataOptions, roles: ColumnRoles, raw: bool, channels: int | None) -> Dataset:
+    """The SIZES of the images, from the cache if they are there; `raw` and `channels` as for `image_shape`."""
+    key = cache_key("scan", source.state(roles.image), roles.image, raw, channels)
+    look = partial(shape_of, roles.kind, source.reach, raw=raw, channels=channels)
+    batch = partial(_scan_batch, column=roles.image, look=look, threads=options.preprocessing_num_workers or 1)
+    return _cached(source, options, roles, batch, key, SIZES, 1000, "Looking at image sizes")
 
 
-def load_images(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -> ImageData:
-    """The images that the options name, preprocessed, from the cache if they are there.
+def preprocessed(
+    source: Source,
+    options: DataOptions,
+    roles: ColumnRoles,
+    kept: Features,
+    classes: int | None = None,
+    value_range: ValueRange | None = None,
+) -> ImageData:
+    """The images in the roles' column, with these columns beside them, from the cache if they are there.
 
-    `options.dataset` is the first of these that exists: a bundled data set such as "digits"; a local folder, archive, table or
-    pattern of tables (docs/data.md); a data set on the Hub. Size and channels default to the data's own, the label column
-    to the only ClassLabel column. Rows whose image cannot be read, or that lack what the condition reads, are skipped.
-
-    Raises DataError if the data cannot be used as asked, or if all rows or more than `max_bad_fraction` of them are skipped.
+    Size, channels and depth default to the data's own; with `classes`, the images are label maps. A `value_range` is a model's:
+    images are read in its type, and values beyond it are clipped. Raises DataError if all rows or more than `max_bad_fraction`
+    of them are skipped, or if the images do not fit the options.
     """
-    source = load_source(options)
-    roles = find_roles(source.dataset.features, options.image_column, columns)
-    source = source.with_classes(roles)
-    state = source.state(roles.image)
-    threads = options.preprocessing_num_workers or 1
-    job = partial(_cached, source, options, roles)
-    size, channels = options.size, options.channels
-    if size is None or channels is None:
-        scan = partial(_scan_batch, roles=roles, reach=source.reach, threads=threads)
-        scanned = job(scan, cache_key("scan", state, roles.image), SIZES, 1000, "Looking at image sizes")
-        bad = _unusable(scanned)
-        check_bad_fraction(repr(options.dataset), bad, len(bad), len(scanned), options.max_bad_fraction)
-        width, height, native = (scanned.data.column(name).to_numpy() for name in ("width", "height", "channels"))
-        size = size or _own_size(options.dataset, np.stack([height, width], axis=1)[width > 0])
-        channels = channels or int(native.max())
-    images = ImageSet(source.name, size, channels, ValueRange(), roles)
+    raw, channels = bool(classes) or is_raw(options, value_range), 1 if classes else options.channels
+    scanned = scan(source, options, roles, raw, channels)
+    check_rows(repr(options.dataset), _unusable(scanned), len(scanned), options.max_bad_fraction)
+    size, form = _found_form(options, scanned, raw, channels)
+    if value_range is not None:
+        form = replace(form, dtype=value_range.dtype)
+    if classes:
+        form = form_of_label_maps(form, classes)
+    images = ImageSet(source.name, size, form, unmeasured(form), roles, classes=classes, resized=options.resizes_windows)
     _note_resizing(source, images)
-    kept = kept_columns(source.dataset.features)
-    key = cache_key("pixels", state, roles.image, size, channels)
-    features, batch_size = cache_features(kept, images.values_per_image), BATCH_BYTES // images.values_per_image
+    key = cache_key("pixels", source.state(roles.image), roles.image, astuple(form), classes, list(kept))
+    features, batch_size = cache_features(kept, images), max(1, min(1000, BATCH_BYTES // images.bytes_per_image))
+    threads = options.preprocessing_num_workers or 1
     preprocess = partial(_preprocess_batch, kept=list(kept), to=images, reach=source.reach, threads=threads)
-    cached = job(preprocess, key, features, max(1, min(1000, batch_size)), "Preprocessing images")
-    return usable_images(cached, images, repr(options.dataset), options.max_bad_fraction)
+    cached = _cached(source, options, roles, preprocess, key, features, batch_size, "Preprocessing images")
+    data = usable_images(cached, images, repr(options.dataset), options.max_bad_fraction)
+    if classes or not raw:
+        return data
+    if value_range is None:
+        looked_at = data.pixels(measured_images(len(data), data.bytes_per_image)).numpy()
+        value_range = range_of(options.value_range, looked_at, data.name)
+    data = replace(data, value_range=value_range)
+    return replace(data, fingerprint=fingerprint_of(data, data.dataset, data.rows))
+
+
+def _found_form(options: DataOptions, scanned: Dataset, raw: bool, channels: int | None) -> tuple[tuple[int, int], Form]:
+    """(size, form) of the images, as far as asked for, or else as found."""
+    found = {name: scanned.data.column(name).to_numpy() for name in NO_SHAPE._fields}
+    good = found["width"] > 0
+    size, sizes = options.size, np.stack([found["height"], found["width"]], axis=1)[good].astype(int)
+    if options.resize == "none":
+        stored = _own_size(options.dataset, sizes)
+        size = size or stored
+        if (size != stored and not options.window_share) or size > stored or size[1] > stored[1]:
+            fix = (
+                f"Use --resolution {shown_size(stored)}, --resize crop, pad or stretch, or --random_crop 1 for smaller windows"
+            )
+            raise DataError(
+                f"--resize none: the images of {options.dataset!r} are {shown_size(stored)}, not {shown_size(size)}. {fix}."
+            )
+        stored = options.stored_size(size, stored)
+    else:
+        size = size or _own_size(options.dataset, sizes)
+        stored = options.stored_size(size)
+    if channels is None and (pages := int(found["pages"].max())) > 1:
+        words = "%r has TIFF files of several pages, of which the first is read. If pages are channels, say --channels %d"
+        logger.warning(words, options.dataset, min(pages, MAX_CHANNELS))
+    depth = depth_of(found["low"][good].min(), found["high"][good].max())
+    return size, Form(stored, channels or int(found["channels"].max()), depth, raw, options.resize)
 
 
 def _note_resizing(source: Source, to: ImageSet) -> None:
     """Log that the images are resized or change their channels, as far as the first one tells."""
     first = source.dataset.with_format("arrow")[:1].column(to.roles.image)[0]
     with contextlib.suppress(BadImage):
-        width, height, channels = _shape_of(to.roles.kind, source.reach, first.as_py())
-        found, wanted = (height, width, channels), (*to.size, to.channels)
+        shape = shape_of(to.roles.kind, source.reach, row_value(first), to.form.raw, to.channels)
+        found, wanted = (shape.height, shape.width, shape.channels), (*to.stored_size, to.channels)
         if found != wanted:
             shapes = " to ".join(f"{h}x{w} with {c} channels" for h, w, c in (found, wanted))
-            logger.info("%s: images are scaled, cropped and converted, the first from %s", to.name, shapes)
+            logger.info("%s: images are resized (%s) and converted, the first from %s", to.name, to.form.resize, shapes)
 
 
 def usable_images(
@@ -234,14 +302,30 @@ def usable_images(
     label = cached.features.get(of.roles.label)  # of a stream, only the needed column is in the cache
     class_names = None if label is None else list(label.names)
     skipped = _unusable(cached, of.roles.needed, of.roles.num_classes(class_names))
-    check_bad_fraction(shown_name, skipped, len(skipped), len(cached), max_bad_fraction)
+    check_rows(shown_name, skipped, len(cached), max_bad_fraction)
     rows = np.setdiff1d(np.arange(len(cached)), [one["row"] for one in skipped]) if skipped else None
+    about = (of.name, of.size, of.form, of.value_range, of.roles)
+    more = {"resized": of.resized, "classes": of.classes, "condition_images": of.condition_images, "attributes": of.attributes}
+    return ImageData(*about, cached, class_names, fingerprint_of(of, cached, rows), rows, skipped, **more)
+
+
+def fingerprint_of(images: ImageSet, cached: Dataset, rows: np.ndarray | None) -> str:
+    """32 hex digits of these rows of the cache."""
     digests = cached.data.column(DIGEST).to_numpy().astype("<u8")
     content = hashlib.blake2b((digests if rows is None else digests[rows]).tobytes(), digest_size=16).hexdigest()
-    features = {name: str(feature) for name, feature in cached.features.items() if name not in (REASON, FILE)}
-    fingerprint = hash_of(of.size, of.channels, features, content)
-    about = (of.name, of.size, of.channels, of.value_range, of.roles)
-    return ImageData(*about, cached, class_names, fingerprint, rows, skipped)
+    features = {name: str(feature) for name, feature in cached.features.items() if name not in (REASON, FILE, IMAGE_DIGEST)}
+    measured = [] if images.value_range == unmeasured(images.form) else [images.value_range.to_json()]
+    return hash_of(images.size, images.channels, features, content, *measured)
+
+
+def check_rows(name: str, skipped: Sequence[SkippedRow], total: int, max_bad_fraction: float) -> None:
+    """As `check_bad_fraction`; in one line, if too many images are bad for want of `--value_range`."""
+    unclear = [one["reason"] for one in skipped if SAY_RANGE in one["reason"]]
+    if len(unclear) / total > max_bad_fraction:
+        found, why = f"{len(unclear):,} of {total:,} images of {name}", unclear[0].partition(SAY_RANGE)[0]
+        fix = "state them, as in --value_range=-1000,3000 or --value_range percentile:1,99"
+        raise DataError(f"{found} have no known black and white: {why}{fix}.")
+    check_bad_fraction(name, skipped, len(skipped), total, max_bad_fraction)
 
 
 def _with_class_numbers(images: Dataset, label_column: str | None, classes: pa.Array | None) -> Dataset:
@@ -252,9 +336,14 @@ def _with_class_numbers(images: Dataset, label_column: str | None, classes: pa.A
     column = images.data.column(label_column)
     classes = occurring_classes(column, label_column) if classes is None else classes
     chunks = [pc.index_in(chunk, value_set=classes).cast(pa.int64()) for chunk in column.chunks]  # as in the other columns
-    place = images.column_names.index(label_column)
-    table = images.data.set_column(place, pa.field(label_column, pa.int64()), pa.chunked_array(chunks))
-    features = Features({**images.features, label_column: ClassLabel(names=class_names_of(classes))})
+    return with_class_column(images, label_column, chunks, class_names_of(classes))
+
+
+def with_class_column(images: Dataset, name: str, chunks: list[pa.Array], class_names: list[str]) -> Dataset:
+    """With class numbers, int64 in chunks as of the other columns, in the place of a column."""
+    column, place = pa.chunked_array(chunks), images.column_names.index(name)
+    table = images.data.set_column(place, pa.field(name, pa.int64()), column)
+    features = Features({**images.features, name: ClassLabel(names=class_names)})
     return Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint=images._fingerprint)
 
 
@@ -318,42 +407,53 @@ def _own_size(dataset: str, sizes: np.ndarray) -> tuple[int, int]:
     raise DataError(f"The images of {dataset!r} have {found}. Choose one with --resolution, such as 64 or 48x96.")
 
 
-def cache_features(kept: Features, size: int) -> Features:
-    """The cache's columns: those of preprocessed images of `size` values each, and those kept from the source."""
-    return Features({PIXELS: List(Value("uint8"), length=size), DIGEST: Value("uint64"), **WHY_BAD, **kept})
+def cache_features(kept: Features, of: ImageSet) -> Features:
+    """The cache's columns: those of preprocessed images, and those kept from the source."""
+    pixels = List(Value(of.form.dtype), length=of.values_per_image)
+    return Features({PIXELS: pixels, DIGEST: Value("uint64"), IMAGE_DIGEST: Value("uint64"), **WHY_BAD, **kept})
 
 
-def _scan_batch(table: pa.Table, *, roles: ColumnRoles, reach: Reach, threads: int) -> pa.Table:
-    look = partial(_shape_of, roles.kind, reach)
-    shapes, *why_bad = _each_image(table.column(roles.image), look, (0, 0, 0), threads)
+def _scan_batch(table: pa.Table, *, column: str, look: Callable, threads: int) -> pa.Table:
+    shapes, *why_bad = _each_image(table.column(column), look, NO_SHAPE, threads)
     columns = dict(zip(SIZES, [*zip(*shapes, strict=True), *why_bad], strict=True))
     return pa.Table.from_pydict(columns, schema=SIZES.arrow_schema)
 
 
-def _shape_of(kind: str, reach: Reach, value: Any) -> tuple[int, int, int]:
+def shape_of(kind: str, reach: Reach, value: Any, raw: bool = False, channels: int | None = None) -> Shape:
     """`image_shape` of a row's image, whose file is read as a whole only if its header does not suffice."""
     with contextlib.suppress(BadImage):
         if file := reach.file_of(value):
-            return image_shape(file, kind)
-    return read_image(image_shape, kind, reach, value)
+            return image_shape(file, kind, raw, channels)
+    return read_image(image_shape, kind, reach, raw, channels, value)
 
 
 def _preprocess_batch(table: pa.Table, *, kept: list[str], to: ImageSet, reach: Reach, threads: int) -> pa.Table:
-    nothing = np.zeros((*to.size, to.channels), dtype=np.uint8)
-    read = partial(read_image, image_pixels, to.roles.kind, reach, to.size, to.channels)
-    images, *why_bad = _each_image(table.column(to.roles.image), read, nothing, threads)
+    nothing = np.zeros((*to.stored_size, to.channels), dtype=to.form.dtype)
+    images, *why_bad = _each_image(table.column(to.roles.image), partial(pixels_of, to, reach), nothing, threads)
     return cache_table(np.stack(images).reshape(len(table), -1), *why_bad, table.select(kept))
 
 
 def cache_table(pixels: np.ndarray, reasons: list[str | None], files: list[str | None], kept: pa.Table) -> pa.Table:
-    """Rows of the cache: pixels, uint8 [N, H*W*C]; what is wrong with them; and the N rows of the kept columns."""
+    """Rows of the cache: pixels [N, H*W*C]; what is wrong with them; and the N rows of the kept columns."""
     rows = zip(pixels, kept.to_pylist() if kept.column_names else [{}] * len(pixels), strict=True)
-    contents = (image.tobytes() + json.dumps(values, sort_keys=True, default=str).encode() for image, values in rows)
-    digests = np.frombuffer(b"".join(hashlib.blake2b(one, digest_size=8).digest() for one in contents), "<u8")
+    of_images, of_rows = [], []
+    for image, values in rows:
+        digest = hashlib.blake2b(image.tobytes(), digest_size=8)
+        of_images.append(digest.digest())
+        digest.update(json.dumps(values, sort_keys=True, default=str).encode())  # as if of both one after the other
+        of_rows.append(digest.digest())
+    digests, image_digests = (pa.array(np.frombuffer(b"".join(each), "<u8"), pa.uint64()) for each in (of_rows, of_images))
     flat = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), pixels.shape[1])
     why_bad = {REASON: pa.array(reasons, pa.string()), FILE: pa.array(files, pa.string())}
-    columns = {PIXELS: flat, DIGEST: pa.array(digests, pa.uint64()), **why_bad}
+    columns = {PIXELS: flat, DIGEST: digests, IMAGE_DIGEST: image_digests, **why_bad}
     return pa.table({**columns, **{name: kept.column(name) for name in kept.column_names}})
+
+
+def pixels_of(to: ImageSet, reach: Reach, value: Any) -> np.ndarray:
+    """A row's image or label map as pixels of that set, [H, W, C]. Raises `BadImage`, or `UnreadableFile`."""
+    if to.classes:
+        return read_image(label_map, to.roles.kind, reach, to.form, to.classes, value)
+    return read_image(image_pixels, to.roles.kind, reach, to.form, value)
 
 
 def read_image(function: Callable, kind: str, reach: Reach, *args: Any) -> Any:
@@ -371,7 +471,7 @@ def _each_image(column: pa.ChunkedArray, function: Callable, bad: Any, threads: 
     """Results of `function` on the images, or `bad` where it raises BadImage; the reasons; the files of the bad ones."""
 
     def one(scalar: pa.Scalar) -> tuple:
-        value = scalar.as_py()  # one by one, since they may be large
+        value = row_value(scalar)  # one by one, since they may be large
         try:
             return function(value), None, None
         except BadImage as error:
@@ -381,6 +481,24 @@ def _each_image(column: pa.ChunkedArray, function: Callable, bad: Any, threads: 
         return zip(*map(one, column), strict=True)
     with ThreadPoolExecutor(threads) as pool:  # decoding and resizing leave the interpreter free
         return zip(*pool.map(one, column), strict=True)
+
+
+def row_value(scalar: pa.Scalar) -> Any:
+    """A cell of an Arrow table as Python has it, but nested lists of numbers as an array of their own type."""
+    scalar = scalar.value if isinstance(scalar, pa.ExtensionScalar) else scalar
+    if not _is_list(scalar.type) or scalar.values is None:
+        return scalar.as_py()
+    values, shape = scalar.values, [len(scalar.values)]
+    while _is_list(values.type):
+        lengths = values.value_lengths().unique().to_pylist()
+        if len(lengths) != 1 or None in lengths:
+            return scalar.as_py()  # an array that is not regular, which `images` refuses
+        shape, values = [*shape, lengths[0]], values.flatten()
+    return values.to_numpy(zero_copy_only=False).reshape(shape) if values.null_count == 0 else scalar.as_py()
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _unusable(images: Dataset, needed: str | None = None, num_classes: int | None = None) -> list[SkippedRow]:

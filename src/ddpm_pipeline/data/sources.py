@@ -24,10 +24,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from ..support.errors import DataError
 from ..support.exceptions import describe_exception
 from .bundled import BUNDLED
-from .columns import ColumnRoles
+from .columns import BESIDE, ColumnRoles
 from .files import ARCHIVES, PACKED, Account, File, Reach, content_of, some, stamps
 from .folders import TABLES, Folder, read_archives, read_folder
-from .options import DataOptions
+from .options import UNCONDITIONAL, ConditionColumns, DataOptions
+from .pairs import missing_partners
 from .splits import SPLIT_COLUMNS, split_in_column, split_word
 
 logger = logging.getLogger(__name__)
@@ -82,12 +83,13 @@ class Source:
         return hash_of(self.rows, content_of((os.path.relpath(file, root), file) for file in files)) if files else self.identity
 
 
-def load_source(options: DataOptions, streaming: bool = False) -> Source:
+def load_source(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL, streaming: bool = False) -> Source:
     """Loads what `options.dataset` names; local files take precedence over a Hub data set of that name.
 
-    With `streaming`, data on the Hub or in tables become an IterableDataset. Everything else is memory-mapped (for a folder of
-    images: the paths), and is a Dataset in any case. Says in one line of the log what it took the data for and what it left
-    out. Raises DataError for what cannot be loaded or has no rows.
+    A second folder of condition images, if the columns name one, is a column. With `streaming`, data on the Hub or in tables
+    become an IterableDataset. Everything else is memory-mapped (for a folder of images: the paths), and is a Dataset in any
+    case. Says in one line of the log what it took the data for and what it left out. Raises DataError for what cannot be loaded
+    or has no rows.
     """
     name, split = options.dataset, options.split
     path = Path(os.path.abspath(Path(name).expanduser())) if name else Path("-")
@@ -102,7 +104,7 @@ def load_source(options: DataOptions, streaming: bool = False) -> Source:
             f"--dataset {name!r}: there is no such folder or parquet file, nor a match of a pattern. Quote patterns."
         )
     elif os.path.exists(found[0]):
-        source = _load_local(path, found, options, streaming)
+        source = _load_local(path, found, options, columns, streaming)
     elif re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", name):
         source = _load_from_hub(name, options, streaming)
     else:
@@ -132,13 +134,18 @@ def _warn_of_held_out_rows(source: Source) -> None:
 
 
 def column_of(source: Source, name: str) -> pa.ChunkedArray:
-    """One column of memory-mapped rows, or of the parquet files of a stream."""
+    """One column of memory-mapped rows, or of the parquet files of a stream. Raises DataError for a stream from the Hub."""
     if isinstance(source.dataset, Dataset):
         return source.dataset.select_columns([name]).with_format("arrow")[:].column(0)
+    if not source.files:
+        raise DataError(
+            f"The column {name!r} has the type {source.dataset.features[name]}, which does not say what values there are, and "
+            "they are unknown before all rows are read. Drop --streaming, or choose a ClassLabel column."
+        )
     return pa.dataset.dataset(list(source.files)).to_table([name]).column(0)
 
 
-def _load_local(path: Path, found: list[str], options: DataOptions, streaming: bool) -> Source:
+def _load_local(path: Path, found: list[str], options: DataOptions, columns: ConditionColumns, streaming: bool) -> Source:
     if options.dataset_config is not None:
         raise DataError(f"--dataset_config {options.dataset_config!r} is for data sets on the Hub; {str(path)!r} is local.")
     suffixes = {Path(file).suffix.lower() for file in found}
@@ -146,11 +153,13 @@ def _load_local(path: Path, found: list[str], options: DataOptions, streaming: b
     if path.is_dir():
         with as_data_error(f"the folder {str(path)!r}"):
             saved = _saved_data_sets(path)
-            return _load_saved(path, saved, options) if saved else _load_folder(path, read_folder(path), options, streaming)
+            if saved:
+                return _load_saved(path, saved, options)
+            return _load_folder(path, read_folder(path, columns.second_folders), options, streaming)
     if len(suffixes) == 1 and suffixes <= set(TABLES):
         return _load_tables(files, path, options, streaming, Account())
     if suffixes <= set(ARCHIVES):
-        return _load_folder(path, read_archives(path, files), options, streaming)
+        return _load_folder(path, read_archives(path, files, columns.second_folders), options, streaming)
     fix = "Use a folder or archive of images, or *.parquet. Of images, name the folder that holds them."
     fix = "Unpack it and name the folder." if suffixes & set(PACKED) else fix
     raise DataError(f"--dataset {options.dataset!r} is a file, but not parquet, zip or tar. {fix}")
@@ -197,11 +206,21 @@ def _load_folder(path: Path, folder: Folder, options: DataOptions, streaming: bo
         return _load_tables(folder.tables, path, options, streaming, folder.account)
     dataset = _select_split(folder.splits, options.split, path)
     root = path if path.is_dir() else path.parent
-    rows = json.dumps(dataset.to_dict(), default=str, ensure_ascii=False).replace(str(root), "")
+    roots = tuple(filter(None, (str(root), folder.second and folder.second.root)))
+    rows = json.dumps(dataset.to_dict(), default=str, ensure_ascii=False)
+    for one in roots:
+        rows = rows.replace(one, "")
     rows = hash_of(rows, str(dataset.features))
     _say(path, folder.kind, _lengths(folder.splits), options.split, folder.account)
+    if folder.second is not None:
+        table = dataset.select_columns(["image", BESIDE]).with_format("arrow")[:]
+        alone = table.filter(pc.and_(pc.is_null(table.column(BESIDE)), pc.is_valid(table.column("image"))))
+        if names := [
+            image["path"].partition("::")[0].removeprefix(f"{root}{os.sep}") for image in alone.column("image").to_pylist()
+        ]:
+            raise missing_partners(names, len(table), folder.second.name, folder.account)
     name = path.name if path.exists() else root.name  # of a pattern
-    return Source(dataset, name, rows, _reach(root, options), rows=rows)
+    return Source(dataset, name, rows, replace(_reach(root, options), roots=roots), rows=rows)
 
 
 def _select_split(splits: dict[str, Dataset], split: str, name: str | Path) -> Dataset:
@@ -340,7 +359,7 @@ def _check_split(name: str | Path, split: str, available: list[str]) -> None:
     """Raises DataError unless every split that is named, whole or in slices such as "train[:10%]", is available."""
     for one in split.split("+"):
         if one.partition("[")[0] not in available:
-            raise DataError(f"The data set {str(name)!r} has no split {one!r}. Set --split to one of {available}.")
+            raise DataError(f"The data set {str(name)!r} has no split {one!r}. Its splits are {available}.")
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from itertools import takewhile, zip_longest
 from pathlib import PurePosixPath
 from typing import Any
 
+from .arrays import ARRAY_FILES
 from .files import Account, File, text_of
 from .images import image_extensions
 
@@ -213,5 +214,5 @@ def may_divide(file: File) -> bool:
 def _ends(name: str) -> list[str]:
     """The last part of a path, and its last two if it has them, without the suffix of an image."""
     path = PurePosixPath(name.strip().strip('"').replace("\\", "/"))
-    path = path.with_suffix("") if path.suffix.lower() in image_extensions() else path
+    path = path.with_suffix("") if path.suffix.lower() in {*image_extensions(), *ARRAY_FILES} else path
     return [path.name, "/".join(path.parts[-2:])]

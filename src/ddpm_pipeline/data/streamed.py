@@ -4,8 +4,10 @@ A stream is divided into parts, one per reading process (`divide`). `rows_of_par
 function of the seed; a `Position`, a few numbers, says how far it has been read. Evaluation stores the first images.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -20,10 +22,11 @@ from datasets.arrow_writer import ArrowWriter
 from ..ranges_alpha_ddpm import ValueRange
 from ..support.atomic import atomic_file
 from ..support.draws import block_order, shard_order
-from ..support.errors import DataError
-from .columns import check_column, find_roles, kept_columns, missing_value, occurring_classes
-from .files import Reach
-from .images import DEEP_MODES, BadImage, image_file, image_pixels
+from ..support.errors import ConfigError, DataError
+from .columns import ColumnRoles, check_column, find_roles, kept_columns, missing_value, occurring_classes
+from .condition_images import CONDITION_IMAGE, attributes_of, joined, load_images, options_of_partners, with_vectors
+from .images import DEEP_MODES, BadImage, Form, image_file
+from .label_maps import form_of_label_maps
 from .mapped import (
     ImageData,
     ImageSet,
@@ -31,15 +34,18 @@ from .mapped import (
     cache_key,
     cache_table,
     class_names_of,
-    images_of,
-    load_images,
-    read_image,
+    other_size,
+    pixels_of,
+    row_value,
+    shape_of,
     unreadable_rows,
     usable_images,
 )
-from .options import UNCONDITIONAL, ConditionColumns, DataOptions
+from .options import PERCENTILES, UNCONDITIONAL, ConditionColumns, DataOptions, numbers_of_range
+from .ranges import depth_of, is_raw, range_of, unmeasured
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
 from .sources import Source, as_data_error, cache_folder, column_of, hash_of, load_source
+from .views import Views
 
 READ_ROWS = 100  # rows requested at a time
 LOCAL_SHARDS = 256  # shards that a memory-mapped data set is read in
@@ -47,6 +53,7 @@ MANY_SHARDS = 16  # with this many shards per part, parts of whole shards have a
 BLOCK_BYTES = 2**28  # largest size of a block of rows as stored, whatever --shuffle_buffer is
 FIRST_ROWS = 10_000  # rows from whose captions a tokenizer is built
 JUDGED_ROWS = 1000  # rows after which the fraction of bad ones is checked
+CHECKED_IMAGES = 64  # on which a stated range of values is checked
 SHARD_BITS = 32  # a row's number holds its shard above these bits
 
 
@@ -54,16 +61,23 @@ SHARD_BITS = 32  # a row's number holds its shard above these bits
 class StreamData(ImageSet):
     """A stream of images, and what is known of it before it is read."""
 
-    stream: IterableDataset  # the image column, not decoded, and the one that the condition reads
+    stream: IterableDataset  # the image column, not decoded, and those that the condition reads
     columns: list[str]  # that can be conditions
     class_names: list[str] | None  # of the label column's values 0, 1, ...
-    classes: pa.Array | None  # the values themselves, of a needed label column that is no ClassLabel
-    reach: Reach
+    labels: pa.Array | None  # the values themselves, of a needed label column that is no ClassLabel
+    source: Source
     fingerprint: str  # of the source and of what its rows become, 32 hex digits
     max_bad_fraction: float
+    cache_dir: str | None
 
     num_images = None  # unknown
     skipped = ()  # before anything was read
+
+    @property
+    def vector_statistics(self) -> tuple[list[float], list[float]]:
+        """As that of `ImageData`, from all rows."""
+        whole = pa.table({name: column_of(self.source, name) for name in self.roles.numbers})
+        return self.attributes.statistics(self.attributes.read(whole))
 
     def values(self, name: str) -> Iterator[Any]:
         """The needed column's values in the first rows. Raises DataError for another column, or if reading fails."""
@@ -74,59 +88,85 @@ class StreamData(ImageSet):
                 yield from (value.as_py() for value in table.column(name))
 
     def first(self, count: int) -> torch.Tensor:
-        """The first `count` usable images (or all), uint8 [n, C, H, W]. Raises DataError if too many rows there are bad."""
-        rows = [(pixels, found) for pixels, found, _ in self._first_rows(count)]
+        """The first `count` usable images (or all), [n, C, H, W]. Raises DataError if too many rows there are bad."""
+        rows = [(pixels, found) for pixels, found, *_ in self._first_rows(count)]
         skipped = [found for pixels, found in rows if pixels is None]
         self.check_bad_rows(skipped, len(skipped), len(rows))
-        images = np.stack([pixels.reshape(-1) for pixels, _ in rows if pixels is not None])
-        return images_of(images, self.size, self.channels)
+        return self.view.apply([pixels for pixels, _ in rows if pixels is not None])
 
     def stored(self, count: int, cache_dir: str | None) -> ImageData:
         """The first `count` usable images (or all) in a memory-mapped cache. Raises DataError if too many rows are bad."""
-        path = cache_folder(cache_dir) / f"{cache_key('stream', self.fingerprint, count)}.arrow"
-        kept = Features({name: feature for name, feature in self.stream.features.items() if name != self.roles.image})
-        features = cache_features(kept, self.values_per_image)
-        known = Dataset.from_file(str(path)).data if path.exists() else None
-        if known is None or unreadable_rows(known):  # such a file may be readable now
-            nothing = np.zeros(self.values_per_image, np.uint8)
-            with atomic_file(path) as temporary, ArrowWriter(features=features, path=str(temporary)) as writer:
-                for pixels, found, row in self._first_rows(count):
-                    flat, why = (nothing, found) if pixels is None else (pixels.reshape(-1), {})
-                    made = cache_table(flat[None], [why.get("reason")], [why.get("file")], row.select(list(kept)))
-                    writer.write_table(made)
-                writer.finalize()
-        images = Dataset.from_file(str(path), info=datasets.DatasetInfo(features=features))
-        return usable_images(images, self, repr(self.name), self.max_bad_fraction, self.classes)
+        sets = [self] if self.condition_images is None else [self, self.condition_images]
+        images = (self.roles.image, self.roles.partner)
+        kept = Features({name: feature for name, feature in self.stream.features.items() if name not in images})
+        features = [cache_features(kept if one is self else Features({}), one) for one in sets]
+        key = cache_key("stream", self.fingerprint, count)
+        paths = [cache_folder(cache_dir) / f"{key}{end}.arrow" for end in ("", "-second")[: len(sets)]]
+        known = [Dataset.from_file(str(path)).data for path in paths if path.exists()]
+        if len(known) < len(sets) or any(map(unreadable_rows, known)):  # such a file may be readable now
+            with ExitStack() as stack:
+                temporary = [str(stack.enter_context(atomic_file(path))) for path in paths]
+                writers = [
+                    stack.enter_context(ArrowWriter(features=f, path=p)) for f, p in zip(features, temporary, strict=True)
+                ]
+                for pixels, found, second, row in self._first_rows(count):
+                    why = found if pixels is None else {}
+                    for writer, one, image in zip(writers, sets, (pixels, second), strict=False):
+                        flat = np.zeros(one.values_per_image, one.form.dtype) if image is None else image.reshape(-1)
+                        columns = row.select(list(kept) if one is self else [])
+                        writer.write_table(cache_table(flat[None], [why.get("reason")], [why.get("file")], columns))
+                for writer in writers:
+                    writer.finalize()
+        opened = [
+            Dataset.from_file(str(path), info=datasets.DatasetInfo(features=f)) for path, f in zip(paths, features, strict=True)
+        ]
+        about = (repr(self.name), self.max_bad_fraction, self.labels)
+        data, *second = (usable_images(cached, one, *about) for cached, one in zip(opened, sets, strict=True))
+        data = joined(data, *second, [], *about[:2]) if second else data
+        return with_vectors(data, data.dataset.data) if self.attributes else data
 
-    def _first_rows(self, count: int) -> Iterator[tuple[np.ndarray | None, Any, pa.Table]]:
+    def shown(self, count: int) -> ImageData:
+        """The first so many images, for previews."""
+        return self.stored(count, self.cache_dir)
+
+    def _first_rows(self, count: int) -> Iterator[tuple]:
         """Rows in the stream's own order, as `read` gives them and as tables, until `count` of them are usable."""
         with as_data_error(f"the stream {self.name!r}"):
             rows = ((table, index) for table in _tables(self.stream) for index in range(len(table)))
             for number, (table, index) in enumerate(rows):
-                pixels, found = self.read(table, index, number)
-                yield pixels, found, table.slice(index, 1)
-                count -= pixels is not None
+                found = self.read(table, index, number)
+                yield *found, table.slice(index, 1)
+                count -= found[0] is not None
                 if count == 0:
                     return
 
-    def read(self, table: pa.Table, index: int, row: int, shard: int | None = None) -> tuple[np.ndarray | None, Any]:
-        """A row's image, uint8 [H, W, C], and its value in the needed column; or None and the `SkippedRow`."""
-        roles, condition = self.roles, None
+    def read(
+        self, table: pa.Table, index: int, row: int, shard: int | None = None
+    ) -> tuple[np.ndarray | None, Any, np.ndarray | None]:
+        """A row's image [H, W, C], its value in the needed column, its second image; or None and the `SkippedRow`."""
+        roles, condition, second, what = self.roles, None, None, ""
         if roles.needed is not None:
             condition = table.column(roles.needed)[index].as_py()
-            condition = condition if self.classes is None else self._class_numbers.get(condition)
+            condition = condition if self.labels is None else self._class_numbers.get(condition)
             missing = missing_value(condition, roles.needed, roles.num_classes(self.class_names))
             if missing is not None:
-                return None, skipped_row(row, missing, shard=shard)
-        value = table.column(roles.image)[index].as_py()
+                return None, skipped_row(row, missing, shard=shard), None
+        reach, value = self.source.reach, row_value(table.column(roles.image)[index])
         try:
-            return read_image(image_pixels, roles.kind, self.reach, self.size, self.channels, value), condition
+            pixels = pixels_of(self, reach, value)
+            if roles.partner is not None:
+                size, what = shape_of(roles.kind, reach, value, True, self.channels)[1::-1], CONDITION_IMAGE
+                value = row_value(table.column(roles.partner)[index])
+                second = pixels_of(self.condition_images, reach, value)
+                if why := other_size(size, shape_of(roles.partner_kind, reach, value, True, second.shape[2])[1::-1]):
+                    raise BadImage(why)
         except BadImage as error:
-            return None, skipped_row(row, str(error), image_file(value), shard)
+            return None, skipped_row(row, f"{what}{error}", image_file(value), shard), None
+        return pixels, condition, second
 
     @cached_property
     def _class_numbers(self) -> dict[Any, int]:
-        return {value: number for number, value in enumerate(self.classes.to_pylist())}
+        return {value: number for number, value in enumerate(self.labels.to_pylist())}
 
     def check_bad_rows(self, skipped: list[SkippedRow], bad: int, seen: int) -> None:
         """Raises DataError if no rows were seen, or if too many of them are bad, or all."""
@@ -135,14 +175,23 @@ class StreamData(ImageSet):
         check_bad_fraction(repr(self.name), skipped, bad, seen, self.max_bad_fraction)
 
 
-def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -> StreamData:
+def open_stream(
+    options: DataOptions, columns: ConditionColumns = UNCONDITIONAL, *model_ranges: ValueRange | None
+) -> StreamData:
     """The images that the options name, as in `load_images`, to be read as they are needed.
 
-    Channels default to 1 if the column's type says that images are grey, else to 3. Labels must be a ClassLabel. Raises
-    ConfigError without a resolution, DataError for data that cannot be used as asked.
+    The depth is that of the first usable image. Channels default to its own if it is beyond 8 bits or no picture, else to 1 if
+    the column's type says that images are grey, and to 3. Labels must be a ClassLabel. Raises ConfigError without a resolution
+    or for percentiles, DataError for data that cannot be used as asked.
     """
     options.require_resolution()
-    source = load_source(options, streaming=True)
+    of_images, of_partners, *_ = (*model_ranges, None, None)
+    if of_images is None and (options.value_range or "").startswith(PERCENTILES):
+        raise ConfigError(
+            f"--value_range {options.value_range} is measured on all images, which a stream has not read. State low,high, or "
+            "drop --streaming."
+        )
+    source = load_source(options, columns, streaming=True)
     features = source.dataset.features
     if features is None:
         raise DataError(f"The columns of {options.dataset!r} are unknown before it is read. Drop --streaming.")
@@ -151,37 +200,69 @@ def open_stream(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL)
     stream = source.dataset
     if isinstance(stream, Dataset):
         stream = stream.to_iterable_dataset(num_shards=min(len(stream), LOCAL_SHARDS))
-    image, label = features[roles.image], features.get(roles.label)
+    label = features.get(roles.label)
     class_names, classes = list(label.names) if isinstance(label, ClassLabel) else None, None
     if label is not None and roles.label == roles.needed and class_names is None:
-        classes = _classes(source, roles.label)
+        with as_data_error(f"the column {roles.label!r}"):
+            classes = occurring_classes(column_of(source, roles.label), roles.label)
         class_names = class_names_of(classes)
-    grey = isinstance(image, datasets.Array2D) or getattr(image, "mode", None) in ("1", "L", *DEEP_MODES)
-    size, channels = options.size, options.channels or (1 if grey else 3)
-    read = [roles.image] if roles.needed is None else [roles.image, roles.needed]
+    more, resized = {}, {"resized": options.resizes_windows}
+    read = list(filter(None, [roles.image, roles.needed, roles.partner, *roles.numbers]))
     stream, kept = stream.decode(False).select_columns(read), list(kept_columns(features))
+    form = _first_form(options, source, stream, roles, of_images)
+    if roles.partner is not None:
+        of, classes_of = ColumnRoles(roles.partner, roles.partner_kind, None, None, None), columns.condition_classes
+        second = _first_form(options_of_partners(options), source, stream, of, of_partners, classes_of)
+        about = (source.name, options.size, second, of_partners or unmeasured(second), of)
+        more["condition_images"] = ImageSet(*about, classes=classes_of, **resized)
+    if roles.numbers:
+        more["attributes"] = attributes_of(source, roles)
     with as_data_error(f"the files of {source.name!r}"):
-        content = source.content(roles.image)
-    fingerprint = hash_of(content, roles.image, size, channels, roles.needed, class_names)
-    about = (source.name, size, channels, ValueRange(), roles)
-    limit = options.max_bad_fraction
-    return StreamData(*about, stream, kept, class_names, classes, source.reach, fingerprint, limit)
+        content = [source.content(name) for name in (roles.image, roles.partner) if name]
+    seen = [*read[1:], columns.condition_classes] if more else roles.needed
+    forms = [astuple(one) for one in (form, *(one.form for one in more.values() if isinstance(one, ImageSet)))]
+    fingerprint = hash_of(content if more else content[0], roles.image, forms, seen, class_names)
+    about = (source.name, options.size, form, unmeasured(form), roles)
+    reading = options.max_bad_fraction, options.cache_dir
+    data = StreamData(*about, stream, kept, class_names, classes, source, fingerprint, *reading, **resized, **more)
+    if not form.raw:
+        return data
+    found = of_images or range_of(options.value_range, data.first(CHECKED_IMAGES).numpy(), data.name)
+    return replace(data, value_range=found, fingerprint=hash_of(fingerprint, found.to_json()))
 
 
-def _classes(source: Source, label_column: str) -> pa.Array:
-    """The values of a label column that is no ClassLabel, from local files. Raises DataError for data on the Hub."""
-    with as_data_error(f"the column {label_column!r}"):
-        if isinstance(source.dataset, IterableDataset) and not source.files:
-            raise DataError(
-                f"--label_column {label_column!r} has the type {source.dataset.features[label_column]}, which does not say how "
-                "many classes there are. Drop --streaming, or choose a ClassLabel column."
-            )
-        return occurring_classes(column_of(source, label_column), label_column)
+def _first_form(
+    options: DataOptions,
+    source: Source,
+    stream: IterableDataset,
+    roles: ColumnRoles,
+    model: ValueRange | None,
+    classes: int | None = None,
+) -> Form:
+    """What the images become: the depth, and channels that are no picture's, are those of the first usable image."""
+    stored, raw = options.stored_size(options.size), is_raw(options, model)
+    if classes:
+        return form_of_label_maps(Form(stored, 1, resize=options.resize), classes)
+    feature, shape = source.dataset.features[roles.image], None
+    with as_data_error(f"the stream {source.name!r}"):
+        for scalar in (one for table in islice(_tables(stream), JUDGED_ROWS // READ_ROWS) for one in table.column(roles.image)):
+            with contextlib.suppress(BadImage):
+                shape = shape_of(roles.kind, source.reach, row_value(scalar), raw, options.channels)
+                break
+    grey = isinstance(feature, datasets.Array2D) or getattr(feature, "mode", None) in ("1", "L", *DEEP_MODES)
+    channels, dtype = 1 if grey else 3, "uint8"
+    if shape is not None:
+        stated = numbers_of_range(options.value_range) if raw and model is None else [shape.low]
+        dtype = depth_of(min(shape.low, *stated), max(shape.high, *stated))
+        channels = channels if dtype == "uint8" and shape.channels in (1, 3) else shape.channels
+    return Form(stored, options.channels or channels, dtype if model is None else model.dtype, raw, options.resize)
 
 
-def open_data(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL) -> ImageData | StreamData:
+def open_data(
+    options: DataOptions, columns: ConditionColumns = UNCONDITIONAL, *model_ranges: ValueRange | None
+) -> ImageData | StreamData:
     """The images that the options name: a stream with `options.streaming`, else preprocessed in the cache."""
-    return (open_stream if options.streaming else load_images)(options, columns)
+    return (open_stream if options.streaming else load_images)(options, columns, *model_ranges)
 
 
 def _tables(stream: IterableDataset) -> Iterator[pa.Table]:
@@ -230,11 +311,39 @@ class Position:
 
 @dataclass(frozen=True)
 class StreamedImage:
-    pixels: np.ndarray  # uint8 [H, W, C]
+    pixels: np.ndarray  # [H, W, C]
     value: Any  # of the needed column
+    second: np.ndarray | None  # [H, W, k]
+    vector: np.ndarray | None  # float32 [K]
     number: int  # of shard and row: shard * 2^32 + row
     position: Position  # after it
     skipped: list[SkippedRow]  # since the usable row before
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedBatch:
+    """Images of a stream as what conditions read of an `ImageData`, by their places 0, 1, ... in the batch."""
+
+    data: StreamData
+    images: Sequence[StreamedImage]
+
+    def column(self, name: str, indices: Sequence[int]) -> list:
+        return [self.images[index].value for index in indices]
+
+    def vector(self, indices: Sequence[int]) -> torch.Tensor:
+        return torch.from_numpy(np.stack([self.images[index].vector for index in indices]))
+
+    def rows_of(self, indices: Sequence[int]) -> Sequence[int]:
+        return indices
+
+    @property
+    def condition_images(self) -> "StreamedBatch":
+        return self
+
+    def pixels(self, rows: Sequence[int], views: Views) -> torch.Tensor:
+        """The second images."""
+        nearest = self.data.condition_images.classes is not None
+        return views.apply([self.images[row].second for row in rows], nearest=nearest)
 
 
 @dataclass(frozen=True)
@@ -274,7 +383,7 @@ def rows_of_part(
             for offset in range(position.offset, len(rows)):
                 piece, index = rows[order[offset]]
                 row = int(piece.rows[index])
-                pixels, found = data.read(piece.table, index, row, piece.shard)
+                pixels, found, second = data.read(piece.table, index, row, piece.shard)
                 seen, bad = position.seen + 1, position.bad + (pixels is None)
                 position = replace(position, offset=offset + 1, seen=seen, bad=bad)
                 if pixels is None:
@@ -282,7 +391,8 @@ def rows_of_part(
                     if len(skipped) >= JUDGED_ROWS:
                         data.check_bad_rows(skipped, position.bad, position.seen)
                     continue
-                yield StreamedImage(pixels, found, (piece.shard << SHARD_BITS) + row, position, skipped)
+                vector = data.attributes and data.attributes.read(piece.table.slice(index, 1))[0]
+                yield StreamedImage(pixels, found, second, vector, (piece.shard << SHARD_BITS) + row, position, skipped)
                 skipped, barren, seen_before = [], 0, position.seen
             position = replace(position, block=position.block + 1, offset=0)
         if barren >= partition.parts:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..data import ImageData
+from ..ranges_alpha_ddpm import ValueRange
 from ..support.atomic import atomic_file
 from ..support.errors import ConfigError
 from ..support.exceptions import describe_exception
@@ -41,14 +42,16 @@ _WHAT_TO_NAME = (
 
 
 def extract(extractor: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Features [B, F] of uint8 images [B, C, H, W], and logits [B, classes] if the extractor has them.
+    """Features [B, F] of images [B, C, H, W], uint8 or float32 in [-1, 1], and logits [B, classes] if the extractor has them.
 
     An extractor with logits has a method `features_and_logits`, or a method `features` while the module itself gives logits.
     Raises ValueError for images of another type or shape, and if the extractor fails or gives anything but features [B, F].
     """
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; give uint8 [B, C, H, W].")
-    scaled, name = images.to(torch.float32) / 127.5 - 1, f"the feature extractor {type(extractor).__name__}"
+    eight_bits, name = images.dtype == torch.uint8, f"the feature extractor {type(extractor).__name__}"
+    if images.ndim != 4 or not (eight_bits or (images.dtype == torch.float32 and not (images.abs() > 1).any())):
+        needed = "give uint8 [B, C, H, W], or float32 in [-1, 1]"
+        raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; {needed}.")
+    scaled = images.to(torch.float32) / 127.5 - 1 if eight_bits else images
     try:
         with torch.no_grad():
             if hasattr(extractor, "features_and_logits"):
@@ -75,14 +78,25 @@ def _checked(values: Any, name: str, what: str, images: torch.Tensor) -> torch.T
     return values if values.dtype == torch.float64 else values.float()
 
 
-def feature_extractor(name: str, dataset: str, inception_weights: str | None, option: str = "--features") -> nn.Module:
-    """The extractor of this name: "digits", "inception", MODULE:FUNCTION that returns one, or "auto" by the data set.
+def seen(pixels: torch.Tensor, value_range: ValueRange) -> torch.Tensor:
+    """Images in own units as `extract` takes them: 8 bits as they are, others at their full depth as float32 in [-1, 1]."""
+    return pixels if value_range.is_whole_type and pixels.dtype == torch.uint8 else value_range.normalize(pixels)
+
+
+def feature_extractor(
+    name: str, dataset: str, inception_weights: str | None, option: str = "--features", channels: int = 3
+) -> nn.Module:
+    """The extractor of this name for images of so many channels: "digits", "inception", MODULE:FUNCTION that returns one, or
+    "auto" by the data set.
 
     Raises ConfigError, which names the `option` it came from, if it cannot be used.
     """
     if name == "digits" or (name == "auto" and dataset == "digits"):
         return fit_digits_classifier()
     if name in ("inception", "auto"):
+        if channels not in (1, 3):
+            advice = f"name your own with {option} MODULE:FUNCTION, which may choose channels for it (docs/evaluation.md)"
+            raise ConfigError(f"{option} inception: it sees pictures of 1 or 3 channels, not {channels}; {advice}.")
         try:
             return InceptionFeatures(inception_weights)
         except (ImportError, FileNotFoundError) as error:
@@ -134,7 +148,7 @@ def try_extractor(extractor: nn.Module, data: ImageData, option: str) -> None:
         needed = f"sample quality needs at least {FEWEST_IMAGES}, and thousands for a figure to report"
         raise ConfigError(f"{option}: {data.name} has {len(data)} images; {needed}. Evaluate the likelihood alone.")
     shape = (2, data.channels, *data.size)
-    noise = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    noise = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)) / 127.5 - 1
     try:
         features, again, _ = (_finite_features(extractor, images) for images in (noise, noise, noise[:1]))
         if not torch.allclose(features, again, rtol=1e-3):
@@ -152,13 +166,13 @@ def real_features(data: ImageData, extractor: nn.Module, cache_dir: str | None) 
     can be mistaken. Raises ConfigError if features cannot be had or are not finite.
     """
     rows = range(len(data))
-    first = _finite_features(extractor, data.pixels(rows[:2]))
+    first = _finite_features(extractor, seen(data.pixels(rows[:2]), data.value_range))
     behaviour = hashlib.sha256(first.numpy().tobytes()).hexdigest()[:8]
     name = f"features-{data.fingerprint}-{weights_digest(extractor)}-{behaviour}.safetensors"
     path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ddpm_pipeline" / name
     if path.is_file():
         return load_file(path)["features"]
-    batches = (data.pixels(rows[start : start + REAL_BATCH]) for start in rows[::REAL_BATCH])
+    batches = (seen(data.pixels(rows[start : start + REAL_BATCH]), data.value_range) for start in rows[::REAL_BATCH])
     features = torch.cat([_finite_features(extractor, batch) for batch in batches])
     with atomic_file(path) as temporary:
         save_file({"features": features.contiguous()}, temporary)
@@ -203,7 +217,7 @@ class InceptionFeatures(nn.Module):
             raise FileNotFoundError(f"the Inception weights could not be loaded ({error}). {_HOW_TO_SUPPLY}") from error
 
     def features_and_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, 2048] and [B, 1008] of images [B, 1 or 3, H, W] in [-1, 1]."""
+        """[B, 2048] and [B, 1008] of images [B, 1 or 3, H, W] in [-1, 1], of which it sees 8 bits."""
         pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
         features, logits = self.network._torch_fidelity_forward(pixels)

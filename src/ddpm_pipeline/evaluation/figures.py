@@ -1,4 +1,4 @@
-"""The figures of an evaluation: bits per dimension of given images, their means, and all figures as the card has them."""
+"""The figures of an evaluation: bits per dimension of given images, means over images, and all figures as the card has them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,18 @@ from ..hub import Measurement
 from ..likelihood import BitsPerDim, bits_per_dim
 from ..ranges_alpha_ddpm import ValueRange
 
+DENSITY = "per value, of data scaled to [-1, 1]"  # what bits per dimension are of floats
+FOLLOWED = {"psnr": "PSNR", "ssim": "SSIM", "class_accuracy": "class accuracy"}  # how near samples come to their conditions
+
 
 def likelihood_of(
     unet: Any, scheduler: Any, pixels: torch.Tensor, value_range: ValueRange, noise_seeds: Sequence[int], **options: Any
 ) -> BitsPerDim:
-    """`bits_per_dim` of images [B, C, H, W] in own units, each with noise of its own, from its seed in `noise_seeds` [B]."""
+    """`bits_per_dim` of images [B, C, H, W] in own units, each with noise of its own, from its seed in `noise_seeds` [B]. By
+    default they are on the levels of their range.
+    """
     generators = [torch.Generator().manual_seed(int(seed)) for seed in noise_seeds]
+    options = {"num_bins": value_range.num_bins, **options}
     return bits_per_dim(unet, scheduler, value_range.normalize(pixels), generator=generators, **options)
 
 
@@ -30,6 +36,17 @@ def summary(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     return result | {"standard_error_of_one_image": of_one_image}
 
 
+def means(columns: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The mean of each list with a value per image, and its standard error."""
+    found = {}
+    for name, column in columns.items():
+        values = torch.tensor(column, dtype=torch.float64)
+        found[name] = values.mean().item()
+        if len(values) > 1:
+            found[f"{name}_standard_error"] = values.std().item() / math.sqrt(len(values))
+    return found
+
+
 def measurements(results: Mapping[str, Any]) -> list[Measurement]:
     """The figures in the results of `evaluate`, as the model card has them: with their standard errors, and with all that says
     what they are estimates from.
@@ -39,7 +56,8 @@ def measurements(results: Mapping[str, Any]) -> list[Measurement]:
     if bits := results.get("bits_per_dim"):
         calls, steps = bits["network_calls"], bits["steps"]
         estimate = {"network_calls": f"{calls} of {steps} per image"} if calls < steps else {}
-        settings = {"steps": steps, "bound": "upper", **estimate} | seed
+        levels = {name: bits[name] for name in ("num_bins", "density") if bits.get(name, 256) != 256}
+        settings = {"steps": steps, "bound": "upper", **estimate, **levels} | seed
         error = bits.get("total_standard_error")
         measured.append(
             Measurement("bits/dim", bits["total"], bits["num_images"], standard_error=error, settings=settings, **data)
@@ -52,4 +70,11 @@ def measurements(results: Mapping[str, Any]) -> list[Measurement]:
             Measurement(name, quality[name.lower()], quality["num_generated"], settings=settings | spread.get(name, {}), **data)
             for name in ("FID", "KID", "precision", "recall")
         ]
+    if followed := results.get("conditions"):
+        settings = {name: followed[name] for name in ("steps", "scheduler", "guidance_scale")} | seed
+        for name in filter(followed.__contains__, FOLLOWED):
+            error, bicubic = (followed.get(key) for key in (f"{name}_standard_error", f"bicubic_{name}"))
+            how = settings if bicubic is None else {**settings, "bicubic": float(f"{bicubic:.4g}")}
+            about = {"num_images": followed["num_images"], "standard_error": error, "settings": how, **data}
+            measured.append(Measurement(FOLLOWED[name], followed[name], **about))
     return measured

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..data.options import CHANNELS, DataOptions
+from ..data.options import DataOptions, parse_resolution
 from ..generation.options import SamplingOptions
 from ..support.errors import ConfigError
 from ..support.option_sets import OptionSet
-from ..support.options import Allowed, OptionGroup, at_least, one_of, option
+from ..support.options import Allowed, OptionGroup, at_least, option
 
 FEWEST_IMAGES = 5  # that ImageQuality takes with its three neighbours
 
@@ -21,15 +21,16 @@ class EvaluationDataOptions(DataOptions):
 
     dataset: str = option(help="Images to compare with: 'digits', a Hub data set, a folder, or parquet files.")
     split: str = option("train", "Split of the data set. A likelihood to report is one of held-out images.")
-    resolution: int | None = option(None, "Height and width of the images. Only the model's own will do.", at_least(1))
-    channels: int | None = option(None, "Channels of the images. Only the model's own will do.", one_of(CHANNELS))
+    resolution: int | str | None = option(
+        None, "Height and width of the images. Only the model's own will do.", parse=parse_resolution)
+    channels: int | None = option(None, "Channels of the images. Only the model's own will do.", at_least(1))
     streaming: bool = option(
         False, "Read only as many images as --num_images or --num_likelihood_images asks for, whichever is larger.")
 
 
 @dataclass(frozen=True)
 class ConditionOptions(OptionGroup):
-    """Where the classes or captions of a conditional model come from."""
+    """Where the conditions of a conditional model come from."""
 
     title: ClassVar[str] = "condition"
 
@@ -38,6 +39,9 @@ class ConditionOptions(OptionGroup):
     caption_template: str | None = option(
         None, "Caption with {name} in place of the class name, for a text-to-image model and data with labels alone.",
         Allowed("a text with {name}", lambda value: "{name}" in value))
+    condition_column: str | None = option(
+        None, "Column or folder of the condition images, or columns of numbers, a,b,c, or both, a,b,mask. Numbers are by "
+        "default in the columns that the model's have their names from.")
 
     def check(self) -> None:
         if self.text_column is not None and self.caption_template is not None:
@@ -53,7 +57,9 @@ class LikelihoodOptions(OptionGroup):
     likelihood_calls: int | None = option(
         None, "Network calls per image, for an estimate from a stratified subset of the steps. By default all.", at_least(3))
     two_term: bool = option(False, "Evaluate the bound in the report's two-term form as well.")
-    num_bins: int = option(256, "Levels of a pixel, for bits per dimension.", at_least(2))
+    num_bins: int | None = option(
+        None, "Levels of a value, for bits per dimension. By default those of the model's data: 256 of 8 bits, 65,536 of 16, "
+        "none of floats, which have a density.", at_least(2))
 
     def check(self) -> None:
         if self.two_term and self.likelihood_calls is not None:

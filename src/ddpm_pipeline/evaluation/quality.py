@@ -1,6 +1,7 @@
 """How good and how varied generated images are: FID, KID and IS by torchmetrics, and k-nearest-neighbour precision/recall.
 
-All figures follow from one set of features, in float64. Images are uint8 [B, C, H, W] throughout, as in files.
+All figures follow from one set of features, in float64. Images are [B, C, H, W], uint8 as in files, or float32 in [-1, 1]
+for greater depths.
 """
 
 import math
@@ -69,7 +70,7 @@ class ImageQuality(Metric):
 
     @torch.no_grad()
     def update(self, images: torch.Tensor, real: bool) -> None:
-        """Add images, uint8 [B, C, H, W]. Raises ValueError for another type or shape."""
+        """Add images [B, C, H, W], uint8 or float32 in [-1, 1]. Raises ValueError for another type or shape."""
         features, logits = extract(self.extractor, images)
         (self.real_features if real else self.generated_features).append(features)
         if logits is not None and not real:

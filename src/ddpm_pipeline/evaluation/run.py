@@ -6,6 +6,7 @@ The figures go to evaluation.json and into the model card's metadata. They do no
 import math
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data import ImageData, load_images, open_stream
+from ..data.options import parse_resolution
 from ..data.skipped import SHOWN, describe
-from ..generation.drawing import sample_uint8, step_bar
+from ..encoding_alpha_ddpm import image_channels, image_condition, value_range
+from ..generation.drawing import sample_values, step_bar
 from ..generation.pipelines import Pipeline, condition_of, load_pipeline, scheduler_for, steps_of
 from ..likelihood.bound import own_scheduler
 from ..support.draws import RandomStream, image_indices, seeds
@@ -26,9 +29,10 @@ from ..support.errors import ConfigError
 from ..support.provenance import provenance
 from ..support.sharing import my_batches
 from .conditions import DataConditions, columns_of
-from .features import feature_extractor, real_features, try_extractor
-from .figures import likelihood_of, summary
-from .options import CHANNELS, EvaluationOptions
+from .digits import DigitsClassifier
+from .features import feature_extractor, real_features, seen, try_extractor
+from .figures import DENSITY, likelihood_of, means, summary
+from .options import EvaluationOptions
 from .quality import ImageQuality
 from .results import check_destinations, split_name, write_results
 
@@ -58,8 +62,8 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
         error = f" ± {found['total_standard_error']:.2g}" if "total_standard_error" in found else ""
         # whatever becomes of the samples
         _tell(f"{found['total']:.4f}{error} bits/dim, of {found['num_images']} images", accelerator)
-    if subject.reference is not None:
-        results["quality"] = _quality(subject, options, accelerator)
+    if options.quality.num_images and (subject.reference is not None or subject.conditions.image is not None):
+        results |= _samples(subject, options, accelerator)
     results |= {
         "seed": sampling.seed,
         "batch_size": sampling.batch_size,
@@ -83,7 +87,7 @@ class Subject:
     conditions: DataConditions
     sampler: Any  # a scheduler
     extractor: nn.Module | None
-    reference: torch.Tensor | None  # features of the data, [N, F]; None if no samples are evaluated
+    reference: torch.Tensor | None  # features of the data, [N, F]; None without an extractor
 
 
 def _open(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelerator) -> Subject:
@@ -94,10 +98,10 @@ def _open(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelerator) 
     if quality.num_images:  # for their errors
         steps_of(sampler, options.sampling.num_inference_steps)
         my_batches(quality.num_images, options.sampling.batch_size, accelerator)
-    extractor = _extractor(options, accelerator)
+    extractor = _extractor(pipe, options, accelerator)
     with accelerator.main_process_first():
         data = _open_images(options, pipe, accelerator)
-    conditions = DataConditions(pipe, data, options.condition)
+    conditions = DataConditions(pipe, data, options.condition, options.sampling.seed)
     if data.skipped:
         first = "; ".join(map(describe, data.skipped[:SHOWN]))
         _tell(f"warning: {len(data.skipped)} rows cannot be used and are skipped: {first}", accelerator)
@@ -110,17 +114,20 @@ def _open(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelerator) 
     return Subject(pipe, data, conditions, sampler, extractor, reference)
 
 
-def _extractor(options: EvaluationOptions, accelerator: Accelerator) -> nn.Module | None:
+def _extractor(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelerator) -> nn.Module | None:
     """The feature extractor; None if no samples are asked for or if, by default, there is none."""
     quality = options.quality
     if not quality.num_images:
         return None
     try:
-        return feature_extractor(quality.features, options.data.dataset, quality.inception_weights)
+        channels = image_channels(pipe.unet)
+        return feature_extractor(quality.features, options.data.dataset, quality.inception_weights, channels=channels)
     except ConfigError as error:
-        if quality.features != "auto" or not options.likelihood.num_likelihood_images:
+        in_pairs = image_condition(pipe.unet) is not None
+        if quality.features != "auto" or not (options.likelihood.num_likelihood_images or in_pairs):
             raise ConfigError(f"{error} Or evaluate the likelihood alone, with --num_images 0.") from error
-        _tell(f"warning: only the likelihood is evaluated (as with --num_images 0), and no samples: {error}", accelerator)
+        alone = "only the likelihood is evaluated (as with --num_images 0), and no samples"
+        _tell(f"warning: {'samples are only compared with their own images' if in_pairs else alone}: {error}", accelerator)
         return None
 
 
@@ -130,21 +137,20 @@ def _tell(line: str, accelerator: Accelerator) -> None:
 
 
 def _open_images(options: EvaluationOptions, pipe: Pipeline, accelerator: Accelerator) -> ImageData:
-    """The data at the size of the model's images; of a stream the first images, as many as are needed."""
-    config, columns = pipe.unet.config, columns_of(pipe, options.condition)
-    sizes = {config.sample_size} if isinstance(config.sample_size, int) else {*config.sample_size}
-    if len(sizes) > 1 or config.in_channels not in CHANNELS:
-        shape = f"{config.in_channels} channels and the height and width {config.sample_size}"
-        raise ConfigError(f"the model's images have {shape}; data are read as square images of 1, 3 or 4 channels.")
-    own = {"resolution": sizes.pop(), "channels": config.in_channels}
+    """The data as the model's were, in size, channels and values; of a stream the first images, as many as are needed."""
+    columns = columns_of(pipe, options.condition)
+    own = {"resolution": parse_resolution(pipe.unet.config.sample_size), "channels": image_channels(pipe.unet)}
     for name, value in own.items():
         if (given := getattr(options.data, name)) not in (None, value):
             raise ConfigError(f"--{name} {given} differs from the model's, {value}; leave it out.")
-    data = replace(options.data, **own)
+    if options.data.value_range is not None:
+        raise ConfigError(f"--value_range {options.data.value_range} is not needed: the model has its own; leave it out.")
+    data, condition = replace(options.data, **own), image_condition(pipe.unet)
+    ranges = value_range(pipe.unet), condition and condition.value_range
     if not data.streaming:
-        return load_images(data, columns)
+        return load_images(data, columns, *ranges)
     count = max(options.quality.num_images, options.likelihood.num_likelihood_images)
-    return open_stream(data, columns).stored(count, data.cache_dir)
+    return open_stream(data, columns, *ranges).stored(count, data.cache_dir)
 
 
 def _bits_per_dim(subject: Subject, options: EvaluationOptions, accelerator: Accelerator) -> dict[str, Any]:
@@ -153,17 +159,18 @@ def _bits_per_dim(subject: Subject, options: EvaluationOptions, accelerator: Acc
     pipe, data = subject.pipe, subject.data
     count, main = min(likelihood.num_likelihood_images, len(data)), accelerator.is_main_process
     chosen, noise_seeds = image_indices(seed, len(data), 0, count), seeds(seed, RandomStream.NOISE, 0, count)
+    network, num_bins = subject.conditions.network, likelihood.num_bins or data.value_range.num_bins
     names = ["total", "prior", "diffusion", "decoder", "standard_error", *(["two_term"] if likelihood.two_term else [])]
     rows: dict[str, list[float]] = {name: [] for name in names}
     how: dict[str, Any] = {
         "num_inference_steps": likelihood.likelihood_steps, "num_evaluated": likelihood.likelihood_calls,
-        "two_term": likelihood.two_term, "num_bins": likelihood.num_bins, "batch_size": batch_size, "progress": main,
+        "two_term": likelihood.two_term, "num_bins": num_bins, "batch_size": batch_size, "progress": main,
     }  # fmt: skip
     for batch in tqdm(my_batches(count, batch_size, accelerator), disable=not main, desc="likelihood"):
         images = data.pixels(chosen[batch]), data.value_range
         how["model_kwargs"] = subject.conditions.inputs(chosen[batch])
         try:
-            part = likelihood_of(pipe.unet, pipe.scheduler, *images, noise_seeds[batch], **how)
+            part = likelihood_of(network, pipe.scheduler, *images, noise_seeds[batch], **how)
         except ValueError as error:
             raise ConfigError(f"the likelihood cannot be evaluated: {error}") from error
         for name in names:
@@ -173,27 +180,45 @@ def _bits_per_dim(subject: Subject, options: EvaluationOptions, accelerator: Acc
         **summary({name: gather_object(values) for name, values in rows.items()}),
         "steps": chain,
         "network_calls": min(likelihood.likelihood_calls or chain, chain),
-        "num_bins": likelihood.num_bins,
+        **(
+            {"density": DENSITY} if num_bins is None else {"num_bins": [*num_bins] if isinstance(num_bins, tuple) else num_bins}
+        ),
         "variance_type": own_scheduler(pipe.scheduler).config.variance_type,
     }
 
 
-def _quality(subject: Subject, options: EvaluationOptions, accelerator: Accelerator) -> dict[str, Any]:
-    """FID, KID, precision and recall of samples, compared with all of the data."""
-    pipe, sampling, count = subject.pipe, options.sampling, options.quality.num_images
+def _samples(subject: Subject, options: EvaluationOptions, accelerator: Accelerator) -> dict[str, Any]:
+    """Samples asked for with the conditions of the data: their quality, compared with all of the data, by features, and how
+    near each comes to its condition.
+    """
+    pipe, data, sampling, count = subject.pipe, subject.data, options.sampling, options.quality.num_images
     steps, main = steps_of(subject.sampler, sampling.num_inference_steps), accelerator.is_main_process
     pipe.scheduler = subject.sampler
-    request = subject.conditions.request(count, sampling.seed, sampling.guidance_scale)
-    quality = ImageQuality(subject.extractor, seed=sampling.seed).to(accelerator.device)
-    share = subject.reference.tensor_split(accelerator.num_processes)[accelerator.process_index]
-    quality.add_real_features(share.to(accelerator.device))
-    batches = my_batches(count, sampling.batch_size, accelerator)
+    places = image_indices(sampling.seed, len(data), 0, count)
+    request = subject.conditions.request(places, sampling.guidance_scale)
+    quality = None
+    if subject.reference is not None:
+        quality = ImageQuality(subject.extractor, seed=sampling.seed).to(accelerator.device)
+        share = subject.reference.tensor_split(accelerator.num_processes)[accelerator.process_index]
+        quality.add_real_features(share.to(accelerator.device))
+    batches, columns = my_batches(count, sampling.batch_size, accelerator), defaultdict(list)
     _tell(f"sampling {count} images over {steps} steps; --num_images and --num_inference_steps change that", accelerator)
     with step_bar(pipe, len(batches), steps, main) as shown:
         for batch in batches:
-            images = sample_uint8(pipe, batch, sampling.seed, steps, request, **shown)
-            quality.update(images.to(accelerator.device), real=False)
-    figures = {name: value for name, value in quality.compute()._asdict().items() if not math.isnan(value)}  # as in JSON
-    guidance = {} if request.argument is None else {"guidance_scale": request.guidance_scale}
-    how = {"steps": steps, "scheduler": type(pipe.scheduler).__name__, "features": type(subject.extractor).__name__}
-    return figures | how | guidance
+            pixels, digits = torch.from_numpy(sample_values(pipe, batch, sampling.seed, steps, request, **shown)), None
+            if quality is not None:
+                quality.update(seen(pixels.to(accelerator.device), data.value_range), real=False)
+            if isinstance(subject.extractor, DigitsClassifier):
+                digits = quality.generated_logits[-1].argmax(dim=1).cpu()
+            for name, values in subject.conditions.followed(pixels, places[batch], digits).items():
+                columns[name] += values.tolist()
+    how = {"steps": steps, "scheduler": type(pipe.scheduler).__name__}
+    how |= {"guidance_scale": request.guidance_scale} if request.arguments else {}
+    sections = {}
+    if quality is not None:
+        figures = {name: value for name, value in quality.compute()._asdict().items() if not math.isnan(value)}  # as in JSON
+        sections["quality"] = figures | how | {"features": type(subject.extractor).__name__}
+    if columns:
+        figures = means({name: gather_object(values) for name, values in columns.items()})
+        sections["conditions"] = {"num_images": count} | figures | how
+    return sections

@@ -9,20 +9,20 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from ..support.atomic import atomic_file, write_text, writer_of
 from ..support.errors import ConfigError
 from ..support.exceptions import describe_exception
+from .files import ImageFiles
 
 SETTINGS_FILE = "generation.json"
 PARQUET_FILE = "images.parquet"
-DIGESTED = ("weights", "scheduler", "text_encoder")  # settings that a message only names
+DIGESTED = ("weights", "scheduler", "text_encoder", "condition_images")  # settings that a message only names
 ROWS_AT_ONCE = 1000  # images of the parquet file in memory
 
 
-def prepare(folder: Path, count: int, settings: dict[str, Any], kind: tuple[str, tuple[int, int]]) -> list[int] | str:
-    """The numbers of the images 0..count-1, of a mode and (width, height), that the folder lacks, or what is wrong with it."""
+def prepare(folder: Path, count: int, settings: dict[str, Any], files: ImageFiles) -> list[int] | str:
+    """The numbers of the images 0..count-1 that the folder lacks in such files, or what is wrong with it."""
     try:
         if folder.exists() and not folder.is_dir():
             return f"--output_dir {folder} is a file; name a new folder."
@@ -34,7 +34,7 @@ def prepare(folder: Path, count: int, settings: dict[str, Any], kind: tuple[str,
         elif problem := _difference(folder, settings):
             return problem
         _remove_leftovers(folder)
-        return _missing(folder, count, kind)
+        return _missing(folder, count, files)
     except OSError as error:
         return f"--output_dir {folder} cannot be used: {error}"
 
@@ -64,10 +64,10 @@ def _short(value: Any) -> str:
     return textwrap.shorten(repr(value), 60)
 
 
-def _missing(folder: Path, count: int, kind: tuple[str, tuple[int, int]]) -> list[int] | str:
+def _missing(folder: Path, count: int, files: ImageFiles) -> list[int] | str:
     """The numbers of the images that are not there whole, in files or in one."""
     whole = folder / PARQUET_FILE
-    if blocked := [path for path in (whole, *(image_path(folder, number) for number in range(count))) if path.is_dir()]:
+    if blocked := [path for path in (whole, *(files.path(folder, number) for number in range(count))) if path.is_dir()]:
         return f"--output_dir {folder}: {blocked[0].name} is a folder, in the place of images; remove it."
     if whole.is_file():
         try:
@@ -78,20 +78,19 @@ def _missing(folder: Path, count: int, kind: tuple[str, tuple[int, int]]) -> lis
             return f"--output_dir {folder} has {PARQUET_FILE} with {stored} images; to get {count}, remove it."
         print(f"the images are in {whole}", file=sys.stderr)
         return []
-    missing = [number for number in range(count) if not _is_whole(image_path(folder, number), kind)]
-    damaged = [path for path in (image_path(folder, number) for number in missing) if path.exists()]
+    missing = [number for number in range(count) if not _is_whole(files.path(folder, number), files)]
+    damaged = [path for path in (files.path(folder, number) for number in missing) if path.exists()]
     if damaged:
         print(f"{len(damaged)} damaged images are sampled again, such as {damaged[0]}", file=sys.stderr)
     return missing
 
 
-def _is_whole(path: Path, kind: tuple[str, tuple[int, int]]) -> bool:
+def _is_whole(path: Path, files: ImageFiles) -> bool:
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.verify()  # the checksums of all of its parts
-            return (image.mode, image.size) == kind
-    except Exception:  # there is no such file, or PIL raises one of many types
+        files.read(path)
+    except Exception:  # there is no such file, or one of three libraries raises one of many types
         return False
+    return True
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -101,13 +100,9 @@ def _remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def image_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:06d}.png"
-
-
-def to_parquet(folder: Path, count: int) -> None:
+def to_parquet(folder: Path, count: int, files: ImageFiles) -> None:
     """The PNGs as one file that the datasets library reads as images; they are removed once it is complete."""
-    whole, paths = folder / PARQUET_FILE, [image_path(folder, number) for number in range(count)]
+    whole, paths = folder / PARQUET_FILE, [files.path(folder, number) for number in range(count)]
     try:
         if not whole.is_file():
             _write_parquet(whole, paths)

@@ -15,6 +15,7 @@ SCHEDULERS = {  # diffusers' classes by the names of the samplers; "ddpm" is our
     "dpm-solver++": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+FORMATS = ("auto", "png", "npy", "tiff", "parquet")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class SamplingOptions(OptionGroup):
 
     title: ClassVar[str] = "model and sampling"
 
-    model: str = option(help="Folder or Hub repository of a DDPM pipeline: unconditional, class-conditional or text-to-image.")
+    model: str = option(help="Folder or Hub repository of a DDPM pipeline, conditional or not.")
     scheduler: str = option("keep", f"Sampler: keep (the model's own), {', '.join(SCHEDULERS)}.", one_of(("keep", *SCHEDULERS)))
     num_inference_steps: int | None = option(None, "Reverse steps per image. By default the full chain.", at_least(1))
     guidance_scale: float = option(1.0, "Guidance scale of a conditional model; 1 is none.", FINITE)
@@ -42,6 +43,15 @@ class RequestOptions(OptionGroup):
         None, "Classes to sample in turn, names or ids separated by '|'. By default all classes of the model."
     )
     prompts: str | None = option(None, "Prompts to sample in turn, separated by '|', or a .txt file with one per line.")
+    condition_vector: str | None = option(
+        None, "Numbers to sample for in turn, as 30,0.5|40,0.5 for a model of two; a place left empty is not told."
+    )
+    condition_images: str | None = option(
+        None, "Folder (or other data) of condition images to sample for in turn, in the order of their names."
+    )
+    condition_masks: str | None = option(
+        None, "The same of masks, for a model that inpaints: white where the condition image is unknown."
+    )
 
     def check(self) -> None:
         if self.class_labels is not None and self.prompts is not None:
@@ -56,7 +66,17 @@ class OutputOptions(OptionGroup):
 
     output_dir: str = option(help="Folder for the images: a new folder, or one with the same settings to continue.")
     num_images: int = option(1024, "Number of images. They are numbered from 0.", at_least(1))
-    format: str = option("png", "png (one file per image) or parquet (one file in all).", one_of(("png", "parquet")))
+    format: str = option(
+        "auto",
+        "png, npy or tiff (one file per image, in the units of the model's data), parquet (all PNGs in one file), or auto: png "
+        "where it holds the images (8 bits of 1, 3 or 4 channels, 16 bits of 1), else npy.",
+        one_of(FORMATS),
+    )
+    preview_channels: str | None = option(
+        None,
+        "Channels that preview.png shows, counted from 1: one, or three as RGB, such as 3,2,1. By default all, of more than 4 "
+        "the first three, and of 2 the first.",
+    )
 
 
 @dataclass(frozen=True, init=False)

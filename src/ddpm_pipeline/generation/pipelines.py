@@ -1,15 +1,18 @@
 """Pipelines to sample from, loaded from a folder or the Hub, and their samplers. Imports diffusers and the pipelines."""
 
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 
+from ..encoding_alpha_ddpm import image_condition, vector_condition
 from ..pipeline_alpha_ddpm import AlphaDDPMPipeline
+from ..pipeline_alpha_ddpm_image import AlphaDDPMImageToImagePipeline
 from ..pipeline_alpha_ddpm_text import AlphaDDPMTextToImagePipeline
 from ..samplers_alpha_ddpm import Steps, general_sampler_of, set_timesteps
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..support.errors import ConfigError
 from ..support.exceptions import describe_exception
+from ..tables_alpha_ddpm import OWN_KEY
 from .options import SCHEDULERS
 
 Pipeline = AlphaDDPMPipeline | AlphaDDPMTextToImagePipeline
@@ -18,13 +21,13 @@ LATENT = ("vae", "vqvae", "movq")  # components of pipelines whose UNet denoises
 
 
 def load_pipeline(model: str) -> Pipeline:
-    """The pipeline in a folder or Hub repository: unconditional, or for classes or prompts. Raises ConfigError if there is
-    none, or none that images can be sampled from.
+    """The pipeline in a folder or Hub repository, of the class for its conditions. Raises ConfigError if there is none, or none
+    that images can be sampled from.
     """
     try:
         index = AlphaDDPMPipeline.load_config(model)
         text = (index.get("text_encoder") or [None])[0] is not None
-        pipe = (AlphaDDPMTextToImagePipeline if text else AlphaDDPMPipeline).from_pretrained(model)
+        pipe = (AlphaDDPMTextToImagePipeline if text else _class_without_text(model)).from_pretrained(model)
     except Exception as error:  # the loaders of three libraries raise many types
         raise ConfigError(f"--model {model} cannot be loaded as a DDPM pipeline: {describe_exception(error)}") from error
     config = pipe.unet.config
@@ -36,8 +39,6 @@ def load_pipeline(model: str) -> Pipeline:
         raise ConfigError(f"--model {model} denoises latents (it has a {latent[0]}), not images; name a pixel-space DDPM.")
     if not isinstance(pipe.unet, diffusers.UNet2DConditionModel if text else diffusers.UNet2DModel):
         raise ConfigError(f"--model {model} has a {type(pipe.unet).__name__}, which is neither unconditional nor for its text.")
-    if config.class_embed_type:
-        raise ConfigError(f"--model {model}: class_embed_type={config.class_embed_type!r} takes no labels of its own.")
     if not config.sample_size:
         raise ConfigError(f"--model {model}: unet/config.json has no sample_size; add the height and width of its images.")
     if missing := [name for name, weight in pipe.unet.named_parameters() if weight.is_meta]:
@@ -46,11 +47,23 @@ def load_pipeline(model: str) -> Pipeline:
     return pipe
 
 
-def condition_of(pipe: Pipeline) -> Literal["none", "class", "text"]:
-    """What the model's images are conditioned on."""
+def _class_without_text(model: str) -> type[AlphaDDPMPipeline]:
+    try:
+        settings = diffusers.UNet2DModel.load_config(model, subfolder="unet").get(OWN_KEY) or {}
+    except OSError:  # all files of early repositories are at their top
+        settings = {}
+    return AlphaDDPMImageToImagePipeline if "condition_image" in settings else AlphaDDPMPipeline
+
+
+def condition_of(pipe: Pipeline) -> str:
+    """What the model's images are conditioned on, as --condition names it: none, class, text, image, vector, class+image or
+    vector+image.
+    """
     if isinstance(pipe, AlphaDDPMTextToImagePipeline):
         return "text"
-    return "class" if pipe.unet.config.num_class_embeds else "none"
+    unet = pipe.unet
+    kinds = {"class": unet.config.num_class_embeds, "vector": vector_condition(unet), "image": image_condition(unet)}
+    return "+".join(kind for kind, found in kinds.items() if found) or "none"
 
 
 def scheduler_for(pipe: Pipeline, name: str) -> Any:

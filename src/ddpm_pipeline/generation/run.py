@@ -9,20 +9,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from ..data.images import array_to_image
-from ..pictures_alpha_ddpm import PIL_MODES
+from ..encoding_alpha_ddpm import value_range
+from ..support.atomic import write_text
 from ..support.errors import ConfigError
-from ..support.exceptions import describe_exception
-from ..support.pictures import save_picture
+from ..support.pictures import BY_DEFAULT, Display, grid, save_picture
 from ..support.provenance import weights_digest
-from .drawing import UNCONDITIONAL, Request, sample_uint8, step_bar
-from .folder import check_still_there, image_path, prepare, to_parquet
-from .options import GenerationOptions
+from .drawing import sample_values, step_bar
+from .files import ImageFiles
+from .folder import check_still_there, prepare, to_parquet
+from .options import GenerationOptions, OutputOptions
 from .pipelines import Pipeline, condition_of, load_pipeline, scheduler_for, steps_of
+from .requests import request_of
+
+PREVIEWED = 64  # images in preview.png
 
 
 def generate(options: GenerationOptions) -> Path:
@@ -35,14 +39,13 @@ def generate(options: GenerationOptions) -> Path:
         torch.set_num_threads(sampling.num_cpu_threads)
     pipe = load_pipeline(sampling.model).to(accelerator.device)
     pipe.scheduler = scheduler_for(pipe, sampling.scheduler)
-    steps, request = steps_of(pipe.scheduler, sampling.num_inference_steps), request_of(pipe, options)
-    channels, size = pipe.unet.config.in_channels, pipe.unet.config.sample_size
-    if channels not in PIL_MODES:
-        raise ConfigError(f"--model {sampling.model} samples {channels} channels; PNG files hold 1, 3 or 4.")
+    steps = steps_of(pipe.scheduler, sampling.num_inference_steps)
+    with accelerator.main_process_first():  # the others find its cache of condition images
+        request, told = request_of(pipe, options)
+    files, display = _files_of(pipe, output)
     folder, count, todo = Path(output.output_dir), output.num_images, [None]
     if accelerator.is_main_process:
-        kind = PIL_MODES[channels], (size, size) if isinstance(size, int) else tuple(size)[::-1]
-        todo = [prepare(folder, count, _settings(pipe, sampling.seed, steps, request), kind)]
+        todo = [prepare(folder, count, _settings(pipe, sampling.seed, steps) | told, files)]
     broadcast_object_list(todo)  # one list, since files appear while other processes still look
     if isinstance(todo[0], str):
         raise ConfigError(todo[0])
@@ -52,66 +55,52 @@ def generate(options: GenerationOptions) -> Path:
     mine = _share(missing, count, sampling.batch_size, accelerator)
     with step_bar(pipe, len(mine), steps, bool(missing) and accelerator.is_main_process) as shown:
         for batch in mine:
-            images = sample_uint8(pipe, batch, sampling.seed, steps, request, **shown)
+            images = sample_values(pipe, batch, sampling.seed, steps, request, **shown)
             check_still_there(folder)
             for number, image in zip(batch, images, strict=True):
                 if number in missing:
-                    save_picture(array_to_image(image.permute(1, 2, 0).numpy()), image_path(folder, number))
+                    files.write(image, files.path(folder, number))
     accelerator.wait_for_everyone()
-    if output.format == "parquet" and accelerator.is_main_process:
-        to_parquet(folder, count)
+    if accelerator.is_main_process:
+        _finish(folder, count, files, display if missing else None)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder
 
 
-def request_of(pipe: Pipeline, options: GenerationOptions) -> Request:
-    """What the model is asked for: the classes or prompts of the options in turn, or all classes. Raises ConfigError if the
-    options do not fit the model.
-    """
-    asked, scale, kind = options.request, options.sampling.guidance_scale, condition_of(pipe)
-    for name, fitting in (("class_labels", "class"), ("prompts", "text")):
-        if getattr(asked, name) is not None and kind != fitting:
-            raise ConfigError(f"--{name} does not fit --model {options.sampling.model}, whose condition is {kind!r}; drop it.")
-    if kind == "text":
-        return Request("prompt", _prompts(asked.prompts), scale)
-    if kind == "class":
-        names = list(pipe.id2label.values())
-        classes = range(len(names) or pipe.unet.config.num_class_embeds)
-        words = [*classes] if asked.class_labels is None else [word.strip() for word in asked.class_labels.split("|")]
-        labels = [int(word) if word not in names and str(word).isdecimal() else word for word in words]
-        try:
-            return Request("class_labels", pipe._label_ids(labels), scale)
-        except ValueError as error:
-            raise ConfigError(f"--class_labels {asked.class_labels}: {error}") from error
-    if scale != 1:
-        raise ConfigError(f"--guidance_scale {scale} needs a conditional model, which --model {options.sampling.model} is not.")
-    return UNCONDITIONAL
-
-
-def _prompts(given: str | None) -> list[str]:
-    if given is None:
-        raise ConfigError("--prompts is required for a text-to-image model: prompts separated by '|', or a .txt file.")
+def _files_of(pipe: Pipeline, output: OutputOptions) -> tuple[ImageFiles, Display | None]:
+    """The files, and how a preview shows their images, which no viewer shows as they are. Raises ConfigError."""
+    values, (_, *shape) = value_range(pipe.unet), pipe._shape(1)
+    files = ImageFiles(output.format, tuple(shape), values)
     try:
-        lines = Path(given).read_text("utf-8-sig").splitlines() if given.endswith(".txt") else given.split("|")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {given} cannot be read as UTF-8: {describe_exception(error)}") from error
-    prompts = [line.strip() for line in lines if line.strip() or not given.endswith(".txt")]
-    if not prompts:
-        raise ConfigError(f"--prompts {given} holds no prompts; write one per line.")
-    return prompts
+        display = Display.parse(output.preview_channels, values.dtype != "uint8")
+        display.words(files.shape[0])
+    except ValueError as error:
+        raise ConfigError(f"--preview_channels {error}.") from error
+    return files, None if files.are_pictures and display == BY_DEFAULT else display
 
 
-def _settings(pipe: Pipeline, seed: int, steps: int, request: Request) -> dict[str, Any]:
-    """What the bytes of the images depend on, as it is kept beside them."""
+def _finish(folder: Path, count: int, files: ImageFiles, display: Display | None) -> None:
+    """preview.png of the first images, if they are displayed, and preview.txt that says how; the parquet file, if asked for."""
+    if display is not None:
+        images = np.stack([files.read(files.path(folder, number)) for number in range(min(count, PREVIEWED))])
+        x = files.value_range.normalize(torch.from_numpy(images))
+        save_picture(grid(x / 2 + 0.5, display=display), folder / "preview.png")
+        if words := display.words(files.shape[0]):
+            print(f"preview.png shows {words}", file=sys.stderr)
+            write_text(folder / "preview.txt", f"shown: {words}\n")
+    if files.format == "parquet":
+        to_parquet(folder, count, files)
+
+
+def _settings(pipe: Pipeline, seed: int, steps: int) -> dict[str, Any]:
+    """What the bytes of the images depend on, besides what is asked for, as it is kept beside them."""
     settings = {
         "weights": weights_digest(pipe.unet),
         "scheduler": json.loads(pipe.scheduler.to_json_string()),
         "num_inference_steps": steps,
         "seed": seed,
     }
-    if request.argument is not None:
-        settings |= {request.argument: list(request.values), "guidance_scale": request.guidance_scale}
     if condition_of(pipe) == "text":
         settings["text_encoder"] = weights_digest(pipe.text_encoder)
     return settings

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..support.atomic import write_text
-from .files import INDEX, read_object
+from .kinds import Kind, ModelFacts, facts_of
 from .readme import decoded, metadata, private_lines, section_texts, with_line_ends_of, with_metadata, with_sections
 
 if TYPE_CHECKING:
@@ -70,30 +70,6 @@ class TrainingFacts:
     hub_base_model: str | None = None  # its name on the Hub, if it is there
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What the card of one kind of model says."""
-
-    conditional: str = ""
-    example: str = ""  # arguments of a call
-    our_class: str = "AlphaDDPMPipeline"
-    our_blocks: str = "AlphaDDPMBlocks"
-    pipeline_tag: str = "unconditional-image-generation"
-    plain_class: str = "DiffusionPipeline"
-    why_plain_cannot_sample: str = ""
-
-
-NO_CLASS = " the model loads, but it cannot be told a class, so it cannot sample images"
-NO_VARIANCE = " the model loads, but diffusers' `IFPipeline` samples with a learned variance only, which this model lacks"
-UNCONDITIONAL = _Kind()
-CLASS = _Kind(" class-conditional", "class_labels=[0], guidance_scale=2.0", why_plain_cannot_sample=NO_CLASS)
-TEXT = _Kind(
-    " text-conditional", '"what it should show", guidance_scale=2.0', "AlphaDDPMTextToImagePipeline", "AlphaDDPMTextBlocks",
-    "text-to-image", "AutoPipelineForText2Image",
-)  # fmt: skip
-FIXED_TEXT = replace(TEXT, why_plain_cannot_sample=NO_VARIANCE)
-
-
 def build_card(
     model: "DiffusionPipeline | Path",
     *,
@@ -120,16 +96,12 @@ def build_card(
     What looks like a token or a path in the home folder is left out, with a warning. Raises ValueError if the folder is not
     a pipeline.
     """
-    kind, unet, schedule = _configs(model)
-    training, images, total = training or TrainingFacts(), _images(unet), schedule.get("num_train_timesteps", 1000)
-    example = _shown_code(example, "the example") or kind.example
+    about = facts_of(model)
+    kind, total = about.kind, about.schedule.get("num_train_timesteps", 1000)
+    training, example = training or TrainingFacts(), _shown_code(example or kind.example, "the example")
     name = _shown(name, "the name") or "DDPM"
     repo = json.dumps(_shown(repo_id, "the repository's name") or name, ensure_ascii=False)
     command = _shown_code(training.command, "the training command")
-    # DDPMPipeline takes 1000 steps by default, however many there are
-    calls = {"plain_call": _example_call(example, total), "our_call": _example_call(example, min(100, total))}
-    if kind.why_plain_cannot_sample:
-        calls["plain_call"] = ""
     return ModelCard.from_template(
         _card_data(kind, name, license, training, evaluation or ()),
         template_path=str(TEMPLATE),
@@ -137,49 +109,40 @@ def build_card(
         repo=repo,
         # diffusers names a module after the repository, which a dot in it would split
         is_importable="." not in repo,
-        summary=_summary(kind, images, schedule, training),
+        summary=_summary(about, training),
         pictures={file: _prose(_shown(caption, "a caption")) for file, caption in (pictures or {}).items()},
         plain_note=kind.why_plain_cannot_sample,
         plain_class=kind.plain_class,
-        **calls,
+        # DDPMPipeline takes 1000 steps by default, however many there are
+        plain_call=about.plain_call(example, total),
         our_class=kind.our_class,
+        imports=kind.imports,
+        setup=kind.setup,
+        our_call=about.call(example, min(100, total)),
+        call_in_own_units=about.call(example, min(100, total), own_units=True) if about.values else "",
         as_blocks=_code(f"pipe = ddpm_pipeline.{kind.our_blocks}().init_pipeline({repo})"),
         training_table=_training_table(training.facts, license),
         command=command,
         evaluation=_evaluation_text(evaluation),
-        resolution=images,
+        images=about.images,
     )
 
 
 def _card_data(
-    kind: _Kind, name: str, license: str | None, training: TrainingFacts, evaluation: Sequence[Measurement]
+    kind: Kind, name: str, license: str | None, training: TrainingFacts, evaluation: Sequence[Measurement]
 ) -> ModelCardData:
     """The front matter."""
     hub_dataset = _shown(training.hub_dataset, "the name of the data")
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=kind.pipeline_tag,
-        tags=["ddpm", OURS, "pytorch", *(["class-conditional"] if kind is CLASS else [])],
+        tags=["ddpm", OURS, "pytorch", *(["class-conditional"] if "class_labels" in kind.example else [])],
         license=license,
         base_model=_shown(training.hub_base_model, "the base model") or None,
         datasets=[hub_dataset] if hub_dataset else None,
         model_name=name if evaluation else None,
         eval_results=[one.as_eval_result(kind.pipeline_tag) for one in evaluation] or None,
     )
-
-
-def _configs(model: "DiffusionPipeline | Path") -> tuple[_Kind, Mapping[str, Any], Mapping[str, Any]]:
-    """The kind of a model, and the configs of its UNet and scheduler."""
-    if isinstance(model, Path):
-        files = (INDEX, "unet/config.json", "scheduler/scheduler_config.json")
-        index, unet, schedule = (read_object(model / name) for name in files)
-    else:
-        index, unet, schedule = json.loads(model.to_json_string()), model.unet.config, model.scheduler.config
-    takes_classes = unet.get("num_class_embeds") or unet.get("class_embed_type")
-    if "text_encoder" in index:
-        learned = schedule.get("variance_type") in ("learned", "learned_range")
-        return (TEXT if learned else FIXED_TEXT), unet, schedule
-    return (CLASS if takes_classes else UNCONDITIONAL), unet, schedule
 
 
 def _shown(text: str | None, place: str) -> str:
@@ -226,19 +189,8 @@ def _code(text: str) -> str:
     return f"{ticks}{space}{text}{space}{ticks}"
 
 
-def _example_call(arguments: str, steps: int) -> str:
-    return f"image = pipe({arguments}{', ' if arguments else ''}num_inference_steps={steps}).images[0]"
-
-
-def _images(unet: Mapping[str, Any]) -> str:
-    """Such as "RGB 32x32"."""
-    channels, size = unet.get("in_channels", 3), unet.get("sample_size")
-    colours = {1: "grey", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels}-channel")
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return f"{colours} {width}x{height}" if size else colours
-
-
-def _summary(kind: _Kind, images: str, schedule: Mapping[str, Any], training: TrainingFacts) -> str:
+def _summary(about: ModelFacts, training: TrainingFacts) -> str:
+    schedule = about.schedule
     amount = f"{training.num_images:,} images" if training.num_images else "a stream"
     base, data = _shown(training.base_model, "the base model"), _shown(training.dataset, "the name of the data")
     origin = "trained from scratch" if training.base_model is None else "fine-tuned"
@@ -251,10 +203,10 @@ def _summary(kind: _Kind, images: str, schedule: Mapping[str, Any], training: Tr
         f"{schedule.get('prediction_type', 'epsilon')} prediction",
         f"{schedule['variance_type']} variance" if schedule.get("variance_type") else None,
     ]
-    return (
-        f"A{kind.conditional} denoising diffusion probabilistic model (Ho et al. 2020) of {images} images{source}. "
-        f"The diffusion process: {', '.join(filter(None, diffusion))}."
-    )
+    kind = f"A{about.kind.conditional} denoising diffusion probabilistic model (Ho et al. 2020)"
+    process = f"The diffusion process: {', '.join(filter(None, diffusion))}."
+    condition = _prose(_shown(about.kind.condition, "the condition"))
+    return " ".join(filter(None, (f"{kind} of {about.images} images{source}.", about.values, condition, process)))
 
 
 def _training_table(facts: Mapping[str, Any], license: str | None) -> str:
@@ -365,24 +317,30 @@ def card_of_folder(
     folder: Path, repo_id: str, existing: str = "", evaluation: Sequence[Measurement] | None = None
 ) -> ModelCard:
     """What a folder's configs alone tell, with the example of the card that exists already."""
-    example, name = _example_in(existing, _configs(folder)[0]), repo_id.split("/")[-1]
+    example, name = _example_in(existing, facts_of(folder).kind), repo_id.split("/")[-1]
     told = {"name": name, "repo_id": repo_id, "example": example, "pictures": pictures_in(folder)}
     return build_card(folder, evaluation=evaluation, **told)
 
 
 def pictures_in(folder: Path) -> dict[str, str]:
-    """Captions of those pictures of a training run that are in a folder, by file name; samples.txt names rows."""
-    rows = re.findall(r"(?m)^row \d+: (.*)$", decoded((folder / ROWS).read_bytes())) if (folder / ROWS).is_file() else []
-    samples = f"samples, row by row: {', '.join(rows)}" if rows else "samples"
-    pictures = {"samples.png": samples, "process.png": "from noise to images"}
+    """Captions of those pictures of a training run that are in a folder, by file name; samples.txt names rows, and says how
+    images are shown.
+    """
+    text = decoded((folder / ROWS).read_bytes()) if (folder / ROWS).is_file() else ""
+    rows = re.findall(r"(?m)^row \d+: (.*)$", text)
+    shown = f" ({found[1]})" if (found := re.search(r"(?m)^shown: (.*)$", text)) else ""
+    left = ", on the left the condition images" if re.search(r"(?m)^left: condition images$", text) else ""
+    samples = f"samples{shown}{left}" + (f", row by row: {', '.join(rows)}" if rows else "")
+    pictures = {"samples.png": samples, "process.png": f"from noise to images{shown}"}
     return {file: caption for file, caption in pictures.items() if (folder / file).is_file()}
 
 
-def _example_in(readme: str, kind: _Kind) -> str:
+def _example_in(readme: str, kind: Kind) -> str:
     """The arguments of our class's call in the card's example; "" if the card has none for this kind of model."""
     use = section_texts(readme).get("use", "")
-    calls = re.findall(r"pipe\((.*), num_inference_steps=\d+\)", use)
-    fits = calls and kind.our_class in use and ("class_labels" in calls[-1]) == ("class_labels" in kind.example)
+    calls = re.findall(r"pipe\((.*), num_inference_steps=\d+[,)]", use)
+    told = [re.findall(r"(class_labels|condition_\w+)=", example) for example in (*calls[-1:], kind.example)]
+    fits = calls and kind.our_class in use and {*told[0]} == {*told[1]}
     return calls[-1] if fits else ""
 
 

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler, Moments, ReverseMoments
 from ..tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, Generators, Timesteps, check_generators
-from .densities import gaussian_kl, gaussian_log_density, log_decoder, nats_to_bits_per_dim
+from .densities import NumBins, gaussian_kl, gaussian_log_density, levels_of, log_decoder, nats_to_bits_per_dim
 
 NoiseSource = Callable[[int, torch.Size], Tensor]
 Stratum = tuple[int, int, int]  # start and stop among the chain's positions, and the number of timesteps to draw
@@ -31,7 +31,7 @@ def bound_terms(
     original_samples: Tensor,
     sample: Tensor,
     timesteps: Timesteps,
-    num_bins: int | None = 256,
+    num_bins: NumBins | None = 256,
 ) -> Tensor:
     """The bound's term for each image's timestep in the three-term form, [B] in bits per dimension.
 
@@ -74,7 +74,7 @@ class BoundOptions:
     timesteps: Sequence[int] | None = None
     num_evaluated: int | None = None
     two_term: bool = False
-    num_bins: int | None = 256
+    num_bins: NumBins | None = 256
     batch_size: int = 64
 
 
@@ -103,7 +103,8 @@ def bits_per_dim(
             strata of equal fall of log-SNR; the default is the whole chain.
         two_term: also estimate the report's two-term form from the same network calls, with noise along one chain
             x_0 -> x_1 -> ... -> x_T; otherwise noise is independent at every timestep, mostly with less variance.
-        num_bins: levels of a value, 256 (the default) for 8-bit images; None for the density of continuous values.
+        num_bins: levels of a value, 256 (the default) for 8-bit images, or one number per channel; None for the density of
+            continuous values, which are in [-1, 1] (likelihood.md says what it is in other units).
         batch_size, progress: images per network call, 64 by default; whether to show a progress bar.
 
     Raises ValueError for images off the levels, and arguments outside these ranges.
@@ -132,7 +133,7 @@ class _Evaluation:
 
     network: "Network"
     chain: AlphaDDPMScheduler
-    num_bins: int | None
+    num_bins: NumBins | None
     bar: tqdm
 
     def of_chain(self, batch: "Batch", noise: NoiseSource, two_term: bool) -> BitsPerDim:
@@ -282,7 +283,7 @@ def batches(
     network: Network,
     images: Tensor,
     batch_size: int,
-    num_bins: int | None,
+    num_bins: NumBins | None,
     generator: Generators,
     model_kwargs: Mapping[str, Any] | None,
 ) -> Iterator[Batch]:
@@ -312,7 +313,7 @@ def own_scheduler(
     return chain
 
 
-def check_images(unet: Any, images: Tensor, num_bins: int | None, generator: Generators) -> None:
+def check_images(unet: Any, images: Tensor, num_bins: NumBins | None, generator: Generators) -> None:
     """Raise ValueError if shape, dtype, number of levels or number of generators do not fit."""
     of_pictures = isinstance(unet, UNet2DModel | UNet2DConditionModel)
     fits = images.ndim == 4 and images.shape[1] == unet.config.in_channels if of_pictures else images.ndim >= 2
@@ -320,22 +321,28 @@ def check_images(unet: Any, images: Tensor, num_bins: int | None, generator: Gen
         needed = f"[B, {unet.config.in_channels}, H, W]" if of_pictures else "[B, ...]"
         kind = f"{images.dtype} of shape {tuple(images.shape)}"
         raise ValueError(f"images are {kind}; this network takes floating-point {needed} in [-1, 1].")
-    if num_bins is not None and num_bins < 2:
-        raise ValueError(f"num_bins={num_bins} must be at least 2, or None for continuous values.")
+    if num_bins is not None:
+        counts = [num_bins] * images.shape[1] if isinstance(num_bins, int) else num_bins
+        if len(counts) != images.shape[1] or min(counts) < 2:
+            allowed = f"at least 2, {images.shape[1]} such numbers, one per channel, or None for continuous values"
+            raise ValueError(f"num_bins={num_bins} must be {allowed}.")
     check_generators(generator, len(images))
 
 
-def _on_levels(images: Tensor, num_bins: int | None) -> Tensor:
+def _on_levels(images: Tensor, num_bins: NumBins | None) -> Tensor:
     """Images in float64, exactly on the nearest of the levels -1..1. Raises ValueError if one is not near."""
     images = images.double()
     if num_bins is None:
         return images
-    levels = ((images + 1) * ((num_bins - 1) / 2)).round()
-    exact = levels * (2 / (num_bins - 1)) - 1
-    off = (images - exact).abs().max().item() * (num_bins - 1) / 2
-    if not off < 0.01 or levels.min() < 0 or levels.max() > num_bins - 1:  # also refuses NaN
+    last = levels_of(num_bins, images) - 1
+    levels = ((images + 1) * (last / 2)).round()
+    exact = levels * (2 / last) - 1
+    off = (images - exact).abs() * (last / 2)
+    near = off < 0.01 + 2**-24 * last  # the rounding of float32; False for NaN
+    if not near.all() or levels.min() < 0 or (levels > last).any():
         raise ValueError(
-            f"images are up to {off:.2g} of a level off the {num_bins} levels of [-1, 1], or outside: {images.min():.4g} to "
-            f"{images.max():.4g}. Give uint8 / 127.5 - 1 for num_bins=256, the right num_bins, or None for a density."
+            f"images are up to {off.max():.2g} of a level off the {num_bins} levels of [-1, 1], or outside: "
+            f"{images.min():.4g} to {images.max():.4g}. Give uint8 / 127.5 - 1 for num_bins=256, the right num_bins, "
+            "or None for a density."
         )
     return exact

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, Generators
 from .bound import batches, check_images, evaluating, own_scheduler
-from .densities import log_decoder
+from .densities import NumBins, levels_of, log_decoder
 
 RESIDUAL_EDGES = torch.logspace(-5, 1, 513, dtype=torch.float64)
 _RESIDUAL_CENTRES = (RESIDUAL_EDGES[:-1] * RESIDUAL_EDGES[1:]).sqrt()
@@ -31,7 +31,7 @@ class NoiseStatistics:
     """
 
     num_images: int
-    num_bins: int | None
+    num_bins: NumBins | None
     noise_second_moments: Tensor  # Γ_t = E‖ε_θ(x_t, t)‖²/d, [T]
     noise_second_moments_error: Tensor  # [T]
     noise_errors: Tensor  # E‖z̃ - ε_θ(x_t, t)‖²/d, [T]
@@ -46,7 +46,7 @@ def estimate_analytic_variance(
     scheduler: Any,
     images: Tensor,
     *,
-    num_bins: int | None = 256,
+    num_bins: NumBins | None = 256,
     batch_size: int = 64,
     generator: Generators = None,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -67,7 +67,7 @@ def estimate_analytic_variance(
         for batch in batches(network, images, batch_size, num_bins, generator, model_kwargs):
             x_0 = batch.x_0
             data_sum += float(_mean_squares(x_0).sum())
-            outer = x_0.abs() > 1 - 1 / (num_bins - 1) if num_bins else torch.zeros_like(x_0, dtype=torch.bool)
+            outer = x_0.abs() > 1 - 1 / (levels_of(num_bins, x_0) - 1) if num_bins else torch.zeros_like(x_0, dtype=torch.bool)
             for t in range(total):
                 z = batch.noise(t, x_0.shape).to(x_0)
                 x_t = full.add_noise(x_0, z, t)
@@ -202,6 +202,8 @@ def _decoder_costs(statistics: NoiseStatistics) -> Callable[[np.ndarray], np.nda
     """-log2 p_θ(x_0|x_t) per dimension for measured residuals, [T, n], as a function of log-variances [T, n]."""
     grid = torch.linspace(-40, 3, 1025, dtype=torch.float64)  # of log-variance
     shares, num_bins, residual = statistics.residuals, statistics.num_bins, _RESIDUAL_CENTRES[:, None]
+    if isinstance(num_bins, Sequence):
+        raise ValueError(f"num_bins={num_bins} differs by channel; optimal timesteps need one number for all.")
     inside = outer = log_decoder(torch.zeros_like(residual), residual, grid, num_bins)
     if num_bins is not None:
         outer = torch.special.log_ndtr((1 / (num_bins - 1) - residual) * torch.exp(-0.5 * grid))

@@ -26,7 +26,14 @@ class RandomStream(IntEnum):
     MODEL = 6
     PREVIEW = 7
     DROPOUT = 8
+    WINDOW = 9
+    AUGMENTATION = 10
+    MASK = 11
     BLOCK = 20
+    FIRST_DROPOUT = 30  # of the class or numbers beside a condition image
+    IMAGE_DROPOUT = 31  # of that image
+    INPAINTING_MASK = 32
+    ATTRIBUTE_DROPOUT = 1000  # of the first of several numbers; those of the others follow
 
 
 def _generator(seed: int, stream: RandomStream, step: int) -> np.random.Generator:
@@ -34,7 +41,7 @@ def _generator(seed: int, stream: RandomStream, step: int) -> np.random.Generato
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, step]))
 
 
-def uniform(seed: int, stream: RandomStream, step: int, count: int) -> np.ndarray:
+def uniform(seed: int, stream: int, step: int, count: int) -> np.ndarray:
     """Numbers in [0, 1) for positions 0..count-1, float64 [count]; the first n are the same for every count >= n."""
     return _generator(seed, stream, step).random(count)
 
@@ -56,6 +63,10 @@ class BatchSlice:
     def uniform(self, stream: RandomStream) -> np.ndarray:
         """Numbers in [0, 1), one per position, float64 [b]."""
         return uniform(self.seed, stream, self.step, self.batch_size)[self.positions]
+
+    def uniforms(self, stream: RandomStream, count: int) -> np.ndarray:
+        """Numbers in [0, 1), `count` per position, float64 [b, count]."""
+        return uniform(self.seed, stream, self.step, self.batch_size * count).reshape(-1, count)[self.positions]
 
     def seeds(self, stream: RandomStream) -> np.ndarray:
         """A 53-bit seed per position, int64 [b]."""

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, field, fields, make_dataclass, replace
 from functools import cache
@@ -94,6 +95,7 @@ class OptionSet:
         """What is said by words of a command line, by name."""
         groups, known = [_for_the_parser(group) for group in cls.groups().values()], cls.declared()
         parser = HfArgumentParser(groups, description=description, allow_abbrev=False, exit_on_error=False)
+        parser._negative_number_matcher = re.compile(r"-[\d.]")  # no flag begins so: -1000,3000 is a value too
         for name, help in flags.items():
             parser.add_argument(f"--{name}", metavar=name.upper(), help=help)
         try:  # argparse itself ends with status 0 after --help

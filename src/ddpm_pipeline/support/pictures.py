@@ -1,7 +1,11 @@
-"""Images side by side, and diffusion step by step: the report's figures 3.3 and 3.4 as a strip and as a GIF."""
+"""Images side by side, and diffusion step by step: the report's figures 3.3 and 3.4 as a strip and as a GIF.
+
+Images of any depth and number of channels are shown by a `Display`, which also says in words how.
+"""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,69 @@ SMALLEST_SIDE = 48  # pixels that an image takes in a picture at least, so that 
 GIF_SIDE = 144  # the same in a GIF, which mostly shows few images
 GAP = 4
 TEXT_HEIGHT = 14
+PERCENTILES = 1, 99  # of a channel: shown as black and as white
 
 
-def grid(images: Images, columns: int | None = None, size: int = SMALLEST_SIDE, labels: Sequence[Any] = ()) -> Image.Image:
+@dataclass(frozen=True)
+class Display:
+    """How images of any depth and number of channels are shown as grey, RGB or RGBA.
+
+    Channels count from 1: one is shown as grey, three as RGB. By default they are all, or the first three, or the first, for
+    images of 1, 3 or 4 channels, more, or 2. Images of more than 8 bits are stretched: one percentile of each channel is shown
+    as black and another as white. Raises ValueError for channels that cannot be shown.
+    """
+
+    channels: tuple[int, ...] = ()
+    stretch: bool = False
+
+    @classmethod
+    def parse(cls, channels: str | None, stretch: bool = False) -> "Display":
+        """That of channels as an option names them, such as "3,2,1"."""
+        words = channels.split(",") if channels else []
+        if len(words) not in (0, 1, 3) or not all(word.strip().isdecimal() and int(word) for word in words):
+            raise ValueError(f"{channels} must be one channel, or three such as 3,2,1, counted from 1")
+        return cls(tuple(map(int, words)), stretch)
+
+    def show(self, images: Tensor, reference: Tensor | None = None) -> Tensor:
+        """Pictures [..., 1, 3 or 4, H, W] of images [..., C, H, W], both in [0, 1]. The percentiles are those of `reference`,
+        or of the images themselves.
+        """
+        shown = [channel - 1 for channel in self._shown(images.shape[-3])]
+        pictures = images[..., shown, :, :]
+        if not self.stretch:
+            return pictures
+        values = pictures if reference is None else reference[..., shown, :, :]
+        low, high = np.percentile(values.movedim(-3, 0).flatten(1).numpy(), PERCENTILES, axis=1)  # [c] each
+        low, high = (torch.from_numpy(bound).to(pictures).view(-1, 1, 1) for bound in (low, high))
+        return ((pictures - low) / (high - low).clamp_min(1e-8)).clamp(0, 1)
+
+    def words(self, channels: int) -> str:
+        """What differs in the pictures from images of so many channels; "" if nothing does."""
+        shown, parts = self._shown(channels), []
+        if shown != tuple(range(1, channels + 1)):
+            parts.append(f"channel{'s' if len(shown) > 1 else ''} {', '.join(map(str, shown))} of {channels}")
+        if self.stretch:
+            parts.append(f"contrast stretched from percentile {PERCENTILES[0]} to {PERCENTILES[1]}, for viewing only")
+        return ", ".join(parts)
+
+    def _shown(self, channels: int) -> tuple[int, ...]:
+        if max(self.channels, default=1) > channels:
+            raise ValueError(f"{','.join(map(str, self.channels))} must be channels of the images, which are 1 to {channels}")
+        whole = channels in (1, 3) or (channels == 4 and not self.stretch)  # deep ones are bands rather than RGBA
+        return self.channels or tuple(range(1, 1 + (channels if whole else 3 if channels > 3 else 1)))
+
+
+BY_DEFAULT = Display()
+
+
+def grid(
+    images: Images,
+    columns: int | None = None,
+    size: int = SMALLEST_SIDE,
+    labels: Sequence[Any] = (),
+    display: Display = BY_DEFAULT,
+    left: Images | None = None,
+) -> Image.Image:
     """Images as one picture on white, each enlarged by a whole factor to be seen.
 
     Args:
@@ -27,14 +91,16 @@ def grid(images: Images, columns: int | None = None, size: int = SMALLEST_SIDE, 
         columns: images in a row; by default about as many as there are rows.
         size: pixels that the longer side of an image takes at least.
         labels: what is written above the columns, one for each.
+        display: how images of 2 or more than 4 channels, or of more than 8 bits, are shown.
+        left: pictures of the same size in a column of their own before the others, one per row, such as what the row shows.
 
-    Raises ValueError for what are no such images, and for other than 1, 3 or 4 channels.
+    Raises ValueError for what are no such images.
     """
-    pixels = read_pictures(images, "images")
+    pixels = display.show(read_pictures(images, "images"))
+    columns = columns or math.ceil(math.sqrt(len(pixels)))
+    if left is not None:
+        pixels, columns = _beside(read_pictures(left, "left"), pixels, columns), columns + 1
     count, channels, height, width = pixels.shape
-    if channels not in PIL_MODES:
-        raise ValueError(f"images have {channels} channels; pictures have 1 (grey), 3 (RGB) or 4 (RGBA).")
-    columns = columns or math.ceil(math.sqrt(count))
     if len(labels) not in (0, columns):
         raise ValueError(f"{len(labels)} labels for {columns} columns; give one for each column.")
     factor, top = max(1, math.ceil(size / max(height, width))), TEXT_HEIGHT if len(labels) else 0
@@ -53,21 +119,33 @@ def grid(images: Images, columns: int | None = None, size: int = SMALLEST_SIDE, 
     return picture
 
 
+def _beside(left: Tensor, pixels: Tensor, columns: int) -> Tensor:
+    """Each row of `columns` pictures after its one of `left`, all with as many channels."""
+    channels = max(left.shape[1], pixels.shape[1])
+    rows = read_pictures(pixels, "images", channels).split(columns)
+    return torch.cat([part for pair in zip(read_pictures(left, "left", channels).split(1), rows, strict=True) for part in pair])
+
+
 def strip(
-    trajectory: Tensor | np.ndarray, count: int = 9, size: int = SMALLEST_SIDE, labels: Sequence[Any] = ()
+    trajectory: Tensor | np.ndarray,
+    count: int = 9,
+    size: int = SMALLEST_SIDE,
+    labels: Sequence[Any] = (),
+    display: Display = BY_DEFAULT,
 ) -> Image.Image:
     """A picture of `count` evenly spaced steps, the first and the last among them, of a trajectory [S, B, C, H, W] in [-1, 1],
-    one row per image. `labels`, one for each of the S steps, such as its t, are written above those shown; `size` as in `grid`.
+    one row per image. `labels`, one for each of the S steps, such as its t, are written above those shown; `size` and `display`
+    as in `grid`, with the percentiles of the last step.
     """
-    frames, chosen = _frames(trajectory, count, labels)
+    frames, chosen = _frames(trajectory, count, labels, display)
     return grid(frames.transpose(0, 1).flatten(0, 1), len(frames), size, chosen)  # [S, B, ...] -> [B·S, ...]
 
 
 def save_strip(
-    trajectory: Tensor | np.ndarray, path: str | Path, count: int = 9, size: int = SMALLEST_SIDE, labels: Sequence[Any] = ()
+    trajectory: Tensor | np.ndarray, path: str | Path, count: int = 9, size: int = SMALLEST_SIDE, **options: Any
 ) -> None:
     """`strip` as a file of the format that the path ends in, such as .png."""
-    save_picture(strip(trajectory, count, size, labels), path)
+    save_picture(strip(trajectory, count, size, **options), path)
 
 
 def save_gif(
@@ -78,13 +156,14 @@ def save_gif(
     hold: float = 1.5,
     size: int = GIF_SIDE,
     labels: Sequence[Any] = (),
+    display: Display = BY_DEFAULT,
 ) -> None:
     """A trajectory [S, B, C, H, W] in [-1, 1] as a GIF that plays for ever: `count` evenly spaced steps in `seconds`, the
-    last of them held for another `hold`. `size` and `labels` are as in `strip`. Raises ValueError for another ending than .gif.
+    last of them held for another `hold`; the others as in `strip`. Raises ValueError for another ending than .gif.
     """
     if Path(path).suffix.lower() != ".gif":
         raise ValueError(f"{path} must end in .gif; save_strip saves single pictures.")
-    frames, chosen = _frames(trajectory, count, labels)
+    frames, chosen = _frames(trajectory, count, labels, display)
     columns = math.ceil(math.sqrt(frames.shape[1]))
     captions = [[label, *[""] * (columns - 1)] for label in chosen] or [()] * len(frames)
     pictures = [grid(frame, columns, size, caption) for frame, caption in zip(frames, captions, strict=True)]
@@ -105,8 +184,10 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
         picture.save(file, format)
 
 
-def _frames(trajectory: Tensor | np.ndarray, count: int, labels: Sequence[Any]) -> tuple[Tensor, list[Any]]:
-    """Evenly spaced steps [S, B, C, H, W] in [0, 1], and their labels. Raises TypeError or ValueError for no trajectory."""
+def _frames(trajectory: Tensor | np.ndarray, count: int, labels: Sequence[Any], display: Display) -> tuple[Tensor, list[Any]]:
+    """Evenly spaced steps as pictures [S, B, 1, 3 or 4, H, W], and their labels. Raises TypeError or ValueError for no
+    trajectory.
+    """
     if not isinstance(trajectory, Tensor | np.ndarray):
         hint = "pass output.trajectory of a call with output_trajectory=True" if trajectory is None else "stack its steps"
         raise TypeError(f"a trajectory is a tensor or array [steps, B, C, H, W], not {type(trajectory).__name__}; {hint}.")
@@ -119,4 +200,4 @@ def _frames(trajectory: Tensor | np.ndarray, count: int, labels: Sequence[Any]) 
         raise ValueError(f"{len(labels)} labels for {len(trajectory)} steps; give one for each.")
     chosen = np.unique(np.linspace(len(trajectory) - 1, 0, count).round().astype(int))  # one frame alone is the last
     frames = (trajectory[chosen].detach().float() / 2 + 0.5).clamp(0, 1).cpu()
-    return frames, [labels[index] for index in chosen] if len(labels) else []
+    return display.show(frames, frames[-1]), [labels[index] for index in chosen] if len(labels) else []

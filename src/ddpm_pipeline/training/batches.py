@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -21,12 +21,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from ..data.mapped import ImageData, ImageSet, images_of
+from ..data.mapped import ImageData, ImageSet
 from ..data.options import TrainingDataOptions
 from ..data.skipped import SHOWN, SkippedRow
-from ..data.streamed import JUDGED_ROWS, Partition, Position, StreamData, divide, rows_of_part
+from ..data.streamed import JUDGED_ROWS, Partition, Position, StreamData, StreamedBatch, divide, rows_of_part
+from ..data.views import Views
 from ..support.draws import BatchSlice, RandomStream, image_indices, uniform
 from ..support.errors import ConfigError, DataError
+from .augmentation import draw_parameters, flips_of, motions_of
 from .conditions import Condition
 from .objectives import timestep_quantiles
 from .stop import ignore_signals_in_worker
@@ -47,6 +49,8 @@ class BatchPlan:
     world_size: int = 1
     random_flip: bool = False
     timestep_sampling: str = "uniform"
+    window_share: float | None = None  # the smallest, of images stored larger than they are seen
+    augment: float | None = None  # the probability of each augmentation
 
     @property
     def micro_batch_size(self) -> int:
@@ -58,9 +62,18 @@ class BatchPlan:
         start = (accumulated * self.world_size + self.rank) * self.micro_batch_size
         return BatchSlice(self.seed, step, self.batch_size, slice(start, start + self.micro_batch_size))
 
-    def flips(self, where: BatchSlice) -> np.ndarray | None:
-        """Which images are mirrored, bool [b]; None if the option is off."""
-        return where.uniform(RandomStream.FLIP) < 0.5 if self.random_flip else None
+    def views(self, where: BatchSlice, plain: Views) -> Views:
+        """How the images of a slice are seen, whose plain view is `plain`."""
+        windows, flips, motions = None, np.zeros((len(where.uniform(RandomStream.FLIP)), 2), bool), None
+        if self.random_flip:
+            flips[:, 1] = where.uniform(RandomStream.FLIP) < 0.5
+        if self.window_share is not None:
+            windows = where.uniforms(RandomStream.WINDOW, 3)
+            windows[:, 0] = self.window_share + (1 - self.window_share) * windows[:, 0]
+        if self.augment:
+            parameters = draw_parameters(where, self.augment)
+            flips, motions = flips ^ flips_of(parameters), motions_of(parameters)
+        return replace(plain, windows=windows, flips=flips, motions=motions)
 
     def draws(self, where: BatchSlice, condition: Condition, values: Any) -> dict[str, Any]:
         """What a micro-batch holds beside its images: quantiles of timesteps, seeds of noise, and conditions of `values`."""
@@ -70,6 +83,7 @@ class BatchPlan:
             "quantiles": torch.from_numpy(timestep_quantiles(drawn, self.timestep_sampling)[where.positions]),
             "noise_seeds": torch.from_numpy(where.seeds(RandomStream.NOISE)),
             **({} if drawn_condition is None else {"condition": drawn_condition}),
+            **({"augmentation": torch.from_numpy(draw_parameters(where, self.augment)).float()} if self.augment else {}),
         }
 
 
@@ -81,15 +95,15 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, k: int) -> dict[str, Any]:
         """`pixels` uint8 [b, C, H, W], `indices` of their rows in the data int64 [b], `quantiles` of timesteps float64 [b],
-        `noise_seeds` int64 [b], and their `condition`, if there is one.
+        `noise_seeds` int64 [b], and their `condition` and the parameters of their `augmentation` float32 [b, 9], if any.
         """
         where = self.plan.slice_of(k)
         indices = image_indices(where.seed, len(self.data), where.step, where.batch_size)[where.positions]
-        column = self.condition.column
+        views = self.plan.views(where, self.data.view)
         return {
-            "pixels": self.data.pixels(indices, self.plan.flips(where)),
+            "pixels": self.data.pixels(indices, views),
             "indices": torch.from_numpy(self.data.rows_of(indices)),
-            **self.plan.draws(where, self.condition, self.data.column(column, indices) if column else None),
+            **self.plan.draws(where, self.condition, self.condition.read(self.data, indices, views)),
         }
 
 
@@ -125,10 +139,10 @@ class StreamBatches(IterableDataset):
 
     def _micro_batch(self, k: int, images: list[Any]) -> dict[str, Any]:
         where = self.plan.slice_of(k)
-        pixels = np.stack([image.pixels.reshape(-1) for image in images])
-        values = None if self.condition.column is None else [image.value for image in images]
+        views = self.plan.views(where, self.data.view)
+        values = self.condition.read(StreamedBatch(self.data, images), range(len(images)), views)
         return {
-            "pixels": images_of(pixels, self.data.size, self.data.channels, self.plan.flips(where)),
+            "pixels": views.apply([image.pixels for image in images]),
             "indices": torch.tensor([image.number for image in images]),
             **self.plan.draws(where, self.condition, values),
             "position": images[-1].position.to_json(),

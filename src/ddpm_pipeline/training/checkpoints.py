@@ -227,6 +227,8 @@ class Checkpoints:
 
     def __init__(self, accelerator: Accelerator, folder: Path, limit: int):
         self.accelerator, self.folder, self.limit = accelerator, folder, limit
+        self.best: int | None = None  # the update whose checkpoint is kept beside the limit
+        self.saved: int | None = None  # the update whose checkpoint was written last
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future | None = None
         if accelerator.is_main_process:
@@ -249,7 +251,7 @@ class Checkpoints:
         that say what the model is.
         """
         self.wait()
-        final = self.folder / "checkpoints" / f"step-{step:08d}"
+        final, self.saved = self.path(step), step
         temporary = temporary_beside(final, "run")  # one name for all processes
         all_own, main = gather_object([own]), self.accelerator.is_main_process
         with self._together(temporary):
@@ -268,7 +270,11 @@ class Checkpoints:
                 (temporary / STATE_FILE).write_text(json.dumps(stored), "utf-8")
                 describe(temporary)
         if main:
-            self._under_way = self._worker.submit(_finish, temporary, final, self.limit)
+            self._under_way = self._worker.submit(_finish, temporary, final, self.limit, self.best)
+
+    def path(self, step: int) -> Path:
+        """Of the checkpoint after `step` updates, whether or not it exists."""
+        return self.folder / "checkpoints" / f"step-{step:08d}"
 
     def wait(self) -> None:
         """Until the latest checkpoint is whole."""
@@ -309,9 +315,9 @@ class Checkpoints:
             ) from problem
 
 
-def _finish(temporary: Path, final: Path, limit: int) -> None:
-    """Bring a written checkpoint to the disk and under its name, then remove all but the newest `limit`. One that cannot be
-    removed is reported and left where it is.
+def _finish(temporary: Path, final: Path, limit: int, best: int | None) -> None:
+    """Bring a written checkpoint to the disk and under its name, then remove all but that of update `best` and the newest
+    `limit` others. One that cannot be removed is reported and left where it is.
     """
     listed = {}
     for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
@@ -320,8 +326,8 @@ def _finish(temporary: Path, final: Path, limit: int) -> None:
     (temporary / MANIFEST_FILE).write_text(json.dumps({"files": listed}, indent=1), "utf-8")
     sync_folder(temporary)
     replace_folder(temporary, final)  # one may be left over from an attempt that got further than where we resumed
-    up_to_this = [other for other in list_checkpoints(final.parent.parent) if _step_of(other) <= _step_of(final)]
-    for old in up_to_this[:-limit]:
+    found = list_checkpoints(final.parent.parent)
+    for old in [other for other in found if _step_of(other) <= _step_of(final) and _step_of(other) != best][:-limit]:
         try:
             remove_folder(old)
         except OSError as error:

@@ -19,14 +19,17 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import nn
 
+from ..encoding_alpha_ddpm import WithConditionImage, image_condition
 from ..hub import export
 from ..pipeline_alpha_ddpm import AlphaDDPMPipeline
+from ..pipeline_alpha_ddpm_image import AlphaDDPMImageToImagePipeline
 from ..pipeline_alpha_ddpm_text import AlphaDDPMTextToImagePipeline
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..stock_format import build_within
 from ..support.errors import ConfigError, reported_errors
 from ..support.exceptions import describe_exception
 from ..support.provenance import weights_digest
+from .augmentation import AugmentedNetwork
 from .checkpoints import EMA_FILE, IDENTITY_FILE, STATE_FILE, WEIGHTS_FILE, damage_of, stored_options
 from .identity import identity_of
 from .output_folder import OPTIONS_FILE
@@ -87,19 +90,21 @@ def _read_pipeline(checkpoint: Path) -> DiffusionPipeline:
     unet_class = UNet2DConditionModel if (model / ENCODER).is_dir() else UNet2DModel
     unet = built(partial(unet_class.from_config, unet_class.load_config(model / "unet")))
     if unet_class is UNet2DModel:
-        _load_weights(checkpoint, unet)
-        return AlphaDDPMPipeline(unet=unet.eval(), scheduler=scheduler)
+        of_images = image_condition(unet) is not None
+        _load_weights(checkpoint, unet, WithConditionImage(unet) if of_images else unet)
+        kind = AlphaDDPMImageToImagePipeline if of_images else AlphaDDPMPipeline
+        return kind(unet=unet.eval(), scheduler=scheduler)
     frozen = json.loads((checkpoint / IDENTITY_FILE).read_text("utf-8"))["frozen text encoder"]
     if frozen:
         encoder = _frozen_encoder(checkpoint, frozen)
-        _load_weights(checkpoint, unet)
+        _load_weights(checkpoint, unet, unet)
     else:
         config = transformers.AutoConfig.from_pretrained(model / ENCODER, trust_remote_code=False)
         encoder_class = getattr(transformers, config.architectures[0])
         if not issubclass(encoder_class, transformers.PreTrainedModel):
             raise ValueError(f"{config.architectures[0]} is not a model of transformers")
         encoder = built(partial(encoder_class, config))
-        _load_weights(checkpoint, nn.ModuleDict({"unet": unet, ENCODER: encoder}))
+        _load_weights(checkpoint, unet, nn.ModuleDict({"unet": unet, ENCODER: encoder}))
     tokenizer = transformers.AutoTokenizer.from_pretrained(model / "tokenizer", trust_remote_code=False)
     parts = {ENCODER: encoder.eval(), "tokenizer": tokenizer}
     return AlphaDDPMTextToImagePipeline(unet=unet.eval(), scheduler=scheduler, **parts)
@@ -123,8 +128,10 @@ def _frozen_encoder(checkpoint: Path, digest: str) -> Any:
     return encoder
 
 
-def _load_weights(checkpoint: Path, network: nn.Module) -> None:
-    """Into the network as it was trained. Raises ValueError or RuntimeError if they do not fit."""
+def _load_weights(checkpoint: Path, unet: Any, network: nn.Module) -> None:
+    """Into the network as it was trained, which is or holds the UNet. Raises ValueError or RuntimeError if they do not fit."""
+    if stored_options(checkpoint).get("augment"):
+        network = AugmentedNetwork(network, unet)
     if (checkpoint / EMA_FILE).is_file():
         shadows, parameters = load_file(checkpoint / EMA_FILE), list(network.named_parameters())
         stored = {name: shadows[str(index)] for index, (name, _) in enumerate(parameters)}

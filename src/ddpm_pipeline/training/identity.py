@@ -19,12 +19,14 @@ DATA = "data"  # what may change if the user accepts it
 def identity_of(data: ImageSet, condition: "Condition", unet: Any, scheduler: AlphaDDPMScheduler) -> dict[str, Any]:
     """What has to be the same on resuming, as JSON values by the names that messages use."""
     images = "a stream" if data.num_images is None else f"{data.num_images} images"
+    held_out = "" if data.held_out is None else f", and {len(data.held_out)} held out, {data.held_out.fingerprint}"
     unet_config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     schedule = {name: value for name, value in scheduler.config.items() if not name.startswith("_") or name == OWN_KEY}
     return {
-        DATA: f"{images}, {data.fingerprint}",
+        DATA: f"{images}, {data.fingerprint}{held_out}",
         "image column": data.roles.image,
         "condition's column": data.roles.needed,
+        "value range": data.value_range.to_json(),
         **condition.identity(),
         **json.loads(json.dumps({"UNet": unet_config, "scheduler": schedule}, default=lambda array: array.tolist())),
     }

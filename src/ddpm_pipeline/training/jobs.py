@@ -1,10 +1,9 @@
-"""What happens along the way of a run, and at its end: reports, previews, pushes, evaluations, checkpoints, the finished model.
-Each job is a function of the run and the number of updates done.
+"""What happens along the way of a run, and at its end: reports, previews, pushes, checkpoints, the finished model. Each job is
+a function of the run and the number of updates done; the one that evaluates is in `evaluations`.
 """
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,18 +14,16 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 
-from ..data.mapped import ImageData, ImageSet
-from ..evaluation.features import feature_extractor, real_features, try_extractor
-from ..evaluation.figures import likelihood_of
-from ..evaluation.quality import ImageQuality
-from ..generation.drawing import sample_in_batches, sample_process, sample_uint8
+from ..data.mapped import ImageSet
+from ..data.sources import hash_of
+from ..evaluation.features import feature_extractor, try_extractor
+from ..generation.drawing import sample_in_batches, sample_process
 from ..hub import export
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..support.atomic import write_text
-from ..support.draws import RandomStream, image_indices, seeds
 from ..support.errors import ConfigError, NumericalError, Stopped
 from ..support.exceptions import describe_exception
-from ..support.pictures import grid, save_picture
+from ..support.pictures import Display, grid, save_picture
 from .batches import BatchLoader
 from .checkpoints import Checkpoints, export_command
 from .conditions import Condition
@@ -38,10 +35,9 @@ from .record import model_card, origin_of
 from .state import TrainingState
 from .stop import StopRequest, in_any_process
 from .telemetry import Telemetry
+from .validation import Validation
 
 logger = logging.getLogger(__name__)
-
-FIGURES = ("fid", "kid", "precision", "recall")
 
 
 @dataclass(frozen=True)
@@ -86,15 +82,30 @@ class Run:
         self.batch_size = optimisation.batch_size // optimisation.gradient_accumulation_steps  # of images to sample
         self.preview_steps = min(watching.preview_inference_steps, len(self.scheduler))
         self.checkpoints = Checkpoints(self.accelerator, self.folder, options.run.checkpoints_total_limit)
+        self.validation = self._earlier_evaluations() if self.data.held_out and self.output is not None else None
         # with a scheduler of its own: previews choose shorter chains, and the bound is that of the full one
         self.pipe = self.condition.pipeline(self.state.unet, AlphaDDPMScheduler.from_config(self.scheduler.config))
         self.pipe.set_progress_bar_config(disable=True)
+        try:
+            self.display = Display.parse(watching.preview_channels, self.data.value_range.dtype != "uint8")
+            self.shown = self.display.words(self.data.channels)
+        except ValueError as error:
+            raise ConfigError(f"--preview_channels {error}.") from error
         self.extractor = None
         if watching.eval_samples:
-            extractor = feature_extractor(watching.eval_features, options.data.dataset, None, "--eval_features")
+            name = watching.eval_features
+            extractor = feature_extractor(name, options.data.dataset, None, "--eval_features", self.data.channels)
             self.extractor = extractor.to(self.accelerator.device)
-            try_extractor(self.extractor, self.data, f"--eval_features {watching.eval_features}")
+            try_extractor(self.extractor, self.data, f"--eval_features {name}")
         self.telemetry = Telemetry(self.accelerator, self.folder, self.state.updater, self.first, self.total)
+
+    def _earlier_evaluations(self) -> Validation:
+        """Those before this attempt, in the main process; with the best one whose checkpoint is kept, if it is to be."""
+        watching, keep = self.options.watching, self.options.run.keep_best
+        subject = hash_of(self.data.fingerprint, self.data.held_out.fingerprint, watching.eval_images, watching.eval_calls)
+        validation = Validation(self.folder, subject, self.first, lambda step: not keep or self.checkpoints.path(step).is_dir())
+        self.checkpoints.best = validation.best.step if keep and validation.best else None
+        return validation
 
     def in_main_process(self, job: Callable[["Run", int], None], done: int) -> bool:
         """Do the job in the main process, with the EMA weights, while the others wait. Returns whether any process was asked to
@@ -156,61 +167,29 @@ def preview(run: Run, done: int, only_if_missing: bool = False) -> None:
 
 
 def save_grid(run: Run, count: int, steps: int | None, path: Path) -> None:
-    """A picture of about `count` images, in equal rows, one per condition; a text file beside it says which row is what."""
+    """A picture of about `count` images, in equal rows, one per condition; a text file beside it says which row is what, and
+    which channels are shown how.
+    """
     request, columns = run.condition.preview(count)
-    count = len(request.values) or count
+    count = len(request) or count
     images = sample_in_batches(run.pipe, count, run.batch_size, run.options.run.seed, steps, request)
-    save_picture(grid(images, columns), path)
-    if rows := run.condition.row_names(request, columns):
-        write_text(path.with_suffix(".txt"), "".join(f"row {row}: {name}\n" for row, name in enumerate(rows, start=1)))
+    left = run.condition.left(request, columns)
+    save_picture(grid(images, columns, display=run.display, left=left), path)
+    shown = [f"shown: {run.shown}\n"] * bool(run.shown) + ["left: condition images\n"] * (left is not None)
+    rows = [f"row {row}: {name}\n" for row, name in enumerate(run.condition.row_names(request, columns), start=1)]
+    if shown or rows:
+        write_text(path.with_suffix(".txt"), "".join(shown + rows))
 
 
 def push_snapshot(run: Run, done: int) -> None:
     run.pusher.push_soon(done, lambda snapshot: export(run.pipe, snapshot, model_card(run, snapshot, done)))
 
 
-def evaluate(run: Run, done: int) -> None:
-    """Bits per dimension of some images, and FID, KID, precision and recall of samples, with the same noise every time."""
-    figures: dict[str, float] = {}
-    for measure in (likelihood, *([quality] if run.extractor is not None else [])):
-        with not_essential("an evaluation"):
-            figures |= measure(run)
-    if figures:
-        run.telemetry.log(figures, done)
-
-
-def likelihood(run: Run) -> dict[str, float]:
-    """The bound over the full chain, estimated from a few timesteps of each image, under its condition."""
-    watching, seed, data = run.options.watching, run.options.run.seed, run.data
-    if not isinstance(data, ImageData):
-        data = data.stored(watching.eval_images, run.options.data.cache_dir)
-    count = min(watching.eval_images, len(data))
-    indices = image_indices(seed, len(data), 0, count)
-    inputs = run.condition.unet_inputs(run.condition.request_like(data, indices, seed))
-    how = {"num_evaluated": watching.eval_calls, "batch_size": run.batch_size, "progress": False, "model_kwargs": inputs}
-    noise_seeds = seeds(seed, RandomStream.NOISE, 0, count)
-    total = likelihood_of(run.pipe.unet, run.scheduler, data.pixels(indices), data.value_range, noise_seeds, **how).total
-    error = {"eval_bits_per_dim_error": float(total.std() / count**0.5)} if count > 1 else {}
-    return {"eval_bits_per_dim": float(total.mean()), **error}
-
-
-def quality(run: Run) -> dict[str, float]:
-    """Of samples over the previews' steps, with the conditions of the data, compared with all of it, in this process alone."""
-    watching, seed, pipe, extractor = run.options.watching, run.options.run.seed, run.pipe, run.extractor
-    request = run.condition.request_like(run.data, image_indices(seed, len(run.data), 0, watching.eval_samples), seed)
-    measured = ImageQuality(extractor, seed=seed, sync_on_compute=False).to(pipe.device)
-    measured.add_real_features(real_features(run.data, extractor, run.options.data.cache_dir).to(pipe.device))
-    for start in range(0, watching.eval_samples, run.batch_size):
-        batch = range(start, min(start + run.batch_size, watching.eval_samples))
-        images = sample_uint8(pipe, batch, seed, run.preview_steps, request)
-        measured.update(images.to(pipe.device), real=False)
-    figures = measured.compute()._asdict()
-    return {f"eval_{name}": figures[name] for name in FIGURES if not math.isnan(figures[name])}
-
-
 def save_checkpoint(run: Run, done: int) -> None:
     if run.output is not None:
         run.output.check()  # before a folder of that name is made anew
+    if run.checkpoints.saved == done:  # as the best one
+        return
     with run.telemetry.timer("checkpoint", on_device=False):
         if not run.state.weights_are_finite():
             raise run.numerical_error(f"the weights after {done} updates are not finite")
@@ -262,6 +241,15 @@ def start_tracker(run: Run) -> None:
         raise ConfigError(f"--report_to {tracker} cannot be started: {describe_exception(error)}") from error
 
 
+def best_checkpoint(run: Run) -> str:
+    """How to get the model with the lowest held-out figure."""
+    step = run.validation.best.step
+    path = run.checkpoints.path(step)
+    if run.checkpoints.best == step or path.is_dir():  # the former may be being written
+        return f"the best checkpoint is {path}: {export_command(path)}"
+    return f"there is no checkpoint of update {step}, which --keep_best would have kept"
+
+
 def finish(run: Run) -> None:
     """samples.png over the full chain, process.png from noise to images, and the model, in the main process. Raises Stopped, or
     PushError if all is done but the last push.
@@ -269,6 +257,8 @@ def finish(run: Run) -> None:
     run.checkpoints.close()
     run.telemetry.bar.close()  # its rate is that of updates, not of sampling
     run.telemetry.summarize()
+    if run.validation is not None and (best := run.validation.best):
+        logger.info("the lowest held-out bits/dim were %s, after update %d; %s", best, best.step, best_checkpoint(run))
     run.accelerator.unwrap_model(run.state.model, keep_fp32_wrapper=False)  # samples show what the saved weights make
     if run.output is not None:
         run.output.check()
@@ -286,9 +276,11 @@ def draw_samples(run: Run) -> None:
     """samples.png, and process.png from noise to images."""
     watching, seed = run.options.watching, run.options.run.seed
     steps = min(watching.sample_inference_steps or len(run.scheduler), len(run.scheduler))
-    logger.info("sampling %d images over %d steps", watching.num_samples, steps)
+    shown = f"; pictures show {run.shown}" if run.shown else ""
+    logger.info("sampling %d images over %d steps%s", watching.num_samples, steps, shown)
     run.pipe.set_progress_bar_config(desc="sampling", leave=False)
     with not_essential("samples.png"):
         save_grid(run, watching.num_samples, steps, run.folder / "samples.png")
     with not_essential("process.png"):
-        save_picture(sample_process(run.pipe, seed, run.condition.preview(4)[0]), run.folder / "process.png")
+        picture = sample_process(run.pipe, seed, run.condition.preview(4)[0], run.display)
+        save_picture(picture, run.folder / "process.png")

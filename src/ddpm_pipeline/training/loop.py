@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from ..data import open_data
+from ..data.held_out import open_training_data
 from ..data.mapped import ImageSet
 from ..data.options import parse_resolution
 from ..ranges_alpha_ddpm import ValueRange
@@ -21,8 +21,9 @@ from ..support.draws import noise_of
 from .batches import BatchLoader, BatchPlan, batch_loader, lost_workers
 from .checkpoints import find_checkpoint, load_checkpoint, stored_options
 from .conditions import Condition, build_condition
+from .evaluations import evaluate_and_keep
 from .identity import identity_of
-from .jobs import Every, Run, begin, evaluate, finish, preview, push_snapshot, report, save_checkpoint, stopped
+from .jobs import Every, Run, begin, finish, preview, push_snapshot, report, save_checkpoint, stopped
 from .models import build_model, objective_for
 from .objectives import NoisedBatch, min_snr_weights, per_image_loss
 from .options import TrainingOptions
@@ -60,7 +61,7 @@ def train(options: TrainingOptions) -> Path:
         # What it learns from
         with accelerator.main_process_first():
             pusher = Pusher(options.hub, folder) if options.hub.push_to_hub and main else None
-            data = open_data(options.data, options.condition.columns)
+            data = open_training_data(options.data, options.condition.columns, options.watching.eval_images)
         seed_weights(options.run.seed)
         condition = build_condition(options.condition, data, options.model.init_from)
 
@@ -79,13 +80,13 @@ def train(options: TrainingOptions) -> Path:
             output.set_aside()  # not before all of the above has succeeded
         start_log()
         run = Run(options, accelerator, folder, output, data, condition, state, scheduler, batches, pusher, stop, first, began)
-        watching, in_main = options.watching, run.in_main_process
+        watching, in_main, at_end = options.watching, run.in_main_process, "always" if data.held_out else "if due"
         previews = Every(watching.preview_every, partial(in_main, preview), at_end="never", on_stop="never")
         jobs = [
             Every(watching.log_every, partial(report, run), at_end="always"),
             previews,
             Every(options.hub.push_every, partial(in_main, push_snapshot), at_end="never", on_stop="never"),
-            Every(watching.eval_every, partial(in_main, evaluate), on_stop="never"),
+            Every(watching.eval_every, partial(evaluate_and_keep, run, objective), at_end=at_end, on_stop="never"),
             Every(options.run.checkpoint_every, partial(save_checkpoint, run), at_end="always", on_stop="always"),
         ]
 
@@ -115,6 +116,8 @@ def resolved(options: TrainingOptions, data: ImageSet, scheduler: AlphaDDPMSched
     start = options.model.init_from
     start = os.path.abspath(start) if start and os.path.exists(start) else start  # a folder is no name, also when it is gone
     known = {"max_train_steps": steps, "num_train_timesteps": len(scheduler), "objective": objective, "init_from": start}
+    if options.data.validation_split and not options.watching.eval_every:
+        known["eval_every"] = max(1, steps // 10)
     return options.with_values(**images, **known)
 
 
@@ -131,7 +134,7 @@ def open_batches(
     """This process's micro-batches from update `first` on; of a stream, from the `position` that a checkpoint holds."""
     optimisation, passes = options.optimisation, options.optimisation.gradient_accumulation_steps
     process = accelerator.process_index, accelerator.num_processes
-    drawing = options.data.random_flip, options.diffusion.timestep_sampling
+    drawing = options.data.random_flip, options.diffusion.timestep_sampling, options.data.window_share, options.data.augment
     plan = BatchPlan(options.run.seed, optimisation.batch_size, passes, *process, *drawing)
     micro_batches = range(first * passes, optimisation.max_train_steps * passes)
     return batch_loader(data, plan, condition, micro_batches, options.data, accelerator.device.type, position)
@@ -192,9 +195,11 @@ def losses_of(
     sample = scheduler.add_noise(original_samples, noise, timesteps)
     if options.hardware.channels_last:
         sample = sample.contiguous(memory_format=torch.channels_last)
-    inputs = condition.inputs(batch["condition"], timesteps.device) if "condition" in batch else {}
+    inputs = condition.inputs(batch["condition"], original_samples) if "condition" in batch else {}
+    if "augmentation" in batch:
+        inputs["augmentation"] = batch["augmentation"].to(timesteps.device, non_blocking=True)
     prediction = model(sample, timesteps, **inputs).sample
-    diffusion, noised = options.diffusion, NoisedBatch(original_samples, noise, timesteps, sample)
+    diffusion, noised = options.diffusion, NoisedBatch(original_samples, noise, timesteps, sample, value_range.num_bins)
     weights = 1.0 if diffusion.snr_gamma is None else min_snr_weights(scheduler, timesteps, diffusion.snr_gamma)
     return per_image_loss(diffusion.objective, scheduler, prediction, noised, diffusion.bound_weight, weights)
 

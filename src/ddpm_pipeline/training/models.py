@@ -15,7 +15,7 @@ from ..scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES, AlphaDDPMScheduler
 from ..support.errors import ConfigError
 from ..support.exceptions import describe_exception
 from ..tables_alpha_ddpm import OWN_KEY
-from .conditions import ClassCondition, Condition
+from .conditions import Condition
 from .export import built, is_checkpoint, pipeline_of
 from .options import DiffusionOptions, ModelOptions
 
@@ -72,12 +72,13 @@ def build_model(
             if condition.variance_type and diffusion.objective != "simple":  # which trains no variance
                 schedule.setdefault("variance_type", condition.variance_type)
             outputs = channels * (1 + (schedule.get("variance_type") in LEARNED_VARIANCE_TYPES))
-            images = {"sample_size": sample_size_of(size), "in_channels": channels, "out_channels": outputs}
+            inputs = channels + condition.input_channels
+            images = {"sample_size": sample_size_of(size), "in_channels": inputs, "out_channels": outputs}
             config = _unet_config(model, images, condition)
             if diffusion.variance_type is None and config["out_channels"] == channels:  # as the config file says
                 schedule.pop("variance_type", None)
             unet, scheduler = built(partial(condition.unet_class.from_config, config)), AlphaDDPMScheduler(**schedule)
-        _check_fits(unet.config, scheduler.config.variance_type, size, channels)
+        _check_fits(unet.config, scheduler.config.variance_type, size, channels, condition.input_channels)
         needs = {"num_class_embeds": None, "class_embed_type": None, **condition.unet_config()}
         for name, need in needs.items():
             if (has := unet.config.get(name)) != need:
@@ -86,7 +87,7 @@ def build_model(
                     f"{need}; use a model made for that, or the --condition and the classes that this one was made for."
                 )
         _check_timesteps(unet.config, len(scheduler))
-        _check_runs(unet, (channels, *size), condition)
+        _check_runs(unet, (channels + condition.input_channels, *size), condition)
     except ConfigError:
         raise
     except Exception as error:  # a UNet raises many types for settings that do not go together
@@ -123,6 +124,11 @@ def _from_pipeline(model: ModelOptions, schedule: dict[str, Any], condition: Con
             f"--init_from {source} has a {type(pipe.unet).__name__}, and this --condition needs a "
             f"{condition.unet_class.__name__}; use the --condition that it was trained with."
         )
+    own, described = pipe.unet.config.get(OWN_KEY) or {}, condition.described()
+    for name in ("condition_image", "condition_vector", "value_range"):
+        now = described[name].to_json() if name in described else None
+        if name in own and own[name] != now:
+            logger.warning("%s of %s was %s and is %s", name, source, own[name], now)
     if model.model != "auto":
         logger.warning("--model %s has no effect: the network is that of --init_from %s", model.model, source)
     for name, value in schedule.items():
@@ -137,7 +143,7 @@ def _adapted(unet: UNet, model: ModelOptions, condition: Condition) -> UNet:
     """The UNet with the dropout that was asked for, and with the embeddings of the data's classes, found by their names."""
     changed = {} if model.dropout is None else {"dropout": model.dropout}
     own = (unet.config.get(OWN_KEY) or {}).get("class_names")
-    names = condition.names if isinstance(condition, ClassCondition) else own
+    names = own if condition.names is None else condition.names
     if own is None and names is not None:
         logger.warning("%s does not name its classes: they are taken in their order", model.init_from)
     if own and names != own:
@@ -206,7 +212,7 @@ def _check_runs(unet: UNet, image: tuple[int, int, int], condition: Condition) -
     with torch.device("meta"), torch.no_grad():
         like = type(unet).from_config(unet.config)
         timesteps = torch.zeros(2, dtype=torch.int64)
-        shape = tuple(like(torch.zeros(2, *image), timesteps, **condition.probe(2)).sample.shape)
+        shape = tuple(like(torch.zeros(2, *image), timesteps, **condition.probe(2, like)).sample.shape)
     if shape[2:] != image[1:]:
         raise ConfigError(f"the UNet makes images of {shape[2:]} pixels from {image[1:]}; use a --model that keeps the size.")
 
@@ -221,8 +227,10 @@ def _check_timesteps(config: Any, num_train_timesteps: int) -> None:
         )
 
 
-def _check_fits(config: Any, variance_type: str, size: tuple[int, int], channels: int) -> None:
-    """Raises ConfigError if a UNet with this config does not fit the images or the variance."""
+def _check_fits(config: Any, variance_type: str, size: tuple[int, int], channels: int, beside: int) -> None:
+    """Raises ConfigError if a UNet with this config does not fit the images or the variance. `beside` are the channels of the
+    condition image.
+    """
     levels = len(config.block_out_channels) - 1
     if any(side % 2**levels for side in size):
         lower, upper = ([round(side / 2**levels) * 2**levels for side in size] for round in (math.floor, math.ceil))
@@ -233,8 +241,11 @@ def _check_fits(config: Any, variance_type: str, size: tuple[int, int], channels
         )
     if not config.norm_eps > 0:
         raise ConfigError(f"norm_eps={config.norm_eps} of the UNet must be above 0, since a root is taken of it.")
-    if (taken := config.in_channels) != channels:
-        raise ConfigError(f"the images have {channels} channels and the UNet takes {taken}; use --channels {taken}.")
+    if (taken := config.in_channels) != channels + beside:
+        made_for = (config.get(OWN_KEY) or {}).get("condition_image")
+        fix = f"use --channels {taken}" if not (beside or made_for) else "use a model that was made for this condition image"
+        found = f"{channels} channels{f' and their condition image {beside}' if beside else ''}"
+        raise ConfigError(f"the images have {found} and the UNet takes {taken}; {fix}.")
     if config.sample_size is not None and (made_for := sides_of(config.sample_size)) != size:
         found = f"images of {shown_size(made_for)} pixels, not {shown_size(size)}"
         raise ConfigError(f"the UNet is made for {found}; use --resolution {parse_resolution(made_for)}.")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..likelihood import bound_terms
+from ..likelihood import NumBins, bound_terms
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .options import HYBRID_BOUND_WEIGHT, OBJECTIVES
 
@@ -26,6 +26,7 @@ class NoisedBatch:
     noise: torch.Tensor
     timesteps: torch.Tensor  # [B]
     sample: torch.Tensor  # x_t
+    num_bins: NumBins | None = 256  # levels of the images' values; None for a density
 
 
 def mean_squared_error(scheduler: AlphaDDPMScheduler, prediction: torch.Tensor, batch: NoisedBatch) -> torch.Tensor:
@@ -41,12 +42,12 @@ def bound_loss(scheduler: AlphaDDPMScheduler, model_output: torch.Tensor, batch:
     """T·L_t, [B] in bits per dimension: for uniform t its mean is the bound without the prior term (report 6.12).
 
     `model_output` is [B, C, H, W], or has 2C channels for a learned variance. The predicted x_0 is not clipped, since that
-    would stop the gradient; images are taken as 8-bit.
+    would stop the gradient.
     """
     output, x_0, x_t, t = model_output.float(), batch.original_samples.float(), batch.sample.float(), batch.timesteps
     mean = scheduler.q_posterior(scheduler.predict_original_sample(output, t, x_t), x_t, t).mean
     log_variance = scheduler.p_mean_variance(output, t, x_t).log_variance
-    return len(scheduler) * bound_terms(scheduler, mean, log_variance, x_0, x_t, t)
+    return len(scheduler) * bound_terms(scheduler, mean, log_variance, x_0, x_t, t, batch.num_bins)
 
 
 def hybrid_loss(

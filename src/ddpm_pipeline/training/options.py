@@ -3,6 +3,7 @@
 Flags override the file or recipe that `--config` names. Imports no torch, so that mistakes are reported at once.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -17,7 +18,8 @@ from ..support.options import BELOW_ONE, FINITE, POSITIVE, SEED, Allowed, Option
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT_RECIPE = "digits"  # the main job: used where neither --config nor --dataset is given
 
-CONDITIONS = ("none", "class", "text")
+CONDITIONS = ("none", "class", "text", "image", "vector", "class+image", "vector+image")
+DERIVED = re.compile(r"gray|inpaint|downscale:([2-9]|[1-9]\d+)")  # what `--condition_from` makes of an image
 OBJECTIVES = ("simple", "hybrid", "bound")
 TIMESTEP_SAMPLINGS = ("uniform", "stratified", "importance")
 TRAINABLE_VARIANCES = ("fixed_small", "fixed_large", "learned_range")
@@ -37,7 +39,19 @@ _free = partial(option, on_resume="tell", in_recipe=False)
 class ConditionOptions(OptionGroup):
     title: ClassVar[str] = "condition"
 
-    condition: str = option("none", "What images are conditioned on: none, class or text.", one_of(CONDITIONS))
+    condition: str = option(
+        "none", "What images are conditioned on: none, class, text, image, vector (numbers), class+image or vector+image.",
+        one_of(CONDITIONS))
+    condition_column: str | None = option(
+        None, "Where the condition of image and vector models is: a column of images or a folder of images with the same "
+        "names; columns of numbers, a,b,c; for vector+image both, a,b,mask (docs/data.md).")
+    condition_classes: int | None = option(
+        None, "Classes of condition images that are label maps: pixels hold ids 0 to N-1, which the UNet sees one-hot.",
+        at_least(2))
+    condition_from: str | None = option(
+        None, "Make the condition image of the image itself: downscale:F (smaller by the factor F), gray, or inpaint (parts "
+        "masked at random).",
+        Allowed("downscale:F with a whole number F from 2, gray or inpaint", DERIVED.fullmatch))
     label_column: str | None = option(
         None, "Column with class labels. By default the only ClassLabel column, else one called label.")
     text_column: str | None = option(
@@ -59,15 +73,42 @@ class ConditionOptions(OptionGroup):
         text_only = ("text_column", "caption_templates", "text_encoder", "train_text_encoder", "preview_prompts")
         if self.condition != "text" and (given := [name for name in text_only if getattr(self, name)]):
             raise ConfigError(f"--{given[0]} needs --condition text, and this is --condition {self.condition}.")
-        if self.condition == "none" and self.label_column:
+        if self.label_column and not {"class", "text"} & self.parts:
             raise ConfigError(f"--label_column {self.label_column} has no effect without --condition class or text; add one.")
+        self._check_sources()
         others = [name for name in ("caption_templates", "label_column") if self.text_column and getattr(self, name)]
         if others:
             raise ConfigError(f"--text_column and --{others[0]} are two sources of captions; drop one.")
 
+    def _check_sources(self) -> None:
+        """Raises ConfigError unless it is clear what a condition of images or numbers is made of."""
+        for name, fitting in {"column": "image or vector", "classes": "image", "from": "image"}.items():
+            if (value := getattr(self, f"condition_{name}")) and not {*fitting.split(" or ")} & self.parts:
+                raise ConfigError(f"--condition_{name} {value} needs --condition {fitting}, not {self.condition}.")
+        if "image" in self.parts and "vector" not in self.parts and bool(self.condition_column) == bool(self.condition_from):
+            raise ConfigError(
+                f"--condition {self.condition} needs one source of the condition images: --condition_column with a column or a "
+                "folder, or --condition_from downscale:F, gray or inpaint."
+            )
+        if "vector" in self.parts and not self.condition_column:
+            raise ConfigError(f"--condition {self.condition} needs --condition_column with columns of numbers: a,b,c.")
+        if self.condition_classes and self.condition_from:
+            raise ConfigError(
+                f"--condition_classes {self.condition_classes} is for label maps, and --condition_from {self.condition_from} "
+                "makes none; drop one."
+            )
+
+    @property
+    def parts(self) -> set[str]:
+        """The kinds of condition that are combined."""
+        return {*self.condition.split("+")}
+
     @property
     def columns(self) -> ConditionColumns:
-        return ConditionColumns(self.condition, self.label_column, self.text_column, self.caption_templates is not None)
+        """What is read beside the images: nothing for a condition image that is made of the image itself."""
+        read = [kind for kind in self.condition.split("+") if not (kind == "image" and self.condition_from)]
+        columns, captions = (self.label_column, self.text_column), self.caption_templates is not None
+        return ConditionColumns("+".join(read) or "none", *columns, captions, self.condition_column, self.condition_classes)
 
 
 @dataclass(frozen=True)
@@ -215,6 +256,8 @@ class RunOptions(OptionGroup):
         Allowed("a number of minutes above 0", POSITIVE.holds))
     checkpoint_every: int = _free(1000, "Updates between checkpoints; 0 writes none.", at_least(0))
     checkpoints_total_limit: int = _free(2, "Number of checkpoints to keep.", at_least(1))
+    keep_best: bool = _free(
+        False, "Write a checkpoint whenever the held-out bits/dim are the lowest so far, and keep that one beside the others.")
 
     def check(self) -> None:
         if self.resume and self.overwrite:
@@ -227,11 +270,16 @@ class WatchingOptions(OptionGroup):
 
     preview_every: int = _free(1000, "Updates between preview pictures; 0 makes none.", at_least(0))
     preview_images: int = _free(64, "Images per preview.", at_least(1))
+    preview_channels: str | None = _free(
+        None, "Channels that pictures show, counted from 1: one, or three as RGB, such as 3,2,1. By default all, of more "
+        "than 4 the first three, and of 2 the first.")
     preview_inference_steps: int = _free(100, "Reverse steps for previews, at most the full chain.", at_least(1))
     eval_every: int = _free(
-        0, "Updates between evaluations of the EMA weights; 0 makes none (docs/evaluation.md).", at_least(0))
-    eval_images: int = _free(64, "Number of dataset images used in each evaluation.", at_least(1))
-    eval_calls: int = _free(50, "Network calls per image in each evaluation.", at_least(3))
+        0, "Updates between evaluations of the EMA weights; 0 makes none or, with --validation_split, ten in a run "
+        "(docs/evaluation.md).", at_least(0))
+    eval_images: int = _free(
+        64, "Number of training images, and of held-out ones, used in each evaluation.", at_least(1))
+    eval_calls: int = _free(50, "Network calls per image for the bits/dim of each evaluation.", at_least(3))
     eval_samples: int = _free(
         0, "Images sampled in each evaluation for FID, KID, precision and recall; 0 samples none.",
         Allowed("0 or at least 5", lambda value: value == 0 or value >= 5))
@@ -242,10 +290,6 @@ class WatchingOptions(OptionGroup):
         None, "Reverse steps for samples.png. By default the full chain, as a call of the pipeline takes.", at_least(1))
     log_every: int = _free(50, "Updates between log lines.", at_least(1))
     report_to: str = _free("none", f"Tracker: none, {', '.join(TRACKERS)}.", one_of(("none", *TRACKERS)))
-
-    def check(self) -> None:
-        if self.eval_samples and not self.eval_every:
-            raise ConfigError(f"--eval_samples {self.eval_samples} has no effect with --eval_every 0; drop one.")
 
 
 @dataclass(frozen=True)
@@ -290,6 +334,10 @@ class TrainingOptions(OptionSet):
     def check(self) -> None:
         if self.data.streaming and self.optimisation.max_train_steps is None:
             raise ConfigError("--streaming needs --max_train_steps: an epoch's length is unknown before it is read.")
+        if self.watching.eval_samples and not (self.watching.eval_every or self.data.validation_split):
+            raise ConfigError(f"--eval_samples {self.watching.eval_samples} has no effect with --eval_every 0; drop one.")
+        if self.run.keep_best and self.data.validation_split is None:
+            raise ConfigError("--keep_best goes by held-out images; add --validation_split, such as 10%.")
         if self.data.streaming and self.watching.eval_samples:
             raise ConfigError(
                 f"--eval_samples {self.watching.eval_samples} does not work with --streaming, since it compares with all of "
@@ -323,5 +371,6 @@ def parse_options(argv: Sequence[str]) -> TrainingOptions:
     if config is None and value_of(argv, "--dataset") is None:
         config = DEFAULT_RECIPE
     description = "Train a diffusion model. Without --dataset and --config the digits recipe runs."
-    help = "Recipe (digits, digits_class, digits_likelihood, digits_text) or YAML file of options; flags override it."
+    recipes = "digits, digits_class, digits_likelihood, digits_small, digits_text, digits_upscale"
+    help = f"Recipe ({recipes}) or YAML file of options; flags override it."
     return TrainingOptions.parse(argv, description, config, config=help)

@@ -26,7 +26,8 @@ FILES = (".json", ".yaml", ".yml", ".parquet", ".arrow", ".csv", ".jsonl", ".zip
 def model_card(run: "Run", target: Path, done: int) -> ModelCard:
     """The card of this run after `done` updates, with the pictures that lie in the folder that it is for."""
     hub, done = run.options.hub, max(done, run.first)  # a run may be resumed to end with fewer updates than it has had
-    facts = run.condition.facts() | training_facts(run.options, run.state.num_parameters, done) | process_facts(run)
+    facts = run.condition.facts() | training_facts(run.options, run.state.num_parameters, done) | held_out_facts(run)
+    facts |= process_facts(run)
     return build_card(
         run.pipe,
         name=(hub.hub_model_id or run.folder.resolve().name).split("/")[-1],
@@ -73,6 +74,18 @@ def training_facts(options: TrainingOptions, num_parameters: int, done: int) -> 
         "seed": options.run.seed,
         "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}",
     }
+
+
+def held_out_facts(run: "Run") -> dict[str, Any]:
+    """What the model card says of images that were held out, and of their figures so far."""
+    if run.data.held_out is None:
+        return {}
+    split, evaluations = public(run.options.data.validation_split), run.validation
+    facts = {"held out": f"{len(run.data.held_out):,} images ({split}), not trained on"}
+    for name, one in {"held-out bits/dim": evaluations.last, "lowest held-out bits/dim": evaluations.best}.items():
+        if one is not None:
+            facts[name] = f"{one}, of {len(one.held_out)} images after update {one.step}"
+    return facts
 
 
 def process_facts(run: "Run") -> dict[str, Any]:

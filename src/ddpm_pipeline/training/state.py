@@ -13,6 +13,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from .augmentation import AugmentedNetwork
 from .objectives import ImportanceTimesteps, UniformTimesteps, timestep_sampler
 from .options import TrainingOptions
 from .stop import in_any_process
@@ -91,7 +92,7 @@ class TrainingState:
     """The network in its three forms, and what belongs to its training."""
 
     unet: Any  # the noise predictor
-    network: nn.Module  # the UNet, with a text encoder that is trained with it
+    network: nn.Module  # the UNet, with what is trained with it: a text encoder, the map of augmentations
     model: nn.Module  # the network as it is called: compiled, distributed
     ema: EMAModel | None
     updater: Updater  # with optimizer and learning-rate schedule
@@ -135,6 +136,8 @@ def build_state(accelerator: Accelerator, unet: Any, network: nn.Module, options
         unet.enable_gradient_checkpointing()
     if hardware.channels_last:
         unet.to(memory_format=torch.channels_last)
+    if options.data.augment:
+        network = AugmentedNetwork(network, unet)
     network.to(accelerator.device)
     ema = None
     if optimisation.ema_decay:

@@ -59,6 +59,15 @@ def logging_to(folder: Path, accelerator: Accelerator) -> Iterator[Callable[[], 
             kept.target.close()
 
 
+def keep_lines(path: Path, first_step: int) -> list[str]:
+    """Keep the lines of an earlier attempt up to the update that this one begins after, and return them."""
+    if not path.is_file():
+        return []
+    lines = [line for line in path.read_text("utf-8").splitlines() if _step_of(line) <= first_step]
+    write_text(path, "".join(f"{line}\n" for line in lines))
+    return lines
+
+
 def _step_of(line: str) -> float:
     """Infinite for a line that a kill cut short."""
     try:
@@ -125,9 +134,8 @@ class Telemetry:
     def __init__(self, accelerator: Accelerator, folder: Path, updater: Updater, first_step: int, total: int):
         self.accelerator, self.updater, self.path = accelerator, updater, folder / "metrics.jsonl"
         main = accelerator.is_main_process
-        if main and self.path.is_file():  # of an earlier attempt
-            lines = [line for line in self.path.read_text("utf-8").splitlines() if _step_of(line) <= first_step]
-            write_text(self.path, "".join(f"{line}\n" for line in lines))
+        if main:
+            keep_lines(self.path, first_step)
         self.skipped = SkippedLog(folder) if main else None  # rows of the data
         self.timer = StepTimer(accelerator.device)
         self.bar = tqdm(total=total, initial=first_step, disable=not main, desc="training", unit="update")

@@ -1,0 +1,56 @@
+"""Images that a model is given as its condition, from a folder or other data, read as training reads them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Features
+from torch import Tensor
+
+from ..data.columns import find_roles
+from ..data.mapped import ImageData, preprocessed
+from ..data.options import UNCONDITIONAL, DataOptions, shown_size
+from ..data.sources import load_source
+from ..encoding_alpha_ddpm import ImageCondition, image_condition
+from ..support.errors import ConfigError, DataError
+from .pipelines import Pipeline
+
+
+class ConditionImages(Sequence):
+    """The images of a data set at a model's size, each read when it is asked for.
+
+    An image is a tensor [k, H, W]: class ids, integers in the units that the model knows, or floats as fractions of its range.
+    Raises ConfigError where one cannot be read, or does not fit the model.
+    """
+
+    def __init__(self, pipe: Pipeline, given: str, option: str, as_masks: bool = False):
+        condition, (_, _, *size) = ImageCondition(1) if as_masks else image_condition(pipe.unet), pipe._shape(1)
+        own_size = condition.factor is not None  # they may be small already
+        options = DataOptions(
+            given,
+            resolution=None if own_size else shown_size(tuple(size)),
+            channels=None if condition.classes else condition.channels,
+            max_bad_fraction=0.0,
+        )
+        try:
+            source = load_source(options)
+            roles = find_roles(source.dataset.features, None, UNCONDITIONAL)
+            known = None if condition.classes else condition.value_range
+            self.data: ImageData = preprocessed(source, options, roles, Features({}), condition.classes, known)
+        except DataError as error:
+            raise ConfigError(str(error).replace("--dataset", option)) from error
+        small = tuple(side // (condition.factor or 1) for side in size)
+        if self.data.size not in (tuple(size), small):
+            fitting = f"{shown_size(small)}, or {shown_size(tuple(size))} to be scaled down"
+            raise ConfigError(f"{option} {given} has images of {shown_size(self.data.size)}; this model takes {fitting}.")
+        column = source.dataset.with_format("arrow")[:].column(roles.image)  # memory-mapped
+        files = pc.struct_field(column, "path").to_pylist() if pa.types.is_struct(column.type) else [None] * len(column)
+        self.names = [Path(file).name if file else f"row {row}" for row, file in enumerate(files)]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = self.data.pixels([index])[0]
+        return self.data.value_range.normalize(image) / 2 + 0.5 if image.is_floating_point() else image
