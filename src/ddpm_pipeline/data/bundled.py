@@ -5,7 +5,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features
 
 from ..support.errors import DataError
-from .cats import cats
+from .cats import CREDIT, cats
 from .options import DataOptions
 
 
@@ -22,3 +22,4 @@ def digits(options: DataOptions) -> dict[str, Dataset]:
 
 
 BUNDLED = {"cats": cats, "digits": digits}
+CREDITS = {"cats": CREDIT}  # to be given with what is made of the data

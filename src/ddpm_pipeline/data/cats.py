@@ -1,9 +1,9 @@
 """Cats in colour, put together from parts that have names: `--dataset cats`, at any size and without a download.
 
-The parts are David Revoy's cat generator (https://www.peppercarrot.com/extras/html/2016_cat-generator/, CC BY 4.0) as the
-package robohash carries it: 15 bodies, 9 furs, 15 pairs of eyes, 10 mouths and 16 accessories (none among them), one painted
-over the other. As scarves hide the mouth, there are 287,550 different pictures. All of them are known, so that what a model
-draws can be counted: does it show what was asked, was it in the training data, is it a cat at all?
+The parts are those of David Revoy's cat generator (CC BY 4.0), as the package robohash carries it: 15 bodies, 9 furs, 15
+pairs of eyes, 10 mouths and 16 accessories (none among them), one painted over the other. As scarves hide the mouth, there
+are 287,550 different pictures. All of them are known, so that what a model draws can be counted: does it show what was asked,
+was it in the training data, is it a cat at all?
 
 A picture, its captions and its split are functions of its parts and of the seed alone, whatever versions are installed.
 """
@@ -23,6 +23,7 @@ from ..support.errors import DataError
 from ..support.extras import needs_extra
 from .options import DataOptions
 
+CREDIT = "art by David Revoy, CC BY 4.0, https://www.peppercarrot.com/extras/html/2016_cat-generator/"
 KINDS = ("body", "fur", "eyes", "mouth", "accessory")  # from the lowest layer to the highest
 # The names of each part; the first stands for it in classes and lists
 PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
