@@ -15,7 +15,7 @@ from ddpm_pipeline.support.options import OptionGroup, at_least, option
 class SourceOptions(OptionGroup):
     title: ClassVar[str] = "source"
 
-    source: str = option(help="Folder to read.")
+    source: str = option(help="Folder to read, up to 90% full.")
     limit: int | None = option(None, "Files at most.", at_least(1))
 
 
@@ -77,7 +77,7 @@ def test_other_values_of_some_options():
 def test_what_cannot_be_meant_is_named(capsys):
     for message, make in {
         "--source is required": lambda: CopyOptions(target="b"),
-        "--source is required: Folder to read.": lambda: parse("--target", "b"),
+        "--source is required: Folder to read, up to": lambda: parse("--target", "b"),
         "unknown option --sourse. Did you mean --source?": lambda: parse("--sourse", "a"),
         "unknown option --targte. Did you mean --target?": lambda: CopyOptions(source="a", targte="b"),
         "--limit 0 must be at least 1": lambda: parse("--source", "a", "--limit", "0"),
@@ -90,3 +90,5 @@ def test_what_cannot_be_meant_is_named(capsys):
         parse("--help")
     printed = capsys.readouterr().out
     assert end.value.code == 0 and "source:\n" in printed and "target:\n" in printed and "Copy files." in printed
+    assert "--source VALUE        Folder to read, up to 90% full. Required.\n" in printed
+    assert "Files at most.\n" in printed and "Folder to write. (default: copies)\n" in printed
