@@ -90,8 +90,10 @@ def test_a_stopped_run_continues_and_damaged_files_do_not_count(models, tmp_path
     generate(options.with_values(batch_size=2, preview_channels="1"))
     assert {path.name: path.read_bytes() for path in (tmp_path / "images").iterdir()} == content
     assert "1 damaged images are sampled again" in capsys.readouterr().err
+    (tmp_path / "images" / "preview.png").unlink()  # as if the run had been killed before it
     generate(options)
     assert "3 of 3 images exist already" in capsys.readouterr().err
+    assert (tmp_path / "images" / "preview.png").read_bytes() == content["preview.png"]
 
 
 def test_killed_at_any_operation_a_run_of_arrays_ends_in_the_same_bytes(models, tmp_path, monkeypatch):
@@ -111,6 +113,7 @@ def test_killed_at_any_operation_a_run_of_arrays_ends_in_the_same_bytes(models, 
 def test_parquet_holds_16_bits_as_the_datasets_library_reads_them(models, tmp_path):
     folder = generate(asked(models["slices"], tmp_path / "one", format="parquet"))
     rows = load_dataset("parquet", data_files=str(folder / "images.parquet"), split="train", cache_dir=str(tmp_path / "cache"))
+    generate(asked(models["slices"], tmp_path / "one", format="parquet"))  # again, now without the images of the preview
     expected = generate(asked(models["slices"], tmp_path / "files"))
     for number in range(3):
         assert (np.asarray(rows[number]["image"]) == read(expected / f"{number:06d}.png")).all()
