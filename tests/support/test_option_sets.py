@@ -90,5 +90,6 @@ def test_what_cannot_be_meant_is_named(capsys):
         parse("--help")
     printed = capsys.readouterr().out
     assert end.value.code == 0 and "source:\n" in printed and "target:\n" in printed and "Copy files." in printed
-    assert "--source VALUE        Folder to read, up to 90% full. Required.\n" in printed
-    assert "Files at most.\n" in printed and "Folder to write. (default: copies)\n" in printed
+    printed = " ".join(printed.split())
+    assert "--source VALUE Folder to read, up to 90% full. Required. --limit VALUE Files at most. target:" in printed
+    assert "--target VALUE Folder to write. (default: copies) --overwrite VALUE" in printed

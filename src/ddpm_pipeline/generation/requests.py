@@ -87,9 +87,10 @@ def _images(pipe: Pipeline, asked: RequestOptions) -> dict[str, ConditionImages]
         names = [[Path(name).stem for name in some.names] for some in found.values()]
         if min(map(len, names)) > 1 and names[0] != names[1]:
             alone = sorted({*names[0]} ^ {*names[1]}) or names[1]
+            fix = "give a mask the name of its image, or one mask for all"
+            counts = f"{len(names[1])} masks for {len(names[0])} images"
             raise ConfigError(
-                f"--condition_masks {asked.condition_masks} has {len(names[1])} masks for {len(names[0])} images, and the names do "
-                f"not agree, such as {alone[0]!r}; a mask has the name of its image, but for the ending, and one alone goes with all."
+                f"--condition_masks {asked.condition_masks}: {counts}, and the names do not match, such as {alone[0]!r}; {fix}."
             )
     return found
 

@@ -95,8 +95,8 @@ class OptionSet:
     def _parsed(cls, argv: Sequence[str], description: str, **flags: str) -> dict[str, Any]:
         """What is said by words of a command line, by name."""
         groups, known = [_for_the_parser(group) for group in cls.groups().values()], cls.declared()
-        name = f"python -m {cls.__module__.rpartition('.')[0]}" if Path(sys.argv[0]).name == "__main__.py" else None
-        how = {"prog": name, "usage": "%(prog)s --option value ...", "formatter_class": _Help}
+        spec = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+        how = {"prog": spec and f"python -m {spec.parent}", "usage": "%(prog)s --option value ...", "formatter_class": _Help}
         parser = HfArgumentParser(groups, description=description, allow_abbrev=False, exit_on_error=False, **how)
         parser._negative_number_matcher = re.compile(r"-[\d.]")  # no flag begins so: -1000,3000 is a value too
         for name, help in flags.items():
