@@ -102,7 +102,7 @@ def main() -> None:
             )  # fmt: skip
             timed[name] = share_of_update(run)
         measured = []
-        for count in (FEW, max(FEW, most)):
+        for count in sorted({FEW, max(FEW, most)}):
             folder, cache = f"{scratch}/tiles-{count}", f"{scratch}/cache-{count}"
             write_tiles(Path(folder), count)
             tiles(folder, cache)

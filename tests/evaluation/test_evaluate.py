@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from data_helpers import rgb, write_image
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, describe_conditions
 from ddpm_pipeline.data import ConditionColumns, DataOptions, load_images
 from ddpm_pipeline.evaluation import EvaluationOptions, ImageQuality, evaluate, likelihood_of, run
+from ddpm_pipeline.evaluation.__main__ import main
 from ddpm_pipeline.evaluation.digits import fit_digits_classifier
 from ddpm_pipeline.evaluation.figures import measurements
 from ddpm_pipeline.evaluation.options import parse_options
@@ -153,7 +155,8 @@ def test_each_figure_in_the_card_goes_by_its_own_name_and_says_what_it_is_an_est
 
 def _evaluate_in_a_fork(options: EvaluationOptions) -> None:
     AcceleratorState._reset_state(True)  # that of the process which was forked
-    evaluate(options)
+    sys.argv = ["evaluate.py", *(f"--{name}={value}" for name, value in options.flat().items() if value is not None)]
+    main()  # the command, which needs to know the main process before it evaluates
 
 
 def test_two_processes_find_the_same(model, cache, results, tmp_path):

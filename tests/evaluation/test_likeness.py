@@ -31,7 +31,4 @@ def test_each_pair_has_its_own_figures(shape):
     assert found["psnr"].tolist() == pytest.approx([*psnr, SAME])
     ssim = [np.mean([numpy_ssim(*pair) for pair in zip(a[i], b[i], strict=True)]) for i in range(3)]
     assert found["ssim"].tolist() == pytest.approx(ssim, abs=1e-6) and ssim[2] == pytest.approx(1)
-
-
-def test_images_too_small_for_a_window_have_no_ssim():
-    assert {*likeness(torch.zeros(2, 1, 5, 9), torch.ones(2, 1, 5, 9))} == {"psnr"}
+    assert {*likeness(samples[..., :5, :], images[..., :5, :])} == {"psnr"}  # too small for a window

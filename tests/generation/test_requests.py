@@ -67,11 +67,13 @@ def images(tmp_path_factory) -> dict[str, Path]:
         "grey": [generator.integers(0, 256, (8, 16), dtype=np.uint8) for _ in range(2)],
         "16 bits": [generator.integers(0, 4096, (8, 16), dtype=np.uint16) for _ in range(2)],
         "bands": [generator.uniform(-1, 3, (8, 16, 2)).astype(np.float32) for _ in range(2)],
+        "three": [np.zeros((8, 16), np.uint8)] * 3,
+        "mixed": [np.zeros((4, 8), np.uint8), np.zeros((8, 16), np.uint8)],
         "masks": [np.where(np.arange(16) < 5, 255, 0).astype(np.uint8)[None].repeat(8, 0)],
     }
     for name, arrays in made.items():
         (folder / name).mkdir()
-        for letter, array in zip("ba", arrays, strict=False):
+        for letter, array in zip("bac", arrays, strict=False):
             if name == "bands":
                 np.save(folder / name / f"{letter}.npy", array)
             else:
@@ -145,11 +147,15 @@ def test_other_condition_images_are_another_folder_s(models, images, tmp_path):
         ("image", {"condition_images": "rgb", "condition_masks": "masks"}, "--condition_masks is for models that inpaint"),
         ("inpaint", {"condition_images": "grey"}, "--condition_masks is required to inpaint"),
         ("class+image", {"condition_images": "beyond"}, "5"),
-        ("vector+image", {"condition_images": "masks", "condition_vector": "1"}, "'1' must be 2 numbers, age,angle"),
+        ("inpaint", {"condition_images": "grey", "condition_masks": "three"}, "3 masks for 2 images.* 'c'"),
+        ("vector+image", {"condition_images": "mixed", "condition_vector": "1,1"},
+         "--condition_images.* 2 different sizes.* of one: this model takes 4x8 or 8x16"),
+        ("vector+image", {"condition_images": "masks", "condition_vector": "1"}, "'1' must be age,angle of each image"),
+        ("vector", {"condition_vector": "30|inf"}, "'30|inf' must be age of each image in finite numbers"),
         ("vector", {}, "--condition_vector is required for a model of age.* are 40"),
         ("vector", {"condition_vector": "30", "condition_images": "rgb"}, "--condition_images does not fit"),
     ],
-)
+)  # fmt: skip
 def test_what_is_asked_wrongly_is_refused(models, images, tmp_path, kind, options, message):
     options = {name: str(images.get(value, value)) for name, value in options.items()}
     with pytest.raises(ConfigError, match=message):

@@ -11,13 +11,13 @@ from .options import parse_options
 def main() -> None:
     with reported_errors():
         options = parse_options(sys.argv[1:])
-        from accelerate import PartialState
+        from accelerate import Accelerator
 
         from . import evaluate  # after parsing, so that --help and mistakes take no seconds
 
         logging.getLogger("diffusers").setLevel(logging.ERROR)
         logging.basicConfig(format="%(message)s")
-        if main_process := PartialState().is_main_process:  # what the data were taken for
+        if main_process := Accelerator().is_main_process:  # PartialState would miss the other processes on CPUs
             logging.getLogger("ddpm_pipeline").setLevel(logging.INFO)
         results = evaluate(options)
         if main_process:

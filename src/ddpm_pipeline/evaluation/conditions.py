@@ -172,8 +172,8 @@ def _ids_of_classes(pipe: Pipeline, data: ImageData) -> list[int]:
     """The model's id of each class of the data: that of the same name or, in a model without names, the same id."""
     if data.label_column is None:
         raise ConfigError(
-            f"the model takes classes, and {data.name} has no label column that is found automatically; name one of "
-            f"{data.columns} with --label_column."
+            f"the model takes classes, and {data.name} has no label column that is found automatically; name it with "
+            f"--label_column. Its columns besides images: {', '.join(data.columns) or 'none'}."
         )
     known, names = {name: label for label, name in pipe.id2label.items()}, data.class_names
     if not known and len(names) <= pipe.unet.config.num_class_embeds:

@@ -25,7 +25,7 @@ from ..generation.drawing import sample_values, step_bar
 from ..generation.pipelines import Pipeline, condition_of, load_pipeline, scheduler_for, steps_of
 from ..likelihood.bound import own_scheduler
 from ..support.draws import RandomStream, image_indices, seeds
-from ..support.errors import ConfigError
+from ..support.errors import ConfigError, DataError
 from ..support.provenance import provenance
 from ..support.sharing import my_batches
 from .conditions import DataConditions, columns_of
@@ -147,10 +147,16 @@ def _open_images(options: EvaluationOptions, pipe: Pipeline, accelerator: Accele
         raise ConfigError(f"--value_range {options.data.value_range} is not needed: the model has its own; leave it out.")
     data, condition = replace(options.data, **own), image_condition(pipe.unet)
     ranges = value_range(pipe.unet), condition and condition.value_range
-    if not data.streaming:
-        return load_images(data, columns, *ranges)
-    count = max(options.quality.num_images, options.likelihood.num_likelihood_images)
-    return open_stream(data, columns, *ranges).stored(count, data.cache_dir)
+    try:
+        if not data.streaming:
+            return load_images(data, columns, *ranges)
+        count = max(options.quality.num_images, options.likelihood.num_likelihood_images)
+        return open_stream(data, columns, *ranges).stored(count, data.cache_dir)
+    except DataError as error:
+        if options.condition.condition_column == (looked_for := columns.condition_column):
+            raise
+        told = f"The model's numbers are {looked_for}; say where the data have them with --condition_column."
+        raise DataError(f"{error} {told}") from error
 
 
 def _bits_per_dim(subject: Subject, options: EvaluationOptions, accelerator: Accelerator) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Images that a model is given as its condition, from a folder or other data, read as training reads them."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,24 +27,25 @@ class ConditionImages(Sequence):
 
     def __init__(self, pipe: Pipeline, given: str, option: str, as_masks: bool = False):
         condition, (_, _, *size) = ImageCondition(1) if as_masks else image_condition(pipe.unet), pipe._shape(1)
-        own_size = condition.factor is not None  # they may be small already
+        sizes = {tuple(side // factor for side in size) for factor in (1, condition.factor or 1)}
         options = DataOptions(
             given,
-            resolution=None if own_size else shown_size(tuple(size)),
+            resolution=None if condition.factor else shown_size(tuple(size)),  # they may be small already
             channels=None if condition.classes else condition.channels,
             max_bad_fraction=0.0,
         )
+        fitting = f"this model takes {' or '.join(map(shown_size, sorted(sizes)))}"
         try:
             source = load_source(options)
             roles = find_roles(source.dataset.features, None, UNCONDITIONAL)
             known = None if condition.classes else condition.value_range
             self.data: ImageData = preprocessed(source, options, roles, Features({}), condition.classes, known)
         except DataError as error:
-            raise ConfigError(str(error).replace("--dataset", option)) from error
-        small = tuple(side // (condition.factor or 1) for side in size)
-        if self.data.size not in (tuple(size), small):
-            fitting = f"{shown_size(small)}, or {shown_size(tuple(size))} to be scaled down"
-            raise ConfigError(f"{option} {given} has images of {shown_size(self.data.size)}; this model takes {fitting}.")
+            told = re.sub(r"Choose one with --resolution.*", f"They must be of one: {fitting}.", str(error))
+            told = told.replace("--dataset", option)
+            raise ConfigError(told if option in told else f"{option}: {told}") from error
+        if self.data.size not in sizes:
+            raise ConfigError(f"{option} {given} has images of {shown_size(self.data.size)}; {fitting}.")
         column = source.dataset.with_format("arrow")[:].column(roles.image)  # memory-mapped
         files = pc.struct_field(column, "path").to_pylist() if pa.types.is_struct(column.type) else [None] * len(column)
         self.names = [Path(file).name if file else f"row {row}" for row, file in enumerate(files)]

@@ -50,7 +50,9 @@ class RequestOptions(OptionGroup):
         None, "Folder (or other data) of condition images to sample for in turn, in the order of their names."
     )
     condition_masks: str | None = option(
-        None, "The same of masks, for a model that inpaints: white where the condition image is unknown."
+        None,
+        "The same of masks, for a model that inpaints: white where the condition image of the same name is unknown; one mask "
+        "alone goes with all.",
     )
 
     def check(self) -> None:

@@ -52,7 +52,7 @@ def _labels(pipe: Pipeline, given: str | None) -> list[int]:
     try:
         return pipe._label_ids([int(word) if word not in names and str(word).isdecimal() else word for word in words])
     except ValueError as error:
-        raise ConfigError(f"--class_labels {given}: {error}") from error
+        raise ConfigError(f"--{error}") from error
 
 
 def _vectors(pipe: Pipeline, given: str | None) -> list[dict[str, float]]:
@@ -64,15 +64,13 @@ def _vectors(pipe: Pipeline, given: str | None) -> list[dict[str, float]]:
             f"--condition_vector is required for a model of {', '.join(condition.names)}: numbers in this order, images "
             f"separated by '|', an empty place where one is left out; the means of its data are {example}."
         )
-    vectors = []
-    for words in given.split("|"):
-        try:
-            named = zip(condition.names, words.split(","), strict=True)
-            vectors.append({name: float(word) for name, word in named if word.strip()})
-        except ValueError as error:
-            needed = f"{len(condition.names)} numbers, {','.join(condition.names)}, separated by commas"
-            raise ConfigError(f"--condition_vector {words!r} must be {needed}.") from error
-    return vectors
+    try:
+        rows = [[float(word) if word.strip() else None for word in words.split(",")] for words in given.split("|")]
+        values = pipe._vectors(rows).tolist()
+    except ValueError as error:
+        needed = f"{','.join(condition.names)} of each image in finite numbers, with '|' between images"
+        raise ConfigError(f"--condition_vector {given!r} must be {needed}.") from error
+    return [{name: value for name, value in zip(condition.names, row, strict=True) if value == value} for row in values]
 
 
 def _images(pipe: Pipeline, asked: RequestOptions) -> dict[str, ConditionImages]:
@@ -86,6 +84,14 @@ def _images(pipe: Pipeline, asked: RequestOptions) -> dict[str, ConditionImages]
     found = {"condition_image": ConditionImages(pipe, asked.condition_images, "--condition_images")}
     if asked.condition_masks is not None:
         found["condition_mask"] = ConditionImages(pipe, asked.condition_masks, "--condition_masks", as_masks=True)
+        names = [[Path(name).stem for name in some.names] for some in found.values()]
+        if min(map(len, names)) > 1 and names[0] != names[1]:
+            alone = sorted({*names[0]} ^ {*names[1]}) or names[1]
+            fix = "give a mask the name of its image, or one mask for all"
+            counts = f"{len(names[1])} masks for {len(names[0])} images"
+            raise ConfigError(
+                f"--condition_masks {asked.condition_masks}: {counts}, and the names do not match, such as {alone[0]!r}; {fix}."
+            )
     return found
 
 

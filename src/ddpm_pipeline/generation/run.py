@@ -62,7 +62,7 @@ def generate(options: GenerationOptions) -> Path:
                     files.write(image, files.path(folder, number))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _finish(folder, count, files, display if missing else None)
+        _finish(folder, count, files, display)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder
@@ -82,8 +82,9 @@ def _files_of(pipe: Pipeline, output: OutputOptions) -> tuple[ImageFiles, Displa
 
 def _finish(folder: Path, count: int, files: ImageFiles, display: Display | None) -> None:
     """preview.png of the first images, if they are displayed, and preview.txt that says how; the parquet file, if asked for."""
-    if display is not None:
-        images = np.stack([files.read(files.path(folder, number)) for number in range(min(count, PREVIEWED))])
+    paths = [files.path(folder, number) for number in range(min(count, PREVIEWED))]
+    if display is not None and all(path.is_file() for path in paths):  # else they are in a parquet file already
+        images = np.stack([*map(files.read, paths)])
         x = files.value_range.normalize(torch.from_numpy(images))
         save_picture(grid(x / 2 + 0.5, display=display), folder / "preview.png")
         if words := display.words(files.shape[0]):

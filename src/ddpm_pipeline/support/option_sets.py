@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, field, fields, make_dataclass, replace
 from functools import cache
@@ -94,7 +95,9 @@ class OptionSet:
     def _parsed(cls, argv: Sequence[str], description: str, **flags: str) -> dict[str, Any]:
         """What is said by words of a command line, by name."""
         groups, known = [_for_the_parser(group) for group in cls.groups().values()], cls.declared()
-        parser = HfArgumentParser(groups, description=description, allow_abbrev=False, exit_on_error=False)
+        spec = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+        how = {"prog": spec and f"python -m {spec.parent}", "usage": "%(prog)s --option value ...", "formatter_class": _Help}
+        parser = HfArgumentParser(groups, description=description, allow_abbrev=False, exit_on_error=False, **how)
         parser._negative_number_matcher = re.compile(r"-[\d.]")  # no flag begins so: -1000,3000 is a value too
         for name, help in flags.items():
             parser.add_argument(f"--{name}", metavar=name.upper(), help=help)
@@ -127,13 +130,24 @@ def value_of(argv: Sequence[str], flag: str) -> str | None:
     return given[-1] if given else None
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Each option under one name, and its default if it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        value = "" if action.nargs == 0 else f" {action.metavar or 'VALUE'}"
+        return (action.option_strings[0] if action.dest != "help" else ", ".join(action.option_strings)) + value
+
+
 def _for_the_parser(group: type[OptionGroup]) -> type:
     """The group as HfArgumentParser takes it: no facts but help, and nothing required, since argparse would end the process."""
     hints, entries = get_type_hints(group), []
     for entry in fields(group):
         hint, default = hints[entry.name] if entry.metadata["parse"] is None else str | None, entry.default
         hint, default = (hint | None, None) if default is MISSING else (hint, default)
-        help = entry.metadata["help"].replace("%", "%%")  # argparse formats it
+        help = entry.metadata["help"].replace("%", "%%") + (" Required." if entry.default is MISSING else "")
         entries.append((entry.name, hint, field(default=default, metadata={"help": help})))
     return make_dataclass(group.__name__, entries, namespace={"_argument_group_name": group.title})
 
