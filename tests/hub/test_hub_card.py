@@ -96,8 +96,11 @@ SAID = {  # of models, by a change of their configs
                     "what it samples without means nothing", "AlphaDDPMImageToImageBlocks")),
     "of arrays": ({"num_class_embeds": 3, "in_channels": 6, OWN_KEY: {"condition_image": {
                    "channels": 5, "classes": None, "task": None, "value_range": ValueRange((-1,), (1,), "float32").to_json()}}},
-                  ('condition_image = np.load("condition.npy")', "Its values are floats from -1 to 1",
-                   "condition_image=condition_image, class_labels=[0]", "- class-conditional")),
+                  ('condition_image = np.load("condition.npy")', "Its values are floats from -1 to 1", "A class-conditional",
+                   "values = pipe(condition_image=condition_image, class_labels=[0]", "- class-conditional")),
+    "inpainting bands": ({"in_channels": 11, OWN_KEY: {"condition_image": {
+                          "channels": 5, "classes": None, "task": "inpaint", "value_range": ValueRange().to_json()}}},
+                         ("5-channel 8x8", "import numpy as np\nfrom PIL import Image\nfrom ddpm_pipeline")),
 }  # fmt: skip
 
 
@@ -109,9 +112,25 @@ def test_card_says_what_images_and_conditions_are(folder: Path, kind: str) -> No
     text = str(build_card(folder, name="x", repo_id="org/x"))
     for expected in words:
         assert expected in text, expected
-    assert ("denormalize" in text) == ("value_range" in changes[OWN_KEY])
+    assert ("denormalize" in text) == (kind in ("16-bit", "bands", "of arrays"))
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         ast.parse(block)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sample_size": [8]}, {"in_channels": "x"}, {OWN_KEY: 5}, {OWN_KEY: {"value_range": {"low": [0]}}},
+        {OWN_KEY: {"condition_vector": {"names": ["a"]}}}, {OWN_KEY: {"condition_image": {"channels": 1}}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_no_card_can_say_end_a_push_before_it_begins(hub, client: HfApi, folder: Path, changes: dict) -> None:
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=r"^\S+unet/config.json: its settings [^\n]* are malformed [^\n]*$"):
+        push(folder, "org/malformed", api=client)
+    assert ("models", "org/malformed") not in hub.repos
 
 
 def test_card_of_a_text_model_that_is_not_square_names_its_size_for_diffusers_alone() -> None:
