@@ -128,13 +128,13 @@ class Conditioned:
 
     def _guided(self, names: str | Sequence[str] | None) -> Collection[str]:
         """`guidance_conditions` of a call, by default all that this model has."""
-        vector, has_image = vector_condition(self.unet), image_condition(self.unet) is not None
-        has = dict(zip(CONDITIONS, (self._num_embeddings, vector, has_image), strict=True))
-        own = [name for name, value in has.items() if value]
+        vector = vector_condition(self.unet)
+        has = zip(CONDITIONS, (self._num_embeddings, vector, image_condition(self.unet)), strict=True)
+        own = [name for name, condition in has if condition]
         if names is None:
             return own
         allowed, names = [*own, *(vector.names if vector else ())], [names] if isinstance(names, str) else names
-        if not isinstance(names, Collection) or not names or not set(names) <= set(allowed):
+        if not isinstance(names, Collection) or not names or any(name not in allowed for name in names):
             known = ", ".join(allowed) or "nothing, since this model has no condition"
             raise ValueError(f"guidance_conditions={names!r} must name some of: {known}.")
         return names

@@ -5,8 +5,7 @@ functions take the UNet, the scheduler and tensors, and no pipeline. Travels ins
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -165,22 +164,11 @@ def network_outputs(unet: Any, scheduler: Any, x: Tensor, t: Tensor, *conditions
     model_input = scheduler.scale_model_input(x, t).to(unet.dtype)
     kwargs = {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
     network = WithConditionImage(unet) if "condition_image" in kwargs else unet
-    with _number_in_precision_of(unet):
+    number = unet.class_embedding if unet.config.get("class_embed_type") == "timestep" else torch.nn.Identity()
+    # diffusers (0.42) leaves a number as a condition in float32, whatever the weights
+    with number.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(unet.dtype),)):
         output = network(torch.cat([model_input] * len(conditions)), t, **kwargs).sample
     return output.to(x.dtype).chunk(len(conditions))
-
-
-@contextmanager
-def _number_in_precision_of(unet: Any) -> Iterator[None]:
-    """For a number as a condition, which diffusers (0.42) leaves in float32, whatever the weights."""
-    if unet.config.get("class_embed_type") != "timestep":
-        yield
-        return
-    hook = unet.class_embedding.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(unet.dtype),))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def usable_channels(scheduler: Any, output: Tensor, channels: int) -> Tensor:
