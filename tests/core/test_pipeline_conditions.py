@@ -267,6 +267,7 @@ INPAINT = ImageCondition(1, task="inpaint")
         ((1, INPAINT), {"condition_image": PICTURES}, "condition_mask goes with .* inpainting"),
         ((1, INPAINT), {"condition_mask": PICTURES}, "condition_mask goes with .* inpainting"),
         ((1,), {"condition_image": PICTURES}, "condition_image was given to a model without one"),
+        ((1,), {"class_labels": 1}, "class_labels were given to a model without classes"),
         ((1,), {"condition_vector": 3}, "condition_vector was given to a model without numbers"),
         ((1, None, AGE), {"condition_vector": {"agee": 3}}, "{'agee': 3} must be one finite number for each of age, None"),
         ((1, None, AGE), {"condition_vector": math.inf}, "inf must be"),

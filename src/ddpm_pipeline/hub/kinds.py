@@ -69,8 +69,7 @@ class ModelFacts:
 
     def call(self, arguments: str, own_units: bool = False) -> str:
         """Code of a call that samples an image, or an array of what PIL has no pictures of, in 100 steps at most."""
-        own_units = own_units or self.kind.own_units
-        return self._call(arguments, min(100, self.total), own_units)
+        return self._call(arguments, min(100, self.total), own_units or self.kind.own_units)
 
     def plain_call(self, arguments: str) -> str:
         """The same for diffusers alone, whose text pipeline takes the size of square images only from the model."""
