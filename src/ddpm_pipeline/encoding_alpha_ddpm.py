@@ -119,7 +119,12 @@ class VectorCondition(Settings):
 
     def __post_init__(self) -> None:
         names = tuple(self.names)
-        if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
+        if (
+            isinstance(self.names, str)
+            or not names
+            or not all(isinstance(name, str) and name for name in names)
+            or len(set(names)) != len(names)
+        ):
             raise ValueError(f"condition_vector: names={names!r} must be different strings, at least one.")
         mean, std = (tuple(float(value) for value in values) for values in (self.mean, self.std))
         if not (len(mean) == len(std) == len(names) and all(map(math.isfinite, mean + std)) and min(std) > 0):

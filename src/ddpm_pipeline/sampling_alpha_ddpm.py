@@ -6,6 +6,7 @@ functions take the UNet, the scheduler and tensors, and no pipeline. Travels ins
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -164,11 +165,15 @@ def network_outputs(unet: Any, scheduler: Any, x: Tensor, t: Tensor, *conditions
     model_input = scheduler.scale_model_input(x, t).to(unet.dtype)
     kwargs = {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
     network = WithConditionImage(unet) if "condition_image" in kwargs else unet
-    number = unet.class_embedding if unet.config.get("class_embed_type") == "timestep" else torch.nn.Identity()
     # diffusers (0.42) leaves a number as a condition in float32, whatever the weights
-    with number.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(unet.dtype),)):
+    mixed = unet.config.get("class_embed_type") == "timestep" and unet.dtype != torch.float32
+    with unet.class_embedding.register_forward_pre_hook(_in_own_precision) if mixed else nullcontext():
         output = network(torch.cat([model_input] * len(conditions)), t, **kwargs).sample
     return output.to(x.dtype).chunk(len(conditions))
+
+
+def _in_own_precision(module: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (inputs[0].to(module.linear_1.weight.dtype),)
 
 
 def usable_channels(scheduler: Any, output: Tensor, channels: int) -> Tensor:
@@ -252,6 +257,12 @@ def check_unet(unet: Any) -> None:
         raise ValueError(f"condition_dropout={dropout!r} in the UNet's config must be from 0 to 1.")
 
 
+def check_shown(unet: Any, output: Output) -> None:
+    """Raise ValueError if there are no pictures of so many channels."""
+    if output.type == "pil" and (channels := image_channels(unet)) not in PIL_MODES:
+        raise ValueError(f"output_type='pil' cannot show the {channels} channels of this model; use 'pt' or 'np'.")
+
+
 class AlphaDDPMSampling(AlphaDDPMEditing):
     """Mixed into a `DiffusionPipeline` with a `unet` and a `scheduler`."""
 
@@ -290,8 +301,7 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
         self, batch: Batch, conditioning: Conditioning, edit: Edit, output: Output, generator: Generators, steps: Steps
     ) -> AlphaDDPMOutput | tuple:
         """The reverse chain, from noise or from a noised image, to images."""
-        if output.type == "pil" and (channels := image_channels(self.unet)) not in PIL_MODES:
-            raise ValueError(f"output_type='pil' cannot show the {channels} channels of this model; use 'pt' or 'np'.")
+        check_shown(self.unet, output)
         generator = checked_generators(generator, batch.size)
         with reserved(self.scheduler):
             set_timesteps(self.scheduler, steps)

@@ -93,6 +93,7 @@ def test_a_condition_that_is_left_out_is_all_zeros():
         {"condition_vector": {"names": ["a"], "mean": [0], "std": [0]}},
         {"condition_vector": {"names": ["a"], "mean": ["x"], "std": [1]}},
         {"condition_vector": {"names": ["a", "a"], "mean": [0, 0], "std": [1, 1]}},
+        {"condition_vector": {"names": "ab", "mean": [0, 0], "std": [1, 1]}},
         {"condition_vector": {"names": 3, "mean": 0, "std": 1}},
         {"value_range": {"low": [0, 0], "high": [1, 1], "dtype": "uint8"}},
     ],
