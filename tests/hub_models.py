@@ -31,17 +31,30 @@ OWN = {
     "inference_timesteps": TIMESTEPS,
 }
 CLASSES = ["zero", "one", "two"]
+LABEL_MAPS, AGES = ImageCondition(1, classes=5), VectorCondition(("age",), (41.25,), (9.0,))
+HOUNSFIELD = ValueRange((-1024.0,), (3071.0,), "int16")
 # arguments of the calls, by the name of the model; the others are unconditional
 CALLS = {
     "text": {"prompt": "A handwritten SEVEN ", "num_images_per_prompt": 2, "guidance_scale": 3.0},
     "class": {"class_labels": ["two", "zero"], "guidance_scale": 3.0},
-}
+    "image": {
+        "condition_image": np.arange(128, dtype=np.uint8).reshape(8, 16) % 5, "condition_vector": [30, None],
+        "guidance_scale": 3.0,
+    },
+}  # fmt: skip
 # settings of ours, by model and component: stock classes must keep them
 KEPT = {
     "own": {"scheduler": {name: OWN[name] for name in ("noise_second_moments", "inference_timesteps")}},
     "class": {"scheduler": {"inference_timesteps": TIMESTEPS}, "unet": {"class_names": CLASSES, "condition_dropout": 0.1}},
     "text": {"scheduler": {"inference_timesteps": TIMESTEPS}, "unet": {"condition_dropout": 0.2}},
-}
+    "image": {
+        "scheduler": {"inference_timesteps": TIMESTEPS},
+        "unet": {
+            "condition_dropout": 0.1, "condition_image": LABEL_MAPS.to_json(), "condition_vector": AGES.to_json(),
+            "value_range": HOUNSFIELD.to_json(),
+        },
+    },
+}  # fmt: skip
 # what a card says
 FIGURES = [
     Measurement("bits/dim", 2.345678, 1797, "digits", "train", 0.01, {"steps": 1000, "form": "exact KLs"}),
@@ -97,12 +110,12 @@ def deep_pipeline() -> AlphaDDPMPipeline:
 
 
 def image_pipeline() -> AlphaDDPMImageToImagePipeline:
-    """Of grey images for label maps and an age."""
-    unet = tiny_unet(class_embed_type="timestep").config
-    unet = UNet2DModel.from_config(unet, sample_size=(8, 16), in_channels=6)
-    numbers = VectorCondition(("age",), (41.25,), (9.0,))
-    describe_conditions(unet, condition_dropout=0.1, condition_image=ImageCondition(1, classes=5), condition_vector=numbers)
-    return AlphaDDPMImageToImagePipeline(unet, scheduler())
+    """Of slices in Hounsfield units, twice as wide as high, for label maps and an age."""
+    config = tiny_unet(class_embed_type="timestep").config
+    unet = UNet2DModel.from_config(config, sample_size=(8, 16), in_channels=6)
+    told = {"condition_image": LABEL_MAPS, "condition_vector": AGES, "value_range": HOUNSFIELD}
+    describe_conditions(unet, condition_dropout=0.1, **told)
+    return AlphaDDPMImageToImagePipeline(unet, scheduler(inference_timesteps=TIMESTEPS))
 
 
 def text_pipeline(seed: int = 0) -> AlphaDDPMTextToImagePipeline:

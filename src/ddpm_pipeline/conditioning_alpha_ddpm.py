@@ -62,8 +62,10 @@ class Told:
         return most if most > 1 else None
 
 
-class ClassConditioning:
-    """Mixed into a class with a `unet`, and with what `AlphaDDPMSampling` adds."""
+class Conditioned:
+    """Class labels, numbers and condition images: mixed into a class with a `unet`, and with what `AlphaDDPMSampling` adds."""
+
+    _takes_image: ClassVar = False
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -112,20 +114,6 @@ class ClassConditioning:
             return f"near it: {', '.join(map(repr, near))}"
         return f"its classes are {', '.join(map(repr, names[:10]))}{', ...' if len(names) > 10 else ''}"
 
-    def _class_rows(self, labels: list[int] | None, guided: Collection[str] = CONDITIONS) -> Rows:
-        """The UNet's embeddings for the labels or, without, for "no class", and those of the unconditional half, each [N]."""
-        if labels is None and not self._num_embeddings:
-            return None, None
-        ids = torch.tensor([self._label_id(None)] if labels is None else labels, device=self._execution_device)
-        guided = labels is not None and self._null_label is not None and "class_labels" in guided
-        return ids, torch.full_like(ids, self._null_label) if guided else None
-
-
-class Conditioned(ClassConditioning):
-    """Class labels, numbers and condition images: all that an `AlphaDDPMPipeline` can be told."""
-
-    _takes_image: ClassVar = False
-
     def _check_model(self, unet: Any) -> None:
         check_unet(unet)
         if unet.config.get("cross_attention_dim"):
@@ -139,11 +127,16 @@ class Conditioned(ClassConditioning):
         return Told(labels, self._vectors(vector), image, self._guided(guidance_conditions))
 
     def _guided(self, names: str | Sequence[str] | None) -> Collection[str]:
-        """`guidance_conditions` of a call, by default all."""
-        allowed = [*CONDITIONS, *(condition.names if (condition := vector_condition(self.unet)) else ())]
-        names = CONDITIONS if names is None else [names] if isinstance(names, str) else list(names)
-        if unknown := [name for name in names if name not in allowed]:
-            raise ValueError(f"guidance_conditions={unknown} are not in {', '.join(allowed)}.")
+        """`guidance_conditions` of a call, by default all that this model has."""
+        vector = vector_condition(self.unet)
+        has = zip(CONDITIONS, (self._num_embeddings, vector, image_condition(self.unet)), strict=True)
+        own = [name for name, condition in has if condition]
+        if names is None:
+            return own
+        allowed, names = [*own, *(vector.names if vector else ())], [names] if isinstance(names, str) else names
+        if not isinstance(names, Collection) or not names or any(name not in allowed for name in names):
+            known = ", ".join(allowed) or "nothing, since this model has no condition"
+            raise ValueError(f"guidance_conditions={names!r} must name some of: {known}.")
         return names
 
     def _vectors(self, given: ConditionVector | None) -> Tensor | None:
@@ -161,7 +154,7 @@ class Conditioned(ClassConditioning):
             values = plain([row.get(name) for name in names]) if by_name else row if isinstance(row, list) else [row]
             numbers = all(value is None or (isinstance(value, int | float) and not math.isinf(value)) for value in values)
             if len(values) != len(names) or not numbers:
-                allowed = f"{len(names)} finite numbers ({', '.join(names)}), None for what is not told, or a dict by name"
+                allowed = f"one finite number for each of {', '.join(names)}, None for what is not told, or a dict by name"
                 raise ValueError(f"condition_vector: {row!r} must be {allowed}.")
             rows.append([math.nan if value is None else value for value in values])
         return torch.tensor(rows, dtype=torch.float64)
@@ -198,17 +191,22 @@ class Conditioned(ClassConditioning):
 
     def _label_rows(self, told: Told) -> Rows:
         """The UNet's `class_labels`: ids, or encoded numbers, of which the unconditional half is not told what is guided."""
+        labels, device, null = told.class_labels, self._execution_device, self._null_label
         if (condition := vector_condition(self.unet)) is None:
-            return self._class_rows(told.class_labels, told.guided)
+            if labels is None and not self._num_embeddings:
+                return None, None
+            ids = torch.tensor([self._label_id(None)] if labels is None else labels, device=device)
+            guided = labels is not None and null is not None and "class_labels" in told.guided
+            return ids, torch.full_like(ids, null) if guided else None
         names, vectors = condition.names, told.condition_vector
         if vectors is None:
             self._check_left_out("condition_vector")
             vectors = torch.full((1, len(names)), math.nan)
         dropped = [not {"condition_vector", name}.isdisjoint(told.guided) for name in names]
         nulls = torch.where(torch.tensor(dropped), math.nan, vectors)
-        width, device = embedding_width(self.unet), self._execution_device
+        width = embedding_width(self.unet)
         rows, null_rows = (condition.encode(each, width).to(device) for each in (vectors, nulls))
-        return rows, None if told.condition_vector is None else null_rows
+        return rows, null_rows if told.condition_vector is not None and any(dropped) else None
 
     def _image_rows(self, told: Told) -> Rows:
         """The encoded condition images, or zeros, and those of the unconditional half."""
@@ -227,7 +225,8 @@ class Conditioned(ClassConditioning):
         pairs = {name: (row, row if null is None else null) for name, (row, null) in pairs.items() if row is not None}
         rows, null_rows = ({name: batch.spread(pair[half], name) for name, pair in pairs.items()} for half in (0, 1))
         if guidance.in_use and all(row is null for row, null in pairs.values()):
-            warn(f"guidance_scale={guidance.scale} has no effect without {' or '.join(told.guided)}.", stacklevel=4)
+            missing = " or ".join(told.guided) or "a condition, of which this model has none"
+            warn(f"guidance_scale={guidance.scale} has no effect without {missing}.", stacklevel=4)
         elif guidance.in_use:
             self._warn_if_never_unconditional()
             return Conditioning(rows, null_rows, guidance)

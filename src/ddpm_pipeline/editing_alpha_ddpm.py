@@ -266,13 +266,15 @@ class AlphaDDPMEditing:
         )
 
     @torch.no_grad()
-    def forward_trajectory(self, image: Images, timesteps: Sequence[int], generator: Generators = None) -> Tensor:
+    def forward_trajectory(
+        self, image: Images, timesteps: Sequence[int], generator: Generators = None, denormalize: bool = False
+    ) -> Tensor:
         """x_t of the forward process at `timesteps`, each from the one before (report eq. 4.3, figure 3.4).
 
-        Timestep -1 is the image itself, in [-1, 1]. Returns [len(timesteps), B, C, H, W]. Raises ValueError if the timesteps
-        are not ascending within -1..T-1.
+        Timestep -1 is the image itself, in [-1, 1]; `denormalize` is that of the call. Returns [len(timesteps), B, C, H, W].
+        Raises ValueError if the timesteps are not ascending within -1..T-1.
         """
-        x, last = self._images_in(image), self.scheduler.config.num_train_timesteps - 1
+        x, last = self._images_in(image, denormalize), self.scheduler.config.num_train_timesteps - 1
         chain = list(plain(timesteps))
         for t in chain:
             check_integer("timesteps: each", t, -1, last)

@@ -4,18 +4,17 @@ Training, likelihoods and pipelines all encode here. The settings stand in the U
 Travels inside model repositories.
 """
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, one_hot, pad
 
 from .pictures_alpha_ddpm import LUMA
-from .ranges_alpha_ddpm import ValueRange
+from .ranges_alpha_ddpm import Settings, ValueRange
 from .tables_alpha_ddpm import OWN_KEY, check_integer
 
 TASKS = ("downscale:F", "gray", "inpaint")
@@ -23,24 +22,6 @@ MAX_CHANNELS = 1024  # of a condition, or classes of a label map
 VOID = 255  # in label maps of 3 to 255 classes: none of them; in those of 2, white, which is class 1
 NOT_TOLD = 2000.0  # label of a single number that is left out; the others lie in 0..1000
 SLOWEST, FASTEST = math.pi / 8, 4 * math.pi  # angular frequencies of an attribute's features, per standard deviation
-
-
-class Settings:
-    """A dataclass that can be stored in a UNet's config."""
-
-    def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))  # lists, as they are when read again
-
-    @classmethod
-    def from_json(cls, values: Any) -> Self:
-        """Raises ValueError for what is not as stored."""
-        known = [each.name for each in fields(cls)]
-        try:
-            if not isinstance(values, Mapping) or sorted(values) != sorted(known):
-                raise TypeError(f"it needs {', '.join(known)}")
-            return cls(**values)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{cls.__name__} in the UNet's config, {values!r}, is malformed: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -138,7 +119,12 @@ class VectorCondition(Settings):
 
     def __post_init__(self) -> None:
         names = tuple(self.names)
-        if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
+        if (
+            isinstance(self.names, str)
+            or not names
+            or not all(isinstance(name, str) and name for name in names)
+            or len(set(names)) != len(names)
+        ):
             raise ValueError(f"condition_vector: names={names!r} must be different strings, at least one.")
         mean, std = (tuple(float(value) for value in values) for values in (self.mean, self.std))
         if not (len(mean) == len(std) == len(names) and all(map(math.isfinite, mean + std)) and min(std) > 0):
@@ -190,18 +176,21 @@ def own_settings(unet: Any) -> Mapping[str, Any]:
 
 def image_condition(unet: Any) -> ImageCondition | None:
     """The UNet's, None if it has none. Raises ValueError for malformed settings, as the following do."""
-    stored = own_settings(unet).get("condition_image")
-    return None if stored is None else ImageCondition.from_json(stored)
+    return _stored(unet, "condition_image", ImageCondition)
 
 
 def vector_condition(unet: Any) -> VectorCondition | None:
-    stored = own_settings(unet).get("condition_vector")
-    return None if stored is None else VectorCondition.from_json(stored)
+    return _stored(unet, "condition_vector", VectorCondition)
 
 
 def value_range(unet: Any) -> ValueRange:
     """What -1 and 1 mean in the units of the data the UNet was trained on."""
-    return ValueRange.from_json(own_settings(unet).get("value_range"))
+    return _stored(unet, "value_range", ValueRange) or ValueRange()
+
+
+def _stored(unet: Any, name: str, kind: type[Settings]) -> Any:
+    stored = own_settings(unet).get(name)
+    return None if stored is None else kind.from_json(stored)
 
 
 def image_channels(unet: Any) -> int:

@@ -22,7 +22,7 @@ from .encoding_alpha_ddpm import image_condition, value_range
 from .pictures_alpha_ddpm import Images
 from .ranges_alpha_ddpm import ValueRange
 from .samplers_alpha_ddpm import Steps, checked_generators, reserved, reverse_step, set_timesteps
-from .sampling_alpha_ddpm import AlphaDDPMSampling, Output, check_finite, check_unet, guided_output, to_images
+from .sampling_alpha_ddpm import AlphaDDPMSampling, Output, check_finite, check_shown, check_unet, guided_output, to_images
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .tables_alpha_ddpm import Generators
 
@@ -261,6 +261,7 @@ class DecodeStep(Block):
 
     def run(self, components: Any, state: BlockState) -> None:
         output = Output(state.output_type, denormalize=state.denormalize)
+        check_shown(components.unet, output)
         own: ValueRange | None = value_range(components.unet) if output.denormalize else None
         state.images = to_images(state.latents, output.type, own)
 

@@ -15,7 +15,7 @@ channels or more than 4 are taken as they are, never as colours. In masks, integ
 masks with transparency or colours are refused.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -131,6 +131,7 @@ def read_values(pictures: Images, what: str, channels: int, values: ValueRange, 
     With `own_units` numbers are in the units of the model's data, as integers of the data's own type are in any case. Other
     numbers are fractions of white, which is 1.
     """
+    pictures = _as_arrays(pictures, DEEP_MODES) if own_units else pictures
     own_type = values.dtype if values.dtype != "float32" and values != ValueRange() else ""
 
     def read(array: np.ndarray) -> Pixels:
@@ -151,22 +152,27 @@ def read_values(pictures: Images, what: str, channels: int, values: ValueRange, 
 
 
 def read_labels(maps: Images, what: str) -> Tensor:
-    """The class ids of label maps, int64 [N, 1, H, W]: integers, or PIL images of one channel with any palette.
+    """The class ids of label maps, int64 [N, 1, H, W]: integers, or PIL images in grey or with any palette.
 
     Raises BadImage, with `what` in its message.
     """
 
     def read(ids: np.ndarray) -> Pixels:
-        if ids.dtype.kind not in "bui" or ids.shape[-1] != 1:
-            raise BadImage(f"it has {ids.shape[-1]} channels of {ids.dtype}; a label map has one, of integers, the class ids")
-        return Pixels(ids.astype(np.int64), 1)
+        if ids.dtype.kind not in "bui":
+            raise BadImage(f"it holds {ids.dtype}; a label map holds integers, the class ids")
+        return Pixels(ids, 1)
 
     with _named(what):
-        if isinstance(maps, list | tuple | Image.Image):
-            each = [maps] if isinstance(maps, Image.Image) else maps
-            maps = [np.asarray(labels) if isinstance(labels, Image.Image) else labels for labels in each]
-        found = [pixels.values for pixels in _all_pixels(maps, 1, read)]
-        return torch.from_numpy(_one_batch(found)).movedim(-1, -3)
+        found = _all_pixels(_as_arrays(maps, ("1", "P", *DEEP_MODES)), 1, read)
+        ids = _one_batch([one_number(pixels).values for pixels in found])
+        return torch.from_numpy(ids.astype(np.int64)).movedim(-1, -3)
+
+
+def one_number(pixels: Pixels) -> Pixels:
+    """A label map, which may have been saved in grey as RGB. Raises BadImage if it has colours."""
+    if pixels.channels not in PIL_MODES or (pixels.values[..., :3] != pixels.values[..., :1]).any():
+        raise BadImage("it has colours; a label map has one number per pixel, in grey or with a palette")
+    return Pixels(pixels.values[..., :1], pixels.top)
 
 
 def read_masks(masks: Images, what: str) -> Tensor:
@@ -327,6 +333,14 @@ def _deep_pixels(image: Image.Image) -> Pixels:
     return Pixels(np.concatenate([np.repeat(grey.in_8_bits().values, 3, axis=-1), alpha], axis=-1), 255)
 
 
+def _as_arrays(pictures: Images, modes: Collection[str]) -> Images:
+    """With what PIL images of these modes hold, upright, as arrays [H, W]."""
+    each = pictures if isinstance(pictures, list | tuple) else [pictures]
+    with as_bad_image():
+        each = [np.asarray(settled(one)) if isinstance(one, Image.Image) and one.mode in modes else one for one in each]
+    return each if isinstance(pictures, list | tuple) else each[0]
+
+
 def _all_pixels(pictures: Images, channels: int | None, read: Callable[[np.ndarray], Pixels]) -> list[Pixels]:
     """A picture's or a batch's pixels, or those of each picture in a list: `channels` are needed, and `read` takes arrays."""
     if not isinstance(pictures, list | tuple):
@@ -346,8 +360,8 @@ def _any_pixels(picture: Picture, most: int, read: Callable[[np.ndarray], Pixels
     """[H, W, C] or [N, H, W, C] of what has at most so many dimensions."""
     if isinstance(picture, Image.Image):
         return read_image(picture)
-    if not isinstance(picture, np.ndarray | Tensor):
-        raise BadImage(f"it is a {type(picture).__name__}; give PIL images, an array or a tensor")
+    if not isinstance(picture, np.ndarray | Tensor) or np.ma.is_masked(picture):
+        raise BadImage(f"it is a {type(picture).__name__}; give PIL images, an array or a tensor, without masked values")
     if not 2 <= picture.ndim <= most:
         allowed = "an array is [N, H, W, C], [H, W, C] or [H, W], a tensor [N, C, H, W], [C, H, W] or [H, W]"
         raise BadImage(f"its shape is {tuple(picture.shape)}; {allowed}; in a list, without N")

@@ -3,8 +3,10 @@
 Travels inside model repositories; imports no sibling.
 """
 
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -14,8 +16,26 @@ DEPTHS = ("uint8", "uint16", "int16", "float32")  # types of data, the shallowes
 TOPS = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}  # white, where black is 0
 
 
+class Settings:
+    """A dataclass that can be stored in a UNet's config."""
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))  # lists, as they are when read again
+
+    @classmethod
+    def from_json(cls, values: Any) -> Self:
+        """Raises ValueError for what is not as stored."""
+        known = [each.name for each in fields(cls)]
+        try:
+            if not isinstance(values, Mapping) or sorted(values) != sorted(known):
+                raise TypeError(f"it needs {', '.join(known)}")
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{cls.__name__} in the UNet's config, {values!r}, is malformed: {error}") from error
+
+
 @dataclass(frozen=True)
-class ValueRange:
+class ValueRange(Settings):
     """The values of the data that become -1 and 1, a pair for all channels or one for each; values beyond are clipped.
 
     Raises ValueError for an unknown type, pairs that are not ascending or exceed 32 bits, and integers without whole bounds.
@@ -74,22 +94,6 @@ class ValueRange:
     def is_whole_type(self) -> bool:
         """Whether the range is all that its unsigned type can hold, so that nothing is ever clipped."""
         return self.dtype in ("uint8", "uint16") and {*self.low} == {0.0} and {*self.high} == {TOPS[self.dtype]}
-
-    def to_json(self) -> dict[str, Any]:
-        return {"low": list(self.low), "high": list(self.high), "dtype": self.dtype}
-
-    @classmethod
-    def from_json(cls, values: Any) -> "ValueRange":
-        """That of a model's settings; 8 bits where these have none. Raises ValueError for settings that are none."""
-        if values is None:
-            return cls()
-        try:
-            pairs = [[float(value) for value in values[name]] for name in ("low", "high")]
-            return cls(*map(tuple, pairs), values["dtype"])
-        except (TypeError, KeyError, IndexError) as error:
-            raise ValueError(
-                f"value_range={values!r} is no range of values, {{low: [...], high: [...], dtype: ...}}."
-            ) from error
 
     def _low_and_half(self, device: torch.device) -> tuple[float | Tensor, float | Tensor]:
         """Low, and half of the range: numbers, or float32 [C, 1, 1] where channels differ."""

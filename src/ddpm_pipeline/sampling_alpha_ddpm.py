@@ -166,10 +166,14 @@ def network_outputs(unet: Any, scheduler: Any, x: Tensor, t: Tensor, *conditions
     kwargs = {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
     network = WithConditionImage(unet) if "condition_image" in kwargs else unet
     # diffusers (0.42) leaves a number as a condition in float32, whatever the weights
-    mixed = unet.config.get("class_embed_type") == "timestep" and unet.dtype in (torch.float16, torch.bfloat16)
-    with torch.autocast(x.device.type, unet.dtype) if mixed else nullcontext():
+    mixed = unet.config.get("class_embed_type") == "timestep" and unet.dtype != torch.float32
+    with unet.class_embedding.register_forward_pre_hook(_in_own_precision) if mixed else nullcontext():
         output = network(torch.cat([model_input] * len(conditions)), t, **kwargs).sample
     return output.to(x.dtype).chunk(len(conditions))
+
+
+def _in_own_precision(module: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (inputs[0].to(module.linear_1.weight.dtype),)
 
 
 def usable_channels(scheduler: Any, output: Tensor, channels: int) -> Tensor:
@@ -253,6 +257,12 @@ def check_unet(unet: Any) -> None:
         raise ValueError(f"condition_dropout={dropout!r} in the UNet's config must be from 0 to 1.")
 
 
+def check_shown(unet: Any, output: Output) -> None:
+    """Raise ValueError if there are no pictures of so many channels."""
+    if output.type == "pil" and (channels := image_channels(unet)) not in PIL_MODES:
+        raise ValueError(f"output_type='pil' cannot show the {channels} channels of this model; use 'pt' or 'np'.")
+
+
 class AlphaDDPMSampling(AlphaDDPMEditing):
     """Mixed into a `DiffusionPipeline` with a `unet` and a `scheduler`."""
 
@@ -291,8 +301,7 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
         self, batch: Batch, conditioning: Conditioning, edit: Edit, output: Output, generator: Generators, steps: Steps
     ) -> AlphaDDPMOutput | tuple:
         """The reverse chain, from noise or from a noised image, to images."""
-        if output.type == "pil" and (channels := image_channels(self.unet)) not in PIL_MODES:
-            raise ValueError(f"output_type='pil' cannot show the {channels} channels of this model; use 'pt' or 'np'.")
+        check_shown(self.unet, output)
         generator = checked_generators(generator, batch.size)
         with reserved(self.scheduler):
             set_timesteps(self.scheduler, steps)

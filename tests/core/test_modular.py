@@ -1,6 +1,7 @@
 """The blocks of Modular Diffusers give what the pipelines give, to the bit, with any guider of diffusers in its place."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -228,6 +229,8 @@ def test_values_in_units_of_the_data_and_blocks_that_do_not_know_the_condition(p
     assert (
         modular(**own, output="images") == pipe(**call(**CONDITIONS["image"], output_type="np", denormalize=True)).images
     ).all()
+    with pytest.raises(ValueError, match="'pil' cannot show the 2 channels"):
+        DecodeStep().run(condition_models.pipeline(2), SimpleNamespace(output_type="pil", denormalize=False, latents=None))
     plain = AlphaDDPMBlocks().init_pipeline(str(folder))
     plain.load_components()
     with pytest.raises(ValueError, match="use AlphaDDPMImageToImageBlocks"):

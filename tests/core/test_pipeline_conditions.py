@@ -37,8 +37,18 @@ def palette(ids: torch.Tensor) -> Image.Image:
     return image
 
 
+def turned(ids: torch.Tensor) -> Image.Image:
+    """As a camera stores it that was held on its side, and in colours that are all grey."""
+    image = Image.fromarray(ids[0].numpy()).convert("RGB").transpose(Image.Transpose.ROTATE_90)
+    image.getexif()[0x112] = 6
+    return image
+
+
+ARRAYS = [ids[0].numpy() for ids in IDS]
+
+
 @pytest.mark.parametrize(
-    "given", [IDS, IDS.long(), IDS.movedim(1, -1).numpy(), list(IDS), [ids[0].numpy() for ids in IDS], [*map(palette, IDS)]]
+    "given", [IDS, IDS.long(), IDS.movedim(1, -1).numpy(), list(IDS), ARRAYS, [*map(palette, IDS)], [*map(turned, IDS)]]
 )
 def test_label_maps_in_any_form_are_what_the_network_gets(given):
     x, _ = seen(pipeline(1, LABELS), condition_image=given)
@@ -84,6 +94,11 @@ def test_guidance_leaves_out_all_or_what_it_names():
     assert not image.any() and not numbers.any()
     image, numbers = halves(guidance_conditions="condition_image")
     assert not image.any() and torch.equal(numbers, told.expand(2, -1))
+    with pytest.warns(UserWarning, match="no effect without condition_image"):  # a single pass
+        x, _ = seen(
+            pipe, batch_size=2, condition_vector=[0, 1.7, 1], guidance_scale=2.0, guidance_conditions=["condition_image"]
+        )
+    assert len(x) == 2
     image, numbers = halves(guidance_conditions=["smiling"])
     partly = POSE.encode(torch.tensor([[0.0, 1.7, NAN]], dtype=torch.float64), told.shape[1])
     assert torch.equal(image, LABELS.encode(IDS)) and torch.equal(numbers, partly.expand(2, -1))
@@ -151,10 +166,12 @@ def test_editing_trajectories_and_samplers_work_with_condition_images(scheduler)
 
 
 @pytest.mark.parametrize("vector", [AGE, POSE])
-def test_half_precision(vector):
+def test_other_precisions(vector):
     pipe = pipeline(1, GREY, vector)
     told = {"condition_image": PICTURES, "condition_vector": {vector.names[0]: 35}, "guidance_scale": 2.0}
     whole = pipe(**call(**told)).images
+    double = pipeline(1, GREY, vector).to(torch.float64)(**call(**told)).images
+    assert double.dtype == torch.float64 and double.isfinite().all()
     half = pipe.to(torch.bfloat16)(**call(**told)).images
     assert half.dtype == torch.float32 and abs(half - whole).mean() < 0.05
 
@@ -171,10 +188,13 @@ def test_values_in_units_of_the_data():
     for same in (fractions, list(torch.from_numpy(slices).movedim(-1, 1)), slices.astype(">i2")):
         assert np.abs(pipe(**call(image=same, strength=0, output_type="np")).images - fractions).max() < 1e-6
     own = {"strength": 0, "output_type": "pt", "denormalize": True}
-    for same in (slices.astype(np.float64), slices.astype(np.int64)):
+    pictures = [[Image.fromarray(each[..., 0].astype(kind)) for each in slices] for kind in (np.int32, np.float32)]
+    for same in (slices.astype(np.float64), slices.astype(np.int64), *pictures):
         torch.testing.assert_close(pipe(**call(image=same, **own)).images, torch.from_numpy(given_back).movedim(-1, 1))
     ends = pipe.interpolate(slices[:1], slices[1:], 0, (0.0, 1.0), num_inference_steps=1, output_type="np", denormalize=True)
     assert ends.images.shape == slices.shape
+    start = pipe.forward_trajectory(slices.astype(np.float64), (-1, 3), denormalize=True)[0]
+    torch.testing.assert_close(start, CT.normalize(torch.from_numpy(slices).movedim(-1, 1)))
 
 
 def test_deep_and_many_channels():
@@ -234,22 +254,29 @@ INPAINT = ImageCondition(1, task="inpaint")
     ("model", "arguments", "message"),
     [
         ((1, LABELS), {"condition_image": IDS[..., :8]}, "has 8x8 pixels; this model needs 8x16"),
-        ((1, LABELS), {"condition_image": IDS.float()}, "it has 1 channels of float32; a label map has one, of integers"),
+        ((1, LABELS), {"condition_image": IDS.float()}, "it holds float32; a label map holds integers"),
         ((1, LABELS), {"condition_image": IDS + 4}, "labels from 4 to 7; this model's label maps have 0 to 3"),
-        ((1, LABELS), {"condition_image": Image.new("RGB", (16, 8))}, "it has 3 channels of uint8; a label map has one"),
+        (
+            (1, LABELS),
+            {"condition_image": Image.new("RGB", (16, 8), "red")},
+            "it has colours; a label map has one number per pixel",
+        ),
         ((1, LABELS), {"condition_image": IDS, "batch_size": 3}, "2 condition_image for a batch of 3"),
         ((1, LABELS, AGE), {"condition_image": IDS, "condition_vector": [1, 2, 3]}, "2 condition_image for a batch of 3"),
         ((1, LABELS), {"condition_image": IDS, "condition_mask": IDS}, "condition_mask goes with .* inpainting"),
         ((1, INPAINT), {"condition_image": PICTURES}, "condition_mask goes with .* inpainting"),
         ((1, INPAINT), {"condition_mask": PICTURES}, "condition_mask goes with .* inpainting"),
         ((1,), {"condition_image": PICTURES}, "condition_image was given to a model without one"),
+        ((1,), {"class_labels": 1}, "class_labels were given to a model without classes"),
         ((1,), {"condition_vector": 3}, "condition_vector was given to a model without numbers"),
-        ((1, None, AGE), {"condition_vector": {"agee": 3}}, "{'agee': 3} must be 1 finite numbers .age., None"),
+        ((1, None, AGE), {"condition_vector": {"agee": 3}}, "{'agee': 3} must be one finite number for each of age, None"),
         ((1, None, AGE), {"condition_vector": math.inf}, "inf must be"),
         ((1, None, AGE), {"condition_vector": "old"}, "'old' must be"),
         ((1, None, AGE), {"condition_vector": []}, "condition_vector is empty"),
-        ((1, None, POSE), {"condition_vector": [1, 2]}, r"must be 3 finite numbers \(angle, height, smiling\)"),
-        ((1, None, POSE), {"guidance_conditions": ["age"]}, r"\['age'\] are not in .*, angle, height, smiling"),
+        ((1, None, POSE), {"condition_vector": [1, 2]}, r"one finite number for each of angle, height, smiling"),
+        ((1, None, POSE), {"guidance_conditions": ["age"]}, r"\['age'\] must .*: condition_vector, angle, height, smiling"),
+        ((1, LABELS), {"guidance_conditions": []}, r"guidance_conditions=\[\] must name some of: condition_image"),
+        ((1,), {"guidance_conditions": 5}, "guidance_conditions=5 must name some of: nothing, since"),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(model, arguments, message):

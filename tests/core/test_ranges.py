@@ -45,7 +45,6 @@ def test_floats_are_not_rounded_and_are_left_as_they_were():
 def test_settings_survive_json():
     value_range = ValueRange((0, -5), (9, 5), "int16")
     assert ValueRange.from_json(json.loads(json.dumps(value_range.to_json()))) == value_range
-    assert ValueRange.from_json(None) == ValueRange()
 
 
 @pytest.mark.parametrize(
@@ -60,7 +59,7 @@ def test_settings_survive_json():
     ids=str,
 )  # fmt: skip
 def test_what_is_no_range_is_refused(values):
-    with pytest.raises(ValueError, match="value_range"):
+    with pytest.raises(ValueError, match=r"(?i)value_?range"):
         ValueRange.from_json(values)
 
 

@@ -34,6 +34,7 @@ def test_card_says_what_is_known_and_passes_the_hub_s_validation(hub, client: Hf
     assert again.data.datasets == ["org/digits"] and again.data.license == "apache-2.0"
     results = again.data.eval_results
     assert [(one.metric_name, one.metric_value) for one in results] == [("bits/dim", 2.345678), ("FID", 1.5)]
+    assert results[1].dataset_split is None and "standard error" in text and "None" not in text
     assert results[0].metric_args == {"num_images": 1797, "standard_error": 0.01, "steps": 1000, "form": "exact KLs"}
     assert not results[0].source_url and "pypi.org" not in text.split("---")[1]
     assert model_index_to_eval_results(again.data.to_dict()["model-index"])[0] == "ddpm"
@@ -96,8 +97,11 @@ SAID = {  # of models, by a change of their configs
                     "what it samples without means nothing", "AlphaDDPMImageToImageBlocks")),
     "of arrays": ({"num_class_embeds": 3, "in_channels": 6, OWN_KEY: {"condition_image": {
                    "channels": 5, "classes": None, "task": None, "value_range": ValueRange((-1,), (1,), "float32").to_json()}}},
-                  ('condition_image = np.load("condition.npy")', "Its values are floats from -1 to 1",
-                   "condition_image=condition_image, class_labels=[0]", "- class-conditional")),
+                  ('condition_image = np.load("condition.npy")', "Its values are floats from -1 to 1", "A class-conditional",
+                   "values = pipe(condition_image=condition_image, class_labels=[0]", "- class-conditional")),
+    "inpainting bands": ({"in_channels": 11, OWN_KEY: {"condition_image": {
+                          "channels": 5, "classes": None, "task": "inpaint", "value_range": ValueRange().to_json()}}},
+                         ("5-channel 8x8", "import numpy as np\nfrom PIL import Image\nfrom ddpm_pipeline")),
 }  # fmt: skip
 
 
@@ -109,9 +113,25 @@ def test_card_says_what_images_and_conditions_are(folder: Path, kind: str) -> No
     text = str(build_card(folder, name="x", repo_id="org/x"))
     for expected in words:
         assert expected in text, expected
-    assert ("denormalize" in text) == ("value_range" in changes[OWN_KEY])
+    assert ("denormalize" in text) == (kind in ("16-bit", "bands", "of arrays"))
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         ast.parse(block)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sample_size": [8]}, {"in_channels": "x"}, {OWN_KEY: 5}, {OWN_KEY: {"value_range": {"low": [0]}}},
+        {OWN_KEY: {"condition_vector": {"names": ["a"]}}}, {OWN_KEY: {"condition_image": {"channels": 1}}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_no_card_can_say_end_a_push_before_it_begins(hub, client: HfApi, folder: Path, changes: dict) -> None:
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=r"^\S+unet/config.json: its settings [^\n]* are malformed [^\n]*$"):
+        push(folder, "org/malformed", api=client)
+    assert ("models", "org/malformed") not in hub.repos
 
 
 def test_card_of_a_text_model_that_is_not_square_names_its_size_for_diffusers_alone() -> None:
@@ -324,17 +344,6 @@ def test_card_has_each_figure_of_an_evaluation_under_its_own_name(folder: Path) 
         assert float(shown.split(" ±")[0]) == indexed[name].metric_value == value, name
         assert int(images) == indexed[name].metric_args["num_images"] == (48 if name == "bits/dim" else 64)
         assert data == "held-out (test)" and indexed[name].dataset_split == "test" and "seed 7" in how
-
-
-def test_card_says_how_certain_a_figure_is(pipe) -> None:
-    estimate = Measurement(
-        "bits/dim", 3.5, 48, "held-out", None, 0.21, {"steps": 1000, "network_calls": "20 of 1000 per image"}
-    )
-    text = str(card_of(pipe, evaluation=[estimate, FIGURES[1]]))
-    assert "| bits/dim | 3.5 ± 0.21 | 48 | held-out | steps 1000, network calls 20 of 1000 per image |" in text
-    assert "standard error" in text and "| FID | 1.5 | 1,797 |" in text and "None" not in text
-    (result, _) = ModelCard(text).data.eval_results
-    assert result.metric_args["standard_error"] == 0.21 and result.dataset_split is None
 
 
 def test_evaluation_goes_into_a_folder_and_on_to_an_edited_card(hub, client: HfApi, folder: Path) -> None:

@@ -68,16 +68,15 @@ def published(hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> 
             other.conv_out.bias.add_(1.0)
         moved = {"ddpm": AlphaDDPMPipeline(other, scheduler()), "text": models.text_pipeline(seed=1)}
         pipes = {
-            "own": AlphaDDPMPipeline(tiny_unet(), scheduler(**OWN)),
-            "class": models.class_pipeline(),
-            "text": models.text_pipeline(),
-        }
+            "own": AlphaDDPMPipeline(tiny_unet(), scheduler(**OWN)), "class": models.class_pipeline(),
+            "text": models.text_pipeline(), "image": models.image_pipeline(),
+        }  # fmt: skip
         for name, pipe in pipes.items():
             expected[name] = images(pipe, name)
             export(pipe, folder / name, build_card(pipe, name=name))
             pipe.to(torch.float16).save_pretrained(folder / name, variant="fp16")
-        described = {"text-fixed": make(scheduler=scheduler()), "dotted.v1-5": pipes["class"], "rgba": models.rgba_pipeline()}
-        described |= {"deep": models.deep_pipeline(), "image": models.image_pipeline()}
+        described = {"text-fixed": make(scheduler=scheduler()), "dotted.v1-5": pipes["class"]}
+        described |= {"rgba": models.rgba_pipeline(), "deep": models.deep_pipeline()}
         for name, pipe in described.items():
             export(pipe, folder / name, build_card(pipe, name=name))
             push(folder / name, f"org/{name}", api=api)
@@ -107,6 +106,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, IFPipeline
+from numpy import array, uint8  # in CALLS
 STEPS, OWN, CALLS, KEPT = {STEPS}, {OWN!r}, {CALLS!r}, {KEPT!r}
 EXPECTED = np.load(os.environ["EXPECTED"])
 
@@ -142,10 +142,10 @@ STRANGER = (
 TRUST = {"trust_remote_code": True}
 
 def check_first_of_all_the_trusted_call():
-    for name in ("text", "class"):
+    for name in ("text", "class", "image"):
         same(DiffusionPipeline.from_pretrained(f"org/{name}", custom_pipeline=f"org/{name}", **TRUST), name)
-    same(DiffusionPipeline.from_pretrained("org/ddpm", custom_pipeline="org/ddpm", **TRUST))
-    same(DiffusionPipeline.from_pretrained("org/ddpm", custom_pipeline="org/ddpm", **TRUST))
+    for _ in range(2):
+        same(DiffusionPipeline.from_pretrained("org/ddpm", custom_pipeline="org/ddpm", **TRUST))
     same(DiffusionPipeline.from_pretrained("org/ddpm"), within=1e-3)
 
 def check_plain_call_samples():
@@ -240,9 +240,10 @@ INSTALLED = (
     COMMON
     + """
 import diffusers
-from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, AlphaDDPMTextToImagePipeline
-OURS = {"text": AlphaDDPMTextToImagePipeline, "class": AlphaDDPMPipeline, "own": AlphaDDPMPipeline, "ddpm": AlphaDDPMPipeline}
-STOCK = {"text": IFPipeline, "class": DDPMPipeline, "own": DDPMPipeline}
+from ddpm_pipeline import AlphaDDPMImageToImagePipeline, AlphaDDPMPipeline, AlphaDDPMScheduler, AlphaDDPMTextToImagePipeline
+OURS = dict.fromkeys(("class", "own", "ddpm"), AlphaDDPMPipeline)
+OURS |= {"text": AlphaDDPMTextToImagePipeline, "image": AlphaDDPMImageToImagePipeline}
+STOCK = {name: IFPipeline if name == "text" else DDPMPipeline for name in KEPT}
 
 def check_our_call():
     pipe = AlphaDDPMPipeline.from_pretrained("org/ddpm")

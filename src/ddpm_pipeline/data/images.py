@@ -22,6 +22,7 @@ from ..pictures_alpha_ddpm import (
     BadImage,
     Pixels,
     as_bad_image,
+    one_number,
     read_array,
     read_image,
     refuse_by_format,
@@ -260,18 +261,11 @@ def _formed(pixels: Pixels, form: Form) -> np.ndarray:
     """The image in the form that is wanted."""
     with as_bad_image():
         if form.nearest and pixels.channels > form.channels:
-            pixels = _one_number(pixels)
+            pixels = one_number(pixels)
         # grey is resized as such, and RGB without an opaque alpha
         seen = pixels.with_channels(form.channels) if form.channels == 1 or pixels.channels == 4 else pixels
         made = type(seen)(_fitted(seen, form), seen.top if form.raw else TOPS[form.dtype]).with_channels(form.channels)
         return made.values.copy()
-
-
-def _one_number(pixels: Pixels) -> Pixels:
-    """The label map that was saved in grey as RGB."""
-    if (pixels.values[..., :3] != pixels.values[..., :1]).any():
-        raise BadImage("it has colours; a label map has one number per pixel, in grey or with a palette")
-    return Pixels(pixels.values[..., :1], pixels.top)
 
 
 def _fitted(pixels: Pixels, form: Form) -> np.ndarray:

@@ -97,7 +97,7 @@ def build_card(
     a pipeline.
     """
     about = facts_of(model)
-    kind, total = about.kind, about.schedule.get("num_train_timesteps", 1000)
+    kind = about.kind
     training, example = training or TrainingFacts(), _shown_code(example or kind.example, "the example")
     name = _shown(name, "the name") or "DDPM"
     repo = json.dumps(_shown(repo_id, "the repository's name") or name, ensure_ascii=False)
@@ -113,13 +113,13 @@ def build_card(
         pictures={file: _prose(_shown(caption, "a caption")) for file, caption in (pictures or {}).items()},
         plain_note=kind.why_plain_cannot_sample,
         plain_class=kind.plain_class,
-        # DDPMPipeline takes 1000 steps by default, however many there are
-        plain_call=about.plain_call(example, total),
+        plain_call=about.plain_call(example),
         our_class=kind.our_class,
         imports=kind.imports,
         setup=kind.setup,
-        our_call=about.call(example, min(100, total)),
-        call_in_own_units=about.call(example, min(100, total), own_units=True) if about.values else "",
+        our_call=about.call(example),
+        call_in_own_units=about.call(example, own_units=True) if about.values and not kind.own_units else "",
+        has_units=about.values or kind.own_units,
         as_blocks=_code(f"pipe = ddpm_pipeline.{kind.our_blocks}().init_pipeline({repo})"),
         training_table=_training_table(training.facts, license),
         command=command,

@@ -4,7 +4,7 @@ Imports the standard library alone. Called by `card`.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,10 @@ from .files import INDEX, read_object
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+UNET = "unet/config.json"
 OWN_KEY = "_alpha_ddpm"  # of our settings in a UNet's config
 DEPTHS = {"uint8": "8-bit integers", "uint16": "16-bit integers", "int16": "signed 16-bit integers", "float32": "floats"}
+PICTURES = ((1, "uint8"), (3, "uint8"), (4, "uint8"), (1, "uint16"))  # channels and types of the files that PIL opens
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Kind:
     condition: str = ""  # a sentence on what the condition is
     imports: str = ""  # of the example, as code, and
     setup: str = ""  # what it names
+    own_units: bool = False  # the condition is floats, which a call takes in their units with `denormalize` only
 
 
 NO_CLASS = " the model loads, but it cannot be told a class, so it cannot sample images"
@@ -52,67 +55,70 @@ class ModelFacts:
     """A model by its configs."""
 
     kind: Kind
-    unet: Mapping[str, Any]
     schedule: Mapping[str, Any]
-
-    @property
-    def channels(self) -> int:
-        """Of the images, without those of a condition image."""
-        beside = (self.unet.get(OWN_KEY) or {}).get("condition_image")
-        task = beside and beside["task"]
-        encoded = 1 if task == "gray" else beside["classes"] or beside["channels"] + (task == "inpaint") if beside else 0
-        return self.unet.get("in_channels", 3) - encoded
+    total: int  # timesteps
+    size: tuple[int | None, int | None]  # height and width
+    channels: int  # of the images, without those of a condition image
+    values: str  # a sentence on the values of the images; "" for 8 bits from 0 to 255
 
     @property
     def images(self) -> str:
         """Such as "RGB 32x48", height first."""
-        colours, size = {1: "grey", 3: "RGB", 4: "RGBA"}.get(self.channels, f"{self.channels}-channel"), self._size
-        return f"{colours} {size[0]}x{size[1]}" if all(size) else colours
+        colours = {1: "grey", 3: "RGB", 4: "RGBA"}.get(self.channels, f"{self.channels}-channel")
+        return f"{colours} {self.size[0]}x{self.size[1]}" if all(self.size) else colours
 
-    @property
-    def values(self) -> str:
-        """A sentence on the values of the images; "" for 8 bits from 0 to 255."""
-        found = (self.unet.get(OWN_KEY) or {}).get("value_range")
-        return _values(found, "Their values are") if found else ""
+    def call(self, arguments: str, own_units: bool = False) -> str:
+        """Code of a call that samples an image, or an array of what PIL has no pictures of, in 100 steps at most."""
+        return self._call(arguments, min(100, self.total), own_units or self.kind.own_units)
 
-    def call(self, arguments: str, steps: int, own_units: bool = False) -> str:
-        """Code of a call that samples an image, or an array of what PIL has no pictures of."""
+    def plain_call(self, arguments: str) -> str:
+        """The same for diffusers alone, whose text pipeline takes the size of square images only from the model."""
+        height, width = self.size
+        size = f", height={height}, width={width}" if self.kind.plain_class == TEXT.plain_class and height != width else ""
+        # DDPMPipeline takes 1000 steps by default, however many there are
+        return "" if self.kind.why_plain_cannot_sample else self._call(arguments + size, self.total)
+
+    def _call(self, arguments: str, steps: int, own_units: bool = False) -> str:
         how = f"{arguments}{', ' if arguments else ''}num_inference_steps={steps}"
         if own_units or self.channels not in (1, 3, 4):
             what, units = ("values", ", denormalize=True") if own_units else ("images", "")
             return f'{what} = pipe({how}, output_type="np"{units}).images  # [1, height, width, channels]'
         return f"image = pipe({how}).images[0]"
 
-    def plain_call(self, arguments: str, steps: int) -> str:
-        """The same for diffusers alone, whose text pipeline takes the size of square images only from the model."""
-        height, width = self._size
-        size = f", height={height}, width={width}" if self.kind.plain_class == TEXT.plain_class and height != width else ""
-        return "" if self.kind.why_plain_cannot_sample else self.call(arguments + size, steps)
-
-    @property
-    def _size(self) -> Sequence[int | None]:
-        """Height and width."""
-        size = self.unet.get("sample_size")
-        return size if isinstance(size, list | tuple) else (size, size)
-
 
 def facts_of(model: "DiffusionPipeline | Path") -> ModelFacts:
-    """Of a pipeline, or of the folder of one. Raises ValueError if it is none."""
+    """Of a pipeline, or of the folder of one. Raises ValueError if it is none, or its settings are malformed."""
     if isinstance(model, Path):
-        files = (INDEX, "unet/config.json", "scheduler/scheduler_config.json")
-        index, unet, schedule = (read_object(model / name) for name in files)
+        index, unet, schedule = (read_object(model / name) for name in (INDEX, UNET, "scheduler/scheduler_config.json"))
     else:
         index, unet, schedule = json.loads(model.to_json_string()), model.unet.config, model.scheduler.config
+    try:
+        return _facts(index, unet, schedule)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        problem = f"its settings ({OWN_KEY}, sample_size, in_channels) are malformed ({type(error).__name__}: {error})"
+        raise ValueError(f"{model / UNET if isinstance(model, Path) else UNET}: {problem}; save the pipeline again.") from error
+
+
+def _facts(index: Mapping[str, Any], unet: Mapping[str, Any], schedule: Mapping[str, Any]) -> ModelFacts:
+    own, size, kind = unet.get(OWN_KEY) or {}, unet.get("sample_size"), UNCONDITIONAL
+    channels, image, values = int(unet.get("in_channels", 3)), own.get("condition_image"), own.get("value_range")
     if "text_encoder" in index:
-        learned = schedule.get("variance_type") in ("learned", "learned_range")
-        return ModelFacts(TEXT if learned else FIXED_TEXT, unet, schedule)
-    kind = CLASS if unet.get("num_class_embeds") or unet.get("class_embed_type") else UNCONDITIONAL
-    own = unet.get(OWN_KEY) or {}
-    if vector := own.get("condition_vector"):
+        kind = TEXT if schedule.get("variance_type") in ("learned", "learned_range") else FIXED_TEXT
+    elif vector := own.get("condition_vector"):
         told = {name: float(f"{mean:.4g}") for name, mean in zip(vector["names"], vector["mean"], strict=True)}
         example, condition = f"condition_vector={told}, guidance_scale=2.0", f"It is conditioned on numbers: {', '.join(told)}."
         kind = Kind(" conditional", example, why_plain_cannot_sample=NO_NUMBERS, condition=condition)
-    return ModelFacts(_with_image(kind, image) if (image := own.get("condition_image")) else kind, unet, schedule)
+    elif unet.get("num_class_embeds") or unet.get("class_embed_type"):
+        kind = CLASS
+    if image:
+        kind, channels = _with_image(kind, image), channels - _encoded_channels(image)
+    total, (height, width) = schedule.get("num_train_timesteps", 1000), size if isinstance(size, list | tuple) else (size, size)
+    return ModelFacts(kind, schedule, int(total), (height, width), channels, _values(values, "Their") if values else "")
+
+
+def _encoded_channels(image: Mapping[str, Any]) -> int:
+    """Those of a condition image at the UNet's input."""
+    return 1 if image["task"] == "gray" else image["classes"] or image["channels"] + (image["task"] == "inpaint")
 
 
 def _with_image(kind: Kind, image: Mapping[str, Any]) -> Kind:
@@ -124,28 +130,30 @@ def _with_image(kind: Kind, image: Mapping[str, Any]) -> Kind:
         "inpaint": "the image with a part left out",
     }.get(name, f"an image of {image['channels']} channel{'s' * (image['channels'] > 1)}")
     what = f"a label map of classes 0 to {image['classes'] - 1}" if image["classes"] else what
-    depth = image["value_range"]["dtype"]
-    is_picture = image["classes"] or (image["channels"], depth) in ((1, "uint8"), (3, "uint8"), (4, "uint8"), (1, "uint16"))
-    reading = 'Image.open("condition.png")' if is_picture else 'np.load("condition.npy")'
-    setup, example = f"condition_image = {reading}  # {what}", "condition_image=condition_image"
+    values = image["value_range"]
+    is_picture = image["classes"] or (image["channels"], values["dtype"]) in PICTURES
+    opened = 'Image.open("condition.png")' if is_picture else 'np.load("condition.npy")'
+    setup, example = f"condition_image = {opened}  # {what}", "condition_image=condition_image"
     if name == "inpaint":
         setup += '\ncondition_mask = Image.open("mask.png")  # white where it is left out'
         example += ", condition_mask=condition_mask"
-    values = "" if image["classes"] or name or depth == "uint8" else _values(image["value_range"], "Its values are")
+    imports = {"np.": "import numpy as np", "Image.": "from PIL import Image"}
+    said = "" if image["classes"] or name or values["dtype"] == "uint8" else _values(values, "Its")
     return replace(
         kind,
-        conditional=" conditional",
+        conditional=kind.conditional or " conditional",
         example=f"{example}, {kind.example or 'guidance_scale=2.0'}",
         our_class="AlphaDDPMImageToImagePipeline",
         our_blocks="AlphaDDPMImageToImageBlocks",
         pipeline_tag="image-to-image",
         why_plain_cannot_sample=NO_IMAGE,
-        condition=" ".join(filter(None, (kind.condition, f"The condition image is {what}.", values))),
-        imports="from PIL import Image" if is_picture else "import numpy as np",
+        condition=" ".join(filter(None, (kind.condition, f"The condition image is {what}.", said))),
+        imports="\n".join(line for used, line in imports.items() if used in setup),
         setup=setup,
+        own_units=values["dtype"] == "float32" and not image["classes"],
     )
 
 
-def _values(values: Mapping[str, Any], begin: str) -> str:
+def _values(values: Mapping[str, Any], whose: str) -> str:
     each = ", each channel in a range of its own" if len(values["low"]) > 1 else ""
-    return f"{begin} {DEPTHS[values['dtype']]} from {min(values['low']):g} to {max(values['high']):g}{each}."
+    return f"{whose} values are {DEPTHS[values['dtype']]} from {min(values['low']):g} to {max(values['high']):g}{each}."

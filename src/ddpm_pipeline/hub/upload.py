@@ -25,6 +25,7 @@ from ..support.errors import PushError
 from ..support.exceptions import describe_exception
 from .card import CARD, card_of_folder, read_card, refresh_card
 from .files import INDEX, components_of, files_to_push, read_object, stale_files
+from .kinds import facts_of
 from .readme import decoded, metadata, private_lines
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def push(folder: str | Path, repo_id: str, options: PushOptions | None = None, *
 def _push(folder: Path, repo_id: str, options: PushOptions, api: HfApi, again: str) -> str:
     """`push`, with the line of code or command that an error names for another try."""
     files = files_to_push(folder, options.include)
+    facts_of(folder)  # what no card can describe is refused before a repository is made for it
     attempt = 0
     while True:
         attempt += 1
