@@ -22,9 +22,11 @@ EVAL = [*TRAIN, "matplotlib>=3.8"]  # which benchmarks/few_steps.py plots with
 INCEPTION = ["torchmetrics[image]>=1.6"]  # torchvision and torch-fidelity, for published FIDs
 TIFF = ["tifffile>=2024.8", "imagecodecs>=2024.6"]  # several bands, and colours beyond 8 bits; LZW and the like
 TENSORBOARD = ["tensorboard>=2.16"]
+CATS = ["robohash==2.0"]  # its art: another version may have other pictures
 TEST = [
     *EVAL,
     *TENSORBOARD,
+    *CATS,
     *TIFF,
     "pytest>=8.0",
     "pytest-xdist>=3.5",
@@ -65,6 +67,7 @@ setup(
         "eval": EVAL,
         "inception": INCEPTION,
         "tensorboard": TENSORBOARD,
+        "cats": CATS,
         "tiff": TIFF,
         "test": TEST,
     },

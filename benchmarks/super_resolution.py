@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--unconditional", type=Path, help="output folder of a model without a condition")
     parser.add_argument("--split", default=HELD_OUT, help="digits to upscale")
     parser.add_argument("--steps", type=int, default=100, help="reverse steps")
-    parser.add_argument("--strength", type=float, default=0.4, help="of SDEdit")
+    parser.add_argument("--strength", type=float, default=0.2, help="of SDEdit")
     parser.add_argument("--num_averaged", type=int, default=8, help="samples whose mean is judged as well")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file to write")

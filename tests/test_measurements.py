@@ -25,6 +25,11 @@ def test_tables_of_benchmarks_are_made_of_their_figures(name):
     assert table(measured(name)) == (RESULTS / f"{name}.md").read_text("utf-8")
 
 
+def test_super_resolution():
+    table = runpy.run_path(str(ROOT / "benchmarks/super_resolution.py"))["table"]
+    assert table(measured("super_resolution")["results"]) in (ROOT / "docs/conditions.md").read_text("utf-8")
+
+
 def test_bits_per_dimension():
     for name in ("digits_evaluation", "digits_likelihood_evaluation"):
         bits = measured(name)["bits_per_dim"]

@@ -3,7 +3,6 @@
 Travels inside model repositories; imports no sibling.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ TOPS = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}  # white, where black
 class ValueRange:
     """The values of the data that become -1 and 1, a pair for all channels or one for each; values beyond are clipped.
 
-    Raises ValueError for an unknown type, pairs that are not ascending and finite, and integer data without whole bounds.
+    Raises ValueError for an unknown type, pairs that are not ascending or exceed 32 bits, and integers without whole bounds.
     """
 
     low: tuple[float, ...] = (0.0,)
@@ -32,7 +31,7 @@ class ValueRange:
         low, high = (tuple(map(float, values)) for values in (self.low, self.high))
         vars(self).update(low=low, high=high)
         pairs = list(zip(low, high, strict=False))
-        if not pairs or len(low) != len(high) or not all(math.isfinite(b - a) and a < b for a, b in pairs):
+        if not pairs or len(low) != len(high) or not all(0 < b - a <= np.finfo(np.float32).max for a, b in pairs):
             raise ValueError(f"value_range: low={low} and high={high} must be finite, low below high, in pairs.")
         if self.dtype == "float32":
             return

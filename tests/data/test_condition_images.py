@@ -115,13 +115,17 @@ def test_pairs_that_do_not_match_are_told_in_both_directions(load, masked, caplo
         (np.full((8, 8), 7, np.uint8), "it has the id 7; ids of 3 classes are 0..2, and 255 where there is none"),
         (rgb(1), "it has colours; a label map has one number per pixel"),
         (ids(1, height=4, width=16), "it is 4x16, and the image 8x8"),
+        (b"broken", "cannot identify its format"),
     ],
 )
 def test_rows_whose_second_image_does_not_fit_are_bad(load, masked, values, message):
-    write_image(masked / "masks" / "1.png", values)
+    path = masked / "masks" / "1.png"
+    path.write_bytes(values if isinstance(values, bytes) else encoded(values))
     with pytest.raises(DataError, match=rf"1 of 3 rows .*\n.*row 1 \(.*masks/1.png\): .*{message}"):
         load(masked, **MASKS)
-    assert load(masked, max_bad_fraction=0.5, **MASKS).rows_of(range(2)).tolist() == [0, 2]
+    data = load(masked, max_bad_fraction=0.5, **MASKS)
+    assert data.rows_of(range(2)).tolist() == [0, 2] and data.skipped[0]["file"] == str(path)
+    assert (data.condition_images.pixels(data.rows_of([1]))[0, 0].numpy() == ids(2)).all()
 
 
 def test_arrays_beside_pictures_and_pictures_beside_arrays(load, masked):
@@ -130,6 +134,12 @@ def test_arrays_beside_pictures_and_pictures_beside_arrays(load, masked):
         np.save(masked / "ids" / f"{seed}.npy", ids(seed, 300).astype(np.int16))
     deep = load(masked, **{**MASKS, "condition_column": "ids", "condition_classes": 300}).condition_images
     assert deep.value_range.dtype == "uint16" and (deep.pixels([2])[0, 0].numpy() == ids(2, 300)).all()
+    for seed in range(3):
+        np.save(masked / "ids" / f"{seed}.npy", ids(seed, 300).astype(np.int16) - 100)
+    signed = {"condition": "image", "condition_column": "ids"}
+    with pytest.raises(DataError, match=r"3 of 3 images of 'cars \(condition images\)' have no known .*\(as for"):
+        load(masked, value_range="0,255", **signed)
+    assert load(masked, value_range="percentile:0,100", **signed).condition_images.value_range.low[0] < -90
     arrays = masked / "images"
     for seed in range(3):
         np.save(arrays / f"{seed}.npy", rgb(seed))
@@ -148,17 +158,6 @@ def test_void_and_black_and_white(load, masked):
         Image.fromarray(ids(seed, 2) * 255).convert("1" if seed else "L").save(masked / "masks" / f"{seed}.png")
     white = load(masked, **{**MASKS, "condition_classes": 2}).condition_images
     assert (white.pixels(range(3))[:, 0].numpy() == [ids(seed, 2) for seed in range(3)]).all()
-
-
-def test_rows_whose_second_image_cannot_be_read_are_skipped_and_listed(load, masked):
-    (masked / "masks" / "1.png").write_bytes(b"broken")
-    data = load(masked, max_bad_fraction=0.5, **MASKS)
-    assert len(data) == 2 and data.rows_of([1]).tolist() == [2]
-    (skipped,) = data.skipped
-    assert skipped["row"] == 1 and skipped["file"].endswith("masks/1.png")
-    assert (data.condition_images.pixels(data.rows_of([1]))[0, 0].numpy() == ids(2)).all()
-    with pytest.raises(DataError, match="1 of 3 rows"):
-        load(masked, **MASKS)
 
 
 def test_streams_read_the_same_pairs(load, masked, tmp_path):

@@ -1,12 +1,14 @@
 """Images of any depth, number of channels, size and range of values, in real files, against numpy."""
 
+import re
 import sys
+from dataclasses import replace
 from functools import partial
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
-import torch
 from datasets import Array2D, Array3D, Dataset, Features
 from PIL import Image
 
@@ -14,7 +16,7 @@ from data_helpers import data_options, encoded, stream_of
 from ddpm_pipeline.data import ConditionColumns, DataError, DataOptions, load_images, open_data, ranges
 from ddpm_pipeline.data.arrays import channels_last
 from ddpm_pipeline.data.held_out import open_training_data
-from ddpm_pipeline.data.images import BadImage, Form, image_pixels, image_shape
+from ddpm_pipeline.data.images import BadImage, Form, image_pixels
 from ddpm_pipeline.data.options import TrainingDataOptions
 from ddpm_pipeline.ranges_alpha_ddpm import ValueRange
 from ddpm_pipeline.support.errors import ConfigError, MissingExtraError
@@ -42,31 +44,35 @@ def last(data) -> np.ndarray:
 
 
 CONTIGUOUS = {"planarconfig": "contig", "photometric": "minisblack"}
-TIFFS = {
+CHANNELS_FIRST = np.moveaxis(BANDS, -1, 0)
+FILES = {
     "interleaved": (BANDS, CONTIGUOUS),
-    "planar": (np.moveaxis(BANDS, -1, 0), {"planarconfig": "separate", "photometric": "minisblack"}),
-    "pages": (np.moveaxis(BANDS, -1, 0), {"photometric": "minisblack"}),
-    "compressed": (BANDS, {**CONTIGUOUS, "compression": "zlib", "predictor": True}),
+    "planar": (CHANNELS_FIRST, {"planarconfig": "separate", "photometric": "minisblack"}),
+    "pages": (CHANNELS_FIRST, {"photometric": "minisblack"}),
+    "deflate": (BANDS, {**CONTIGUOUS, "compression": "zlib", "predictor": True}),
+    "LZW": (BANDS, {**CONTIGUOUS, "compression": "lzw", "predictor": True}),  # as GIS tools write them
     "big-endian": (BANDS, {**CONTIGUOUS, "byteorder": ">"}),
     "BigTIFF": (BANDS, {**CONTIGUOUS, "bigtiff": True}),
+    "npy [H, W, C]": (BANDS, {"suffix": "npy"}),
+    "npy [C, H, W]": (CHANNELS_FIRST, {"suffix": "npy"}),
+    "npy big-endian, Fortran": (np.asfortranarray(BANDS.astype(">u2")), {"suffix": "npy"}),
+    "npz": (BANDS, {"suffix": "npz"}),
 }
 
 
-@pytest.mark.parametrize("way", TIFFS)
-def test_bands_of_a_tiff_keep_their_16_bits(way, load, tmp_path):
-    values, how = TIFFS[way]
-    data = load(folder_of(tmp_path / "tiles", values, suffix="tif", **how), channels=13)
+@pytest.mark.parametrize("way", FILES)
+def test_bands_keep_their_16_bits(way, load, tmp_path, caplog):
+    values, how = FILES[way]
+    data = load(folder_of(tmp_path / "tiles", values, **{"suffix": "tif", **how}), channels=13)
     assert (data.size, data.channels, data.value_range) == ((8, 12), 13, ValueRange.of_type("uint16"))
     assert np.array_equal(last(data)[0], BANDS)
-    if way != "pages":
-        assert load(tmp_path / "tiles").channels == 13
-
-
-def test_pages_are_not_taken_for_channels_unasked(load, tmp_path, caplog):
-    values, how = TIFFS["pages"]
-    data = load(folder_of(tmp_path / "tiles", values, suffix="tif", **how))
-    assert np.array_equal(last(data)[0], BANDS[..., :1])
-    assert "several pages, of which the first is read. If pages are channels, say --channels 13" in caplog.text
+    assert all(chunk.dtype == np.uint16 and not chunk.flags.owndata for chunk in data._pixel_chunks)  # in the mapped file
+    if "npy" in way or "npz" in way:
+        return
+    data = load(tmp_path / "tiles")  # of a TIFF, whose header tells which axis holds the channels
+    assert np.array_equal(last(data)[0], BANDS[..., :1] if way == "pages" else BANDS)
+    said = "several pages, of which the first is read. If pages are channels, say --channels 13" in caplog.text
+    assert said == (way == "pages")
 
 
 def test_colours_of_16_bits_are_kept(load, tmp_path):
@@ -80,19 +86,14 @@ def test_colours_of_16_bits_are_kept(load, tmp_path):
     assert (data.size, data.channels) == ((12, 8), 3) and np.array_equal(last(data)[0], np.rot90(colours, -1))
 
 
-SAVED = {
-    "npy [H, W, C]": ("npy", BANDS),
-    "npy [C, H, W]": ("npy", np.moveaxis(BANDS, -1, 0)),
-    "npy big-endian, Fortran": ("npy", np.asfortranarray(BANDS.astype(">u2"))),
-    "npz": ("npz", BANDS),
-}
-
-
-@pytest.mark.parametrize("way", SAVED)
-def test_numpy_files(way, load, tmp_path):
-    suffix, values = SAVED[way]
-    data = load(folder_of(tmp_path / "tiles", values, suffix=suffix), channels=13)
-    assert data.value_range.dtype == "uint16" and np.array_equal(last(data)[0], BANDS)
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colours_of_16_bits_in_a_png_are_kept(channels, load, tmp_path):
+    """Pillow gives their upper 8 bits."""
+    colours = np.ascontiguousarray(BANDS[..., :channels])
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "0.png").write_bytes(imagecodecs.png_encode(colours))
+    data = load(tmp_path / "deep", channels=channels)
+    assert data.value_range == ValueRange.of_type("uint16") and np.array_equal(last(data)[0], colours)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_array_columns_of_any_type(load, tmp_path):
 
 
 def test_without_tifffile_the_command_is_named(load, tmp_path, monkeypatch):
-    values, how = TIFFS["interleaved"]
+    values, how = FILES["interleaved"]
     folder = folder_of(tmp_path / "tiles", values, suffix="tif", **how)
     monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(MissingExtraError, match=r"needs tifffile.*pip install 'ddpm-pipeline\[tiff\]'"):
@@ -156,7 +157,7 @@ def test_without_tifffile_the_command_is_named(load, tmp_path, monkeypatch):
 
 
 def test_bands_are_never_converted(load, tmp_path):
-    values, how = TIFFS["interleaved"]
+    values, how = FILES["interleaved"]
     folder = folder_of(tmp_path / "tiles", values[..., :4], suffix="tif", **how)
     with pytest.raises(DataError, match="4 channels, which are no colours, where 3"):
         load(folder, channels=3)
@@ -184,12 +185,6 @@ def test_the_depth_is_that_of_the_deepest(load, tmp_path):
     assert data.value_range == ValueRange.of_type("float32")
     np.testing.assert_allclose(last(data)[..., 0], [grey / 255, deep / 65535, deep / 65535], atol=1e-7)
     assert len({load(folder, resolution=size).fingerprint for size in (4, 8)}) == 2
-
-
-def test_deep_data_stay_in_the_file_at_their_own_depth(load, tmp_path):
-    data = load(folder_of(tmp_path / "tiles", *[BANDS] * 3), channels=13)
-    assert all(chunk.dtype == np.uint16 and not chunk.flags.owndata for chunk in data._pixel_chunks)
-    assert data.bytes_per_image == BANDS.nbytes and data.pixels([2]).dtype == torch.uint16
 
 
 # Ranges
@@ -240,7 +235,7 @@ def test_values_without_a_known_range_are_one_clear_line(load, tmp_path):
     floats = RNG.normal(0, 3, (8, 8)).astype(np.float32)
     for number, array in enumerate([INT16, floats, np.eye(8, dtype=np.int64)]):
         folder = folder_of(tmp_path / f"{number}", array, array)
-        with pytest.raises(DataError, match=r"^2 of 2 images of .* black and white.*--value_range percentile:1,99\.$"):
+        with pytest.raises(DataError, match=r"^2 of 2 images of .* black and white.*--value_range percentile:1,99 \(.*\)\.$"):
             load(folder)
     tiff = folder_of(tmp_path / "tiff", INT16, suffix="tif")
     with pytest.raises(DataError, match="signed integers"):
@@ -249,6 +244,17 @@ def test_values_without_a_known_range_are_one_clear_line(load, tmp_path):
     holes = folder_of(tmp_path / "holes", floats, np.where(floats > 4, np.nan, floats), suffix="tif")
     data = load(holes, value_range="percentile:0,100", max_bad_fraction=0.5)
     assert len(data) == 1 and "nan" in data.skipped[0]["reason"]
+    huge = floats.astype(float) * 1e300
+    for name, array, reason in [("beyond", huge, "beyond 32 bits"), ("none", huge[:0], r"no pixels.*\(0, 8, 1\)")]:
+        with pytest.raises(DataError, match=reason):
+            load(folder_of(tmp_path / name, array), value_range="-1,1")
+
+
+def test_16_bits_of_which_few_are_used_are_told(load, tmp_path, caplog):
+    load(folder_of(tmp_path / "bright", BANDS), channels=13)
+    assert not caplog.text
+    load(folder_of(tmp_path / "12 bits", BANDS // 16), channels=13)
+    assert re.search(r"'12 bits': 99.9 % of the values are at most 4\d{3} of 65535. .*--value_range percentile", caplog.text)
 
 
 def test_a_model_s_range_is_that_of_the_data_it_is_judged_on(tmp_path):
@@ -262,12 +268,15 @@ def test_a_model_s_range_is_that_of_the_data_it_is_judged_on(tmp_path):
     assert (last(data) == 9 * 257).all() and data.value_range == ValueRange.of_type("uint16")
 
 
-def test_held_out_images_are_read_in_the_range_of_the_others(tmp_path):
+def test_held_out_images_are_read_in_the_range_of_the_others(tmp_path, caplog):
     folder, other = folder_of(tmp_path / "train", INT16, INT16 + 5), folder_of(tmp_path / "other", INT16 + 900, INT16 + 950)
     common = {"value_range": "percentile:1,99", "cache_dir": str(tmp_path / "cache")}
     options = TrainingDataOptions(dataset=str(folder), validation_split=str(other), **common)
     data = open_training_data(options, ConditionColumns(), 0)
     assert data.held_out.value_range == data.value_range == load_images(data_options(folder, **common)[0]).value_range
+    assert re.search(r"'other': [\d.]+ % of the values lie beyond the model's range, -\d+..\d+, and are clipped", caplog.text)
+    with pytest.raises(DataError, match=r"holds out 2 images, and leaves 0 of 2"):
+        open_training_data(replace(options, validation_split="train"), ConditionColumns(), 0)
 
 
 @pytest.mark.parametrize(
@@ -335,15 +344,6 @@ def test_images_of_one_size_are_left_alone(load, tmp_path):
     np.save(folder / "2.npy", BANDS[:6])
     with pytest.raises(DataError, match="2 different sizes, from 6x12 to 8x12"):
         load(folder, resize="none", resolution=8)
-
-
-def test_sizes_are_those_of_the_upright_image(load, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    (tmp_path / "photos").mkdir()
-    Image.new("L", (12, 8)).save(tmp_path / "photos" / "1.jpg", exif=exif)
-    assert image_shape(str(tmp_path / "photos" / "1.jpg"), "image")[:2] == (8, 12)
-    assert load(tmp_path / "photos").size == (12, 8)
 
 
 def test_features_beside_pictures_are_no_images(load, tmp_path):

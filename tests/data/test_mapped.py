@@ -17,7 +17,6 @@ from data_helpers import all_pixels, assert_holds, encoded, make_set, rgb, write
 from data_helpers import load as load_data
 from ddpm_pipeline.data import DataError, DataOptions, mapped
 from ddpm_pipeline.data.images import to_array
-from ddpm_pipeline.ranges_alpha_ddpm import ValueRange
 from ddpm_pipeline.support.errors import ConfigError
 
 
@@ -28,12 +27,6 @@ def decoded(monkeypatch):
     original = mapped.image_pixels
     monkeypatch.setattr(mapped, "image_pixels", lambda *args: calls.append(1) or original(*args))
     return calls
-
-
-def test_model_range():
-    levels = ValueRange().normalize(torch.arange(256, dtype=torch.uint8))
-    assert torch.equal(levels, torch.arange(256, dtype=torch.float32) / 127.5 - 1)
-    assert torch.equal(((levels + 1) * 127.5).round(), torch.arange(256.0))
 
 
 # Sizes and channels

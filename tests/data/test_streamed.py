@@ -126,9 +126,12 @@ def test_bad_rows_are_skipped_and_named_once_an_epoch(tmp_path):
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_a_stream_of_nothing_usable_ends(tmp_path, parts):
-    data = stream_of(write_numbered(tmp_path / "bad", [30], bad=range(30)), max_bad_fraction=0.9)
+    bad = write_numbered(tmp_path / "bad", [30], bad=range(30))
+    with pytest.raises(DataError, match=r"30 of 30 rows of 'bad' .* no row is left"):
+        stream_of(bad, max_bad_fraction=0.9)
+    data = stream_of(write_numbered(tmp_path / "large", [30]), resize="none", resolution=4, max_bad_fraction=0.9)
     for attempt in (lambda: next(read(data, parts)), lambda: data.first(3), lambda: data.stored(3, str(tmp_path))):
-        with pytest.raises(DataError, match=r"30 of 30 rows of 'bad' .* no row is left|of 'bad' .* no row is left"):
+        with pytest.raises(DataError, match=r"of 'large' .* no row is left"):
             attempt()
     empty = stream_of(write_numbered(tmp_path / "empty", [0]))
     for attempt in (lambda: next(read(empty, parts)), lambda: empty.first(3)):

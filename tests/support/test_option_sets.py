@@ -23,7 +23,7 @@ class SourceOptions(OptionGroup):
 class TargetOptions(OptionGroup):
     title: ClassVar[str] = "target"
 
-    target: str = option("copies", "Folder to write.")
+    target: str = option("copies", "Folder to write (100%).")
     overwrite: bool = option(True, "Replace files.")
 
 
@@ -89,4 +89,5 @@ def test_what_cannot_be_meant_is_named(capsys):
     with pytest.raises(SystemExit) as end:
         parse("--help")
     printed = capsys.readouterr().out
-    assert end.value.code == 0 and "source:\n" in printed and "target:\n" in printed and "Copy files." in printed
+    assert end.value.code == 0
+    assert all(words in printed for words in ("source:\n", "target:\n", "Copy files.", "(100%)."))

@@ -122,6 +122,8 @@ def found_array(source: ArraySource | np.ndarray, channels: int | None) -> tuple
     values = source if isinstance(source, np.ndarray) else _numpy_array(source)
     if values is not None:
         values = channels_last(values, channels)
+        if not values.size:
+            raise BadImage(f"it has no pixels; its shape is {values.shape}")
         return StoredArray(values.shape, values.dtype, CHANNELS if values.dtype == np.uint8 else (1, 3), lambda: values), 1
     tiff = _tiff_header(source)
     if tiff is None:

@@ -56,6 +56,10 @@ def attributes_of(source: Source, roles: ColumnRoles) -> Attributes:
     return find_attributes(roles.numbers, source.dataset.features, lambda name: column_of(source, name))
 
 
+def source_of_partners(source: Source) -> Source:
+    return replace(source, name=f"{source.name} (condition images)")
+
+
 def options_of_partners(options: DataOptions) -> DataOptions:
     """How second images are read: with channels of their own, and percentiles of their own or the range of their type."""
     percentiles = (options.value_range or "").startswith(PERCENTILES)
@@ -68,6 +72,7 @@ def _with_partners(
     """With the second images, without the rows where they cannot be read or do not fit the image. Raises DataError."""
     roles = ColumnRoles(data.roles.partner, data.roles.partner_kind, None, None, None)
     given = replace(options_of_partners(options), resolution=shown_size(data.size))
+    source = source_of_partners(source)
     second = preprocessed(source, given, roles, Features({}), columns.condition_classes, value_range)
     unread = [{**one, "reason": CONDITION_IMAGE + one["reason"]} for one in second.skipped]
     shapes = [
@@ -75,14 +80,14 @@ def _with_partners(
         scan(source, given, roles, second.form.raw, 1 if second.classes else None),
     ]
     bad = [*unread, *_of_another_size(source, roles.image, *shapes)]
-    return joined(data, second, bad, repr(options.dataset), options.max_bad_fraction)
+    return joined(data, second, bad, options.max_bad_fraction)
 
 
-def joined(data: ImageData, second: ImageData, bad: list[SkippedRow], shown_name: str, max_bad_fraction: float) -> ImageData:
+def joined(data: ImageData, second: ImageData, bad: list[SkippedRow], max_bad_fraction: float) -> ImageData:
     """Images with their second images, without these bad rows. Raises DataError if too many rows are bad by now."""
     skipped, total = {one["row"]: one for one in (*bad, *data.skipped)}, len(data.dataset)
     skipped = [skipped[row] for row in sorted(skipped)]
-    check_rows(shown_name, skipped, total, max_bad_fraction)
+    check_rows(data.name, skipped, total, max_bad_fraction)
     rows = np.setdiff1d(np.arange(total), [one["row"] for one in skipped]) if skipped else None
     fingerprint = hash_of(*(fingerprint_of(images, images.dataset, rows) for images in (data, second)))
     return replace(data, condition_images=replace(second, rows=None), rows=rows, skipped=skipped, fingerprint=fingerprint)
@@ -100,10 +105,9 @@ def with_vectors(data: ImageData, table: pa.Table) -> ImageData:
 
 def _of_another_size(source: Source, column: str, *scanned: Dataset) -> Iterator[SkippedRow]:
     """The rows whose second image, in this column, differs in size from the image, where both can be read."""
-    shapes = [each.data for each in scanned]
-    sizes = np.stack([[table.column(side).to_numpy() for side in ("height", "width")] for table in shapes]).astype(
-        int
-    )  # [2, 2, N]
-    for row in np.flatnonzero(sizes.all(axis=(0, 1)) & (sizes[0] != sizes[1]).any(axis=0)).tolist():
-        value = row_value(source.dataset.with_format("arrow")[row].column(column)[0])
-        yield skipped_row(row, CONDITION_IMAGE + other_size(*sizes[:, :, row].tolist()), image_file(value))
+    sizes = np.array([[each.data.column(side).to_numpy() for side in ("height", "width")] for each in scanned])  # [2, 2, N]
+    both_read, differ = sizes.all(axis=(0, 1)), (sizes[0] != sizes[1]).any(axis=0)
+    rows = source.dataset.with_format("arrow")
+    for row in np.flatnonzero(both_read & differ).tolist():
+        why = other_size(*sizes[..., row].astype(int).tolist())
+        yield skipped_row(row, f"{CONDITION_IMAGE}{why}", image_file(row_value(rows[row].column(column)[0])))

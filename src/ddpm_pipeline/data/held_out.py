@@ -12,9 +12,8 @@ import pyarrow as pa
 
 from ..support.errors import DataError
 from .columns import IMAGE_DIGEST
-from .mapped import ImageData, ImageSet, fingerprint_of, with_class_column
+from .mapped import ImageData, ImageSet, fingerprint_of, measured, with_class_column
 from .options import PERCENTILES, ConditionColumns, TrainingDataOptions
-from .ranges import measured_images, range_of
 from .skipped import SHOWN, describe
 from .sources import hash_of
 from .streamed import StreamData, open_data
@@ -40,12 +39,14 @@ def open_training_data(options: TrainingDataOptions, columns: ConditionColumns, 
     left, count = data, "a stream"
     if isinstance(data, ImageData):
         same = np.isin(image_digests(data), image_digests(held_out))
-        left = _measured(part(data, ~same), options) if same.any() else data
-        held_out = _in_ranges_of(left, held_out)
+        left = part(data, ~same) if same.any() else data
         count = f"{len(left):,} of {len(data):,}, which are not held out"
     if len(held_out) < FEWEST or left.num_images == 0:
         what = f"{len(held_out):,} images, and leaves {count}"
         raise DataError(f"--validation_split {given} holds out {what}. Hold out at least {FEWEST} images, and not all.")
+    if left is not data:
+        left = _measured(left, options)
+        held_out = _in_ranges_of(left, held_out)
     logger.info("held out (--validation_split %s): %d images; trained on: %s", given, len(held_out), count)
     return replace(left, held_out=held_out)
 
@@ -65,12 +66,10 @@ def _measured(data: ImageData, options: TrainingDataOptions) -> ImageData:
     """With percentiles of these images' values, if that is what --value_range asks for, and of their condition images'."""
     if not (options.value_range or "").startswith(PERCENTILES):
         return data
-    looked_at, second = measured_images(len(data), data.bytes_per_image), data.condition_images
+    second = data.condition_images
     if second is not None and not second.classes:
-        values = second.pixels(data.rows_of(looked_at)).numpy()
-        second = replace(second, value_range=range_of(options.value_range, values, second.name))
-    value_range = range_of(options.value_range, data.pixels(looked_at).numpy(), data.name)
-    return replace(data, value_range=value_range, condition_images=second)
+        second = replace(measured(replace(second, rows=data.rows), options.value_range), rows=None)
+    return replace(measured(data, options.value_range), condition_images=second)
 
 
 def _in_ranges_of(training: ImageData, held_out: ImageData) -> ImageData:

@@ -85,8 +85,13 @@ def open_image(source: ImageSource) -> Image.Image:
 
     Raises `BadImage` for a file that is missing, empty, truncated, not an image, or absurdly large.
     """
+    return _opened_image(source)[1]
+
+
+def _opened_image(source: ImageSource) -> tuple[bool, Image.Image]:
+    """(whether Pillow has left out bits of its colours, the image)."""
     with as_bad_image(), _opened(source) as image:
-        return settled(image)
+        return _is_deep_png(image), settled(image)
 
 
 def native_channels(image: Image.Image) -> int:
@@ -135,7 +140,7 @@ def image_shape(value: Any, kind: str, raw: bool = False, channels: int | None =
         mapped = image.format == "TIFF" and image.mode in ("P", "PA")  # its palette may have to be settled
         native = native_channels(settled(image) if mapped else image)
         deep = {"F": "float32", "I": "int32" if raw else "uint16"}.get(image.mode, "uint16")
-        dtype = np.dtype(deep if image.mode in DEEP_MODES else "uint8")
+        dtype = np.dtype(deep if image.mode in DEEP_MODES or _is_deep_png(image) else "uint8")
         return Shape(*_upright_size(image), native, pages, *_span(dtype, raw, lambda: np.asarray(settled(image))))
 
 
@@ -199,10 +204,25 @@ def _decoded(source: ImageSource, form: Form) -> Pixels:
     """The image at its own depth, upright; as `Bands` if its channels are no colours, or not known to be such."""
     array, _ = found_array(source, form.channels)
     if array is None:
-        return _picture(open_image(source), form)
+        deep, picture = _opened_image(source)
+        return _deep_png(picture, source) if deep else _picture(picture, form)
     pixels, channels = _levels(array.read(), form.raw), array.shape[-1]
     converted = channels in array.colours and (not form.raw or {channels, form.channels} <= {1, 3})
     return pixels if converted else Bands(pixels.values, pixels.top)
+
+
+def _is_deep_png(image: Image.Image) -> bool:
+    """Whether an opened image has colours of 16 bits and no transparent one, of which Pillow (13.0) gives the upper 8 bits."""
+    deep = any(tile.args in ("RGB;16B", "RGBA;16B") for tile in image.tile)
+    return image.format == "PNG" and deep and "transparency" not in image.info
+
+
+def _deep_png(upper: Image.Image, source: ImageSource) -> Pixels:
+    """With the lower 8 bits, which Pillow gives if it is told the other order of bytes."""
+    with as_bad_image(), _opened(source) as image:
+        image.tile = [tile._replace(args=tile.args.replace("16B", "16L")) for tile in image.tile]
+        lower = np.asarray(settled(image))
+    return Pixels(np.asarray(upper).astype(np.uint16) << 8 | lower, 65535)
 
 
 def _picture(image: Image.Image, form: Form) -> Pixels:
@@ -220,8 +240,8 @@ def _levels(values: np.ndarray, raw: bool) -> Pixels:
     kind, size = values.dtype.kind, values.dtype.itemsize
     if kind not in "buif":
         raise BadImage(f"its type is {values.dtype}; save numbers")
-    if kind == "f" and not np.isfinite(values).all():
-        raise BadImage("it holds nan or infinity")
+    if kind == "f" and not (abs(values) <= np.finfo(np.float32).max).all():
+        raise BadImage("it holds nan or infinity, or a number beyond 32 bits")
     if raw:
         return Pixels(
             values.astype(np.uint8 if kind == "b" else values.dtype.newbyteorder("="), copy=False), 2 ** (8 * size) - 1

@@ -29,7 +29,7 @@ from .files import UNREADABLE, Reach, UnreadableFile
 from .images import SAY_RANGE, BadImage, Form, Shape, image_file, image_pixels, image_shape
 from .label_maps import form_of_label_maps, label_map
 from .options import MAX_CHANNELS, DataOptions, shown_size
-from .ranges import depth_of, is_raw, measured_images, range_of, unmeasured
+from .ranges import depth_of, is_raw, measured_images, range_of, unmeasured, warn_of_clipped, warn_of_dark
 from .skipped import SkippedRow, check_bad_fraction, skipped_row
 from .sources import Source, cache_folder, hash_of
 from .vectors import Attributes
@@ -231,69 +231,67 @@ def preprocessed(
     """
     raw, channels = bool(classes) or is_raw(options, value_range), 1 if classes else options.channels
     scanned = scan(source, options, roles, raw, channels)
-    check_rows(repr(options.dataset), _unusable(scanned), len(scanned), options.max_bad_fraction)
-    size, form = _found_form(options, scanned, raw, channels)
+    check_rows(source.name, _unusable(scanned), len(scanned), options.max_bad_fraction)
+    size, form = _found_form(source.name, options, scanned, raw, channels)
     if value_range is not None:
         form = replace(form, dtype=value_range.dtype)
     if classes:
         form = form_of_label_maps(form, classes)
     images = ImageSet(source.name, size, form, unmeasured(form), roles, classes=classes, resized=options.resizes_windows)
-    _note_resizing(source, images)
     key = cache_key("pixels", source.state(roles.image), roles.image, astuple(form), classes, list(kept))
     features, batch_size = cache_features(kept, images), max(1, min(1000, BATCH_BYTES // images.bytes_per_image))
     threads = options.preprocessing_num_workers or 1
     preprocess = partial(_preprocess_batch, kept=list(kept), to=images, reach=source.reach, threads=threads)
     cached = _cached(source, options, roles, preprocess, key, features, batch_size, "Preprocessing images")
-    data = usable_images(cached, images, repr(options.dataset), options.max_bad_fraction)
+    data = usable_images(cached, images, options.max_bad_fraction)
     if classes or not raw:
+        if form.dtype == "uint16" and not classes and value_range is None:
+            warn_of_dark(_looked_at(data), data.name)
         return data
     if value_range is None:
-        looked_at = data.pixels(measured_images(len(data), data.bytes_per_image)).numpy()
-        value_range = range_of(options.value_range, looked_at, data.name)
-    data = replace(data, value_range=value_range)
+        data = measured(data, options.value_range)
+    else:
+        warn_of_clipped(_looked_at(data), value_range, data.name)
+        data = replace(data, value_range=value_range)
     return replace(data, fingerprint=fingerprint_of(data, data.dataset, data.rows))
 
 
-def _found_form(options: DataOptions, scanned: Dataset, raw: bool, channels: int | None) -> tuple[tuple[int, int], Form]:
+def _found_form(
+    name: str, options: DataOptions, scanned: Dataset, raw: bool, channels: int | None
+) -> tuple[tuple[int, int], Form]:
     """(size, form) of the images, as far as asked for, or else as found."""
     found = {name: scanned.data.column(name).to_numpy() for name in NO_SHAPE._fields}
     good = found["width"] > 0
     size, sizes = options.size, np.stack([found["height"], found["width"]], axis=1)[good].astype(int)
-    if options.resize == "none":
-        stored = _own_size(options.dataset, sizes)
-        size = size or stored
-        if (size != stored and not options.window_share) or size > stored or size[1] > stored[1]:
-            fix = (
-                f"Use --resolution {shown_size(stored)}, --resize crop, pad or stretch, or --random_crop 1 for smaller windows"
-            )
-            raise DataError(
-                f"--resize none: the images of {options.dataset!r} are {shown_size(stored)}, not {shown_size(size)}. {fix}."
-            )
-        stored = options.stored_size(size, stored)
-    else:
-        size = size or _own_size(options.dataset, sizes)
-        stored = options.stored_size(size)
+    own = None if size and options.resize != "none" else _own_size(name, options.resize, sizes)
+    size = size or own
+    if options.resize == "none" and ((size != own and not options.window_share) or size[0] > own[0] or size[1] > own[1]):
+        fix = f"Use --resolution {shown_size(own)}, --resize crop, pad or stretch, or --random_crop 1 for smaller windows"
+        raise DataError(f"--resize none: the images of {name!r} are {shown_size(own)}, not {shown_size(size)}. {fix}.")
+    stored = options.stored_size(size, own if options.resize == "none" else None)
     if channels is None and (pages := int(found["pages"].max())) > 1:
         words = "%r has TIFF files of several pages, of which the first is read. If pages are channels, say --channels %d"
-        logger.warning(words, options.dataset, min(pages, MAX_CHANNELS))
+        logger.warning(words, name, min(pages, MAX_CHANNELS))
     depth = depth_of(found["low"][good].min(), found["high"][good].max())
-    return size, Form(stored, channels or int(found["channels"].max()), depth, raw, options.resize)
+    form = Form(stored, channels or int(found["channels"].max()), depth, raw, options.resize)
+    first, wanted = (*sizes[0].tolist(), int(found["channels"][good][0])), (*stored, form.channels)
+    if first != wanted:
+        shapes = " to ".join(f"{h}x{w} with {c} channels" for h, w, c in (first, wanted))
+        logger.info("%s: images are resized (%s) and converted, the first from %s", name, options.resize, shapes)
+    return size, form
 
 
-def _note_resizing(source: Source, to: ImageSet) -> None:
-    """Log that the images are resized or change their channels, as far as the first one tells."""
-    first = source.dataset.with_format("arrow")[:1].column(to.roles.image)[0]
-    with contextlib.suppress(BadImage):
-        shape = shape_of(to.roles.kind, source.reach, row_value(first), to.form.raw, to.channels)
-        found, wanted = (shape.height, shape.width, shape.channels), (*to.stored_size, to.channels)
-        if found != wanted:
-            shapes = " to ".join(f"{h}x{w} with {c} channels" for h, w, c in (found, wanted))
-            logger.info("%s: images are resized (%s) and converted, the first from %s", to.name, to.form.resize, shapes)
+def measured(data: ImageData, text: str) -> ImageData:
+    """In the range that `--value_range` asks for. Raises DataError if it does not fit the images."""
+    return replace(data, value_range=range_of(text, _looked_at(data), data.name))
 
 
-def usable_images(
-    cached: Dataset, of: ImageSet, shown_name: str, max_bad_fraction: float, classes: pa.Array | None = None
-) -> ImageData:
+def _looked_at(data: ImageData) -> np.ndarray:
+    """The images [N, C, H, W] that stand for all."""
+    return data.pixels(measured_images(len(data), data.bytes_per_image)).numpy()
+
+
+def usable_images(cached: Dataset, of: ImageSet, max_bad_fraction: float, classes: pa.Array | None = None) -> ImageData:
     """The rows of the cache that have a good image and a value in the needed column. Raises DataError if too many do not.
 
     `classes` are the values of the label column, sorted; by default those that occur.
@@ -302,11 +300,11 @@ def usable_images(
     label = cached.features.get(of.roles.label)  # of a stream, only the needed column is in the cache
     class_names = None if label is None else list(label.names)
     skipped = _unusable(cached, of.roles.needed, of.roles.num_classes(class_names))
-    check_rows(shown_name, skipped, len(cached), max_bad_fraction)
+    check_rows(of.name, skipped, len(cached), max_bad_fraction)
     rows = np.setdiff1d(np.arange(len(cached)), [one["row"] for one in skipped]) if skipped else None
-    about = (of.name, of.size, of.form, of.value_range, of.roles)
-    more = {"resized": of.resized, "classes": of.classes, "condition_images": of.condition_images, "attributes": of.attributes}
-    return ImageData(*about, cached, class_names, fingerprint_of(of, cached, rows), rows, skipped, **more)
+    about = {field.name: getattr(of, field.name) for field in fields(ImageSet)}
+    own = {"dataset": cached, "class_names": class_names, "fingerprint": fingerprint_of(of, cached, rows)}
+    return ImageData(**about, **own, rows=rows, skipped=skipped)
 
 
 def fingerprint_of(images: ImageSet, cached: Dataset, rows: np.ndarray | None) -> str:
@@ -322,10 +320,10 @@ def check_rows(name: str, skipped: Sequence[SkippedRow], total: int, max_bad_fra
     """As `check_bad_fraction`; in one line, if too many images are bad for want of `--value_range`."""
     unclear = [one["reason"] for one in skipped if SAY_RANGE in one["reason"]]
     if len(unclear) / total > max_bad_fraction:
-        found, why = f"{len(unclear):,} of {total:,} images of {name}", unclear[0].partition(SAY_RANGE)[0]
-        fix = "state them, as in --value_range=-1000,3000 or --value_range percentile:1,99"
+        found, why = f"{len(unclear):,} of {total:,} images of {name!r}", unclear[0].partition(SAY_RANGE)[0]
+        fix = "state them, --value_range=-1000,3000, or measure them, --value_range percentile:1,99 (as for condition images)"
         raise DataError(f"{found} have no known black and white: {why}{fix}.")
-    check_bad_fraction(name, skipped, len(skipped), total, max_bad_fraction)
+    check_bad_fraction(repr(name), skipped, len(skipped), total, max_bad_fraction)
 
 
 def _with_class_numbers(images: Dataset, label_column: str | None, classes: pa.Array | None) -> Dataset:
@@ -398,13 +396,14 @@ def unreadable_rows(cache: pa.Table) -> list[int]:
     return pc.indices_nonzero(pc.starts_with(cache.column(REASON), UNREADABLE)).to_pylist()
 
 
-def _own_size(dataset: str, sizes: np.ndarray) -> tuple[int, int]:
+def _own_size(name: str, resize: str, sizes: np.ndarray) -> tuple[int, int]:
     """The size that all images share, from their heights and widths [N, 2]."""
     different = sorted(map(tuple, np.unique(sizes, axis=0).tolist()), key=lambda size: (size[0] * size[1], size))
     if len(different) == 1:
         return different[0]
     found = f"{len(different)} different sizes, from {shown_size(different[0])} to {shown_size(different[-1])} (height x width)"
-    raise DataError(f"The images of {dataset!r} have {found}. Choose one with --resolution, such as 64 or 48x96.")
+    fix = "Make them one with --resize crop, pad or stretch, and" if resize == "none" else "Choose one with"
+    raise DataError(f"The images of {name!r} have {found}. {fix} --resolution, such as 64 or 48x96.")
 
 
 def cache_features(kept: Features, of: ImageSet) -> Features:

@@ -65,9 +65,10 @@ class DataOptions(OptionGroup):
     title: ClassVar[str] = "data"
 
     dataset: str = option(
-        "digits", "Images: 'digits' (built in), a Hub data set, a folder or archive of images, parquet files, or a folder "
-        "saved by Dataset.save_to_disk (docs/data.md).")
-    dataset_config: str | None = option(None, "Configuration of a Hub data set.")
+        "digits", "Images: 'digits' or 'cats' (built in), a Hub data set, a folder or archive of images, parquet files, or a "
+        "folder saved by Dataset.save_to_disk (docs/data.md).")
+    dataset_config: str | None = option(
+        None, "Configuration of a Hub data set; of the cats, num_images=10000,seed=0.")
     split: str = option("train", "Split of the data set.")
     image_column: str | None = option(None, "Image column. By default the only column that holds images.")
     resolution: int | str | None = option(

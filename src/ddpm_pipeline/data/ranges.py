@@ -4,6 +4,8 @@ What is measured, and what a stated range is held against, are images at even di
 MEASURED_BYTES: a function of the data alone, in memory that does not grow with them.
 """
 
+import logging
+
 import numpy as np
 
 from ..ranges_alpha_ddpm import DEPTHS, ValueRange
@@ -11,7 +13,10 @@ from ..support.errors import DataError
 from .images import Form
 from .options import PERCENTILES, DataOptions, numbers_of_range
 
+logger = logging.getLogger(__name__)
+
 MEASURED_BYTES = 2**26
+DARK = 2**14  # as 14 bits in files of 16
 MOST_CLIPPED = 0.001  # share of the values that a stated range may leave out
 
 
@@ -35,6 +40,27 @@ def depth_of(low: float, high: float) -> str:
 def measured_images(count: int, bytes_per_image: int) -> np.ndarray:
     """The numbers of the images to look at, of so many: int64, ascending."""
     return np.unique(np.linspace(0, count - 1, min(count, max(1, MEASURED_BYTES // bytes_per_image))).round().astype(np.int64))
+
+
+def _clipped(images: np.ndarray, pairs: list[tuple[float, float]]) -> float:
+    """The share of the values of images [N, C, H, W] that lie beyond these pairs, one for all channels or one for each."""
+    pairs = pairs * (images.shape[1] // len(pairs))
+    return np.mean([((one < low) | (one > high)).mean() for one, (low, high) in zip(images.swapaxes(0, 1), pairs, strict=True)])
+
+
+def warn_of_clipped(images: np.ndarray, value_range: ValueRange, name: str) -> None:
+    """Log that a model's range leaves out values of the images [N, C, H, W] that it is evaluated on."""
+    if (share := _clipped(images, list(zip(value_range.low, value_range.high, strict=True)))) > MOST_CLIPPED:
+        words = "%r: %.2f %% of the values lie beyond the model's range, %g..%g, and are clipped to it"
+        logger.warning(words, name, 100 * share, min(value_range.low), max(value_range.high))
+
+
+def warn_of_dark(images: np.ndarray, name: str) -> None:
+    """Log that 16-bit images [N, C, H, W] use so little of 0..65535 that a model would see hardly any contrast."""
+    brightest = np.percentile(images, 99.9)
+    if brightest < DARK:
+        words = "%r: 99.9 %% of the values are at most %d of 65535. State black and white, or --value_range percentile:0.1,99.9"
+        logger.warning(words, name, brightest)
 
 
 def range_of(text: str, images: np.ndarray, name: str) -> ValueRange:
@@ -64,11 +90,7 @@ def _check_pairs(text: str, pairs: list[tuple[float, float]], images: np.ndarray
     if len(pairs) not in (1, channels):
         fix = f"Give one pair for all channels, or {channels}"
         raise DataError(f"--value_range {text} has {len(pairs)} pairs, and the images of {name!r} {channels} channels. {fix}.")
-    beyond = [
-        ((images[:, channel] < low) | (images[:, channel] > high)).mean()
-        for channel, (low, high) in enumerate(pairs * (channels // len(pairs)))
-    ]
-    if (share := np.mean(beyond)) > MOST_CLIPPED:
+    if (share := _clipped(images, pairs)) > MOST_CLIPPED:
         raise DataError(
             f"--value_range {text} would clip {share:.2%} of the values of {name!r}, which go from {images.min():g} to "
             f"{images.max():g}. Widen it, or clip the ends on purpose with --value_range {PERCENTILES}0.1,99.9."

@@ -97,8 +97,8 @@ def load_source(options: DataOptions, columns: ConditionColumns = UNCONDITIONAL,
     if name in BUNDLED:
         if path.exists():
             logger.warning("--dataset %s is the bundled data set; for the local %s, use ./%s", name, name, name)
-        rows = _select_split({"train": BUNDLED[name]()}, split, name)
-        source = Source(rows, name, hash_of(name, split))
+        rows = _select_split(BUNDLED[name](options), split, name)
+        source = Source(rows, name, hash_of(name, options.dataset_config, str(rows.features), split))
     elif not found:
         raise DataError(
             f"--dataset {name!r}: there is no such folder or parquet file, nor a match of a pattern. Quote patterns."

@@ -4,7 +4,6 @@ A stream is divided into parts, one per reading process (`divide`). `rows_of_par
 function of the seed; a `Position`, a few numbers, says how far it has been read. Evaluation stores the first images.
 """
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, astuple, dataclass, replace
@@ -24,7 +23,15 @@ from ..support.atomic import atomic_file
 from ..support.draws import block_order, shard_order
 from ..support.errors import ConfigError, DataError
 from .columns import ColumnRoles, check_column, find_roles, kept_columns, missing_value, occurring_classes
-from .condition_images import CONDITION_IMAGE, attributes_of, joined, load_images, options_of_partners, with_vectors
+from .condition_images import (
+    CONDITION_IMAGE,
+    attributes_of,
+    joined,
+    load_images,
+    options_of_partners,
+    source_of_partners,
+    with_vectors,
+)
 from .images import DEEP_MODES, BadImage, Form, image_file
 from .label_maps import form_of_label_maps
 from .mapped import (
@@ -33,6 +40,7 @@ from .mapped import (
     cache_features,
     cache_key,
     cache_table,
+    check_rows,
     class_names_of,
     other_size,
     pixels_of,
@@ -120,9 +128,9 @@ class StreamData(ImageSet):
         opened = [
             Dataset.from_file(str(path), info=datasets.DatasetInfo(features=f)) for path, f in zip(paths, features, strict=True)
         ]
-        about = (repr(self.name), self.max_bad_fraction, self.labels)
-        data, *second = (usable_images(cached, one, *about) for cached, one in zip(opened, sets, strict=True))
-        data = joined(data, *second, [], *about[:2]) if second else data
+        limit = self.max_bad_fraction
+        data, *second = (usable_images(cached, one, limit, self.labels) for cached, one in zip(opened, sets, strict=True))
+        data = joined(data, *second, [], limit) if second else data
         return with_vectors(data, data.dataset.data) if self.attributes else data
 
     def shown(self, count: int) -> ImageData:
@@ -206,25 +214,24 @@ def open_stream(
         with as_data_error(f"the column {roles.label!r}"):
             classes = occurring_classes(column_of(source, roles.label), roles.label)
         class_names = class_names_of(classes)
-    more, resized = {}, {"resized": options.resizes_windows}
+    more = {"resized": options.resizes_windows}
     read = list(filter(None, [roles.image, roles.needed, roles.partner, *roles.numbers]))
     stream, kept = stream.decode(False).select_columns(read), list(kept_columns(features))
-    form = _first_form(options, source, stream, roles, of_images)
+    forms = [form := _first_form(options, source, stream, roles, of_images)]
     if roles.partner is not None:
         of, classes_of = ColumnRoles(roles.partner, roles.partner_kind, None, None, None), columns.condition_classes
-        second = _first_form(options_of_partners(options), source, stream, of, of_partners, classes_of)
-        about = (source.name, options.size, second, of_partners or unmeasured(second), of)
-        more["condition_images"] = ImageSet(*about, classes=classes_of, **resized)
+        partners = source_of_partners(source)
+        forms.append(second := _first_form(options_of_partners(options), partners, stream, of, of_partners, classes_of))
+        about = (partners.name, options.size, second, of_partners or unmeasured(second), of)
+        more["condition_images"] = ImageSet(*about, classes=classes_of, **more)
     if roles.numbers:
         more["attributes"] = attributes_of(source, roles)
     with as_data_error(f"the files of {source.name!r}"):
         content = [source.content(name) for name in (roles.image, roles.partner) if name]
-    seen = [*read[1:], columns.condition_classes] if more else roles.needed
-    forms = [astuple(one) for one in (form, *(one.form for one in more.values() if isinstance(one, ImageSet)))]
-    fingerprint = hash_of(content if more else content[0], roles.image, forms, seen, class_names)
+    fingerprint = hash_of(content, read, [*map(astuple, forms)], columns.condition_classes, class_names)
     about = (source.name, options.size, form, unmeasured(form), roles)
     reading = options.max_bad_fraction, options.cache_dir
-    data = StreamData(*about, stream, kept, class_names, classes, source, fingerprint, *reading, **resized, **more)
+    data = StreamData(*about, stream, kept, class_names, classes, source, fingerprint, *reading, **more)
     if not form.raw:
         return data
     found = of_images or range_of(options.value_range, data.first(CHECKED_IMAGES).numpy(), data.name)
@@ -239,16 +246,24 @@ def _first_form(
     model: ValueRange | None,
     classes: int | None = None,
 ) -> Form:
-    """What the images become: the depth, and channels that are no picture's, are those of the first usable image."""
+    """What the images become: the depth, and channels that are no picture's, are those of the first usable image.
+
+    Raises DataError if none of the first JUDGED_ROWS rows has one.
+    """
     stored, raw = options.stored_size(options.size), is_raw(options, model)
     if classes:
         return form_of_label_maps(Form(stored, 1, resize=options.resize), classes)
-    feature, shape = source.dataset.features[roles.image], None
+    feature, shape, bad = source.dataset.features[roles.image], None, []
     with as_data_error(f"the stream {source.name!r}"):
-        for scalar in (one for table in islice(_tables(stream), JUDGED_ROWS // READ_ROWS) for one in table.column(roles.image)):
-            with contextlib.suppress(BadImage):
-                shape = shape_of(roles.kind, source.reach, row_value(scalar), raw, options.channels)
+        tables = islice(_tables(stream), JUDGED_ROWS // READ_ROWS)
+        for value in (row_value(one) for table in tables for one in table.column(roles.image)):
+            try:
+                shape = shape_of(roles.kind, source.reach, value, raw, options.channels)
                 break
+            except BadImage as error:
+                bad.append(skipped_row(len(bad), str(error), image_file(value)))
+    if bad and shape is None:
+        check_rows(source.name, bad, len(bad), 0)
     grey = isinstance(feature, datasets.Array2D) or getattr(feature, "mode", None) in ("1", "L", *DEEP_MODES)
     channels, dtype = 1 if grey else 3, "uint8"
     if shape is not None:

@@ -67,8 +67,10 @@ def _values(column: pa.ChunkedArray, name: str, labels: list | None) -> np.ndarr
                 f"The column {name!r} holds infinity in row {np.isinf(values).argmax()}. Leave unknown values empty."
             )
         return values
-    place, rows = {label: number for number, label in enumerate(labels)}, column.to_pylist()
-    values = np.zeros((len(rows), len(labels)), np.float32)
-    for vector, found in zip(values, rows, strict=True):
-        vector[... if found is None else [place[label] for label in found if label in place]] = np.nan if found is None else 1
+    lists = column.combine_chunks()
+    places = pc.index_in(pc.list_flatten(lists), value_set=pa.array(labels, lists.type.value_type))
+    held = pa.table({"row": pc.list_parent_indices(lists), "place": places}).drop_null()
+    values = np.zeros((len(lists), len(labels)), np.float32)
+    values[held["row"].to_numpy(), held["place"].to_numpy()] = 1
+    values[lists.is_null().to_numpy(zero_copy_only=False)] = np.nan
     return values

@@ -133,7 +133,8 @@ def _for_the_parser(group: type[OptionGroup]) -> type:
     for entry in fields(group):
         hint, default = hints[entry.name] if entry.metadata["parse"] is None else str | None, entry.default
         hint, default = (hint | None, None) if default is MISSING else (hint, default)
-        entries.append((entry.name, hint, field(default=default, metadata={"help": entry.metadata["help"]})))
+        help = entry.metadata["help"].replace("%", "%%")  # argparse formats it
+        entries.append((entry.name, hint, field(default=default, metadata={"help": help})))
     return make_dataclass(group.__name__, entries, namespace={"_argument_group_name": group.title})
 
 

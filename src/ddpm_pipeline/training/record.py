@@ -12,7 +12,7 @@ import diffusers
 import torch
 from huggingface_hub import ModelCard
 
-from ..data.bundled import BUNDLED
+from ..data.bundled import BUNDLED, CREDITS
 from ..hub import TrainingFacts, build_card, pictures_in
 from .options import TrainingOptions
 
@@ -71,6 +71,7 @@ def training_facts(options: TrainingOptions, num_parameters: int, done: int) -> 
         "learning rate": f"{optimisation.learning_rate} ({schedule})",
         "EMA of weights": f"decay up to {optimisation.ema_decay}" if optimisation.ema_decay else "none",
         "precision": options.hardware.mixed_precision,
+        **({"credit": CREDITS[options.data.dataset]} if options.data.dataset in CREDITS else {}),
         "seed": options.run.seed,
         "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}",
     }
