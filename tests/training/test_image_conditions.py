@@ -10,6 +10,7 @@ from ddpm_pipeline.data.options import ConditionColumns
 from ddpm_pipeline.support.draws import image_indices
 from ddpm_pipeline.support.errors import ConfigError
 from ddpm_pipeline.support.masks import inpainting_masks
+from ddpm_pipeline.support.pictures import Display
 from ddpm_pipeline.training import train
 from ddpm_pipeline.training.conditions import build_condition
 from ddpm_pipeline.training.models import build_model
@@ -36,27 +37,22 @@ def inputs_of(condition, data, step: int, count: int, positions: slice = slice(N
 
 @pytest.mark.parametrize("source", ["downscale:2", "downscale:4", "inpaint"])
 def test_the_network_sees_the_condition_beside_x_t_or_zeros(source, digits):
-    condition = condition_on(digits, source=source, condition_dropout=0.5)
+    """The same however the batch is divided."""
+    condition = condition_on(digits, "class+image", source, condition_dropout=0.5)
     given = TrainingOptions()
     unet, _ = build_model(given.model, given.diffusion, digits.size, digits.channels, condition)
     assert (unet.config.in_channels, unet.config.out_channels) == (1 + condition.input_channels, 1)
-    seen = inputs_of(condition, digits, 3, 32)["condition_image"]
+    whole = inputs_of(condition, digits, 3, 32)
+    parts = [inputs_of(condition, digits, 3, 32, slice(start, start + 8)) for start in range(0, 32, 8)]
+    assert all(torch.equal(values, torch.cat([part[name] for part in parts])) for name, values in whole.items())
+    labels, seen = whole["class_labels"], whole["condition_image"]
     assert seen.shape == (32, condition.input_channels, 8, 8) and seen.abs().max() <= 1
     gone = (seen == 0).flatten(1).all(dim=1)
     assert 6 < gone.sum() < 26
     network = condition.network(unet)
     with torch.no_grad():
         x_t, t = torch.randn(32, 1, 8, 8), torch.full((32,), 500)
-        assert torch.equal(network(x_t, t, condition_image=seen).sample, unet(torch.cat([x_t, seen], dim=1), t).sample)
-
-
-@pytest.mark.parametrize("kind, source", [("class+image", "downscale:2"), ("image", "inpaint")])
-def test_conditions_are_the_same_however_the_batch_is_split(kind, source, digits):
-    condition = condition_on(digits, kind, source)
-    whole = inputs_of(condition, digits, 3, 32)
-    parts = [inputs_of(condition, digits, 3, 32, slice(start, start + 8)) for start in range(0, 32, 8)]
-    for name, values in whole.items():
-        assert torch.equal(values, torch.cat([part[name] for part in parts]))
+        assert torch.equal(network(x_t, t, **whole).sample, unet(torch.cat([x_t, seen], dim=1), t, labels).sample)
 
 
 def test_class_and_image_are_dropped_together_and_each_on_its_own(digits):
@@ -69,7 +65,9 @@ def test_class_and_image_are_dropped_together_and_each_on_its_own(digits):
     assert abs(both - (0.2 + 0.8 * 0.04)) < 0.03 and abs(one - 0.8 * 0.16) < 0.03
     request, columns = condition.preview(20)
     assert len(request) == 20 and columns == 2 and request.arguments.keys() == {"class_labels", "condition_image"}
-    assert condition.left(request, columns).shape == (10, 1, 8, 8)
+    shown = condition.left(request, columns, Display())
+    assert shown.shape == (10, 1, 8, 8)
+    assert torch.equal(condition.left(request, columns, Display(stretch=True)), Display(stretch=True).show(shown))
     assert condition.row_names(request, columns)[3] == "3"
     assert condition.facts()["condition"] == "10 classes; images made of the images themselves (downscale:2)"
     assert condition.example() == "class_labels='9', condition_image=condition_image, guidance_scale=2"
@@ -104,11 +102,14 @@ def test_options_that_do_not_go_together_are_named(options, named):
     assert "\n" not in str(error.value)
 
 
-def test_what_is_read_beside_the_images():
+def test_what_is_read_beside_the_images(digits):
     assert ConditionOptions("class+image", condition_from="inpaint").columns == ConditionColumns("class")
     assert ConditionOptions("image", condition_from="inpaint").columns == ConditionColumns()
     both = ConditionOptions("vector+image", condition_column="a,b,mask", condition_classes=4).columns
     assert (both.condition, both.condition_column, both.condition_classes) == ("vector+image", "a,b,mask", 4)
+    for source, named in {"gray": "3 channels", "downscale:3": "8x8 pixels cannot be downscaled by 3"}.items():
+        with pytest.raises(ConfigError, match=named):
+            condition_on(digits, source=source)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # 30 timesteps do not reach noise
@@ -132,10 +133,9 @@ def test_a_run_with_class_and_mask_resumes_bit_for_bit_and_starts_another(tmp_pa
     tuned = {**quick, "init_from": str(whole / "checkpoints" / "step-00000002"), "eval_every": 0, "checkpoint_every": 0}
     with pytest.raises(ConfigError, match="1 channels and their condition image 1 and the UNet takes 3"):
         train(TrainingOptions(**{**tuned, "condition_from": "downscale:2"}, output_dir=str(tmp_path / "tuned")))
+    for start in (whole, tuned["init_from"]):
+        with pytest.raises(ConfigError, match=r"trained with --condition class\+image, and this is --condition image; use"):
+            train(
+                TrainingOptions(**{**tuned, "condition": "image", "init_from": str(start), "output_dir": str(tmp_path / "no")})
+            )
     train(TrainingOptions(**tuned, output_dir=str(tmp_path / "tuned")))
-
-
-@pytest.mark.parametrize("source, named", [("gray", "3 channels"), ("downscale:3", "8x8 pixels cannot be downscaled by 3")])
-def test_a_condition_that_cannot_be_made_of_these_images_is_refused(source, named, digits):
-    with pytest.raises(ConfigError, match=named):
-        condition_on(digits, source=source)

@@ -116,7 +116,7 @@ def test_model_files_that_cannot_be_trained_are_refused_in_one_line(changed, nam
 @pytest.mark.parametrize(
     "config, resolution, channels, named",
     [
-        ({"model": "tiny"}, 9, 1, "--resolution 8 or 10"),
+        ({"model": "tiny"}, 9, 1, "use 8 or 10"),
         ({"model": "nowhere.json"}, 8, 1, "nowhere.json"),
         ({"init_from": "/nowhere/at/all"}, 8, 1, "--init_from /nowhere/at/all"),
         ({"beta_schedule": "quadratic"}, 8, 1, "squaredcos_cap_v2"),

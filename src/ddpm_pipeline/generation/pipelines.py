@@ -20,29 +20,30 @@ Pipeline = AlphaDDPMPipeline | AlphaDDPMTextToImagePipeline
 LATENT = ("vae", "vqvae", "movq")  # components of pipelines whose UNet denoises no images
 
 
-def load_pipeline(model: str) -> Pipeline:
-    """The pipeline in a folder or Hub repository, of the class for its conditions. Raises ConfigError if there is none, or none
-    that images can be sampled from.
+def load_pipeline(model: str, option: str = "--model") -> Pipeline:
+    """The pipeline in a folder or Hub repository, which an option names, of the class for its conditions. Raises ConfigError if
+    there is none, or none that images can be sampled from.
     """
+    named = f"{option} {model}"
     try:
         index = AlphaDDPMPipeline.load_config(model)
         text = (index.get("text_encoder") or [None])[0] is not None
         pipe = (AlphaDDPMTextToImagePipeline if text else _class_without_text(model)).from_pretrained(model)
     except Exception as error:  # the loaders of three libraries raise many types
-        raise ConfigError(f"--model {model} cannot be loaded as a DDPM pipeline: {describe_exception(error)}") from error
+        raise ConfigError(f"{named} cannot be loaded as a DDPM pipeline: {describe_exception(error)}") from error
     config = pipe.unet.config
     try:
         general_sampler_of(pipe.scheduler)
     except ValueError as error:  # its network was trained on another process
-        raise ConfigError(f"--model {model} is no DDPM: {error}") from error
+        raise ConfigError(f"{named} is no DDPM: {error}") from error
     if latent := [name for name in LATENT if name in index]:
-        raise ConfigError(f"--model {model} denoises latents (it has a {latent[0]}), not images; name a pixel-space DDPM.")
+        raise ConfigError(f"{named} denoises latents (it has a {latent[0]}), not images; name a pixel-space DDPM.")
     if not isinstance(pipe.unet, diffusers.UNet2DConditionModel if text else diffusers.UNet2DModel):
-        raise ConfigError(f"--model {model} has a {type(pipe.unet).__name__}, which is neither unconditional nor for its text.")
+        raise ConfigError(f"{named} has a {type(pipe.unet).__name__}, which is neither unconditional nor for its text.")
     if not config.sample_size:
-        raise ConfigError(f"--model {model}: unet/config.json has no sample_size; add the height and width of its images.")
+        raise ConfigError(f"{named}: unet/config.json has no sample_size; add the height and width of its images.")
     if missing := [name for name, weight in pipe.unet.named_parameters() if weight.is_meta]:
-        raise ConfigError(f"--model {model} has no weights for {', '.join(missing[:3])} of its UNet; save it again.")
+        raise ConfigError(f"{named} has no weights for {', '.join(missing[:3])} of its UNet; save it again.")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

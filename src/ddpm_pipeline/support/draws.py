@@ -28,7 +28,6 @@ class RandomStream(IntEnum):
     DROPOUT = 8
     WINDOW = 9
     AUGMENTATION = 10
-    MASK = 11
     BLOCK = 20
     FIRST_DROPOUT = 30  # of the class or numbers beside a condition image
     IMAGE_DROPOUT = 31  # of that image

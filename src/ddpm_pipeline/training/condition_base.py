@@ -19,6 +19,7 @@ from ..pipeline_alpha_ddpm import AlphaDDPMPipeline
 from ..ranges_alpha_ddpm import ValueRange
 from ..sampling_alpha_ddpm import describe_conditions
 from ..support.draws import BatchSlice, RandomStream
+from ..support.pictures import Display
 from ..tables_alpha_ddpm import OWN_KEY
 from .options import ConditionOptions
 
@@ -92,9 +93,12 @@ class Condition:
 
     def described(self) -> dict[str, Any]:
         """The same, with the share that is dropped and a range of values that is not that of 8 bits."""
-        conditional, deep = self.options.condition != "none", self.data is not None and self.data.value_range != ValueRange()
-        shared = {"condition_dropout": self.options.condition_dropout} if conditional else {}
-        return {**self.settings(), **shared, **({"value_range": self.data.value_range} if deep else {})}
+        described = self.settings()
+        if self.options.condition != "none":
+            described["condition_dropout"] = self.options.condition_dropout
+        if self.data is not None and self.data.value_range != ValueRange():
+            described["value_range"] = self.data.value_range
+        return described
 
     def pipeline(self, unet: Any, scheduler: Any) -> Any:
         settings = self.described()
@@ -106,8 +110,10 @@ class Condition:
         """A request for about `count` images, and the columns of their grid, with one row per condition."""
         return UNCONDITIONAL, None
 
-    def left(self, request: Request, columns: int | None) -> Tensor | None:
-        """Pictures [rows, 1, 3 or 4, H, W] in [0, 1] that the rows of such a grid begin with, if the condition has some."""
+    def left(self, request: Request, columns: int | None, display: Display) -> Tensor | None:
+        """Pictures [rows, 1, 3 or 4, H, W] in [0, 1] that the rows of such a grid begin with, if the condition has some; of the
+        images themselves, they are shown as `display` says.
+        """
         return None
 
     def row_names(self, request: Request, columns: int | None) -> list[str]:
@@ -124,8 +130,8 @@ class Condition:
 
     def example(self) -> str:
         """All arguments of such a call, with the guidance."""
-        arguments = self.arguments()
-        return ", ".join([*arguments, f"guidance_scale={self.options.preview_guidance:g}"] if arguments else [])
+        guidance = [f"guidance_scale={self.options.preview_guidance:g}"] if (arguments := self.arguments()) else []
+        return ", ".join(arguments + guidance)
 
     # ---- for the conditions that there are -----------------------------------------------------------
 
@@ -137,6 +143,10 @@ class Condition:
     def dropped(self, where: BatchSlice) -> np.ndarray:
         """Which conditions are dropped, bool [b]."""
         return np.any([where.uniform(stream) < self.options.condition_dropout for stream in self.dropout_streams], axis=0)
+
+    def share_of(self, what: str) -> str:
+        """That is dropped, in words."""
+        return f"{self.options.condition_dropout:.0%} of the {what}"
 
     def asked(self, **arguments: Sequence[Any]) -> Request:
         """A request with guidance, which a model that was not trained without conditions does not have."""

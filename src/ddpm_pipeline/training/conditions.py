@@ -57,8 +57,7 @@ class ClassCondition(Condition):
         return [self.names[label] for label in request.arguments["class_labels"][::columns]]
 
     def facts(self) -> dict[str, str]:
-        dropout = f"{self.options.condition_dropout:.0%} of the labels"
-        return {"condition": f"{len(self.names)} classes", "condition dropout": dropout}
+        return {"condition": f"{len(self.names)} classes", "condition dropout": self.share_of("labels")}
 
     def arguments(self) -> list[str]:
         return [f"class_labels={self.names[-1]!r}"]
@@ -66,12 +65,7 @@ class ClassCondition(Condition):
 
 def _of_both(method: str) -> Callable[..., dict[str, Any]]:
     """A method that gives what that of either part gives, as one dict."""
-
-    def merged(self: "CombinedCondition", *arguments: Any) -> dict[str, Any]:
-        first, second = (getattr(part, method)(*arguments) for part in self.parts)
-        return {**first, **second}
-
-    return merged
+    return lambda self, *arguments: {k: v for part in self.parts for k, v in getattr(part, method)(*arguments).items()}
 
 
 class CombinedCondition(Condition):
@@ -85,9 +79,8 @@ class CombinedCondition(Condition):
     preview = ImageInput.preview
 
     def __init__(self, options: ConditionOptions, first: Condition, image: ImageInput):
-        self.options, self.parts, self.column, self.names = options, (first, image), first.column, first.names
-        self.pipeline_class, self.input_channels = image.pipeline_class, image.input_channels
-        self.left, self.row_names = image.left, first.row_names
+        self.options, self.parts, self.names, self.row_names = options, (first, image), first.names, first.row_names
+        self.pipeline_class, self.input_channels, self.left = image.pipeline_class, image.input_channels, image.left
         first.dropout_streams += (RandomStream.FIRST_DROPOUT,)
         image.dropout_streams += (RandomStream.IMAGE_DROPOUT,)
 
@@ -98,20 +91,19 @@ class CombinedCondition(Condition):
         return [part.draw(some, where) for part, some in zip(self.parts, values, strict=True)]
 
     def inputs(self, drawn: Sequence[Any], original_samples: Tensor) -> dict[str, Tensor]:
-        first, second = (part.inputs(some, original_samples) for part, some in zip(self.parts, drawn, strict=True))
-        return {**first, **second}
+        first, image = self.parts
+        return first.inputs(drawn[0], original_samples) | image.inputs(drawn[1], original_samples)
 
     def request_like(self, data: ImageData, indices: Sequence[int], seed: int) -> Request:
-        first, second = (part.request_like(data, indices, seed).arguments for part in self.parts)
-        return self.asked(**first, **second)
+        first, image = (part.request_like(data, indices, seed).arguments for part in self.parts)
+        return self.asked(**first, **image)
 
     def denoiser(self, unet: nn.Module) -> nn.Module:
-        first, image = self.parts
-        return image.denoiser(first.denoiser(unet))
+        return self.parts[1].denoiser(self.parts[0].denoiser(unet))
 
     def facts(self) -> dict[str, str]:
-        first, second = (part.facts() for part in self.parts)
-        return {name: f"{first[name]}; {second[name]}" for name in first}
+        first, image = (part.facts() for part in self.parts)
+        return {name: f"{first[name]}; {image[name]}" for name in first}
 
     def arguments(self) -> list[str]:
         return [argument for part in self.parts for argument in part.arguments()]

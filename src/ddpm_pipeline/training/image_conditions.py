@@ -82,17 +82,18 @@ class ImageInput(Condition):
         shown = range(min(MAX_PREVIEW_ROWS, len(self.examples)))
         return self.rows(count, **self.request_like(self.examples, shown, 0).arguments)
 
-    def left(self, request: Request, columns: int) -> Tensor:
+    def left(self, request: Request, columns: int, display: Display) -> Tensor:
         encoded = self.unet_inputs(request)["condition_image"][::columns]
         if self.encoder.classes:
             return encoded.argmax(dim=1, keepdim=True) / (self.encoder.classes - 1)
-        deep = self.encoder.value_range.dtype != "uint8"
-        return Display(stretch=deep).show(encoded[:, : self.encoder.channels] / 2 + 0.5)  # without a mask's own channel
+        shown = encoded[:, : self.encoder.channels] / 2 + 0.5  # without a mask's own channel
+        same = self.task and shown.shape[1] == self.data.channels
+        return (display if same else Display(stretch=self.encoder.value_range.dtype != "uint8")).show(shown)
 
     def facts(self) -> dict[str, str]:
         what = f"label maps of {self.encoder.classes} classes" if self.encoder.classes else "images"
         what = f"images made of the images themselves ({self.task})" if self.task else what
-        return {"condition": what, "condition dropout": f"{self.options.condition_dropout:.0%} of the condition images"}
+        return {"condition": what, "condition dropout": self.share_of("condition images")}
 
     def arguments(self) -> list[str]:
         return [f"{name}={name}" for name in (ASKED if self.task == INPAINT else ASKED[:1])]

@@ -173,7 +173,7 @@ def save_grid(run: Run, count: int, steps: int | None, path: Path) -> None:
     request, columns = run.condition.preview(count)
     count = len(request) or count
     images = sample_in_batches(run.pipe, count, run.batch_size, run.options.run.seed, steps, request)
-    left = run.condition.left(request, columns)
+    left = run.condition.left(request, columns, run.display)
     save_picture(grid(images, columns, display=run.display, left=left), path)
     shown = [f"shown: {run.shown}\n"] * bool(run.shown) + ["left: condition images\n"] * (left is not None)
     rows = [f"row {row}: {name}\n" for row, name in enumerate(run.condition.row_names(request, columns), start=1)]

@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from ..data.options import parse_resolution, shown_size
+from ..generation.pipelines import condition_of, load_pipeline
 from ..scheduling_alpha_ddpm import LEARNED_VARIANCE_TYPES, AlphaDDPMScheduler
 from ..support.errors import ConfigError
 from ..support.exceptions import describe_exception
@@ -117,12 +118,11 @@ def objective_for(objective: str | None, scheduler: AlphaDDPMScheduler) -> str:
 def _from_pipeline(model: ModelOptions, schedule: dict[str, Any], condition: Condition) -> tuple[UNet, AlphaDDPMScheduler]:
     """The UNet and the scheduler of a model or a checkpoint; what options change about them is said."""
     source = model.init_from
-    load = pipeline_of if is_checkpoint(source) else condition.pipeline_class.from_pretrained
-    pipe = load(source, **({} if load is pipeline_of else {"low_cpu_mem_usage": False}))
-    if not isinstance(pipe.unet, condition.unet_class):
+    pipe = pipeline_of(source) if is_checkpoint(source) else load_pipeline(source, "--init_from")
+    if (made_for := condition_of(pipe)) != condition.options.condition:
         raise ConfigError(
-            f"--init_from {source} has a {type(pipe.unet).__name__}, and this --condition needs a "
-            f"{condition.unet_class.__name__}; use the --condition that it was trained with."
+            f"--init_from {source} was trained with --condition {made_for}, and this is --condition "
+            f"{condition.options.condition}; use the same, or another model to start from."
         )
     own, described = pipe.unet.config.get(OWN_KEY) or {}, condition.described()
     for name in ("condition_image", "condition_vector", "value_range"):
@@ -167,11 +167,11 @@ def _adapted(unet: UNet, model: ModelOptions, condition: Condition) -> UNet:
 def _unet_config(model: ModelOptions, images: dict[str, Any], condition: Condition) -> dict[str, Any]:
     dropout = {} if model.dropout is None else {"dropout": model.dropout}
     if model.model == "auto" or model.model in PRESETS:
-        resolution = max(sides_of(images["sample_size"]))
-        fitting = [name for name, (largest, _) in PRESETS.items() if resolution <= largest or name == model.model]
+        size = sides_of(images["sample_size"])
+        fitting = [name for name, (largest, _) in PRESETS.items() if max(size) <= largest or name == model.model]
         if not fitting:
             raise ConfigError(
-                f"no preset is meant for {resolution} pixels; name a preset or a UNet2DModel config file with --model."
+                f"no preset is meant for {shown_size(size)} pixels; name a preset or a UNet2DModel config file with --model."
             )
         preset = PRESETS[fitting[0] if model.model == "auto" else model.model][1]
         if condition.unet_class is UNet2DConditionModel:
@@ -236,7 +236,7 @@ def _check_fits(config: Any, variance_type: str, size: tuple[int, int], channels
         lower, upper = ([round(side / 2**levels) * 2**levels for side in size] for round in (math.floor, math.ceil))
         nearest = " or ".join(str(parse_resolution(sides)) for sides in (lower, upper) if all(sides))
         raise ConfigError(
-            f"a resolution of {parse_resolution(size)} cannot be halved {levels} times, as this UNet does; use --resolution "
+            f"--resolution {parse_resolution(size)} does not fit this UNet, which takes multiples of {2**levels}; use "
             f"{nearest}, or a --model with fewer levels."
         )
     if not config.norm_eps > 0:

@@ -209,8 +209,8 @@ class Telemetry:
 
     def summarize(self) -> None:
         """Log where the time went and what was skipped."""
-        total = self._spent.total() or 1.0
-        parts = ", ".join(f"{part} {seconds / total:.1%}" for part, seconds in self._spent.most_common())
+        total = self._spent.total()
+        parts = ", ".join(f"{part} {seconds / total:.1%}" for part, seconds in self._spent.most_common()) or "none were made"
         used = ", ".join(f"{name} {gib:.2f}" for name, gib in memory(self.accelerator.device).items())
         skipped = f"{self.updater.skipped} updates and {len(self.skipped or ())} rows skipped"
         logger.info("time of updates: %s; %s; %s", parts, used, skipped)

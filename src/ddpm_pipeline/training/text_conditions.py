@@ -147,7 +147,7 @@ class TextCondition(Condition):
         return {
             "condition": "captions",
             "text encoder": f"{source}, {size:.2f} M parameters, {how}",
-            "condition dropout": f"{self.options.condition_dropout:.0%} of the captions",
+            "condition dropout": self.share_of("captions"),
             "word dropout": f"{self.options.word_dropout:.0%}",
         }
 

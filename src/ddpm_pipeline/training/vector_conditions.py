@@ -26,6 +26,7 @@ class NumbersCondition(Condition):
     def __init__(self, options: ConditionOptions, data: ImageSet):
         self.options = options
         self.encoder = VectorCondition(data.vector_names, *data.vector_statistics)
+        self._moments = [*zip(self.encoder.names, self.encoder.mean, self.encoder.std, strict=True)]
         self.width = 0  # of the UNet's time embedding, once it is known
 
     def unet_config(self) -> dict[str, Any]:
@@ -83,16 +84,13 @@ class NumbersCondition(Condition):
         return ", ".join(f"{name}={value:.4g}" for name, value in told.items())
 
     def facts(self) -> dict[str, str]:
-        told = [*zip(self.encoder.names, self.encoder.mean, self.encoder.std, strict=True)]
-        shown = [f"{name} {mean:.4g} ± {std:.4g}" for name, mean, std in told[:MAX_PREVIEW_ROWS]]
-        more = f" and {len(told) - len(shown)} more" if len(told) > len(shown) else ""
-        return {
-            "condition": f"{len(told)} number{'s' * (len(told) > 1)} (mean ± standard deviation): {', '.join(shown)}{more}",
-            "condition dropout": f"{self.options.condition_dropout:.0%} of the numbers",
-        }
+        shown = ", ".join(f"{name} {mean:.4g} ± {std:.4g}" for name, mean, std in self._moments[:MAX_PREVIEW_ROWS])
+        if (more := len(self._moments) - MAX_PREVIEW_ROWS) > 0:
+            shown += f" and {more} more"
+        what = f"{len(self._moments)} number{'s' * (len(self._moments) > 1)} (mean ± standard deviation): {shown}"
+        return {"condition": what, "condition dropout": self.share_of("numbers")}
 
     def arguments(self) -> list[str]:
         """Of at most three numbers, a standard deviation above the mean."""
-        moments = [*zip(self.encoder.names, self.encoder.mean, self.encoder.std, strict=True)][:3]
-        told = {name: float(f"{mean + std:.4g}") for name, mean, std in moments}
+        told = {name: float(f"{mean + std:.4g}") for name, mean, std in self._moments[:3]}
         return [f"condition_vector={told}"]
