@@ -158,6 +158,9 @@ def test_void_and_black_and_white(load, masked):
         Image.fromarray(ids(seed, 2) * 255).convert("1" if seed else "L").save(masked / "masks" / f"{seed}.png")
     white = load(masked, **{**MASKS, "condition_classes": 2}).condition_images
     assert (white.pixels(range(3))[:, 0].numpy() == [ids(seed, 2) for seed in range(3)]).all()
+    Image.fromarray(ids(1, 2) * 127 + 1).save(masked / "masks" / "1.png")  # neither black nor white
+    with pytest.raises(DataError, match=r"it has the id 128; ids of 2 classes are 0\.\.1"):
+        load(masked, **{**MASKS, "condition_classes": 2})
 
 
 def test_streams_read_the_same_pairs(load, masked, tmp_path):

@@ -22,7 +22,7 @@ def label_map(value: Any, kind: str, form: Form, classes: int) -> np.ndarray:
     with more than 255 there is no VOID. Raises `BadImage`.
     """
     ids = image_pixels(value, kind, replace(form, dtype="uint16"))
-    if classes == 2 and ids.max() == VOID and not (ids == 1).any():
+    if classes == 2 and {*np.unique(ids).tolist()} <= {0, VOID}:
         ids = ids // VOID
     known = ids[ids != VOID] if 2 < classes <= VOID else ids
     if known.size and known.max() >= classes:
