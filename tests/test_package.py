@@ -98,7 +98,7 @@ def test_imports_are_declared():
     for path in PACKAGE.rglob("*.py"):
         room = path.relative_to(PACKAGE).parts[0]
         allowed = set(requirements("" if room in BASE_ROOMS or path.parent == PACKAGE else "train"))
-        allowed |= {"torch-fidelity"}  # of the extra "inception"; its absence is caught and named
+        allowed |= {"torch-fidelity", "tifffile", "imagecodecs"}  # of extras of their own; their absence is caught and named
         for top in imported(ast.parse(path.read_text("utf-8"))) - sys.stdlib_module_names:
             found = {canonicalize_name(name) for name in distributions.get(top, [top])}
             assert found & allowed, f"{path} imports {top}, which neither the package nor its extra requires"

@@ -91,7 +91,7 @@ class ImageCondition(Settings):
             return x
         height, width = size = size or x.shape[-2:]
         if height % self.factor or width % self.factor:
-            raise ValueError(f"images of {height}x{width} pixels cannot be downscaled by {self.factor} without a rest.")
+            raise ValueError(f"images of {height}x{width} pixels cannot be downscaled by {self.factor} without a remainder.")
         if x.shape[-2:] == size:
             low = (height // self.factor, width // self.factor)
             x = self._rounded(interpolate(x, low, mode="bicubic", antialias=True).clamp(-1, 1))

@@ -151,7 +151,7 @@ def test_own_images_and_fine_tuning(options, tmp_path):
         ({"dataset": "/nowhere"}, DataError, "/nowhere"),
         ({"image_column": "picture"}, DataError, "picture"),
         ({"batch_size": 15, "gradient_accumulation_steps": 2}, ConfigError, "multiple of 2"),
-        ({"resolution": 9}, ConfigError, "--resolution 8 or 10"),
+        ({"resolution": 9}, ConfigError, "use 8 or 10"),
         ({"output_dir": "/proc/nowhere"}, ConfigError, "/proc/nowhere"),
         ({"resume": "/nowhere/step-1"}, ConfigError, "/nowhere/step-1"),
     ],

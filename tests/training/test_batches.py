@@ -211,9 +211,8 @@ def test_too_many_bad_rows_end_the_run_after_a_thousand_or_at_the_end(tmp_path, 
 
 def test_a_stream_of_nothing_usable_ends_the_run(tmp_path):
     for name, rows, message in [("bad", 30, "no row is left"), ("empty", 0, "has no rows")]:
-        data = stream_of(write_numbered(tmp_path / name, [rows], bad=range(rows)), max_bad_fraction=0.9)
         with pytest.raises(DataError, match=message):
-            next(loader(data, workers=2))
+            next(loader(stream_of(write_numbered(tmp_path / name, [rows], bad=range(rows)), max_bad_fraction=0.9), workers=2))
 
 
 def test_rows_without_what_the_condition_needs_are_skipped(tmp_path):

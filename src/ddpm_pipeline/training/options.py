@@ -92,6 +92,8 @@ class ConditionOptions(OptionGroup):
             )
         if "vector" in self.parts and not self.condition_column:
             raise ConfigError(f"--condition {self.condition} needs --condition_column with columns of numbers: a,b,c.")
+        if len(names := self.columns.condition_names) != len(set(names)):
+            raise ConfigError(f"--condition_column {self.condition_column} names a column twice; name each once.")
         if self.condition_classes and self.condition_from:
             raise ConfigError(
                 f"--condition_classes {self.condition_classes} is for label maps, and --condition_from {self.condition_from} "
