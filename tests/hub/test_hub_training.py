@@ -279,6 +279,7 @@ def test_printed_command_pushes_the_finished_run(hub: hub_server.Hub, runs: dict
     assert HfApi(endpoint=hub.url).model_info("org/stranded").sha
 
 
+@pytest.mark.slow
 def test_two_processes_push_what_one_would(hub: hub_server.Hub, runs: dict) -> None:
     folder = runs["folder"]
     command = [

@@ -89,7 +89,10 @@ def test_an_image_and_its_condition_image_are_seen_alike(crop, classes, tmp_path
     "changed",
     [
         {"condition": "class", "random_resized_crop": 0.7, "gradient_checkpointing": True},
-        {"condition": "text", "caption_templates": "src/ddpm_pipeline/recipes/digits_captions.yaml", "ema_decay": 0.0},
+        pytest.param(
+            {"condition": "text", "caption_templates": "src/ddpm_pipeline/recipes/digits_captions.yaml", "ema_decay": 0.0},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["class", "text"],
 )

@@ -218,7 +218,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # 30 timesteps do not reach noise
-@pytest.mark.parametrize("recipe", ["digits_class", "digits_text"])
+@pytest.mark.parametrize("recipe", ["digits_class", pytest.param("digits_text", marks=pytest.mark.slow)])
 def test_a_recipe_runs_resumes_bit_for_bit_and_leaves_a_model_that_draws(recipe, tmp_path):
     whole = run(recipe, tmp_path / "whole")
     shutil.copytree(whole, tmp_path / "parts")

@@ -281,6 +281,7 @@ def test_a_preview_that_a_stop_cut_short_is_drawn_on_resuming(options, tmp_path,
         assert (tmp_path / "model/samples" / name).read_bytes() == (whole / "samples" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together(options, tmp_path):
     process = start_and_wait(options, tmp_path / "model", 2, processes=2)
     process.send_signal(signal.SIGTERM)  # to the launcher, which hands it on
@@ -302,10 +303,10 @@ def test_one_process_of_two_that_is_asked_stops_both_and_one_that_dies_takes_the
     debug_launcher(train_in_a_fork, (given,), num_processes=2)
     assert [path.name for path in list_checkpoints(folder)] == ["step-00000002", "step-00000003"]
     Signals(monkeypatch, signal.SIGKILL, 3, rank=1)
-    began = time.monotonic()
+    began, others = time.monotonic(), {*psutil.Process().children()}  # workers that earlier tests left
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
         debug_launcher(train_in_a_fork, (given.with_values(resume="latest"),), num_processes=2)
-    assert time.monotonic() - began < 60 and not psutil.Process().children()
+    assert time.monotonic() - began < 60 and {*psutil.Process().children()} <= others
     assert damage_of(list_checkpoints(folder)[-1]) is None
 
 
