@@ -86,6 +86,7 @@ def test_masks_are_functions_of_their_seeds_and_of_mixed_sizes():
     [
         ({"condition": "image"}, "one source"),
         ({"condition": "image", "condition_column": "mask", "condition_from": "inpaint"}, "one source"),
+        ({"condition": "vector", "condition_column": "a, b,a"}, "twice"),
         ({"condition": "vector"}, "a,b,c"),
         ({"condition": "class", "condition_column": "mask"}, "needs --condition image or vector, not class"),
         ({"condition": "vector", "condition_column": "a", "condition_from": "gray"}, "needs --condition image, not vector"),
