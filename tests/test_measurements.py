@@ -19,10 +19,18 @@ def words_of(page: str) -> str:
     return " ".join((ROOT / page).read_text("utf-8").split())
 
 
-@pytest.mark.parametrize("name", ["few_steps", "scale"])
+@pytest.mark.parametrize("name", ["few_steps", "scale", "small_data"])
 def test_tables_of_benchmarks_are_made_of_their_figures(name):
     table = runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))["table"]
     assert table(measured(name)) == (RESULTS / f"{name}.md").read_text("utf-8")
+
+
+def test_few_images():
+    runs, page = measured("small_data")["runs"], words_of("docs/training.md")
+    for rows in runs.values():
+        for row in rows.values():
+            assert f"{row['held_out']['mean']:.2f} ± {row['held_out']['standard_error']:.2f}" in page
+        assert f"{list(rows.values())[-1]['trained_on']['mean']:.2f}" in page
 
 
 def test_super_resolution():
