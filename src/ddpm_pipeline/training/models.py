@@ -34,15 +34,19 @@ def _blocks(*channels: int, attention: int | None = None, **config: Any) -> dict
     }
 
 
-# Largest resolution that each preset is meant for, and its UNet2DModel. From 32 on these are the networks of Ho et al. 2020
-# (appendix B), the 64-pixel one between its neighbours.
+# Largest resolution that each preset is meant for, and its UNet2DModel. `small` and `medium` are for people without a GPU
+# (docs/training.md has what was tried). The presets from 32 on are the networks of Ho et al. 2020 (appendix B), the 64-pixel
+# one between its neighbours.
 PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "tiny": (16, _blocks(32, 64, layers_per_block=1, norm_num_groups=8, add_attention=False)),
+    "small": (32, _blocks(32, 64, 128, layers_per_block=1, norm_num_groups=8, attention=2)),
+    "medium": (64, _blocks(64, 128, 256, layers_per_block=1, norm_num_groups=8, attention=2)),
     "32": (32, _blocks(128, 256, 256, 256, attention=1, dropout=0.1)),
     "64": (64, _blocks(128, 256, 256, 256, attention=2)),
     "128": (128, _blocks(128, 128, 256, 256, 512, attention=3)),
     "256": (256, _blocks(128, 128, 256, 256, 512, 512, attention=4)),
 }
+FOR_CPUS = ("small", "medium")  # never chosen by themselves, so that a run does not depend on the machine
 
 UNet = UNet2DModel | UNet2DConditionModel
 
@@ -164,16 +168,21 @@ def _adapted(unet: UNet, model: ModelOptions, condition: Condition) -> UNet:
     return fresh
 
 
+def preset_for(size: tuple[int, int], for_cpus: bool = False) -> str:
+    """The smallest preset that is meant for images of this size. Raises ConfigError if none is."""
+    meant = [name for name, (largest, _) in PRESETS.items() if max(size) <= largest and for_cpus == (name in FOR_CPUS)]
+    if not meant:
+        raise ConfigError(
+            f"no preset is meant for {shown_size(size)} pixels; name a preset or a UNet2DModel config file with --model."
+        )
+    return meant[0]
+
+
 def _unet_config(model: ModelOptions, images: dict[str, Any], condition: Condition) -> dict[str, Any]:
     dropout = {} if model.dropout is None else {"dropout": model.dropout}
     if model.model == "auto" or model.model in PRESETS:
         size = sides_of(images["sample_size"])
-        fitting = [name for name, (largest, _) in PRESETS.items() if max(size) <= largest or name == model.model]
-        if not fitting:
-            raise ConfigError(
-                f"no preset is meant for {shown_size(size)} pixels; name a preset or a UNet2DModel config file with --model."
-            )
-        preset = PRESETS[fitting[0] if model.model == "auto" else model.model][1]
+        preset = PRESETS[preset_for(size) if model.model == "auto" else model.model][1]
         if condition.unet_class is UNet2DConditionModel:
             preset = _with_cross_attention(preset)
         return {**preset, **images, **dropout, **condition.unet_config()}
