@@ -18,7 +18,7 @@ from .conditions import DataConditions
 
 NOT_ASKED = -1
 NUM_FEATURES = 128
-NUM_FITTED = 2048  # cats that the features are fitted on
+FITTED = "num_images=2048,seed=1"  # the cats that the features are fitted on
 
 
 class CatJudge:
@@ -107,8 +107,8 @@ class CatFeatures(nn.Module):
 
 @lru_cache(maxsize=2)
 def _principal_components(side: int) -> tuple[Tensor, Tensor]:
-    """The mean [D] of a fixed sample of all cats' D values, and what takes differences from it to features, [D, 128]."""
-    cats = all_cats()[:: len(all_cats()) // NUM_FITTED][:NUM_FITTED]
+    """The mean [D] of the values of FITTED cats, and what takes differences from it to features, [D, 128]."""
+    cats = training_cats(FITTED)
     values = torch.from_numpy(draw(cats, side)).permute(0, 3, 1, 2).flatten(1).double() / 127.5 - 1
     mean = values.mean(dim=0)
     values -= mean
