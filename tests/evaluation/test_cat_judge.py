@@ -142,7 +142,7 @@ def test_features_of_cats_tell_real_ones_from_changed_ones(side):
     real, others = (torch.from_numpy(draw(all_cats()[some], side)).permute(0, 3, 1, 2) / 127.5 - 1 for some in chosen)
     features = extractor(real)
     assert features.shape == (1000, CatFeatures.num_features)
-    assert features.mean(dim=0).abs().max() < 0.25
+    assert features.mean(dim=0).abs().max() < 0.4
     assert 0.3 < features.std(dim=0).median() < 1.5
     mouthless = all_cats()[chosen[1]]
     mouthless[:, 3] = 0

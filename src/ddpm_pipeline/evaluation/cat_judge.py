@@ -58,9 +58,8 @@ class CatJudge:
             found[name], found[f"{name}_standard_error"] = _share(shown, one)
         found["copies_by_chance"] = self.num_known / len(all_cats())
         found |= {"distance": distance.mean().item(), "invalid_at": dict(zip(PLACES, wrong.mean(dim=0).tolist(), strict=True))}
-        kinds = {"all": (right.sum(dim=1), asked.sum(dim=1))} | dict(
-            zip(KINDS, zip(right.T, asked.T, strict=True), strict=True)
-        )
+        kinds = {"all": (right.sum(dim=1), asked.sum(dim=1))}
+        kinds |= {kind: (right[:, place], asked[:, place]) for place, kind in enumerate(KINDS)}
         attributes = {
             kind: dict(zip(("accuracy", "standard_error"), _share(*counts), strict=True)) | {"asked": int(counts[1].sum())}
             for kind, counts in kinds.items() if counts[1].any()
