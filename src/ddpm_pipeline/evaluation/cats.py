@@ -91,7 +91,7 @@ class CatRecognizer:
         distances = squares[:, self._pairs[:, 4]] - 2 * x.flatten(1) @ self._weighted.T + self._constant  # [B, 240]
         nearest, ranked = distances.topk(PAIRS_TRIED, dim=1, largest=False)
         # the mean square that a pair leaves where no other part can be, so that it cannot leave less in all
-        least = nearest * self._areas[self._pairs[ranked, 4]] / x[0].numel()
+        least = nearest * self._areas[self._pairs[ranked, 4]] / (3 * self.side**2)
         best, error = self._improved(x, self._pairs[ranked[:, 0]])
         for rank in (*range(1, PAIRS_TRIED), 0):
             likely = least[:, rank] < error if rank else error > TOLERATED_NOISE**2
