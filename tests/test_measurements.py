@@ -19,7 +19,7 @@ def words_of(page: str) -> str:
     return " ".join((ROOT / page).read_text("utf-8").split())
 
 
-@pytest.mark.parametrize("name", ["few_steps", "scale", "small_data"])
+@pytest.mark.parametrize("name", ["cats_recognizer", "few_steps", "scale", "small_data"])
 def test_tables_of_benchmarks_are_made_of_their_figures(name):
     table = runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))["table"]
     assert table(measured(name)) == (RESULTS / f"{name}.md").read_text("utf-8")
@@ -66,3 +66,11 @@ def test_the_table_of_scale():
     lines = [line for line in (RESULTS / "scale.md").read_text("utf-8").splitlines() if line.startswith("|")]
     page = (ROOT / "docs/scale.md").read_text("utf-8")
     assert len(lines) > 9 and all(line in page for line in lines[2:])  # below its head
+
+
+def test_the_recognizer_of_cats():
+    report, page = measured("cats_recognizer"), (ROOT / "docs/evaluation.md").read_text("utf-8")
+    assert (RESULTS / "cats_recognizer.md").read_text("utf-8") in page
+    assert f"{report['sides']['32']['real']['0.0']['pictures_per_core_second']:,.0f} pictures of 32x32" in page
+    for noise in ("0.0", "0.05"):  # what is asked of a judge: 99.5 % of all parts
+        assert sum(report["sides"]["32"]["real"][noise]["wrong"].values()) <= 0.005 * 5 * report["num_images"]

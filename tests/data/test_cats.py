@@ -1,6 +1,7 @@
 """The built-in cats: the same pictures and words for ever, splits that do not meet, captions that are true."""
 
 import hashlib
+import itertools
 import re
 import sys
 from random import Random
@@ -11,7 +12,19 @@ from PIL import Image
 
 from data_helpers import load
 from ddpm_pipeline.data import DataError, DataOptions
-from ddpm_pipeline.data.cats import KINDS, PARTS, SCARVES, all_cats, captions, draw, layers, names_of, splits
+from ddpm_pipeline.data.cats import (
+    KINDS,
+    PARTS,
+    SCARVES,
+    _words_for,
+    all_cats,
+    captions,
+    draw,
+    layers,
+    mentioned,
+    names_of,
+    splits,
+)
 from ddpm_pipeline.data.columns import find_roles
 from ddpm_pipeline.data.options import ConditionColumns
 from ddpm_pipeline.data.sources import load_source
@@ -81,6 +94,36 @@ def test_captions_are_true_and_the_unseen_wordings_are_never_seen(rows):
                 if found:
                     assert name in true, text
                     rest = rest[: found.start()] + "*" + rest[found.end() :]
+
+
+def test_a_caption_mentions_the_parts_that_it_was_made_of():
+    owners = {name: (kind, part) for kind in KINDS for part, names in enumerate(PARTS[kind]) for name in names}
+    assert len(owners) == sum(len(names) for kind in KINDS for names in PARTS[kind])
+    counts = set()
+    for row in range(0, len(all_cats()), 1009):
+        cat, again = all_cats()[row].tolist(), Random(row)
+        for text in itertools.chain(*captions(cat, Random(row))):
+            adjectives, phrases, _ = _words_for(cat, again)
+            found = mentioned(text)
+            assert found == dict(owners[name] for name in adjectives + phrases), text
+            assert found and found.items() <= dict(zip(KINDS, cat, strict=True)).items(), text
+            counts.add(len(found))
+    assert counts == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a cat with green eyes", {"eyes": 9}),
+        ("A  Red kitty with a red laugh", {"body": 4, "mouth": 0}),
+        ("a dark red cat with dark red headphones", {"body": 0, "accessory": 6}),
+        ("the lime kitten in the dark hat", {"body": 1, "accessory": 5}),
+        ("with a collar with a bell: a cat, sky-blue and tiger-striped", {"body": 8, "fur": 1, "accessory": 1}),
+        ("evergreen greenish tigers", {}),
+    ],
+)
+def test_parts_are_named_by_whole_words_and_the_longest(text, parts):
+    assert mentioned(text) == parts
 
 
 def test_what_cannot_be_seen_is_not_told():

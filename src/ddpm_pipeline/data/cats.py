@@ -8,6 +8,7 @@ was it in the training data, is it a cat at all?
 A picture, its captions and its split are functions of its parts and of the seed alone, whatever versions are installed.
 """
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -159,6 +160,29 @@ def captions(cat: Sequence[int], random: Random) -> tuple[list[str], list[str]]:
     return texts[:NUM_CAPTIONS], texts[NUM_CAPTIONS:]
 
 
+def mentioned(text: str) -> dict[str, int]:
+    """The parts that a text names, by their kinds: {"body": 1, "accessory": 5} of "a lime kitten in the dark hat". Of two of a
+    kind, the first; "green eyes" are no green cat.
+    """
+    found: dict[str, int] = {}
+    for name in _pattern().findall(" ".join(text.lower().split())):
+        kind, part = _parts_by_name()[name]
+        found.setdefault(kind, part)
+    return found
+
+
+@cache
+def _parts_by_name() -> dict[str, tuple[str, int]]:
+    named = [(name, kind, part) for kind in KINDS for part, names in enumerate(PARTS[kind]) for name in names]
+    return {re.sub(r"^an? ", "", name): (kind, part) for name, kind, part in named}
+
+
+@cache
+def _pattern() -> re.Pattern[str]:
+    longest_first = sorted(_parts_by_name(), key=len, reverse=True)
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
+
+
 def _words_for(cat: Sequence[int], random: Random) -> tuple[list[str], list[str], str]:
     """Adjectives, phrases that follow "with", and a noun for some of a cat's parts, of which at least one can be seen."""
     hidden = {"fur": cat[1] == PLAIN, "mouth": cat[4] in SCARVES, "accessory": cat[4] == NOTHING}
@@ -198,6 +222,11 @@ def cats(options: DataOptions) -> dict[str, Dataset]:
     return {
         name: _rows(name, _chosen(name, rows, **given)[: None if name in read else 0], side) for name, rows in splits().items()
     }
+
+
+def training_cats(config: str | None) -> np.ndarray:
+    """The parts of the training split's cats under this `--dataset_config`, int64 [N, 5]. Raises DataError as `cats` does."""
+    return all_cats()[_chosen("train", splits()["train"], **_configuration(config))]
 
 
 def _configuration(config: str | None) -> dict[str, int]:

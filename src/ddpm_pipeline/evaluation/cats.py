@@ -1,7 +1,8 @@
 """Which cat a picture shows: the nearest of all 287,550 cats of `--dataset cats`, part by part, and how near it is.
 
 A picture of the data set is its own nearest cat, at distance 0. Of drawn pictures this tells what was asked for and is there,
-what is a copy of a training picture, and what is no cat at all.
+what is a copy of a training picture, and what is no cat at all: a cat is valid if nowhere it differs from its nearest one by
+more than noise would make it differ.
 """
 
 from collections.abc import Sequence
@@ -13,14 +14,26 @@ from torch import Tensor
 from ..data.cats import COUNTS, KINDS, PLAIN, SCARVES, layers
 
 ALL = "all"  # in place of a kind
-PAIRS_TRIED, UNCLEAR = 3, 2.0  # of a body and an accessory: the likeliest one, and those with at most twice its squared error
+PAIRS_TRIED = 3  # of a body and an accessory, the likeliest ones
+ORDER = ("eyes", "mouth", "fur", "body", "accessory")  # of the kinds within a sweep
+OTHER_ORDER = ("fur", "eyes", "mouth", "body", "accessory")  # where the first ends in no cat, as eyes and fur hold each other
 SWEEPS = 4  # over the parts, at most
 AT_ONCE = 256  # pictures, for the cache of the processor
+
+PLACES = (*KINDS, "picture")  # where a picture is compared with its nearest cat
+TOLERATED_NOISE = 0.05  # standard deviation, of values in [0, 1]
+RARE = 3.5  # standard deviations above the mean: what noise exceeds in 1 of 4,000 comparisons
 
 
 class Recognized(NamedTuple):
     cats: Tensor  # the parts of the nearest cat, int64 [B, 5], in the order of KINDS; under a scarf the first mouth
     distance: Tensor  # root mean square difference to its picture, of values in [0, 1], float32 [B]
+    excess: Tensor  # mean square difference at each of PLACES, in units of the largest that is tolerated, float32 [B, 6]
+
+    @property
+    def valid(self) -> Tensor:
+        """Which pictures show a cat, bool [B]: those that are near it everywhere."""
+        return (self.excess <= 1).all(dim=1)
 
 
 class CatRecognizer:
@@ -41,7 +54,8 @@ class CatRecognizer:
         free = torch.stack([1 - whole[kind][:, 3].amax(dim=0) for kind in ("fur", "eyes", "mouth")]).prod(dim=0)
         covered = whole["accessory"][:, 3]
         self._weights = covered + (1 - covered) * free
-        self._weights /= self._weights.sum(dim=1, keepdim=True)
+        self._areas = self._weights.sum(dim=1)
+        self._weights /= self._areas[:, None]
         weights, pictures = self._weights[self._pairs[:, 4], None], self._painted(self._pairs, ("body", "accessory"))
         self._weighted = (weights * pictures).flatten(1)  # [240, 3 P]
         self._constant = (weights * pictures.square()).flatten(1).sum(dim=1)
@@ -52,30 +66,55 @@ class CatRecognizer:
         if images.shape[1:] != (3, self.side, self.side):
             raise ValueError(f"the images are {tuple(images.shape)}; this recognizer takes [B, 3, {self.side}, {self.side}].")
         pixels = (images.cpu().float() / 2 + 0.5).flatten(2)
-        found = [self._nearest(part) for part in pixels.split(AT_ONCE)]
+        found = [self._recognized(part) for part in pixels.split(AT_ONCE)]
         return Recognized(*map(torch.cat, zip(*found, strict=True)))
 
-    def _nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _recognized(self, x: Tensor) -> Recognized:
+        cats = self._nearest(x)
+        squares = (x - self._painted(cats)).square().mean(dim=1)  # [B, P]
+        return Recognized(cats, squares.mean(dim=1).sqrt(), self._excess(squares, cats))
+
+    def _excess(self, squares: Tensor, cats: Tensor) -> Tensor:
+        """Of squared differences [B, P] to the pictures of cats: their largest means over where a part is to be seen, and over
+        where any part of its kind would be, and over the picture; in units of what is tolerated, [B, 6].
+        """
+        through, found = torch.ones_like(squares), [_in_tolerated(squares, torch.ones_like(squares))]
+        for place, kind in reversed([*enumerate(KINDS)]):
+            alphas = self._layers[ALL][kind][:, 3]
+            alpha = alphas[cats[:, place]]
+            found.append(torch.maximum(*(_in_tolerated(squares, some * through) for some in (alpha, alphas.amax(dim=0)))))
+            through = through * (1 - alpha)
+        return torch.stack(found[::-1], dim=1)
+
+    def _nearest(self, x: Tensor) -> Tensor:
         squares = x.square().sum(dim=1) @ self._weights.T  # [B, 16]
         distances = squares[:, self._pairs[:, 4]] - 2 * x.flatten(1) @ self._weighted.T + self._constant  # [B, 240]
         nearest, ranked = distances.topk(PAIRS_TRIED, dim=1, largest=False)
+        # the mean square that a pair leaves where no other part can be, so that it cannot leave less in all
+        least = nearest * self._areas[self._pairs[ranked, 4]] / (3 * self.side**2)
         best, error = self._improved(x, self._pairs[ranked[:, 0]])
-        for rank in range(1, PAIRS_TRIED):
-            rows = (nearest[:, rank] < UNCLEAR * nearest[:, 0]).nonzero()[:, 0]
-            cats, now = self._improved(x[rows], self._pairs[ranked[rows, rank]])
+        for rank in (*range(1, PAIRS_TRIED), 0):
+            likely = least[:, rank] < error if rank else error > TOLERATED_NOISE**2
+            rows = likely.nonzero()[:, 0]
+            cats, now = self._improved(x[rows], self._pairs[ranked[rows, rank]], ORDER if rank else OTHER_ORDER)
             better = now < error[rows]
             best[rows[better]], error[rows[better]] = cats[better], now[better]
         best[torch.isin(best[:, 4], torch.tensor(SCARVES)), 3] = 0
-        return best, error.sqrt()
+        return best
 
-    def _improved(self, x: Tensor, cats: Tensor) -> tuple[Tensor, Tensor]:
-        """Each part in turn chosen anew, given the others, until nothing changes; the mean squares [B] that are left."""
-        for sweep in range(SWEEPS):
-            before = cats.clone()
-            for kind in ("eyes", "mouth", "fur", *(("body", "accessory") if sweep else ())):
-                cats[:, KINDS.index(kind)] = self._best_part(x, cats, kind)
-            if sweep and torch.equal(before, cats):
-                break
+    def _improved(self, x: Tensor, cats: Tensor, order: Sequence[str] = ORDER) -> tuple[Tensor, Tensor]:
+        """Each part in turn chosen anew, given the others, wherever one of these has changed since, until none has; the cats,
+        and the mean squares [B] that are left.
+        """
+        stale = torch.ones(cats.shape, dtype=torch.bool)
+        for _ in range(SWEEPS):
+            for kind in order:
+                place = KINDS.index(kind)
+                rows = stale[:, place].nonzero()[:, 0]
+                if len(rows):
+                    parts = self._best_part(x[rows], cats[rows], kind)
+                    stale[rows[parts != cats[rows, place]]] = True
+                    cats[rows, place], stale[rows, place] = parts, False
         return cats, (x - self._painted(cats)).square().mean(dim=(1, 2))
 
     def _best_part(self, x: Tensor, cats: Tensor, kind: str) -> Tensor:
@@ -111,3 +150,16 @@ def _factors(layer: Tensor) -> list[Tensor]:
     colour, alpha = layer[:, :3], layer[:, 3:]
     factors = (colour, alpha, colour.square().sum(dim=1), colour * alpha, alpha.square())
     return [factor.flatten(1).T.contiguous() for factor in factors]
+
+
+def _in_tolerated(squares: Tensor, weights: Tensor) -> Tensor:
+    """The weighted means of squares [B, P], each of three colours, in units of what TOLERATED_NOISE exceeds so RARE, [B]; 0
+    where the weights are less than those of half a pixel.
+
+    A weighted sum of squares of noise is taken for chi-square (Satterthwaite), and this for the cube of a normal variable
+    (Wilson and Hilferty).
+    """
+    area = weights.sum(dim=1)
+    part = 2 / 27 * weights.square().sum(dim=1) / area.square()  # 2 / 9 over the degrees of freedom
+    tolerated = TOLERATED_NOISE**2 * (1 - part + RARE * part.sqrt()) ** 3
+    return torch.where(area < 0.5, 0, (weights * squares).sum(dim=1) / area / tolerated)

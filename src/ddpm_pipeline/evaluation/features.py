@@ -24,6 +24,7 @@ from ..support.errors import ConfigError
 from ..support.exceptions import describe_exception
 from ..support.extras import needs_extra
 from ..support.provenance import weights_digest
+from .cat_judge import CatFeatures
 from .digits import fit_digits_classifier
 from .options import FEWEST_IMAGES
 
@@ -36,8 +37,8 @@ _HOW_TO_SUPPLY = (
 )
 
 _WHAT_TO_NAME = (
-    "Use auto, digits, inception, or MODULE:FUNCTION, where the function takes no arguments and returns a torch module from "
-    "images [B, C, H, W] in [-1, 1] to features [B, F]."
+    "Use auto, digits, cats, inception, or MODULE:FUNCTION, where the function takes no arguments and returns a torch module "
+    "from images [B, C, H, W] in [-1, 1] to features [B, F]."
 )
 
 
@@ -86,13 +87,15 @@ def seen(pixels: torch.Tensor, value_range: ValueRange) -> torch.Tensor:
 def feature_extractor(
     name: str, dataset: str, inception_weights: str | None, option: str = "--features", channels: int = 3
 ) -> nn.Module:
-    """The extractor of this name for images of so many channels: "digits", "inception", MODULE:FUNCTION that returns one, or
-    "auto" by the data set.
+    """The extractor of this name for images of so many channels: "digits", "cats", "inception", MODULE:FUNCTION that returns
+    one, or "auto" by the data set.
 
     Raises ConfigError, which names the `option` it came from, if it cannot be used.
     """
     if name == "digits" or (name == "auto" and dataset == "digits"):
         return fit_digits_classifier()
+    if name == "cats" or (name == "auto" and dataset == "cats" and channels == 3):
+        return CatFeatures()
     if name in ("inception", "auto"):
         if channels not in (1, 3):
             advice = f"name your own with {option} MODULE:FUNCTION, which may choose channels for it (docs/evaluation.md)"

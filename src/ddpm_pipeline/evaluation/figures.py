@@ -11,6 +11,7 @@ from ..likelihood import BitsPerDim, bits_per_dim
 from ..ranges_alpha_ddpm import ValueRange
 
 DENSITY = "per value, of data scaled to [-1, 1]"  # what bits per dimension are of floats
+CATS = {"valid": "valid cats", "copies": "copies of training cats", "new": "new cats"}  # shares of samples
 FOLLOWED = {"psnr": "PSNR", "ssim": "SSIM", "class_accuracy": "class accuracy"}  # how near samples come to their conditions
 
 
@@ -69,6 +70,17 @@ def measurements(results: Mapping[str, Any]) -> list[Measurement]:
         measured += [
             Measurement(name, quality[name.lower()], quality["num_generated"], settings=settings | spread.get(name, {}), **data)
             for name in ("FID", "KID", "precision", "recall")
+        ]
+    if cats := results.get("cats"):
+        shared = ("steps", "scheduler", "guidance_scale", "training_cats")
+        settings = {name: cats[name] for name in shared if name in cats} | seed
+        shares = {CATS[name]: (cats[name], cats[f"{name}_standard_error"], {}) for name in CATS}
+        for kind, found in cats.get("attributes", {}).items():
+            of = "" if kind == "all" else f" of {kind}"
+            shares[f"attribute accuracy{of}"] = (found["accuracy"], found["standard_error"], {"asked": found["asked"]})
+        measured += [
+            Measurement(name, share, cats["num_images"], standard_error=error, settings=settings | more, **data)
+            for name, (share, error, more) in shares.items()
         ]
     if followed := results.get("conditions"):
         settings = {name: followed[name] for name in ("steps", "scheduler", "guidance_scale")} | seed

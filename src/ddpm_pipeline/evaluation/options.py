@@ -19,7 +19,7 @@ FEWEST_IMAGES = 5  # that ImageQuality takes with its three neighbours
 class EvaluationDataOptions(DataOptions):
     """The images that the model is compared with."""
 
-    dataset: str = option(help="Images to compare with: 'digits', a Hub data set, a folder, or parquet files.")
+    dataset: str = option(help="Images to compare with: 'digits', 'cats', a Hub data set, a folder, or parquet files.")
     split: str = option("train", "Split of the data set. A likelihood to report is one of held-out images.")
     resolution: int | str | None = option(
         None, "Height and width of the images. Only the model's own will do.", parse=parse_resolution)
@@ -74,8 +74,8 @@ class QualityOptions(OptionGroup):
         1024, "Images to sample for FID, KID, precision and recall; 0 for none.",
         Allowed(f"0 or at least {FEWEST_IMAGES}", lambda value: value == 0 or value >= FEWEST_IMAGES))
     features: str = option(
-        "auto", "Feature extractor: digits, inception, MODULE:FUNCTION, or auto (digits for the digits, else inception, "
-        "or no samples where that is not installed).")
+        "auto", "Feature extractor: digits, cats, inception, MODULE:FUNCTION, or auto (digits for the digits, cats for the "
+        "cats, else inception, or no samples where that is not installed).")
     inception_weights: str | None = option(None, "File of Inception weights. By default they are downloaded.")
 
 

@@ -28,6 +28,7 @@ from ..support.draws import RandomStream, image_indices, seeds
 from ..support.errors import ConfigError, DataError
 from ..support.provenance import provenance
 from ..support.sharing import my_batches
+from .cat_judge import judge_of
 from .conditions import DataConditions, columns_of
 from .digits import DigitsClassifier
 from .features import feature_extractor, real_features, seen, try_extractor
@@ -208,6 +209,7 @@ def _samples(subject: Subject, options: EvaluationOptions, accelerator: Accelera
         share = subject.reference.tensor_split(accelerator.num_processes)[accelerator.process_index]
         quality.add_real_features(share.to(accelerator.device))
     batches, columns = my_batches(count, sampling.batch_size, accelerator), defaultdict(list)
+    judge = judge_of(options.data, data, subject.conditions)
     _tell(f"sampling {count} images over {steps} steps; --num_images and --num_inference_steps change that", accelerator)
     with step_bar(pipe, len(batches), steps, main) as shown:
         for batch in batches:
@@ -218,6 +220,8 @@ def _samples(subject: Subject, options: EvaluationOptions, accelerator: Accelera
                 digits = quality.generated_logits[-1].argmax(dim=1).cpu()
             for name, values in subject.conditions.followed(pixels, places[batch], digits).items():
                 columns[name] += values.tolist()
+            if judge is not None:
+                judge.add(pixels, places[batch])
     how = {"steps": steps, "scheduler": type(pipe.scheduler).__name__}
     how |= {"guidance_scale": request.guidance_scale} if request.arguments else {}
     sections = {}
@@ -227,4 +231,6 @@ def _samples(subject: Subject, options: EvaluationOptions, accelerator: Accelera
     if columns:
         figures = means({name: gather_object(values) for name, values in columns.items()})
         sections["conditions"] = {"num_images": count} | figures | how
+    if judge is not None:
+        sections["cats"] = judge.section(gather_object(judge.rows)) | how
     return sections

@@ -286,7 +286,8 @@ class WatchingOptions(OptionGroup):
         0, "Images sampled in each evaluation for FID, KID, precision and recall; 0 samples none.",
         Allowed("0 or at least 5", lambda value: value == 0 or value >= 5))
     eval_features: str = _free(
-        "auto", "Feature extractor for these: digits, inception, MODULE:FUNCTION, or auto (digits for the digits).")
+        "auto", "Feature extractor for these: digits, cats, inception, MODULE:FUNCTION, or auto (digits for the digits, cats "
+        "for the cats).")
     num_samples: int = _free(64, "Images in the final samples.png.", at_least(1))
     sample_inference_steps: int | None = _free(
         None, "Reverse steps for samples.png. By default the full chain, as a call of the pipeline takes.", at_least(1))
