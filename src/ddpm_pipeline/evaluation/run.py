@@ -119,6 +119,8 @@ def _open(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelerator) 
     extractor = _extractor(pipe, options, accelerator)
     with accelerator.main_process_first():
         data = _open_images(options, pipe, accelerator)
+    parts = [data] if data.held_out is None else [data, data.held_out]
+    conditions = [DataConditions(pipe, images, options.condition, options.sampling.seed) for images in parts]
     if data.skipped:
         first = "; ".join(map(describe, data.skipped[:SHOWN]))
         _tell(f"warning: {len(data.skipped)} rows cannot be used and are skipped: {first}", accelerator)
@@ -128,16 +130,16 @@ def _open(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelerator) 
         extractor = extractor.to(accelerator.device)
         try_extractor(extractor, data, f"--features {quality.features}")
 
-    def subject_of(images: ImageData, held_out: Subject | None = None) -> Subject:
+    subject = None
+    for images, of_images in reversed([*zip(parts, conditions, strict=True)]):
         if count := min(options.likelihood.num_likelihood_images, len(images)):
             my_batches(count, options.sampling.batch_size, accelerator)  # for its error
-        conditions, reference = DataConditions(pipe, images, options.condition, options.sampling.seed), None
+        reference = None
         if extractor is not None:
             with accelerator.main_process_first():
                 reference = real_features(images, extractor, options.data.cache_dir)
-        return Subject(pipe, images, conditions, sampler, extractor, reference, held_out)
-
-    return subject_of(data, None if data.held_out is None else subject_of(data.held_out))
+        subject = Subject(pipe, images, of_images, sampler, extractor, reference, held_out=subject)
+    return subject
 
 
 def _extractor(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelerator) -> nn.Module | None:
