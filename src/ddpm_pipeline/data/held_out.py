@@ -1,6 +1,7 @@
 """The images that a run holds out: what `--validation_split` names, read as the training images are and never trained on.
 
-Called by training. Whether an image is held out, or the same as another, is told from its pixels after preprocessing.
+Called by training and evaluation. Whether an image is held out, or the same as another, is told from its pixels after
+preprocessing.
 """
 
 import logging
@@ -10,10 +11,11 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 
+from ..ranges_alpha_ddpm import ValueRange
 from ..support.errors import DataError
 from .columns import IMAGE_DIGEST
 from .mapped import ImageData, ImageSet, fingerprint_of, measured, with_class_column
-from .options import PERCENTILES, ConditionColumns, TrainingDataOptions
+from .options import PERCENTILES, ConditionColumns, HeldOutDataOptions
 from .skipped import SHOWN, describe
 from .sources import hash_of
 from .streamed import StreamData, open_data
@@ -23,13 +25,16 @@ logger = logging.getLogger(__name__)
 FEWEST = 2  # held-out images, so that figures have a standard error
 
 
-def open_training_data(options: TrainingDataOptions, columns: ConditionColumns, streamed: int) -> ImageSet:
-    """The images to train on, with those held out, if any: all of them or, beside a stream, the first `streamed`.
+def open_training_data(
+    options: HeldOutDataOptions, columns: ConditionColumns, streamed: int, *model_ranges: ValueRange | None
+) -> ImageSet:
+    """The images to train on, with those held out, if any: all of them or, beside a stream, the first `streamed`. The ranges
+    of values are those of a model that is evaluated, as in `load_images`.
 
     Raises DataError if nothing would be left to train on or to hold out, or if the held-out images lack the training images'
     classes or columns.
     """
-    data, given, share = open_data(options, columns), options.validation_split, options.held_out_share
+    data, given, share = open_data(options, columns, *model_ranges), options.validation_split, options.held_out_share
     if given is None:
         return data
     if share is None:
@@ -62,7 +67,7 @@ def part(data: ImageData, chosen: np.ndarray) -> ImageData:
     return replace(data, rows=rows, fingerprint=hash_of(data.fingerprint, fingerprint_of(data, data.dataset, rows)))
 
 
-def _measured(data: ImageData, options: TrainingDataOptions) -> ImageData:
+def _measured(data: ImageData, options: HeldOutDataOptions) -> ImageData:
     """With percentiles of these images' values, if that is what --value_range asks for, and of their condition images'."""
     if not (options.value_range or "").startswith(PERCENTILES):
         return data
@@ -78,7 +83,7 @@ def _in_ranges_of(training: ImageData, held_out: ImageData) -> ImageData:
     return replace(held_out, value_range=training.value_range, condition_images=second)
 
 
-def _load(options: TrainingDataOptions, columns: ConditionColumns, like: ImageSet, streamed: int) -> ImageData:
+def _load(options: HeldOutDataOptions, columns: ConditionColumns, like: ImageSet, streamed: int) -> ImageData:
     """The split, folder or file that `options` name, with the size, channels and class numbers of the training images."""
     given, is_path = options.validation_split, options.validation_path
     place = {"dataset": given, "dataset_config": None, "split": "train"} if is_path else {"split": given}

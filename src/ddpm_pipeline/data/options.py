@@ -139,12 +139,41 @@ class DataOptions(OptionGroup):
 
 
 @dataclass(frozen=True)
-class TrainingDataOptions(DataOptions):
-    """The same, and the order in which training sees the images."""
+class HeldOutDataOptions(DataOptions):
+    """The same, with images of which some are held out."""
 
     validation_split: str | None = option(
         None, "Images to hold out: never trained on, and evaluated on the way. A split (test, train[90%:]), a folder or file "
         "(with a / in its path), or a share of the images (10%, 0.1), chosen by their pixels (docs/training.md).")
+
+    def check(self) -> None:
+        super().check()
+        share = self.held_out_share
+        if share is not None and not 0 < share < 1:
+            raise ConfigError(f"--validation_split {self.validation_split} must be above 0 and below 1, or 100%.")
+
+    @property
+    def held_out_share(self) -> float | None:
+        """The share that --validation_split is; None if it names something."""
+        found = re.fullmatch(r"(\d+\.?\d*|\.\d+)(%?)", self.validation_split or "")
+        return found and float(found[1]) / (100 if found[2] else 1)
+
+    @property
+    def validation_path(self) -> bool:
+        """Whether --validation_split names a folder or file; a bare name is a split."""
+        given = self.validation_split or ""
+        return os.path.basename(given) != given or os.path.isfile(given)
+
+    @property
+    def validation_name(self) -> str | None:
+        """--validation_split without the folders of a path."""
+        return os.path.basename(os.path.normpath(self.validation_split)) if self.validation_path else self.validation_split
+
+
+@dataclass(frozen=True)
+class TrainingDataOptions(HeldOutDataOptions):
+    """The same, and the order in which training sees the images."""
+
     random_flip: bool = option(False, "Mirror each image left to right with probability 1/2.")
     random_resized_crop: float | None = option(
         None, "Windows at random places, with a random share of the height and width from this one to 1, resized to "
@@ -170,29 +199,14 @@ class TrainingDataOptions(DataOptions):
         super().check()
         if self.random_crop and self.random_resized_crop:
             raise ConfigError("--random_crop and --random_resized_crop are two kinds of windows; drop one.")
-        share = self.held_out_share
-        if share is not None and not 0 < share < 1:
-            raise ConfigError(f"--validation_split {self.validation_split} must be above 0 and below 1, or 100%.")
         if self.streaming:
             self.require_resolution()
             splits = [set(re.sub(r"\[.*?\]", "", split or "").split("+")) for split in (self.split, self.validation_split)]
-            if share is not None or (not self.validation_path and set.intersection(*splits)):
+            if self.held_out_share is not None or (not self.validation_path and set.intersection(*splits)):
                 raise ConfigError(
                     f"--validation_split {self.validation_split} is a part of the images, which --streaming cannot leave out; "
                     "name another split, a folder or a file, or drop --streaming."
                 )
-
-    @property
-    def held_out_share(self) -> float | None:
-        """The share that --validation_split is; None if it names something."""
-        found = re.fullmatch(r"(\d+\.?\d*|\.\d+)(%?)", self.validation_split or "")
-        return found and float(found[1]) / (100 if found[2] else 1)
-
-    @property
-    def validation_path(self) -> bool:
-        """Whether --validation_split names a folder or file; a bare name is a split."""
-        given = self.validation_split or ""
-        return os.path.basename(given) != given or os.path.isfile(given)
 
 
 @dataclass(frozen=True)

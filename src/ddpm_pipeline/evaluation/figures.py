@@ -89,4 +89,32 @@ def measurements(results: Mapping[str, Any]) -> list[Measurement]:
             how = settings if bicubic is None else {**settings, "bicubic": float(f"{bicubic:.4g}")}
             about = {"num_images": followed["num_images"], "standard_error": error, "settings": how, **data}
             measured.append(Measurement(FOLLOWED[name], followed[name], **about))
+    if "memorisation" in results:
+        measured += _of_memorisation(results, data, seed)
+    return measured
+
+
+def _of_memorisation(results: Mapping[str, Any], data: Mapping[str, Any], seed: Mapping[str, int]) -> list[Measurement]:
+    found, measured = results["memorisation"], []
+    shared = {"held_out": found["validation_split"], **seed}
+    if gap := found.get("bits_per_dim"):
+        means = {f"{kind}_bits": float(f"{gap[kind]:.4g}") for kind in ("training", "held_out")}
+        about = {"standard_error": gap.get("difference_standard_error"), "settings": means | shared, **data}
+        measured.append(Measurement("bits/dim, held-out minus training", gap["difference"], gap["num_held_out"], **about))
+    how = {name: found[name] for name in ("steps", "scheduler", "guidance_scale") if name in found}
+    for space in filter(found.__contains__, ("pixels", "features")):
+        figures, extractor = found[space], {"features": results["quality"]["features"]} if space == "features" else {}
+        chance = f"{figures['chance']:.2g} ± {figures['chance_standard_error']:.1g}"
+        names = {"distance_ratio": ("distance ratio", 1), "share_unusually_near": ("unusually near", chance)}
+        for key in filter(figures.__contains__, names):
+            name, of_new = names[key]
+            settings = {
+                "if_nothing_is_copied": of_new,
+                "held_out_images": figures["num_held_out"],
+                **how,
+                **extractor,
+                **shared,
+            }
+            about = {"standard_error": figures[f"{key}_standard_error"], "settings": settings, **data}
+            measured.append(Measurement(f"{name}, {space}", figures[key], figures["num_samples"], **about))
     return measured

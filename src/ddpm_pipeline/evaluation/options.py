@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..data.options import DataOptions, parse_resolution
+from ..data.options import HeldOutDataOptions, parse_resolution
 from ..generation.options import SamplingOptions
 from ..support.errors import ConfigError
 from ..support.option_sets import OptionSet
@@ -16,7 +16,7 @@ FEWEST_IMAGES = 5  # that ImageQuality takes with its three neighbours
 
 
 @dataclass(frozen=True)
-class EvaluationDataOptions(DataOptions):
+class EvaluationDataOptions(HeldOutDataOptions):
     """The images that the model is compared with."""
 
     dataset: str = option(help="Images to compare with: 'digits', 'cats', a Hub data set, a folder, or parquet files.")
@@ -26,6 +26,14 @@ class EvaluationDataOptions(DataOptions):
     channels: int | None = option(None, "Channels of the images. Only the model's own will do.", at_least(1))
     streaming: bool = option(
         False, "Read only as many images as --num_images or --num_likelihood_images asks for, whichever is larger.")
+    validation_split: str | None = option(
+        None, "Images that the model was not trained on, as in training: a split, a folder or file (with a / in its path), or "
+        "a share (10%). The others are then its training images, and what it has memorised of these is measured.")
+
+    def check(self) -> None:
+        super().check()
+        if self.streaming and self.validation_split:
+            raise ConfigError("--validation_split looks for the nearest of all training images; drop it, or --streaming.")
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ..data.bundled import BUNDLED
 from ..data.options import DataOptions
 from ..data.splits import split_word
-from ..hub.card import CARD, card_of_folder, read_card, record_evaluation
+from ..hub.card import CARD, CLOSEST_PAIRS, card_of_folder, read_card, record_evaluation
 from ..support.atomic import temporary_beside, write_text
 from ..support.errors import ConfigError
 from ..support.exceptions import describe_exception
+from ..support.pictures import save_picture
+from ..support.yaml_files import read_yaml
 from .figures import measurements
 from .options import EvaluationOptions
+
+TRAINING_RECORD = "training_config.yaml"
+OF_SHARES = ("validation_split", "resize", "random_crop", "random_resized_crop")  # options that say which images a share is
+PAIRS = "the samples nearest to a training image, each above that image: by pixels and, in a second pair of rows, by features"
 
 
 def json_file(options: EvaluationOptions) -> Path:
     folder, output = Path(options.sampling.model), options.results.output
     return Path(output).resolve() if output else (folder if folder.is_dir() else Path()) / "evaluation.json"
+
+
+def picture_file(options: EvaluationOptions) -> Path:
+    return json_file(options).with_name(CLOSEST_PAIRS)
 
 
 def card_folder(options: EvaluationOptions) -> Path | None:
@@ -36,10 +48,28 @@ def split_name(data: DataOptions) -> str | None:
     return data.split if data.split != "train" or not local or with_splits else None
 
 
+def told_otherwise(options: EvaluationOptions) -> str:
+    """What the record of the training run in the model's folder says of its images, where an evaluation by held-out images says
+    something else; "" if nothing does, or there is no record.
+    """
+    data = options.data
+    if not data.validation_split:
+        return ""
+    try:
+        recorded = read_yaml(Path(options.sampling.model) / TRAINING_RECORD)
+    except (OSError, ValueError):
+        return ""
+    given = {name: str(value) for name, value in vars(data).items() if value is not None}
+    names = ("split", *(OF_SHARES if data.held_out_share else ()))  # a share is chosen by the images as they are stored
+    differing = [name for name in names if name in recorded and recorded[name] != given.get(name)]
+    return ", ".join(f"--{name} {recorded[name] or 'none'}" for name in differing)
+
+
 def check_destinations(options: EvaluationOptions) -> None:
     """Raises ConfigError if the figures could not be written."""
     path, folder = json_file(options), card_folder(options)
-    _try_to_write(path, "name another file with --output")
+    for file in [path, picture_file(options)][: 2 if options.data.validation_split else 1]:
+        _try_to_write(file, "name another file with --output")
     if folder is None:
         return
     advice = "or leave the card as it is with --update_card false"
@@ -62,14 +92,20 @@ def _try_to_write(path: Path, advice: str) -> None:
         raise ConfigError(f"{path} cannot be written: {error.strerror}; make its folder writable, {advice}.") from error
 
 
-def write_results(options: EvaluationOptions, results: Mapping[str, Any]) -> None:
-    """Write the figures; if that fails in spite of all, print them and raise ConfigError."""
+def write_results(options: EvaluationOptions, results: Mapping[str, Any], pairs: Image.Image | None = None) -> None:
+    """Write the figures and the picture of the closest pairs; if that fails in spite of all, print the figures and raise
+    ConfigError.
+    """
     text, path, folder = json.dumps(results, indent=2), json_file(options), card_folder(options)
     try:
         write_text(path, text + "\n")
+        if pairs is not None:
+            path = picture_file(options)
+            save_picture(pairs, path)
         if folder is not None:
+            pictures = {path.name: PAIRS} if pairs is not None and path.resolve().parent == folder.resolve() else {}
             path = folder / CARD
-            record_evaluation(folder, measurements(results))
+            record_evaluation(folder, measurements(results), pictures)
     except Exception as error:
         print(text, flush=True)
         raise ConfigError(f"{path} cannot be written: {describe_exception(error)}. The figures are printed above.") from error

@@ -17,7 +17,8 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data import ImageData, load_images, open_stream
+from ..data import ImageData, open_stream
+from ..data.held_out import open_training_data
 from ..data.options import parse_resolution
 from ..data.skipped import SHOWN, describe
 from ..encoding_alpha_ddpm import image_channels, image_condition, value_range
@@ -30,12 +31,14 @@ from ..support.provenance import provenance
 from ..support.sharing import my_batches
 from .cat_judge import judge_of
 from .conditions import DataConditions, columns_of
+from .copies import Samples, find_copies
 from .digits import DigitsClassifier
 from .features import feature_extractor, real_features, seen, try_extractor
 from .figures import DENSITY, likelihood_of, means, summary
+from .memorisation import likelihood_gap
 from .options import EvaluationOptions
 from .quality import ImageQuality
-from .results import check_destinations, split_name, write_results
+from .results import check_destinations, picture_file, split_name, told_otherwise, write_results
 
 
 def evaluate(options: EvaluationOptions) -> dict[str, Any]:
@@ -52,6 +55,7 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
         check_destinations(options)
     pipe = load_pipeline(sampling.model).to(accelerator.device)
     subject = _open(pipe, options, accelerator)
+    held_out, memorisation, pairs = subject.held_out, {"validation_split": options.data.validation_name}, None
     results = {
         "model": Path(sampling.model).name,
         "dataset": subject.data.name,
@@ -59,12 +63,25 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
         "skipped_rows": len(subject.data.skipped),
     }
     if options.likelihood.num_likelihood_images:
-        results["bits_per_dim"] = found = _bits_per_dim(subject, options, accelerator)
+        found, of_training = _bits_per_dim(subject, options, accelerator)
+        results["bits_per_dim"] = found
         error = f" ± {found['total_standard_error']:.2g}" if "total_standard_error" in found else ""
         # whatever becomes of the samples
         _tell(f"{found['total']:.4f}{error} bits/dim, of {found['num_images']} images", accelerator)
-    if options.quality.num_images and (subject.reference is not None or subject.conditions.image is not None):
-        results |= _samples(subject, options, accelerator)
+        if held_out is not None:
+            _, of_held_out = _bits_per_dim(held_out, options, accelerator)
+            memorisation["bits_per_dim"] = gap = likelihood_gap(of_training, of_held_out)
+            _tell(f"{gap['held_out']:.4f} bits/dim, of {gap['num_held_out']} held-out images", accelerator)
+    if options.quality.num_images and (subject.reference is not None or subject.conditions.image or held_out):
+        sections, samples = _samples(subject, options, accelerator)
+        results |= sections
+        if held_out is not None:
+            references = subject.reference, held_out.reference
+            found, pairs = find_copies(samples, subject.data, references, sampling.seed, accelerator)
+            _tell(f"the closest pairs, which show training images, are in {picture_file(options)}", accelerator)
+            memorisation |= found
+    if held_out is not None:
+        results["memorisation"] = memorisation
     results |= {
         "seed": sampling.seed,
         "batch_size": sampling.batch_size,
@@ -73,7 +90,7 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
         **provenance(accelerator.device),
     }
     if accelerator.is_main_process:
-        write_results(options, results)
+        write_results(options, results, pairs)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
@@ -89,6 +106,7 @@ class Subject:
     sampler: Any  # a scheduler
     extractor: nn.Module | None
     reference: torch.Tensor | None  # features of the data, [N, F]; None without an extractor
+    held_out: "Subject | None" = None  # the same of images that the model was not trained on
 
 
 def _open(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelerator) -> Subject:
@@ -102,17 +120,27 @@ def _open(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelerator) 
     extractor = _extractor(pipe, options, accelerator)
     with accelerator.main_process_first():
         data = _open_images(options, pipe, accelerator)
-    conditions = DataConditions(pipe, data, options.condition, options.sampling.seed)
+    parts = [data] if data.held_out is None else [data, data.held_out]
+    conditions = [DataConditions(pipe, images, options.condition, options.sampling.seed) for images in parts]
     if data.skipped:
         first = "; ".join(map(describe, data.skipped[:SHOWN]))
         _tell(f"warning: {len(data.skipped)} rows cannot be used and are skipped: {first}", accelerator)
-    reference = None
+    if other := told_otherwise(options):
+        _tell(f"warning: the model was trained with {other}: what is held out here may be training images", accelerator)
     if extractor is not None:
         extractor = extractor.to(accelerator.device)
         try_extractor(extractor, data, f"--features {quality.features}")
-        with accelerator.main_process_first():
-            reference = real_features(data, extractor, options.data.cache_dir)
-    return Subject(pipe, data, conditions, sampler, extractor, reference)
+
+    subject = None
+    for images, of_images in reversed([*zip(parts, conditions, strict=True)]):
+        if count := min(options.likelihood.num_likelihood_images, len(images)):
+            my_batches(count, options.sampling.batch_size, accelerator)  # for its error
+        reference = None
+        if extractor is not None:
+            with accelerator.main_process_first():
+                reference = real_features(images, extractor, options.data.cache_dir)
+        subject = Subject(pipe, images, of_images, sampler, extractor, reference, held_out=subject)
+    return subject
 
 
 def _extractor(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelerator) -> nn.Module | None:
@@ -124,11 +152,12 @@ def _extractor(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelera
         channels = image_channels(pipe.unet)
         return feature_extractor(quality.features, options.data.dataset, quality.inception_weights, channels=channels)
     except ConfigError as error:
-        in_pairs = image_condition(pipe.unet) is not None
-        if quality.features != "auto" or not (options.likelihood.num_likelihood_images or in_pairs):
+        in_pairs, divided = image_condition(pipe.unet) is not None, options.data.validation_split
+        if quality.features != "auto" or not (options.likelihood.num_likelihood_images or in_pairs or divided):
             raise ConfigError(f"{error} Or evaluate the likelihood alone, with --num_images 0.") from error
         alone = "only the likelihood is evaluated (as with --num_images 0), and no samples"
-        _tell(f"warning: {'samples are only compared with their own images' if in_pairs else alone}: {error}", accelerator)
+        compared = "in pixels" if divided else "with their own images"
+        _tell(f"warning: {f'samples are only compared {compared}' if in_pairs or divided else alone}: {error}", accelerator)
         return None
 
 
@@ -150,7 +179,7 @@ def _open_images(options: EvaluationOptions, pipe: Pipeline, accelerator: Accele
     ranges = value_range(pipe.unet), condition and condition.value_range
     try:
         if not data.streaming:
-            return load_images(data, columns, *ranges)
+            return open_training_data(data, columns, 0, *ranges)
         count = max(options.quality.num_images, options.likelihood.num_likelihood_images)
         return open_stream(data, columns, *ranges).stored(count, data.cache_dir)
     except DataError as error:
@@ -160,8 +189,10 @@ def _open_images(options: EvaluationOptions, pipe: Pipeline, accelerator: Accele
         raise DataError(f"{error} {told}") from error
 
 
-def _bits_per_dim(subject: Subject, options: EvaluationOptions, accelerator: Accelerator) -> dict[str, Any]:
-    """The likelihood of the first images of a random order of the data."""
+def _bits_per_dim(
+    subject: Subject, options: EvaluationOptions, accelerator: Accelerator
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """The likelihood of the first images of a random order of the data, and the total of each, [N]."""
     likelihood, seed, batch_size = options.likelihood, options.sampling.seed, options.sampling.batch_size
     pipe, data = subject.pipe, subject.data
     count, main = min(likelihood.num_likelihood_images, len(data)), accelerator.is_main_process
@@ -182,9 +213,10 @@ def _bits_per_dim(subject: Subject, options: EvaluationOptions, accelerator: Acc
             raise ConfigError(f"the likelihood cannot be evaluated: {error}") from error
         for name in names:
             rows[name] += getattr(part, name).tolist()
+    rows = {name: gather_object(values) for name, values in rows.items()}
     chain = likelihood.likelihood_steps or len(pipe.scheduler)
-    return {
-        **summary({name: gather_object(values) for name, values in rows.items()}),
+    section = {
+        **summary(rows),
         "steps": chain,
         "network_calls": min(likelihood.likelihood_calls or chain, chain),
         **(
@@ -192,9 +224,10 @@ def _bits_per_dim(subject: Subject, options: EvaluationOptions, accelerator: Acc
         ),
         "variance_type": own_scheduler(pipe.scheduler).config.variance_type,
     }
+    return section, torch.tensor(rows["total"], dtype=torch.float64)
 
 
-def _samples(subject: Subject, options: EvaluationOptions, accelerator: Accelerator) -> dict[str, Any]:
+def _samples(subject: Subject, options: EvaluationOptions, accelerator: Accelerator) -> tuple[dict[str, Any], Samples]:
     """Samples asked for with the conditions of the data: their quality, compared with all of the data, by features, and how
     near each comes to its condition.
     """
@@ -208,12 +241,13 @@ def _samples(subject: Subject, options: EvaluationOptions, accelerator: Accelera
         quality = ImageQuality(subject.extractor, seed=sampling.seed).to(accelerator.device)
         share = subject.reference.tensor_split(accelerator.num_processes)[accelerator.process_index]
         quality.add_real_features(share.to(accelerator.device))
-    batches, columns = my_batches(count, sampling.batch_size, accelerator), defaultdict(list)
+    batches, columns, parts = my_batches(count, sampling.batch_size, accelerator), defaultdict(list), []
     judge = judge_of(options.data, data, subject.conditions)
     _tell(f"sampling {count} images over {steps} steps; --num_images and --num_inference_steps change that", accelerator)
     with step_bar(pipe, len(batches), steps, main) as shown:
         for batch in batches:
             pixels, digits = torch.from_numpy(sample_values(pipe, batch, sampling.seed, steps, request, **shown)), None
+            parts.append(pixels)
             if quality is not None:
                 quality.update(seen(pixels.to(accelerator.device), data.value_range), real=False)
             if isinstance(subject.extractor, DigitsClassifier):
@@ -224,7 +258,7 @@ def _samples(subject: Subject, options: EvaluationOptions, accelerator: Accelera
                 judge.add(pixels, places[batch])
     how = {"steps": steps, "scheduler": type(pipe.scheduler).__name__}
     how |= {"guidance_scale": request.guidance_scale} if request.arguments else {}
-    sections = {}
+    features, sections = None if quality is None else torch.cat(quality.generated_features), {}
     if quality is not None:
         figures = {name: value for name, value in quality.compute()._asdict().items() if not math.isnan(value)}  # as in JSON
         sections["quality"] = figures | how | {"features": type(subject.extractor).__name__}
@@ -233,4 +267,4 @@ def _samples(subject: Subject, options: EvaluationOptions, accelerator: Accelera
         sections["conditions"] = {"num_images": count} | figures | how
     if judge is not None:
         sections["cats"] = judge.section(gather_object(judge.rows)) | how
-    return sections
+    return sections, Samples(torch.cat(parts), features, how)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CLOSEST_PAIRS = "closest_pairs.png"  # of an evaluation, in the card beside its figures
 CARD, ROWS, TEMPLATE = "README.md", "samples.txt", Path(__file__).parent / "model_card.md"
 OURS = "ddpm-pipeline"  # marks our evaluation results in a card's metadata, as the metric's configuration
 GENERATED = re.compile(r"(?m)^This is the model card of a .* This model card has been automatically generated\.$")
@@ -100,6 +101,7 @@ def build_card(
     kind = about.kind
     training, example = training or TrainingFacts(), _shown_code(example or kind.example, "the example")
     name = _shown(name, "the name") or "DDPM"
+    pictures = {file: _prose(_shown(caption, "a caption")) for file, caption in (pictures or {}).items()}
     repo = json.dumps(_shown(repo_id, "the repository's name") or name, ensure_ascii=False)
     command = _shown_code(training.command, "the training command")
     return ModelCard.from_template(
@@ -110,7 +112,7 @@ def build_card(
         # diffusers names a module after the repository, which a dot in it would split
         is_importable="." not in repo,
         summary=_summary(about, training),
-        pictures={file: _prose(_shown(caption, "a caption")) for file, caption in (pictures or {}).items()},
+        pictures={file: caption for file, caption in pictures.items() if file != CLOSEST_PAIRS},
         plain_note=kind.why_plain_cannot_sample,
         plain_class=kind.plain_class,
         plain_call=about.plain_call(example),
@@ -123,7 +125,7 @@ def build_card(
         as_blocks=_code(f"pipe = ddpm_pipeline.{kind.our_blocks}().init_pipeline({repo})"),
         training_table=_training_table(training.facts, license),
         command=command,
-        evaluation=_evaluation_text(evaluation),
+        evaluation=_evaluation_text(evaluation, pictures.get(CLOSEST_PAIRS)),
         images=about.images,
     )
 
@@ -217,7 +219,7 @@ def _training_table(facts: Mapping[str, Any], license: str | None) -> str:
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def _evaluation_text(evaluation: Sequence[Measurement] | None) -> str:
+def _evaluation_text(evaluation: Sequence[Measurement] | None, closest_pairs: str | None = None) -> str:
     if not evaluation:
         return "" if evaluation is None else "Not measured yet."
     lines = ["| metric | value | images | data | how |", "|---|---|---|---|---|"]
@@ -229,7 +231,9 @@ def _evaluation_text(evaluation: Sequence[Measurement] | None) -> str:
         figure = f"| {_prose(one.metric)} | {one.value:.4g}{error} | {one.num_images:,} |"
         lines.append(f"{figure} {data} | {_prose(how)} |")
     if any(one.standard_error is not None for one in evaluation):
-        lines += ["", "± is one standard error of the mean over images."]
+        lines += ["", "± is one standard error."]
+    if closest_pairs:
+        lines += ["", f"![{closest_pairs}]({CLOSEST_PAIRS})", "", f"{CLOSEST_PAIRS}: {closest_pairs}"]
     return "\n".join(lines)
 
 
@@ -305,20 +309,26 @@ def _not_ours(result: Mapping[str, Any]) -> dict[str, Any]:
     return {**result, "metrics": [] if whole else [one for one in result["metrics"] if one.get("config") != OURS]}
 
 
-def record_evaluation(folder: str | Path, evaluation: Sequence[Measurement]) -> None:
-    """Write what was measured into the card of a pipeline folder: its text and its metadata."""
+def record_evaluation(folder: str | Path, evaluation: Sequence[Measurement], pictures: Mapping[str, str] | None = None) -> None:
+    """Write what was measured into the card of a pipeline folder: its text, with CLOSEST_PAIRS if this is among the `pictures`
+    (captions by file names), and its metadata.
+    """
     folder = Path(folder)
     existing = read_card(folder)
-    card = card_of_folder(folder, folder.resolve().name, existing, evaluation)
+    card = card_of_folder(folder, folder.resolve().name, existing, evaluation, pictures)
     write_text(folder / CARD, refresh_card(existing, card, ["evaluation"]))
 
 
 def card_of_folder(
-    folder: Path, repo_id: str, existing: str = "", evaluation: Sequence[Measurement] | None = None
+    folder: Path,
+    repo_id: str,
+    existing: str = "",
+    evaluation: Sequence[Measurement] | None = None,
+    pictures: Mapping[str, str] | None = None,
 ) -> ModelCard:
     """What a folder's configs alone tell, with the example of the card that exists already."""
     example, name = _example_in(existing, facts_of(folder).kind), repo_id.split("/")[-1]
-    told = {"name": name, "repo_id": repo_id, "example": example, "pictures": pictures_in(folder)}
+    told = {"name": name, "repo_id": repo_id, "example": example, "pictures": {**pictures_in(folder), **(pictures or {})}}
     return build_card(folder, evaluation=evaluation, **told)
 
 

@@ -29,7 +29,7 @@ SETUP_FILES = {*ATTEMPT_FILES, OPTIONS_FILE, TRACKER_PROJECT}  # all that a run 
 RUN_FILES = frozenset((
     *SETUP_FILES, "checkpoints", "samples", "samples.png", "samples.txt", "process.png", "metrics.jsonl", "README.md",
     "model_index.json", "modular_config.json", "unet", "scheduler", "text_encoder", "tokenizer", *SHIPPED, ".push",
-    "evaluation.json", "evaluations.jsonl", "logs",
+    "evaluation.json", "closest_pairs.png", "evaluations.jsonl", "logs",
 ))  # fmt: skip
 ASIDE, MOVING = ".previous", ".previous-moving"  # an earlier run that --overwrite set aside: all of it, a part of it
 TEMPORARY = re.compile(r"\.(.+)\.\w+\.tmp")  # of `support.atomic`
