@@ -7,7 +7,7 @@ import torch
 
 from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
 from ddpm_pipeline.support.errors import ConfigError
-from ddpm_pipeline.training.models import PRESETS, build_model
+from ddpm_pipeline.training.models import PRESETS, build_model, preset_for_cpus
 from ddpm_pipeline.training.options import TrainingOptions
 from helpers import TINY_UNET
 
@@ -30,6 +30,25 @@ def test_larger_presets_have_valid_block_types():
     for name in ("128", "256"):
         blocks = PRESETS[name][1]
         assert len(blocks["block_out_channels"]) == len(blocks["down_block_types"]) == len(blocks["up_block_types"])
+
+
+@pytest.mark.parametrize("name, smallest, largest", [("small", 1e6, 3e6), ("medium", 8e6, 12e6)])
+def test_presets_for_cpus_lie_between_the_others(name, smallest, largest):
+    with torch.device("meta"):
+        unet, _ = model(32, 3, model=name)
+        assert smallest <= sum(weight.numel() for weight in unet.parameters()) <= largest
+        assert unet(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.long)).sample.shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "options, size, preset",
+    [
+        ({}, (32, 32), "small"), ({}, (20, 48), "medium"), ({}, (16, 16), None), ({}, (128, 128), None),
+        ({"model": "32"}, (32, 32), None), ({"init_from": "somewhere"}, (32, 32), None),
+    ],
+)  # fmt: skip
+def test_a_run_on_a_cpu_hears_of_a_network_for_it(options, size, preset):
+    assert preset_for_cpus(TrainingOptions(**options).model, size) == preset
 
 
 def test_schedule_options_reach_the_scheduler():

@@ -28,7 +28,7 @@ from ..likelihood.bound import own_scheduler
 from ..support.draws import RandomStream, image_indices, seeds
 from ..support.errors import ConfigError, DataError
 from ..support.provenance import provenance
-from ..support.sharing import my_batches
+from ..support.sharing import forgotten_accelerator, my_batches
 from .cat_judge import judge_of
 from .conditions import DataConditions, columns_of
 from .copies import Samples, find_copies
@@ -41,6 +41,7 @@ from .quality import ImageQuality
 from .results import check_destinations, picture_file, split_name, told_otherwise, write_results
 
 
+@forgotten_accelerator()
 def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     """Bits per dimension of images and the quality of samples; the results as they are written to evaluation.json.
 

@@ -19,6 +19,7 @@ from ..support.atomic import write_text
 from ..support.errors import ConfigError
 from ..support.pictures import BY_DEFAULT, Display, grid, save_picture
 from ..support.provenance import weights_digest
+from ..support.sharing import forgotten_accelerator
 from .drawing import sample_values, step_bar
 from .files import ImageFiles
 from .folder import check_still_there, prepare, to_parquet
@@ -29,6 +30,7 @@ from .requests import request_of
 PREVIEWED = 64  # images in preview.png
 
 
+@forgotten_accelerator()
 def generate(options: GenerationOptions) -> Path:
     """Sample the images that the folder lacks, and return the folder.
 

@@ -1,8 +1,21 @@
 """Work shared out over the processes of a launch. Imports accelerate."""
 
+import contextlib
+from collections.abc import Iterator
+
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from .errors import ConfigError
+
+
+@contextlib.contextmanager
+def forgotten_accelerator() -> Iterator[None]:
+    """Afterwards the next run of this process may choose another precision, however this one ended."""
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state()
 
 
 def my_batches(count: int, batch_size: int, accelerator: Accelerator) -> list[range]:

@@ -28,6 +28,7 @@ from .batches import BatchLoader
 from .checkpoints import Checkpoints, export_command
 from .conditions import Condition
 from .export import describe_run
+from .models import preset_for_cpus
 from .options import TrainingOptions
 from .output_folder import OPTIONS_FILE, TRACKER_PROJECT, OutputFolder
 from .pusher import Pusher
@@ -218,6 +219,8 @@ def begin(run: Run, previews: Every) -> None:
         run.total, options.optimisation.batch_size, accelerator.device, accelerator.mixed_precision,
         torch.get_num_threads(),
     )  # fmt: skip
+    if accelerator.device.type == "cpu" and (preset := preset_for_cpus(options.model, data.size)):
+        logger.info("--model auto has taken a network for GPUs; on this CPU --model %s takes a fraction of the time", preset)
     for name in ("preview_every", "eval_every"):
         every = getattr(options.watching, name)
         if every > run.total and every != options.declared()[name].default:

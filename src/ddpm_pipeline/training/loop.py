@@ -3,14 +3,13 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from ..data.held_out import open_training_data
 from ..data.mapped import ImageSet
@@ -18,6 +17,7 @@ from ..data.options import parse_resolution
 from ..ranges_alpha_ddpm import ValueRange
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..support.draws import noise_of
+from ..support.sharing import forgotten_accelerator
 from .batches import BatchLoader, BatchPlan, batch_loader, lost_workers
 from .checkpoints import find_checkpoint, load_checkpoint, stored_options
 from .conditions import Condition, build_condition
@@ -33,15 +33,6 @@ from .pusher import Pusher
 from .state import MAX_IN_A_ROW, build_state
 from .stop import StopRequest
 from .telemetry import logging_to
-
-
-@contextlib.contextmanager
-def forgotten_accelerator() -> Iterator[None]:
-    """Afterwards the next run of this process may choose another precision, however this one ended."""
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state()
 
 
 @forgotten_accelerator()

@@ -46,7 +46,7 @@ PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "128": (128, _blocks(128, 128, 256, 256, 512, attention=3)),
     "256": (256, _blocks(128, 128, 256, 256, 512, 512, attention=4)),
 }
-FOR_CPUS = ("small", "medium")  # never chosen by themselves, so that a run does not depend on the machine
+FOR_CPUS = ("small", "medium")  # never chosen by `auto`, so that a run does not depend on the machine
 
 UNet = UNet2DModel | UNet2DConditionModel
 
@@ -168,14 +168,21 @@ def _adapted(unet: UNet, model: ModelOptions, condition: Condition) -> UNet:
     return fresh
 
 
-def preset_for(size: tuple[int, int], for_cpus: bool = False) -> str:
-    """The smallest preset that is meant for images of this size. Raises ConfigError if none is."""
-    meant = [name for name, (largest, _) in PRESETS.items() if max(size) <= largest and for_cpus == (name in FOR_CPUS)]
+def preset_for(size: tuple[int, int]) -> str:
+    """The preset that `auto` takes for images of this size. Raises ConfigError if none is meant for it."""
+    meant = [name for name, (largest, _) in PRESETS.items() if max(size) <= largest and name not in FOR_CPUS]
     if not meant:
         raise ConfigError(
             f"no preset is meant for {shown_size(size)} pixels; name a preset or a UNet2DModel config file with --model."
         )
     return meant[0]
+
+
+def preset_for_cpus(model: ModelOptions, size: tuple[int, int]) -> str | None:
+    """The preset that suits a CPU better than the one that `auto` has taken for images of this size."""
+    if model.model != "auto" or model.init_from or max(size) <= PRESETS["tiny"][0]:
+        return None
+    return next((name for name in FOR_CPUS if max(size) <= PRESETS[name][0]), None)
 
 
 def _unet_config(model: ModelOptions, images: dict[str, Any], condition: Condition) -> dict[str, Any]:

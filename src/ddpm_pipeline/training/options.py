@@ -117,7 +117,9 @@ class ConditionOptions(OptionGroup):
 class ModelOptions(OptionGroup):
     title: ClassVar[str] = "model"
 
-    model: str = option("auto", "UNet: a preset (tiny, 32, 64, 128, 256), 'auto' (by resolution), or a config file.")
+    model: str = option(
+        "auto", "UNet: 'auto' (a preset by resolution: tiny, 32, 64, 128 or 256), a preset by name (also small and medium, "
+        "for CPUs), or a config file (docs/training.md).")
     dropout: float | None = option(None, "Dropout in the UNet. By default the preset's own.", BELOW_ONE)
     init_from: str | None = option(
         None, "Hub repository or folder of a DDPM pipeline, or a run's checkpoint, to fine-tune (weights and schedule).",
