@@ -1,27 +1,32 @@
-"""Which choice trains best in a given time? Each variant of a run gets the same minutes, on the same number of threads.
+"""Which choice trains best? Variants of a run on cats, each given the same updates or the same minutes.
 
-    python benchmarks/ablations.py architecture --minutes 5 --output benchmarks/results/ablations_architecture
+    python benchmarks/ablations.py recipe runs --updates 700 --output benchmarks/results/ablations_recipe
+    python benchmarks/ablations.py architecture runs --minutes 5 --output benchmarks/results/ablations_architecture
 
-The updates that fit into the time are counted from a first short run of the same options, so that the learning rate falls to zero
-within it. Each model is then evaluated as `evaluate` does. A row is written as soon as it is known, and a second run
-continues from there. Several commands with one --output share the work.
+The updates that fit into the minutes are counted in a first short run of the same options, so that the learning rate falls to
+zero within them. Each model is then evaluated with a few calls. A model that is finished in the folder is kept, so a second run
+continues, and several commands can share the variants.
 """
 
 import argparse
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ddpm_pipeline.evaluation import EvaluationOptions, evaluate
+from ddpm_pipeline.support.provenance import provenance
 from ddpm_pipeline.training import TrainingOptions, train
 
+ROW = "ablation.json"
 TRIAL, FIRST = 60, 20  # updates of the short run, and those of them that are not counted
 COMMON = {
     "dataset": "cats", "dataset_config": "num_images=10000,seed=0", "resolution": 16, "beta_schedule": "squaredcos_cap_v2",
-    "batch_size": 64, "learning_rate": 1e-3, "lr_warmup_steps": 100, "adam_beta2": 0.99, "weight_decay": 0.01,
+    "model": "tiny", "batch_size": 64, "learning_rate": 1e-3, "lr_warmup_steps": 100, "adam_beta2": 0.99, "weight_decay": 0.01,
     "ema_decay": 0.998, "mixed_precision": "bf16", "preview_every": 0, "checkpoint_every": 0, "num_samples": 64,
     "sample_inference_steps": 25,
 }  # fmt: skip
@@ -51,20 +56,13 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         "32-128": {"model": unet(32, 128)},
     },
     "recipe": {
-        "as it is": {},
-        "v": {"prediction_type": "v_prediction"},
+        "noise prediction": {},
+        "noise, Min-SNR": {"snr_gamma": 5.0},
+        "v-prediction": {"prediction_type": "v_prediction"},
         "v, Min-SNR": {"prediction_type": "v_prediction", "snr_gamma": 5.0},
-        "Min-SNR": {"snr_gamma": 5.0},
-        "x_0": {"prediction_type": "sample"},
-        "sigmoid": {"beta_schedule": "sigmoid"},
-        "linear": {"beta_schedule": "linear"},
-        "learning rate 0.003": {"learning_rate": 3e-3},
-        "batch of 32": {"batch_size": 32},
-        "batch of 16": {"batch_size": 16},
-        "EMA decay 0.995": {"ema_decay": 0.995},
-        "beta2 0.999": {"adam_beta2": 0.999},
-        "channels last": {"channels_last": True},
-        "float32": {"mixed_precision": "no"},
+        "x_0 prediction": {"prediction_type": "sample"},
+        "v, Min-SNR, linear schedule": {"prediction_type": "v_prediction", "snr_gamma": 5.0, "beta_schedule": "linear"},
+        "v, Min-SNR, learning rate 0.002": {"prediction_type": "v_prediction", "snr_gamma": 5.0, "learning_rate": 2e-3},
     },
 }
 
@@ -77,39 +75,70 @@ def updates_per_second(options: TrainingOptions, folder: Path) -> float:
     return sum(per_second) / len(per_second) / options.optimisation.batch_size
 
 
-def run(name: str, variant: dict[str, Any], arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    given = {**COMMON, **variant, **dict(word.split("=") for word in arguments.set)}
+def one_variant(name: str, changed: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train and evaluate, or read what an earlier command found."""
+    folder = arguments.folder / f"{arguments.study}-{''.join(c if c.isalnum() else '-' for c in name)}"
+    if (folder / ROW).is_file():
+        return json.loads((folder / ROW).read_text())
+    given = {**COMMON, **changed, "seed": arguments.seed, "num_cpu_threads": arguments.threads}
     if isinstance(given.get("model"), dict):
         config = folder.with_suffix(".json")
         config.write_text(json.dumps(given["model"]))
         given["model"] = str(config)
-    options = TrainingOptions(**given, seed=arguments.seed, num_cpu_threads=arguments.threads)
-    rate = updates_per_second(options, folder.with_name(f"{folder.name}-trial"))
-    steps = int(arguments.minutes * 60 * rate)
+    options, updates = TrainingOptions(**given), arguments.updates
+    if updates is None:
+        rate = updates_per_second(options, folder.with_name(f"{folder.name}-trial"))
+        updates = int(arguments.minutes * 60 * rate)
     began = time.monotonic()
-    train(options.with_values(output_dir=str(folder), max_train_steps=steps))
-    return {"variant": name, "updates_per_second": rate, "updates": steps, "seconds": time.monotonic() - began}
+    train(options.with_values(output_dir=str(folder), max_train_steps=updates, overwrite=True))
+    seconds = time.monotonic() - began
+    found = evaluate(
+        EvaluationOptions(
+            model=str(folder), dataset="cats", dataset_config=COMMON["dataset_config"], num_likelihood_images=0,
+            num_images=arguments.num_images, scheduler="dpm-solver++", num_inference_steps=COMMON["sample_inference_steps"],
+            num_cpu_threads=arguments.threads,
+        )
+    )  # fmt: skip
+    figures = {"distance": found["cats"]["distance"], "valid": found["cats"]["valid"], "fid": found["quality"]["fid"]}
+    row = {"variant": name, "updates": updates, "seconds": round(seconds, 1), **figures}
+    (folder / ROW).write_text(json.dumps(row))
+    return row
+
+
+def table(report: dict[str, Any]) -> str:
+    lines = ["| variant | updates | distance to the nearest cat | FID | valid |", "|---|---|---|---|---|"]
+    for row in report["rows"]:
+        figures = f"{row['distance']:.4f} | {row['fid']:.1f} | {100 * row['valid']:.1f} %"
+        lines.append(f"| {row['variant']} | {row['updates']:,} | {figures} |")
+    steps = COMMON["sample_inference_steps"]
+    words = f"Of {report['num_images']:,} samples by DPM-Solver++ in {steps} steps, seed {report['seed']}."
+    lines += ["", f"{words} `{report['command']}`, {report['date']}, {report['processor']}, {report['threads']} threads."]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--only", nargs="*", help="variants; by default all")
-    parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("folder", type=Path, help="where the models go")
+    parser.add_argument("--only", nargs="+", help="variants; by default all")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--updates", type=int, help="of each variant")
+    budget.add_argument("--minutes", type=float, help="of each variant")
+    parser.add_argument("--num_images", type=int, default=500, help="samples of each variant")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set", nargs="*", default=[], help="options of training for all, as name=value")
-    parser.add_argument("--folder", type=Path, required=True, help="where the models go")
+    parser.add_argument("--output", type=Path, help="without suffix; a .json and a .md are written")
     arguments = parser.parse_args()
-    for name, variant in STUDIES[arguments.study].items():
-        if arguments.only and name not in arguments.only:
-            continue
-        folder = arguments.folder / f"{arguments.study}-{''.join(c if c.isalnum() else '-' for c in name)}"
-        row = run(name, variant, arguments, folder)
-        (folder / "ablation.json").write_text(json.dumps(row))
-        print(row, flush=True)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    study = {name: STUDIES[arguments.study][name] for name in arguments.only or STUDIES[arguments.study]}
+    report = {"command": " ".join(["python", "benchmarks/ablations.py", *sys.argv[1:]]), **provenance(torch.device("cpu"))}
+    report |= {name: getattr(arguments, name) for name in ("study", "updates", "minutes", "num_images", "seed")}
+    report["rows"] = [one_variant(name, changed, arguments) for name, changed in study.items()]
+    print(table(report))
+    if arguments.output:
+        arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+        arguments.output.with_suffix(".md").write_text(table(report))
 
 
 if __name__ == "__main__":
-    torch.set_num_interop_threads(1)
     main()

@@ -3,9 +3,9 @@
     python benchmarks/memorisation.py runs --output benchmarks/results/memorisation
 
 Trains the same network for the same number of updates on 100 to 30,000 cats, and counts among its samples copies of these, new
-valid cats, and what is no cat. Beside the counts stands what `evaluate --validation_split` says without knowing the cats, with its
-rank correlation with the counts. A model that is finished in the folder is kept, so a second run continues, and several commands
-can share the sizes.
+valid cats, and what is no cat. Beside the counts stands what `evaluate --validation_split` says without knowing the cats, with
+its rank correlation with the counts. A model that is finished in the folder is kept, so a second run continues, and several
+commands can share the sizes.
 """
 
 import argparse

@@ -17,6 +17,7 @@ from ddpm_pipeline.training.options import (
     OptimisationOptions,
     TrainingOptions,
     parse_options,
+    recipes,
 )
 from helpers import run_python
 
@@ -45,7 +46,8 @@ def test_a_resolved_configuration_is_a_config_file(tmp_path):
 
 def test_recipes_go_by_name_from_anywhere_and_files_by_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("digits", "digits_class", "digits_likelihood", "digits_text", "digits_upscale"):
+    assert {"cats", "cats_text", "digits"} <= {*recipes()} and "digits_captions" not in recipes()
+    for name in recipes():
         by_name = parse_options(["--config", name])
         assert by_name.optimisation.max_train_steps and by_name == TrainingOptions(config=name)
         assert by_name == parse_options(["--config", str(RECIPES / f"{name}.yaml")])

@@ -370,12 +370,16 @@ class TrainingOptions(OptionSet):
         return path
 
 
+def recipes() -> list[str]:
+    """The names that --config takes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.endswith("_captions"))
+
+
 def parse_options(argv: Sequence[str]) -> TrainingOptions:
     """The options that a command line asks for. Raises ConfigError where it cannot be understood."""
     config = value_of(argv, "--config")
     if config is None and value_of(argv, "--dataset") is None:
         config = DEFAULT_RECIPE
     description = "Train a diffusion model. Without --dataset and --config the digits recipe runs."
-    recipes = "digits, digits_class, digits_likelihood, digits_small, digits_text, digits_upscale"
-    help = f"Recipe ({recipes}) or YAML file of options; flags override it."
+    help = f"Recipe ({', '.join(recipes())}) or YAML file of options; flags override it."
     return TrainingOptions.parse(argv, description, config, config=help)
