@@ -38,11 +38,9 @@ def fit(options: FittingOptions) -> SamplerFit:
     except ValueError as error:
         raise ConfigError(f"{error} Options: --num_inference_steps, --long_steps, --num_noises.") from error
     if accelerator.is_main_process:
-        print(
-            f"RMSE to {sampling.long_steps} steps of the model's own solution, of held-out noises in [-1, 1]:", file=sys.stderr
-        )
+        how_far = f"RMSE to {sampling.long_steps} steps of the model's own solution, of held-out images in [-1, 1]"
+        print(f"{how_far}, after {time.monotonic() - began:.0f} s:", file=sys.stderr)
         print(found.table())
-        print(f"fitted in {time.monotonic() - began:.0f} s", file=sys.stderr)
         if any(length.is_better for length in found.lengths.values()):
             pipe.scheduler = found.scheduler
             _write(pipe, folder)
