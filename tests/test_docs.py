@@ -12,6 +12,7 @@ import pytest
 import ddpm_pipeline
 import diffusers_suites
 from ddpm_pipeline.evaluation.options import EvaluationOptions
+from ddpm_pipeline.fitting.options import FittingOptions
 from ddpm_pipeline.generation.options import GenerationOptions
 from ddpm_pipeline.support.options import OptionGroup, option_fields, options_table
 from ddpm_pipeline.training.options import TrainingOptions
@@ -23,6 +24,7 @@ COMMANDS = {  # by script: its options, and where their tables are
     "training/train.py": (TrainingOptions, "training.md", "All options"),
     "training/evaluate.py": (EvaluationOptions, "evaluation.md", "Options of evaluate.py"),
     "training/generate.py": (GenerationOptions, "evaluation.md", "Options of generate.py"),
+    "training/fit_sampler.py": (FittingOptions, "fitted_sampler.md", "Options of fit_sampler.py"),
 }
 
 

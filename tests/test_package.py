@@ -18,6 +18,7 @@ COMMANDS = {  # by room: the function that the command calls, and the extra that
     "training": ("train", "train"),
     "evaluation": ("evaluate", "eval"),
     "generation": ("generate", "train"),
+    "fitting": ("fit", "train"),
 }
 BASE_ROOMS = {"hub", "likelihood"}  # which need no extra, as the root files
 HEAVY = {"torch", "diffusers", "numpy", "transformers", "huggingface_hub", "accelerate", "datasets"}

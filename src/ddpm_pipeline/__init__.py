@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "AlphaDDPMScheduler": "scheduling_alpha_ddpm",
+    "AlphaDDPMFittedScheduler": "scheduling_fitted_alpha_ddpm",
     "Moments": "scheduling_alpha_ddpm",
     "ReverseMoments": "scheduling_alpha_ddpm",
     "AlphaDDPMPipeline": "pipeline_alpha_ddpm",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .ranges_alpha_ddpm import ValueRange
     from .sampling_alpha_ddpm import describe_conditions
     from .scheduling_alpha_ddpm import AlphaDDPMScheduler, Moments, ReverseMoments
+    from .scheduling_fitted_alpha_ddpm import AlphaDDPMFittedScheduler
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,7 @@ from .pictures_alpha_ddpm import Images
 from .ranges_alpha_ddpm import ValueRange
 from .samplers_alpha_ddpm import Steps, checked_generators, reserved, reverse_step, set_timesteps
 from .sampling_alpha_ddpm import AlphaDDPMSampling, Output, check_finite, check_shown, check_unet, guided_output, to_images
-from .scheduling_alpha_ddpm import AlphaDDPMScheduler
+from .scheduling_fitted_alpha_ddpm import our_scheduler
 from .tables_alpha_ddpm import Generators
 
 DENOISER_INPUTS = "denoiser_input_fields"  # as diffusers calls what the guider hands to the UNet
@@ -149,7 +149,7 @@ class SetTimestepsStep(Block):
     def run(self, components: Any, state: BlockState) -> None:
         loaded = components.scheduler
         if isinstance(loaded, DDPMScheduler):
-            components.scheduler = AlphaDDPMScheduler.from_config(loaded.config)
+            components.scheduler = our_scheduler(loaded)
             components.scheduler._diffusers_load_id = getattr(loaded, "_diffusers_load_id", "null")  # its source, for saving
         set_timesteps(components.scheduler, Steps(state.num_inference_steps, state.timesteps, state.sigmas))
 

@@ -21,6 +21,7 @@ from .ranges_alpha_ddpm import ValueRange  # noqa: F401
 from .samplers_alpha_ddpm import Steps
 from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Guidance, Output
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
+from .scheduling_fitted_alpha_ddpm import our_scheduler
 from .stock_format import StockFormatMixin
 from .tables_alpha_ddpm import Generators
 
@@ -32,8 +33,9 @@ for other in ("AlphaDDPMTextToImagePipeline", "AlphaDDPMImageToImagePipeline"):
 class AlphaDDPMPipeline(StockFormatMixin, Conditioned, AlphaDDPMSampling, DiffusionPipeline):
     """Image generation, unconditional, for class labels or for numbers.
 
-    Loads any repository of diffusers' `DDPMPipeline`; a `DDPMScheduler` becomes an `AlphaDDPMScheduler` of the same config, any
-    other stays as it is. What the pipeline saves names the stock classes, so that it loads with diffusers alone.
+    Loads any repository of diffusers' `DDPMPipeline`; a `DDPMScheduler` becomes an `AlphaDDPMScheduler` of the same config, or
+    an `AlphaDDPMFittedScheduler` if it holds fitted samplers; any other stays as it is. What the pipeline saves names the stock
+    classes, so that it loads with diffusers alone.
 
     Args:
         unet: the noise predictor, from images [B, C, H, W] and a timestep to [B, C, H, W], or 2C for a learned variance.
@@ -49,7 +51,7 @@ class AlphaDDPMPipeline(StockFormatMixin, Conditioned, AlphaDDPMSampling, Diffus
         super().__init__()
         if unet is not None:  # `from_pretrained(..., unet=None)` loads part of a pipeline
             self._check_model(unet)
-        self.register_modules(unet=unet, scheduler=self._own_scheduler(scheduler))
+        self.register_modules(unet=unet, scheduler=our_scheduler(scheduler))
 
     @torch.no_grad()
     def __call__(

@@ -17,6 +17,7 @@ from .ranges_alpha_ddpm import ValueRange
 from .samplers_alpha_ddpm import Steps
 from .sampling_alpha_ddpm import AlphaDDPMSampling
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
+from .scheduling_fitted_alpha_ddpm import our_scheduler
 from .stock_format import StockFormatMixin
 from .tables_alpha_ddpm import Generators
 

@@ -23,6 +23,7 @@ from .ranges_alpha_ddpm import ValueRange  # noqa: F401
 from .samplers_alpha_ddpm import Steps
 from .sampling_alpha_ddpm import AlphaDDPMOutput, AlphaDDPMSampling, Conditioning, Guidance, Output, check_unet
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
+from .scheduling_fitted_alpha_ddpm import our_scheduler
 from .stock_format import StockFormatMixin
 from .tables_alpha_ddpm import Generators
 
@@ -62,7 +63,7 @@ class AlphaDDPMTextToImagePipeline(StockFormatMixin, TextConditioning, AlphaDDPM
     ):
         super().__init__()
         _check_components(unet, text_encoder)
-        scheduler = self._own_scheduler(scheduler)
+        scheduler = our_scheduler(scheduler)
         self.register_modules(unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
 
     @classmethod

@@ -97,7 +97,8 @@ def general_sampler_of(scheduler: Any) -> Sampler:
         raise ValueError(f"{kind} cannot sample from a DDPM model; {advice(kind)}.")
     if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
         raise ValueError(f"{kind} is set to flow matching, which a DDPM model does not do; {advice(kind)}.")
-    return known or Sampler()
+    known = known or Sampler()
+    return replace(known, middle=False, resamples=False) if getattr(scheduler, "runs_whole", False) else known
 
 
 def sampler_of(scheduler: Any) -> Sampler:

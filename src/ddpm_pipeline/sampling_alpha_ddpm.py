@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDPMScheduler
 from diffusers.guiders import BaseGuidance
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
@@ -29,7 +28,6 @@ from .encoding_alpha_ddpm import (
 from .pictures_alpha_ddpm import PIL_MODES
 from .ranges_alpha_ddpm import ValueRange
 from .samplers_alpha_ddpm import Steps, advice, checked_generators, plain, reserved, reverse_step, set_timesteps, takes_variance
-from .scheduling_alpha_ddpm import AlphaDDPMScheduler
 from .tables_alpha_ddpm import OWN_KEY, Generators, warn
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -292,10 +290,6 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
     def value_range(self) -> ValueRange:
         """What -1 and 1 of the model, or 0 and 1 of its pictures, mean in the units of its data."""
         return value_range(self.unet)
-
-    @staticmethod
-    def _own_scheduler(scheduler: Any) -> Any:
-        return AlphaDDPMScheduler.from_config(scheduler.config) if isinstance(scheduler, DDPMScheduler) else scheduler
 
     def _sample(
         self, batch: Batch, conditioning: Conditioning, edit: Edit, output: Output, generator: Generators, steps: Steps

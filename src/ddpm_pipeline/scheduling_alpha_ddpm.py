@@ -31,7 +31,7 @@ from torch import Tensor
 from . import tables_alpha_ddpm as tables  # the pipelines import it as well, so that it travels
 from .tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, OWN_KEY, Coefficients, Generators, Timesteps, compute, mix
 
-OWN_SETTINGS = ("noise_second_moments", "inference_timesteps")
+OWN_SETTINGS = ("noise_second_moments", "inference_timesteps", "fitted_samplers")
 Device = str | torch.device | None
 
 
@@ -74,6 +74,8 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: rescale so that ᾱ_T = 0 (Lin et al. 2023); not with epsilon prediction.
         noise_second_moments: Γ_t = E‖ε_θ(x_t, t)‖²/d for every t, [T]; determines the "analytic" variance.
         inference_timesteps: sub-sequences for `set_timesteps(n)` to use, `{str(n): [n descending timesteps]}`.
+        fitted_samplers: what `AlphaDDPMFittedScheduler` steps by, `{str(n): {"timesteps": [n], "coefficients": [n, k + 1]}}`;
+            this class keeps them and does not use them.
 
     Raises ValueError for a value outside these ranges, before anything is allocated.
     """
@@ -104,6 +106,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False,
         noise_second_moments: list[float] | None = None,
         inference_timesteps: dict[str, list[int]] | None = None,
+        fitted_samplers: dict[str, dict[str, Any]] | None = None,
     ):
         # JSON has no numbers of numpy and torch. Values left to a default count as explicit: under `_use_default_values`
         # diffusers would replace them by another class's own defaults, and Heun's betas are not DDPM's.
@@ -119,6 +122,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         tables.check_terminal_signal(self.config, float(self._log_alphas_cumprod[-1]))
         self._noise_second_moments = self._checked_noise_second_moments(noise_second_moments)
         self._inference_timesteps = self._checked_inference_timesteps(inference_timesteps)
+        self._fitted_samplers = self._checked_fitted_samplers(fitted_samplers)
         if own := {name: value for name in OWN_SETTINGS if (value := getattr(self, name))}:
             self.register_to_config(**{OWN_KEY: own})
 
@@ -177,6 +181,11 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         """The sub-sequences that `set_timesteps(n)` uses instead of its spacing, by str(n)."""
         return dict(self._inference_timesteps)
 
+    @property
+    def fitted_samplers(self) -> dict[str, dict[str, Any]]:
+        """Timesteps and coefficients that were measured on the model, by str(n); see docs/fitted_sampler.md."""
+        return dict(self._fitted_samplers)
+
     def _checked_noise_second_moments(self, values: Any) -> np.ndarray | None:
         if values is None:
             if self.config.variance_type == "analytic":
@@ -198,6 +207,22 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"inference_timesteps[{key!r}] has {count} timesteps; its key must be {count}.")
             checked[count] = chain.tolist()
         return checked
+
+    def _checked_fitted_samplers(self, samplers: Any) -> dict[str, dict[str, Any]]:
+        needed = "an object of timesteps [n] and coefficients [n, 2 or more], finite numbers, with n as its key"
+        if not isinstance(samplers, dict | None):
+            raise ValueError(f"fitted_samplers={samplers!r} must hold, by number of steps, {needed}.")
+        for key, sampler in (samplers or {}).items():
+            named = f"fitted_samplers[{key!r}]"
+            try:
+                timesteps, coefficients = sampler["timesteps"], np.asarray(sampler["coefficients"], dtype=np.float64)
+            except (TypeError, KeyError, ValueError) as error:
+                raise ValueError(f"{named} must be {needed}.") from error
+            chain = self._checked_chain(timesteps, f"{named}: timesteps")
+            fits = coefficients.ndim == 2 and len(coefficients) == len(chain) and coefficients.shape[1] >= 2
+            if not (fits and key == str(len(chain)) and np.isfinite(coefficients).all()):
+                raise ValueError(f"{named} must be {needed}, not {len(chain)} timesteps and {coefficients.shape}.")
+        return dict(samplers or {})
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

@@ -140,7 +140,8 @@ def _from_pipeline(model: ModelOptions, schedule: dict[str, Any], condition: Con
             logger.warning("--%s %s replaces %s, with which %s was trained", name, value, before, source)
     if schedule.keys() & {"beta_schedule", "beta_start", "beta_end", "num_train_timesteps"}:
         schedule = {"trained_betas": None, **schedule}  # flags of the schedule take the place of stored values
-    return _adapted(pipe.unet.float(), model, condition), AlphaDDPMScheduler.from_config(pipe.scheduler.config, **schedule)
+    scheduler = AlphaDDPMScheduler.from_config(pipe.scheduler.config, fitted_samplers=None, **schedule)  # of other weights
+    return _adapted(pipe.unet.float(), model, condition), scheduler
 
 
 def _adapted(unet: UNet, model: ModelOptions, condition: Condition) -> UNet:

@@ -1,0 +1,61 @@
+"""What the fit of a sampler is told. Imports the options of generation alone, no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..generation.options import RequestOptions
+from ..support.option_sets import OptionSet
+from ..support.options import FINITE, SEED, OptionGroup, at_least, option
+
+LENGTHS = (4, 5, 7, 10, 15, 20)
+LONG_STEPS = 100
+NUM_NOISES = 192
+HELD_OUT_EVERY = 3  # of the noises, the last of every so many
+
+
+def parse_lengths(text: str | Sequence[int]) -> tuple[int, ...]:
+    """ "4,5,7" as (4, 5, 7). Raises ValueError for what is no list of whole numbers above 0, each once."""
+    words = text.split(",") if isinstance(text, str) else [*text]
+    try:
+        lengths = tuple(sorted(int(word) for word in words))
+    except (TypeError, ValueError):
+        lengths = ()
+    if not lengths or lengths[0] < 1 or len(set(lengths)) != len(lengths):
+        raise ValueError("whole numbers above 0 separated by commas, each once, such as 5,10,20")
+    return lengths
+
+
+@dataclass(frozen=True)
+class FitOptions(OptionGroup):
+    """The model, and how samplers are fitted to it."""
+
+    title: ClassVar[str] = "model and fit"
+
+    model: str = option(help="Folder of a DDPM pipeline, into whose scheduler config the fitted samplers are written.")
+    num_inference_steps: str = option(
+        ",".join(map(str, LENGTHS)), "Numbers of steps to fit a sampler for, separated by commas.", parse=parse_lengths
+    )
+    guidance_scale: float = option(1.0, "Guidance scale that a conditional model will be sampled with; 1 is none.", FINITE)
+    num_noises: int = option(
+        NUM_NOISES,
+        "Images to solve for, from noise; a third of them is held out, to choose and to judge samplers by.",
+        at_least(HELD_OUT_EVERY),
+    )
+    long_steps: int = option(LONG_STEPS, "Steps of the long solution that a short one is to come near to.", at_least(2))
+    batch_size: int = option(64, "Images per network call of a process.", at_least(1))
+    seed: int = option(0, "Seed of the noise.", SEED)
+    num_cpu_threads: int | None = option(None, "CPU threads per process.", at_least(1))
+
+
+@dataclass(frozen=True, init=False)
+class FittingOptions(OptionSet):
+    """All options of `fit`: `FittingOptions(model="ddpm-digits", num_inference_steps="5,10")`."""
+
+    sampling: FitOptions
+    request: RequestOptions
+
+
+def parse_options(argv: Sequence[str]) -> FittingOptions:
+    """The options that a command line asks for. Raises ConfigError if it cannot be understood."""
+    return FittingOptions.parse(argv, "Fit samplers of few steps to a model, and write them into its folder.")

@@ -1,0 +1,87 @@
+"""A deterministic sampler of few steps, whose coefficients were measured on the model (docs/fitted_sampler.md).
+
+Each reverse step of the report is a linear combination of x_t and x̂_0: its mean, eq. 5.7, for the ancestral sampler. Here the
+combination also takes the x̂_0 of steps before, and its coefficients are those that came nearest to the model's own solution
+in many steps. `ddpm_pipeline.fitting` measures them. Travels inside model repositories.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from torch import Tensor
+
+from .scheduling_alpha_ddpm import AlphaDDPMScheduler, Device
+from .tables_alpha_ddpm import Generators, Timesteps, add_scaled_, compute, without_torch
+
+
+class AlphaDDPMFittedScheduler(AlphaDDPMScheduler):
+    """An `AlphaDDPMScheduler` that samples in n steps as was fitted to the model, for each n that was.
+
+    After `set_timesteps(n)` with n of `fitted_samplers`, `step` is x_s = c_0 x_t + c_1 x̂_0(t) + c_2 x̂_0(before t) + …, without
+    noise, so that an image is a function of the noise it starts from. For any other n, and for given `timesteps`, it is the
+    ancestral sampler. It is a class of its own because a class is how diffusers' users choose a sampler: for the ancestral one
+    in n steps all the same, set `pipe.scheduler = AlphaDDPMScheduler.from_config(pipe.scheduler.config)`, which keeps the fit
+    for the next save. A fitted chain runs whole: it has no coefficients for an image that joins in its middle.
+    """
+
+    _fitted: dict[str, Any] | None = None  # the sampler in use
+    _history: tuple[Tensor, ...] = ()  # x̂_0 of the steps so far, the newest first
+    _next = 0  # index of the next step
+
+    @property
+    def runs_whole(self) -> bool:
+        """Whether the chain in use is a fitted one, which begins with its first step and repeats none."""
+        return self._fitted is not None
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Device = None, timesteps: Sequence[int] | None = None
+    ) -> None:
+        """As of `AlphaDDPMScheduler`, with the fitted sampler of `num_inference_steps` if there is one."""
+        fitted = self._fitted_samplers.get(str(without_torch(num_inference_steps))) if timesteps is None else None
+        if fitted is None:
+            super().set_timesteps(num_inference_steps, device, timesteps)
+        else:
+            super().set_timesteps(device=device, timesteps=fitted["timesteps"])
+            self.custom_timesteps = False
+        self._fitted, self._history, self._next = fitted, (), 0
+
+    def step(
+        self, model_output: Tensor, timestep: Timesteps, sample: Tensor, generator: Generators = None, return_dict: bool = True
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """x_s from x_t and the x̂_0 so far; a draw from p_θ(x_s | x_t) if the chain in use is not a fitted one.
+
+        Raises ValueError if a step of a fitted chain is left out or repeated.
+        """
+        if self._fitted is None:
+            return super().step(model_output, timestep, sample, generator, return_dict)
+        index = self._index(int(timestep))
+        x_t, x_0 = compute(sample), self._reverse(model_output, timestep, sample)[1]
+        self._history = (x_0, *(self._history if index else ()))[: len(self._fitted["coefficients"][index]) - 1]
+        scale, *weights = self._coefficients(index, x_t)
+        x_s = x_t * scale
+        for weight, predicted in zip(weights, self._history, strict=False):  # shorter at first
+            x_s = add_scaled_(x_s, weight, predicted)
+        x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
+        return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
+
+    def _index(self, timestep: int) -> int:
+        timesteps = self._fitted["timesteps"]
+        index = timesteps.index(timestep) if timestep in timesteps else -1
+        if index not in (0, self._next):
+            fix = "go through scheduler.timesteps from the first, or use AlphaDDPMScheduler, which can begin anywhere"
+            raise ValueError(f"timestep {timestep} is not the next of the fitted chain {timesteps}; {fix}.")
+        self._next = index + 1
+        return index
+
+    def _coefficients(self, index: int, x_t: Tensor) -> list[float]:
+        return [float(value) for value in self._fitted["coefficients"][index]]
+
+
+def our_scheduler(scheduler: Any) -> Any:
+    """diffusers' `DDPMScheduler` as ours of the same config, with its fitted samplers if it has any; another as it is."""
+    if not isinstance(scheduler, DDPMScheduler):
+        return scheduler
+    ours = AlphaDDPMScheduler.from_config(scheduler.config)
+    return AlphaDDPMFittedScheduler.from_config(scheduler.config) if ours.fitted_samplers else ours
