@@ -3,7 +3,7 @@
 import ast
 import importlib.metadata
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ COMMANDS = {  # by room: the function that the command calls, and the extra that
     "generation": ("generate", "train"),
     "fitting": ("fit", "train"),
 }
+OPTIONAL = {"torch-fidelity", "tifffile", "imagecodecs"}  # of extras of their own; their absence is caught and named
 BASE_ROOMS = {"hub", "likelihood"}  # which need no extra, as the root files
 HEAVY = {"torch", "diffusers", "numpy", "transformers", "huggingface_hub", "accelerate", "datasets"}
 
@@ -50,7 +51,8 @@ def test_type_hints_card_template_and_recipes_are_installed():
 # ---- extras -----------------------------------------------------------------------------------------
 
 
-def requirements(extra: str) -> Iterator[str]:
+@cache
+def requirements(extra: str) -> set[str]:
     """The names of all distributions that `pip install ddpm-pipeline[extra]` brings, as far as they are installed here."""
     todo, seen = [("ddpm-pipeline", extra)], set()
     while todo:
@@ -62,7 +64,7 @@ def requirements(extra: str) -> Iterator[str]:
                     if (requirement.name, further) not in seen:
                         seen.add((requirement.name, further))
                         todo.append((requirement.name, further))
-                        yield canonicalize_name(requirement.name)
+    return {canonicalize_name(name) for name, _ in seen}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def environment_with(tmp_path_factory):
     def make(extra: str) -> Path:
         folder = tmp_path_factory.mktemp(f"with-{extra or 'nothing'}")
         (folder / "ddpm_pipeline").symlink_to(PACKAGE)
-        for name in set(requirements(extra)):
+        for name in requirements(extra):
             distribution = importlib.metadata.distribution(name)
             for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
                 link, target = folder / top, Path(distribution.locate_file(top))
@@ -95,11 +97,10 @@ def run_in(folder: Path, code: str):
 def test_imports_are_declared():
     """Also those inside of functions, which importing a command does not reach."""
     distributions = importlib.metadata.packages_distributions()
-    assert set(requirements("train")) <= set(requirements("eval"))
+    assert requirements("train") <= requirements("eval")
     for path in PACKAGE.rglob("*.py"):
         room = path.relative_to(PACKAGE).parts[0]
-        allowed = set(requirements("" if room in BASE_ROOMS or path.parent == PACKAGE else "train"))
-        allowed |= {"torch-fidelity", "tifffile", "imagecodecs"}  # of extras of their own; their absence is caught and named
+        allowed = OPTIONAL | requirements("" if room in BASE_ROOMS or path.parent == PACKAGE else "train")
         for top in imported(ast.parse(path.read_text("utf-8"))) - sys.stdlib_module_names:
             found = {canonicalize_name(name) for name in distributions.get(top, [top])}
             assert found & allowed, f"{path} imports {top}, which neither the package nor its extra requires"
