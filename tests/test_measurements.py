@@ -25,6 +25,13 @@ def test_tables_of_benchmarks_are_made_of_their_figures(name):
     assert table(measured(name)) == (RESULTS / f"{name}.md").read_text("utf-8")
 
 
+def test_cats():
+    (found,) = measured("cats_quality")["results"]
+    for name in ("valid", "copies", "new"):
+        assert f"{100 * found[name]:.1f} ± {100 * found[f'{name}_standard_error']:.1f} %" in words_of("README.md")
+    assert f"by chance it would be {100 * found['valid'] * found['copies_by_chance']:.1f} %" in words_of("README.md")
+
+
 def test_few_images():
     runs, page = measured("small_data")["runs"], words_of("docs/training.md")
     for rows in runs.values():

@@ -243,6 +243,23 @@ def test_a_recipe_runs_resumes_bit_for_bit_and_leaves_a_model_that_draws(recipe,
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+def test_text_reaches_every_level_of_a_larger_network_and_diffusers_alone_loads_it(tmp_path):
+    quick = {"checkpoint_every": 0, "preview_every": 0, "num_samples": 1, "max_train_steps": 1, "lr_warmup_steps": 0}
+    folder = run("cats_text", tmp_path, dataset_config="num_images=64", **quick)
+    stock, ours = DiffusionPipeline.from_pretrained(folder), AlphaDDPMTextToImagePipeline.from_pretrained(folder)
+    assert type(stock).__module__.startswith("diffusers.") and stock.unet.config.addition_embed_type == "text"
+    how = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"}
+    prompts = ["a green cat with a black hat", "a spotted kitten"]
+    theirs, same = (pipe(prompts, generator=torch.Generator().manual_seed(0), **how).images for pipe in (stock, ours))
+    np.testing.assert_allclose(theirs, same, atol=1e-4)
+    for module in stock.unet.modules():  # without attention, the embedding alone tells the text
+        if hasattr(module, "attn2"):
+            torch.nn.init.zeros_(module.attn2.to_out[0].weight)
+    one, other = stock(prompts, generator=[torch.Generator().manual_seed(0) for _ in prompts], **how).images
+    assert not np.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_text_model_is_a_start_for_another_with_its_own_encoder(tmp_path):
     quick = {"checkpoint_every": 0, "preview_every": 0, "num_samples": 1}
     first = run("digits_text", tmp_path / "first", max_train_steps=1, **quick)
