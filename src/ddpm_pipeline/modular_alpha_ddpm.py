@@ -23,6 +23,7 @@ from .pictures_alpha_ddpm import Images
 from .ranges_alpha_ddpm import ValueRange
 from .samplers_alpha_ddpm import Steps, checked_generators, reserved, reverse_step, set_timesteps
 from .sampling_alpha_ddpm import AlphaDDPMSampling, Output, check_finite, check_shown, check_unet, guided_output, to_images
+from .scheduling_alpha_ddpm import AlphaDDPMScheduler  # noqa: F401, travels as well
 from .scheduling_fitted_alpha_ddpm import our_scheduler
 from .tables_alpha_ddpm import Generators
 
