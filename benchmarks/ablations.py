@@ -132,7 +132,7 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     study = {name: STUDIES[arguments.study][name] for name in arguments.only or STUDIES[arguments.study]}
     report = {"command": " ".join(["python", "benchmarks/ablations.py", *sys.argv[1:]]), **provenance(torch.device("cpu"))}
-    report |= {name: getattr(arguments, name) for name in ("study", "updates", "minutes", "num_images", "seed")}
+    report |= {name: getattr(arguments, name) for name in ("study", "updates", "minutes", "num_images", "threads", "seed")}
     report["rows"] = [one_variant(name, changed, arguments) for name, changed in study.items()]
     print(table(report))
     if arguments.output:

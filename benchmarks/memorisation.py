@@ -152,7 +152,10 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     rows = [one_size(size, arguments) for size in sorted(arguments.sizes)]
     report = {"command": " ".join(["python", "benchmarks/memorisation.py", *sys.argv[1:]]), **provenance(torch.device("cpu"))}
-    report |= {name: getattr(arguments, name) for name in ("updates", "num_images", "num_likelihood_images", "calls", "seed")}
+    report |= {
+        name: getattr(arguments, name)
+        for name in ("updates", "num_images", "num_likelihood_images", "calls", "threads", "seed")
+    }
     report |= {"sampler": SAMPLER, "rows": rows}
     if len(rows) > 1:
         report["rank_correlations"] = correlations(rows)

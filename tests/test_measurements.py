@@ -19,10 +19,15 @@ def words_of(page: str) -> str:
     return " ".join((ROOT / page).read_text("utf-8").split())
 
 
-@pytest.mark.parametrize("name", ["cats_recognizer", "few_steps", "scale", "small_data"])
+@pytest.mark.parametrize("name", ["cats_recognizer", "few_steps", "memorisation", "scale", "small_data"])
 def test_tables_of_benchmarks_are_made_of_their_figures(name):
     table = runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))["table"]
     assert table(measured(name)) == (RESULTS / f"{name}.md").read_text("utf-8")
+
+
+def test_memorisation():
+    table = runpy.run_path(str(ROOT / "benchmarks/memorisation.py"))["table"]
+    assert table(measured("memorisation")).strip() in (ROOT / "docs/memorisation.md").read_text("utf-8")
 
 
 def test_cats():
