@@ -28,7 +28,7 @@ from .models import build_model, objective_for
 from .objectives import NoisedBatch, min_snr_weights, per_image_loss
 from .options import TrainingOptions
 from .output_folder import output_folder
-from .processes import seed_dropout, seed_weights, start_processes
+from .processes import attention_on, seed_dropout, seed_weights, start_processes
 from .pusher import Pusher
 from .state import MAX_IN_A_ROW, build_state
 from .stop import StopRequest
@@ -83,7 +83,7 @@ def train(options: TrainingOptions) -> Path:
 
         # The loop
         try:
-            with stop.listening(), lost_workers():
+            with stop.listening(), lost_workers(), attention_on(accelerator):
                 begin(run, previews)
                 for done in range(first + 1, run.total + 1):
                     stopping = update(run, objective, done - 1)

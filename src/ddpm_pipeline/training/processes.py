@@ -2,14 +2,19 @@
 
 import os
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
+from torch.overrides import TorchFunctionMode
 
 from ..support.draws import RandomStream, seeds
 from ..support.errors import ConfigError
@@ -99,3 +104,29 @@ def seed_dropout(seed: int, step: int, accelerator: Accelerator) -> None:
     """Dropout draws from torch's global generator; make it a function of (seed, step, process)."""
     per_process = seeds(seed, RandomStream.DROPOUT, step, accelerator.num_processes)
     torch.manual_seed(int(per_process[accelerator.process_index]))
+
+
+class Float32Attention(TorchFunctionMode):
+    """Within, attention is computed in float32 whatever the autocast, and given back in the type of the queries. On CPUs the
+    backward pass of torch's bfloat16 kernel takes three to six times as long (`benchmarks/cpu_attention.py`).
+    """
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
+        floats = {
+            name: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for name, value in given.items()
+        }
+        with torch.autocast("cpu", enabled=False):
+            return function(**floats).to(given["query"].dtype)
+
+
+def attention_on(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """Within, attention is computed in the precision that is fastest there."""
+    slow = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
+    return Float32Attention() if slow else nullcontext()
