@@ -217,13 +217,14 @@ def _unet_config(model: ModelOptions, images: dict[str, Any], condition: Conditi
 def _with_cross_attention(preset: dict[str, Any]) -> dict[str, Any]:
     """The same network as a UNet2DConditionModel: its attention sees the text states too, at least at the lowest level. Of more
     than two levels the upper ones hear of the text as well, since the states are pooled and added to the embedding of the
-    timestep (Saharia et al. 2022, "Imagen", §D.1).
+    timestep (Saharia et al. 2022, "Imagen", §D.1), which scales and shifts the features (Dhariwal & Nichol 2021, §3).
     """
     down = [block.replace("Attn", "CrossAttn") for block in preset["down_block_types"]]
     up = [block.replace("Attn", "CrossAttn") for block in preset["up_block_types"]]
     if not any("Attn" in block for block in down):
         down[-1], up[0] = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
-    pooled = {"addition_embed_type": "text", "addition_embed_type_num_heads": 4} if len(down) > 2 else {}
+    pooled = {"addition_embed_type": "text", "addition_embed_type_num_heads": 4, "resnet_time_scale_shift": "scale_shift"}
+    pooled = pooled if len(down) > 2 else {}
     kept = {name: value for name, value in preset.items() if name != "add_attention"}  # the middle always attends
     return {**kept, **pooled, "down_block_types": tuple(down), "up_block_types": tuple(up)}
 

@@ -50,10 +50,14 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def make_small_encoder(tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel:
-    """A CLIP-style text transformer of under 2 M parameters, with weights from torch's global generator."""
+    """A CLIP-style text transformer of under 2 M parameters, with weights from torch's global generator. Its token
+    embeddings are drawn from N(0, 1), as T5's, not with CLIP's 0.02: words are then far apart from the first update on.
+    """
     size = {**SMALL_ENCODER, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_TOKENS}
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    return CLIPTextModel(CLIPTextConfig(**size, **special))
+    encoder = CLIPTextModel(CLIPTextConfig(**size, **special))
+    torch.nn.init.normal_(encoder.get_input_embeddings().weight)
+    return encoder
 
 
 def load_text_encoder(source: str | None, init_from: str | None) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
