@@ -22,7 +22,6 @@ from ..scheduling_fitted_alpha_ddpm import AlphaDDPMFittedScheduler
 from ..support.draws import RandomStream, seeds
 from .chains import best_chains, least_squares, solver_coefficients, step_errors
 from .options import HELD_OUT_EVERY, LENGTHS, LONG_STEPS, NUM_NOISES, parse_lengths
-from .stock import STOCK
 
 HISTORY = 3  # predictions x̂_0 that a step combines
 EXPONENTS = (0.25, 0.5, 1.0)  # γ in the weight ᾱ^γ of a squared error in x_t; which is best is measured
@@ -250,6 +249,8 @@ class _Fit:
 
     def best_stock(self, steps: int, solved: Tensor) -> tuple[str, float]:
         """The solver of diffusers' that comes nearest, and its RMSE. One that fails is infinitely far."""
+        from .stock import STOCK  # imports scipy, which training needs at its end only
+
         self.bar.set_description(f"diffusers' solvers, {steps} steps")
         distances = {}
         for name, (kind, options) in STOCK.items():

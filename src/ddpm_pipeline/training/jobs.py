@@ -4,6 +4,7 @@ a function of the run and the number of updates done; the one that evaluates is 
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from ..data.mapped import ImageSet
 from ..data.sources import hash_of
 from ..evaluation.features import feature_extractor, try_extractor
+from ..fitting.options import HELD_OUT_EVERY, LONG_STEPS
 from ..fitting.samplers import fit_sampler, long_solver
 from ..generation.drawing import sample_in_batches, sample_process
 from ..hub import export
@@ -43,6 +45,7 @@ from .validation import Validation
 logger = logging.getLogger(__name__)
 
 FITTED_STEPS = (5, 10, 20)  # for which a finished model gets a sampler
+MOST_FITTED_VALUES = 2**29  # of the long solutions, 2 GiB on the device
 
 
 @dataclass(frozen=True)
@@ -284,11 +287,13 @@ def finish(run: Run) -> None:
 
 def fit_few_steps(run: Run) -> None:
     """Give the model the samplers that a call of its pipeline takes by default, for the guidance of samples.png."""
-    began, noises, steps = time.monotonic(), run.options.run.fit_noises, [n for n in FITTED_STEPS if n < len(run.scheduler)]
-    if not (noises and steps):
+    began, steps = time.monotonic(), [n for n in FITTED_STEPS if n < len(run.scheduler)]
+    if not (run.options.run.fit_noises and steps):
         return
+    fitting = MOST_FITTED_VALUES // ((2 * LONG_STEPS + 1) * math.prod((run.data.channels, *run.data.size)))
+    noises = max(HELD_OUT_EVERY, min(run.options.run.fit_noises, fitting))  # of large images fewer will do
     with not_essential("fitting samplers of few steps"):
-        request, _ = run.condition.preview(run.options.watching.num_samples)
+        request, _ = run.condition.preview(noises)
         how = {"num_noises": noises, "batch_size": run.batch_size, "seed": run.options.run.seed}
         found = fit_sampler(run.pipe, steps, request, **how, alone=True)
         if found.scheduler.fitted_samplers:
