@@ -28,7 +28,7 @@ COMMON = {
     "dataset": "cats", "dataset_config": "num_images=10000,seed=0", "resolution": 16, "beta_schedule": "squaredcos_cap_v2",
     "model": "tiny", "batch_size": 64, "learning_rate": 1e-3, "lr_warmup_steps": 100, "adam_beta2": 0.99, "weight_decay": 0.01,
     "ema_decay": 0.998, "mixed_precision": "bf16", "preview_every": 0, "checkpoint_every": 0, "num_samples": 64,
-    "sample_inference_steps": 25,
+    "sample_inference_steps": 25, "fit_noises": 0,
 }  # fmt: skip
 
 

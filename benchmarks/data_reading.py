@@ -98,7 +98,7 @@ def main() -> None:
             run = TrainingOptions(
                 config="digits", cache_dir=f"{scratch}/cache", output_dir=f"{scratch}/{number}", resolution=8, preview_every=0,
                 max_train_steps=arguments.updates, lr_warmup_steps=1, log_every=max(1, arguments.updates // 10),
-                checkpoint_every=0, num_samples=1, sample_inference_steps=2, **options,
+                checkpoint_every=0, num_samples=1, sample_inference_steps=2, fit_noises=0, **options,
             )  # fmt: skip
             timed[name] = share_of_update(run)
         measured = []

@@ -43,7 +43,7 @@ COMMON = {
     "dataset": "digits", "split": "train[:100]", "resolution": 8, "num_train_timesteps": 20, "beta_end": 0.4,
     "batch_size": 16, "max_train_steps": 24,
     "learning_rate": 1e-3, "lr_warmup_steps": 3, "mixed_precision": "no", "checkpoint_every": 3,
-    "preview_every": 8, "preview_images": 4, "preview_inference_steps": 5, "num_samples": 4, "log_every": 1,
+    "preview_every": 8, "preview_images": 4, "preview_inference_steps": 5, "num_samples": 4, "fit_noises": 6, "log_every": 1,
     "num_cpu_threads": 1, "random_flip": True, "resume": "latest",
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {

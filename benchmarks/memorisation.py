@@ -29,7 +29,7 @@ from matplotlib import pyplot as plt
 SIZES = (100, 300, 1_000, 3_000, 10_000, 30_000)
 RECIPE = {
     "config": "cats", "model": "tiny", "batch_size": 64, "preview_every": 0, "checkpoint_every": 0, "num_samples": 36,
-    "sample_inference_steps": 25,
+    "sample_inference_steps": 25, "fit_noises": 0,
 }  # fmt: skip
 SAMPLER = {"scheduler": "dpm-solver++", "num_inference_steps": 25}
 ROW = "memorisation.json"

@@ -92,7 +92,8 @@ def main() -> None:
     began, found = time.monotonic(), {}
     with tempfile.TemporaryDirectory() as scratch:
         apart = {"cache_dir": f"{scratch}/cache", "validation_split": None}  # measured here, of more images
-        recipe = TrainingOptions(config=RECIPE, preview_every=0, num_samples=1, sample_inference_steps=2, **apart)
+        shown = {"preview_every": 0, "num_samples": 1, "sample_inference_steps": 2, "fit_noises": 0}
+        recipe = TrainingOptions(config=RECIPE, **shown, **apart)
         updates = arguments.updates or recipe.optimisation.max_train_steps
         every = {"max_train_steps": updates, "checkpoint_every": updates // CHECKPOINTS, "checkpoints_total_limit": CHECKPOINTS}
         recipe = recipe.with_values(**every, lr_warmup_steps=min(100, updates // 10))

@@ -13,13 +13,13 @@ from helpers import TINY_UNET
 
 
 def quick_options(folder: Path, **changed: Any) -> dict[str, Any]:
-    """Twelve updates of a tiny UNet with dropout over a chain of twenty steps; no previews, on one thread."""
+    """Twelve updates of a tiny UNet with dropout over a chain of twenty steps; no previews and no fit, on one thread."""
     (folder / "unet.json").write_text(json.dumps({**TINY_UNET, "dropout": 0.1}))
     return {
         "dataset": "digits", "model": str(folder / "unet.json"), "num_train_timesteps": 20, "beta_end": 0.4,
         "batch_size": 8, "max_train_steps": 12, "learning_rate": 1e-3, "lr_warmup_steps": 3, "mixed_precision": "no",
-        "preview_every": 0, "num_samples": 2, "log_every": 1, "num_cpu_threads": 1, "cache_dir": str(folder / "cache"),
-        **changed,
+        "preview_every": 0, "num_samples": 2, "fit_noises": 0, "log_every": 1, "num_cpu_threads": 1,
+        "cache_dir": str(folder / "cache"), **changed,
     }  # fmt: skip
 
 

@@ -142,9 +142,10 @@ class SetTimestepsStep(Block):
     description = "Puts the scheduler, which is ours where a repository names DDPMScheduler, into the chain asked for."
     uses: ClassVar = [SCHEDULER]
     takes: ClassVar = [
-        InputParam("num_inference_steps", int, description="Number of steps; by default every timestep of training."),
+        InputParam("num_inference_steps", int, description="Number of steps; by default as of the pipeline's call."),
         InputParam("timesteps", description="Timesteps of the chain, noise first; by default evenly spaced."),
         InputParam("sigmas", list[float], description="The noise levels themselves, for schedulers that take them."),
+        InputParam("image", Images, description="With one to start from, the default is the full chain."),
     ]
 
     def run(self, components: Any, state: BlockState) -> None:
@@ -152,7 +153,8 @@ class SetTimestepsStep(Block):
         if isinstance(loaded, DDPMScheduler):
             components.scheduler = our_scheduler(loaded)
             components.scheduler._diffusers_load_id = getattr(loaded, "_diffusers_load_id", "null")  # its source, for saving
-        set_timesteps(components.scheduler, Steps(state.num_inference_steps, state.timesteps, state.sigmas))
+        steps = Steps(state.num_inference_steps, state.timesteps, state.sigmas)
+        set_timesteps(components.scheduler, steps, from_noise=state.image is None)
 
 
 class NoiseStep(Block):

@@ -87,7 +87,8 @@ class AlphaDDPMPipeline(StockFormatMixin, Conditioned, AlphaDDPMSampling, Diffus
         Args:
             batch_size: number of images, at least 1; the default is one, or one per class label or image.
             generator: one for all images, or a list of one per image, which then does not depend on the others.
-            num_inference_steps: length of the chain; the default is every timestep the model was trained on.
+            num_inference_steps: length of the chain. By default every timestep the model was trained on; of a model with fitted
+                samplers, from noise, the most steps that one was fitted for (docs/fitted_sampler.md).
             output_type: "pil" images (of 1, 3 or 4 channels, in 8 bits), "np" [B, H, W, C] or "pt" [B, C, H, W], both in
                 [0, 1], or "latent", x_0 as it is.
             return_dict: return an `AlphaDDPMOutput` rather than a tuple.

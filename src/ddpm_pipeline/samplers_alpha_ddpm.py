@@ -13,9 +13,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from torch import Tensor
 
 from .tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, Generators, check_generators, check_integer
+
+logger = logging.get_logger(__name__)  # diffusers' verbosity shows it
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ NEEDED = ("set_timesteps", "step", "add_noise", "scale_model_input", "init_noise
 
 @dataclass(frozen=True)
 class Steps:
-    """The chain a call asks for: the number of its steps, by default T, or its timesteps or sigmas, noise first."""
+    """The chain a call asks for: the number of its steps, or its timesteps or sigmas, noise first."""
 
     count: int | None = None
     timesteps: Sequence[int] | None = None
@@ -132,14 +135,19 @@ def check_start(scheduler: Any, first: int, num_resamples: int) -> None:
         raise ValueError(f"num_resamples={num_resamples} needs steps back, which {kind} lacks; {advice(kind, resamples=True)}.")
 
 
-def set_timesteps(scheduler: Any, steps: Steps) -> Tensor:
-    """Put the scheduler into the chain asked for and return its timesteps.
+def default_steps(scheduler: Any, from_noise: bool = True) -> int:
+    """Number of steps of a call that asks for none: from noise the most that a sampler was fitted for, if one was; else T."""
+    return (from_noise and getattr(scheduler, "most_fitted_steps", None)) or scheduler.config.num_train_timesteps
+
+
+def set_timesteps(scheduler: Any, steps: Steps, from_noise: bool = False) -> Tensor:
+    """Put the scheduler into the chain asked for, or into the default one for images from noise or not; return its timesteps.
 
     They stay on the CPU, so that no step waits for the device. Raises ValueError if the scheduler cannot run the chain.
     """
     sampler_of(scheduler)
     kind, total = type(scheduler).__name__, scheduler.config.num_train_timesteps
-    count = total if steps.count is None else steps.count
+    count = default_steps(scheduler, from_noise) if steps.count is None else steps.count
     check_integer("num_inference_steps", count, 1, total)
     try:
         if steps.timesteps is not None or steps.sigmas is not None:
@@ -149,6 +157,9 @@ def set_timesteps(scheduler: Any, steps: Steps) -> Tensor:
             count = len(scheduler.timesteps)
         else:
             scheduler.set_timesteps(count)
+            if steps.count is None and count < total:
+                told = "%d steps, the most that a sampler was fitted for; num_inference_steps=%d is the full chain"
+                logger.info(told, count, total)
     except Exception as error:  # whatever a scheduler stumbles over
         given = [f"{name}={value}" for name, value in vars(steps).items() if value is not None and name != "count"]
         asked = given[0] if given else f"{count} steps"

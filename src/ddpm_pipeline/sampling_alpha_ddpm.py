@@ -298,7 +298,7 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
         check_shown(self.unet, output)
         generator = checked_generators(generator, batch.size)
         with reserved(self.scheduler):
-            set_timesteps(self.scheduler, steps)
+            set_timesteps(self.scheduler, steps, from_noise=edit.image is None)
             noise = self._start_noise(edit.latents, batch.size, generator)
             chain = start_chain(self.scheduler, edit, batch, noise, generator)
             x, frames = self._denoise(chain, conditioning, output)

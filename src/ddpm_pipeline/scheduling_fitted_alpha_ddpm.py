@@ -31,6 +31,11 @@ class AlphaDDPMFittedScheduler(AlphaDDPMScheduler):
     _next = 0  # index of the next step
 
     @property
+    def most_fitted_steps(self) -> int | None:
+        """What a pipeline samples in from noise if it is not told: the most steps that a sampler was fitted for."""
+        return max(map(int, self._fitted_samplers), default=None)
+
+    @property
     def runs_whole(self) -> bool:
         """Whether the chain in use is a fitted one, which begins with its first step and repeats none."""
         return self._fitted is not None

@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, DPMSolverMultistepScheduler
 
 from ddpm_pipeline import AlphaDDPMBlocks, AlphaDDPMFittedScheduler, AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline.generation.pipelines import steps_of
 from helpers import tiny_unet
 
 CONFIG = {"num_train_timesteps": 50, "beta_schedule": "squaredcos_cap_v2", "clip_sample": False}
@@ -84,6 +85,18 @@ def test_other_lengths_and_given_timesteps_are_ancestral():
     assert np.array_equal(images(pipeline(forced), 4), images(plain, 4))
 
 
+def test_a_call_that_names_no_steps_takes_the_most_fitted_ones_and_edits_the_full_chain():
+    pipe, plain = pipeline(), pipeline(AlphaDDPMScheduler(**CONFIG))
+    assert np.array_equal(images(pipe, None), images(pipe, 4))
+    assert steps_of(pipe.scheduler, None) == 4 and steps_of(plain.scheduler, None) == 50
+    picture = np.full((1, 8, 8, 1), 0.5, np.float32)
+    for call in ({"strength": 0.5}, {"strength": 1.0}, {"mask_image": picture, "num_resamples": 2}):
+        assert np.array_equal(images(pipe, None, image=picture, **call), images(plain, None, image=picture, **call))
+    seeded = lambda: {"generator": torch.Generator().manual_seed(0), "output_type": "np"}  # noqa: E731
+    mixed, expected = (each.interpolate(picture, picture, 20, [0.5], **seeded()).images for each in (pipe, plain))
+    assert np.array_equal(mixed, expected)
+
+
 def test_it_survives_saving_and_stock_classes(tmp_path):
     pipe = pipeline()
     expected, kept = images(pipe, 4), pipe.scheduler.fitted_samplers
@@ -114,8 +127,10 @@ def test_modular_blocks_use_it(tmp_path):
     modular.load_components()
     modular.set_progress_bar_config(disable=True)
     latents = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    found = modular(latents=latents, num_inference_steps=4, output_type="np", output="images")
-    assert np.abs(found - pipe(latents=latents, num_inference_steps=4, output_type="np").images).max() < 1e-6
+    expected = pipe(latents=latents, num_inference_steps=4, output_type="np").images
+    for steps in (4, None):
+        found = modular(latents=latents, num_inference_steps=steps, output_type="np", output="images")
+        assert np.abs(found - expected).max() < 1e-6
 
 
 def test_a_chain_that_begins_in_its_middle_or_goes_back_is_refused():

@@ -23,7 +23,7 @@ from helpers import TINY_UNET
 COUNT = 12
 QUICK = {
     "num_train_timesteps": 10, "beta_end": 0.6, "batch_size": 4, "mixed_precision": "no", "checkpoint_every": 2,
-    "preview_every": 2, "preview_images": 4, "preview_inference_steps": 2, "num_samples": 4, "log_every": 1,
+    "preview_every": 2, "preview_images": 4, "preview_inference_steps": 2, "num_samples": 4, "fit_noises": 0, "log_every": 1,
     "num_cpu_threads": 1, "eval_every": 2, "eval_images": 4, "objective": "bound",
 }  # fmt: skip
 

@@ -27,7 +27,7 @@ from oracles import GaussianData, MixtureData
 CONFIG = {"num_train_timesteps": 200, "beta_schedule": "squaredcos_cap_v2", "clip_sample": False}
 GAUSSIAN = GaussianData(mean=0.3, std=0.4)
 MIXTURE = MixtureData(weights=(0.5, 0.3, 0.2), means=(-0.8, 0.1, 0.9), stds=(0.05, 0.1, 0.05))
-FEW = {"num_noises": 12, "long_steps": 20, "progress": False}
+FEW = {"num_noises": 12, "long_steps": 20}
 
 
 class KnownUNet(UNet2DModel):
@@ -48,7 +48,7 @@ def pipeline_of(data) -> AlphaDDPMPipeline:
 def test_linear_solutions_are_reached_exactly():
     """With Gaussian data the solution is x_0 = m + s (x_T - √ᾱ_T m)/√(ᾱ_T s² + 1-ᾱ_T), pixel by pixel."""
     pipe = pipeline_of(GAUSSIAN)
-    found = fit_sampler(pipe, (1, 2, 5), num_noises=24, long_steps=100, progress=False)
+    found = fit_sampler(pipe, (1, 2, 5), num_noises=24, long_steps=100)
     for steps, length in found.lengths.items():
         assert length.rmse < 1e-4, steps
         assert length.stock_rmse > 10 * length.rmse and length.is_better
@@ -63,7 +63,7 @@ def test_linear_solutions_are_reached_exactly():
 
 
 def test_mixtures_are_better_than_by_any_stock_solver_and_the_better_the_more_steps():
-    found = fit_sampler(pipeline_of(MIXTURE), (3, 6, 12), num_noises=48, long_steps=50, progress=False)
+    found = fit_sampler(pipeline_of(MIXTURE), (3, 6, 12), num_noises=48, long_steps=50)
     rmses = [length.rmse for length in found.lengths.values()]
     assert rmses == sorted(rmses, reverse=True)
     assert all(length.rmse < 0.7 * length.stock_rmse for length in found.lengths.values())

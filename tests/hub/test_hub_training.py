@@ -17,7 +17,7 @@ from text_models import make_unet
 ARGUMENTS = [
     "--num_train_timesteps", "8", "--beta_schedule", "squaredcos_cap_v2", "--batch_size", "8", "--max_train_steps", "6",
     "--preview_every", "2", "--preview_images", "2", "--preview_inference_steps", "2", "--num_samples", "4",
-    "--log_every", "3", "--checkpoint_every", "0", "--num_cpu_threads", "1", "--lr_warmup_steps", "1",
+    "--log_every", "3", "--checkpoint_every", "0", "--num_cpu_threads", "1", "--lr_warmup_steps", "1", "--fit_noises", "0",
     "--dataset", "org/pictures", "--seed", "3",
 ]  # fmt: skip
 UNET = {

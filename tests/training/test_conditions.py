@@ -203,6 +203,7 @@ def test_changed_templates_are_another_condition(digits, tmp_path):
 RUN = {
     "batch_size": 8, "max_train_steps": 4, "num_train_timesteps": 30, "checkpoint_every": 2, "preview_every": 2,
     "preview_images": 20, "preview_inference_steps": 2, "num_samples": 20, "num_cpu_threads": 1, "mixed_precision": "no",
+    "fit_noises": 0,
 }  # fmt: skip
 
 

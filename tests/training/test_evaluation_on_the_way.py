@@ -33,7 +33,7 @@ def test_training_evaluates_on_the_way(tmp_path):
         batch_size=8, max_train_steps=6, preview_every=0, checkpoint_every=3, num_samples=1, lr_warmup_steps=1,
         learning_rate=0.001, mixed_precision="no", log_every=3, cache_dir=str(tmp_path / "cache"), num_cpu_threads=1,
         variance_type="learned_range", objective="bound", timestep_sampling="importance",
-        eval_every=3, eval_images=6, eval_calls=5, eval_samples=6, preview_inference_steps=3,
+        eval_every=3, eval_images=6, eval_calls=5, eval_samples=6, preview_inference_steps=3, fit_noises=6,
         validation_split="20%", keep_best=True, checkpoints_total_limit=1,
     )  # fmt: skip
     train(options.with_values(output_dir=str(tmp_path / "1")))
@@ -52,6 +52,8 @@ def test_training_evaluates_on_the_way(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     pipe = AlphaDDPMPipeline.from_pretrained(tmp_path / "2")
     assert pipe.scheduler.config.variance_type == "learned_range"
+    samplers = [AlphaDDPMPipeline.from_pretrained(tmp_path / name).scheduler.fitted_samplers for name in "12"]
+    assert samplers[0].keys() == samplers[1].keys() != set()
     assert pipe(1, torch.Generator().manual_seed(0), num_inference_steps=3, output_type="pt").images.isfinite().all()
     with pytest.raises(ConfigError, match="learned_range"):
         train(options.with_values(objective="hybrid", variance_type=None, output_dir=str(tmp_path / "wrong")))

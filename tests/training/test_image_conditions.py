@@ -118,7 +118,7 @@ def test_a_run_with_class_and_mask_resumes_bit_for_bit_and_starts_another(tmp_pa
     quick = {
         "config": "digits_upscale", "condition": "class+image", "condition_from": "inpaint", "num_train_timesteps": 30,
         "batch_size": 8, "max_train_steps": 3, "checkpoint_every": 2, "preview_every": 0, "num_samples": 4, "eval_every": 3,
-        "eval_images": 4, "sample_inference_steps": 2, "num_cpu_threads": 1, "mixed_precision": "no",
+        "eval_images": 4, "sample_inference_steps": 2, "fit_noises": 0, "num_cpu_threads": 1, "mixed_precision": "no",
     }  # fmt: skip
     whole = train(TrainingOptions(**quick, output_dir=str(tmp_path / "whole")))
     shutil.copytree(whole, tmp_path / "parts")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ddpm_pipeline import AlphaDDPMPipeline
 from ddpm_pipeline.support.errors import STOPPED_STATUS, ConfigError, PushError, Stopped
 from ddpm_pipeline.training import TrainingOptions, evaluations, jobs, pusher, stop, train
 from ddpm_pipeline.training.checkpoints import list_checkpoints
@@ -107,7 +109,7 @@ def test_only_safetensors_of_a_text_encoder_are_opened(tmp_path, monkeypatch):
 
 
 def test_previews_and_evaluations_take_at_most_the_chain(run, tmp_path):
-    """By default a preview takes 100 steps."""
+    """By default a preview takes 20 steps."""
     chain = {"num_train_timesteps": 5, "beta_end": 0.9}
     model = run(tmp_path / "model", preview_every=1, preview_images=2, eval_every=1, eval_images=2, **chain)
     assert [path.name for path in (model / "samples").iterdir()] == ["step-00000001.png"]
@@ -115,13 +117,17 @@ def test_previews_and_evaluations_take_at_most_the_chain(run, tmp_path):
     assert "failed" not in (model / "train.log").read_text()
 
 
-def test_the_final_samples_take_the_steps_asked_for(run, tmp_path, monkeypatch):
+def test_the_final_samples_take_the_steps_asked_for_or_those_of_the_fitted_sampler(run, tmp_path, monkeypatch):
     steps = []
     whole = jobs.sample_in_batches
     monkeypatch.setattr(jobs, "sample_in_batches", lambda *given: (steps.append(given[4]), whole(*given))[1])
     for name, asked in (("fewer", 3), ("more", 500)):
         run(tmp_path / name, sample_inference_steps=asked)
-    assert steps == [3, 20]
+    fitted = run(tmp_path / "fitted", fit_noises=12)
+    assert steps == [3, 20, 10]
+    assert AlphaDDPMPipeline.from_pretrained(fitted).scheduler.fitted_samplers.keys() == {"5", "10"}
+    card = (fitted / "README.md").read_text()
+    assert "pipe(num_inference_steps=10)" in card and "`num_inference_steps=one of 5, 10`" in card
 
 
 def test_a_picture_a_figure_or_a_tracker_that_fails_does_not_end_the_run(run, tmp_path, monkeypatch):
@@ -129,13 +135,14 @@ def test_a_picture_a_figure_or_a_tracker_that_fails_does_not_end_the_run(run, tm
         raise RuntimeError("no room on the device")
 
     monkeypatch.setattr(jobs, "save_picture", fail)
+    monkeypatch.setattr(jobs, "fit_sampler", fail)
     monkeypatch.setattr(evaluations, "per_image", fail)
     monkeypatch.setattr(Accelerator, "log", fail)
-    model = run(tmp_path / "model", preview_every=1, preview_images=1, preview_inference_steps=2, eval_every=1, eval_images=1)
+    model = run(tmp_path / "model", preview_every=1, preview_images=1, fit_noises=3, eval_every=1, eval_images=1)
     assert (model / "model_index.json").is_file() and not list(model.rglob("*.png"))
     log = (model / "train.log").read_text()
-    for what in ("a preview", "an evaluation", "samples.png", "process.png", "the tracker"):
-        assert f"{what} failed" in log and "no room on the device" in log
+    for what in ("a preview", "an evaluation", "fitting samplers", "samples.png", "process.png", "the tracker"):
+        assert re.search(f"{what}.* failed", log) and "no room on the device" in log
 
 
 def test_a_tracker_that_cannot_start_is_an_error_before_training(run, tmp_path, monkeypatch):

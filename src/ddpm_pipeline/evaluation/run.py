@@ -245,7 +245,7 @@ def _samples(subject: Subject, options: EvaluationOptions, accelerator: Accelera
     batches, columns, parts = my_batches(count, sampling.batch_size, accelerator), defaultdict(list), []
     judge = judge_of(options.data, data, subject.conditions)
     _tell(f"sampling {count} images over {steps} steps; --num_images and --num_inference_steps change that", accelerator)
-    with step_bar(pipe, len(batches), steps, main) as shown:
+    with step_bar(len(batches), steps, main) as shown:
         for batch in batches:
             pixels, digits = torch.from_numpy(sample_values(pipe, batch, sampling.seed, steps, request, **shown)), None
             parts.append(pixels)

@@ -28,6 +28,7 @@ def fit(options: FittingOptions) -> SamplerFit:
     if not (folder / INDEX).is_file():
         raise ConfigError(f"--model {folder} is no folder of a pipeline; download or save it first: the fit is written there.")
     pipe = load_pipeline(sampling.model).to(accelerator.device)
+    pipe.set_progress_bar_config()  # shown
     with accelerator.main_process_first():  # the others find its cache of condition images
         request, _ = request_of(pipe, options)
     how = {"num_noises": sampling.num_noises, "long_steps": sampling.long_steps}

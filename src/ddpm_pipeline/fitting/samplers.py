@@ -22,7 +22,6 @@ from ..scheduling_fitted_alpha_ddpm import AlphaDDPMFittedScheduler
 from ..support.draws import RandomStream, seeds
 from .chains import best_chains, least_squares, solver_coefficients, step_errors
 from .options import HELD_OUT_EVERY, LENGTHS, LONG_STEPS, NUM_NOISES, parse_lengths
-from .stock import STOCK
 
 HISTORY = 3  # predictions x̂_0 that a step combines
 EXPONENTS = (0.25, 0.5, 1.0)  # γ in the weight ᾱ^γ of a squared error in x_t; which is best is measured
@@ -53,6 +52,11 @@ class SamplerFit:
     scheduler: AlphaDDPMFittedScheduler
     lengths: dict[int, FittedLength]
 
+    def words(self) -> str:
+        """What was reached, on a line."""
+        every = sorted(self.lengths.items())
+        return "; ".join(f"{n} steps {found.rmse:.4f}, {found.stock} {found.stock_rmse:.4f}" for n, found in every)
+
     def table(self) -> str:
         """What was reached, as Markdown."""
         lines = ["| steps | fitted | best of diffusers | | |", "|---|---|---|---|---|"]
@@ -71,12 +75,12 @@ def fit_sampler(
     long_steps: int = LONG_STEPS,
     batch_size: int = 64,
     seed: int = 0,
-    progress: bool = True,
+    alone: bool = False,
 ) -> SamplerFit:
     """Fit a sampler for each number of steps: `pipe.scheduler = fit_sampler(pipe).scheduler`. The pipeline stays as it is.
 
     Over several processes, each takes a share of the noises, and all get the same samplers. Memory: 2 `long_steps` + 1 float32
-    images for each noise.
+    images for each noise. Shows a bar unless the pipeline's own is disabled.
 
     Args:
         pipe: a pipeline of this package, on the device to compute on.
@@ -86,14 +90,15 @@ def fit_sampler(
         long_steps: steps of the model's own solution, spaced as its config says; at most T.
         batch_size: images per network call.
         seed: of the noise; noise i depends on the seed and i alone.
+        alone: this process fits by itself, whatever the others do.
 
     Raises ValueError for numbers outside these ranges.
     """
-    lengths, fit = parse_lengths(num_inference_steps), _Fit(pipe, request, num_noises, seed)
+    lengths, fit = parse_lengths(num_inference_steps), _Fit(pipe, request, num_noises, seed, alone)
     long_steps = min(long_steps, pipe.scheduler.config.num_train_timesteps)
     if lengths[-1] > long_steps:
         raise ValueError(f"num_inference_steps={lengths[-1]} exceeds the {long_steps} steps of the long solution.")
-    hidden = not (progress and fit.accelerator.is_main_process)
+    hidden = not fit.accelerator.is_main_process or getattr(pipe, "_progress_bar_config", {}).get("disable", False)
     with _borrowed(pipe, batch_size), tqdm(disable=hidden, desc="long solution", unit="step") as fit.bar:
         solution = fit.solve(long_steps)
         fitted = fit.best_samplers(solution, lengths)
@@ -147,9 +152,10 @@ class _Fit:
 
     bar: tqdm
 
-    def __init__(self, pipe: Any, request: Request, num_noises: int, seed: int):
+    def __init__(self, pipe: Any, request: Request, num_noises: int, seed: int, alone: bool):
         self.accelerator = Accelerator()
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.shared = self.accelerator.num_processes > 1 and not alone
+        rank, processes = (self.accelerator.process_index, self.accelerator.num_processes) if self.shared else (0, 1)
         if num_noises < HELD_OUT_EVERY * processes:
             raise ValueError(f"num_noises={num_noises} must be at least {HELD_OUT_EVERY} for each of {processes} processes.")
         self.pipe, self.request = pipe, request
@@ -181,8 +187,8 @@ class _Fit:
         ).images
 
     def summed(self, values: np.ndarray) -> np.ndarray:
-        """Over all processes."""
-        if self.accelerator.num_processes == 1:
+        """Over all processes that fit."""
+        if not self.shared:
             return values
         return self.accelerator.reduce(torch.from_numpy(values).to(self.accelerator.device), "sum").cpu().numpy()
 
@@ -243,6 +249,8 @@ class _Fit:
 
     def best_stock(self, steps: int, solved: Tensor) -> tuple[str, float]:
         """The solver of diffusers' that comes nearest, and its RMSE. One that fails is infinitely far."""
+        from .stock import STOCK  # imports scipy, which training needs at its end only
+
         self.bar.set_description(f"diffusers' solvers, {steps} steps")
         distances = {}
         for name, (kind, options) in STOCK.items():

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..encoding_alpha_ddpm import value_range
 from ..ranges_alpha_ddpm import ValueRange
+from ..samplers_alpha_ddpm import default_steps
 from ..support.draws import RandomStream, seeds
 from ..support.errors import ConfigError
 from ..support.pictures import BY_DEFAULT, Display, strip
@@ -73,10 +74,9 @@ def sample_in_batches(
 
 
 @contextlib.contextmanager
-def step_bar(pipe: Any, num_batches: int, num_inference_steps: int | None, show: bool) -> Iterator[dict[str, Any]]:
+def step_bar(num_batches: int, num_inference_steps: int, show: bool) -> Iterator[dict[str, Any]]:
     """A progress bar of the reverse steps of several batches, as options of `sample` and `sample_uint8`."""
-    total = num_batches * (num_inference_steps or pipe.scheduler.config.num_train_timesteps)
-    with tqdm(total=total, desc="sampling", unit="step", disable=not show) as bar:
+    with tqdm(total=num_batches * num_inference_steps, desc="sampling", unit="step", disable=not show) as bar:
 
         def update(*_: Any) -> None:
             bar.update()
@@ -112,8 +112,8 @@ def _reported(pipe: Any, *how: Any, **options: Any) -> torch.Tensor:
 
 
 def sample_process(pipe: Any, seed: int, request: Request = UNCONDITIONAL, display: Display = BY_DEFAULT) -> Image.Image:
-    """The reverse process as a strip: a few images, one per row, from noise to the result over PROCESS_STEPS steps."""
+    """The reverse process as a strip: a few images, one per row, from noise to the result, over PROCESS_STEPS steps at most."""
     rows = min(PROCESS_ROWS, len(request) or PROCESS_ROWS)
-    steps = min(PROCESS_STEPS, pipe.scheduler.config.num_train_timesteps)
+    steps = min(PROCESS_STEPS, default_steps(pipe.scheduler))
     trajectory = sample(pipe, range(rows), seed, steps, request, output_trajectory=True).trajectory
     return strip(trajectory, PROCESS_MOMENTS, display=display)

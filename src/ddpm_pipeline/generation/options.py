@@ -26,7 +26,12 @@ class SamplingOptions(OptionGroup):
 
     model: str = option(help="Folder or Hub repository of a DDPM pipeline, conditional or not.")
     scheduler: str = option("keep", f"Sampler: keep (the model's own), {', '.join(SCHEDULERS)}.", one_of(("keep", *SCHEDULERS)))
-    num_inference_steps: int | None = option(None, "Reverse steps per image. By default the full chain.", at_least(1))
+    num_inference_steps: int | None = option(
+        None,
+        "Reverse steps per image. By default as of a call of the pipeline: of the fitted sampler of most steps, or else the "
+        "full chain.",
+        at_least(1),
+    )
     guidance_scale: float = option(1.0, "Guidance scale of a conditional model; 1 is none.", FINITE)
     batch_size: int = option(64, "Images per network call of a process.", at_least(1))
     seed: int = option(0, "Seed of everything random. Image i depends on the seed and i alone.", SEED)

@@ -8,7 +8,7 @@ from ..encoding_alpha_ddpm import image_condition, vector_condition
 from ..pipeline_alpha_ddpm import AlphaDDPMPipeline
 from ..pipeline_alpha_ddpm_image import AlphaDDPMImageToImagePipeline
 from ..pipeline_alpha_ddpm_text import AlphaDDPMTextToImagePipeline
-from ..samplers_alpha_ddpm import Steps, general_sampler_of, set_timesteps
+from ..samplers_alpha_ddpm import Steps, default_steps, general_sampler_of, set_timesteps
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..support.errors import ConfigError
 from ..support.exceptions import describe_exception
@@ -76,8 +76,8 @@ def scheduler_for(pipe: Pipeline, name: str) -> Any:
 
 
 def steps_of(scheduler: Any, num_inference_steps: int | None) -> int:
-    """The number of steps; by default the full chain. Raises ConfigError if the sampler cannot take that many."""
-    steps = num_inference_steps or scheduler.config.num_train_timesteps
+    """The number of steps; by default as of a call of the pipeline. Raises ConfigError if the sampler cannot take that many."""
+    steps = num_inference_steps or default_steps(scheduler)
     try:
         set_timesteps(type(scheduler).from_config(scheduler.config), Steps(steps))
     except ValueError as error:

@@ -55,7 +55,7 @@ def generate(options: GenerationOptions) -> Path:
     if accelerator.is_main_process:
         print(f"{count - len(missing)} of {count} images exist already; {steps} steps per image", file=sys.stderr)
     mine = _share(missing, count, sampling.batch_size, accelerator)
-    with step_bar(pipe, len(mine), steps, bool(missing) and accelerator.is_main_process) as shown:
+    with step_bar(len(mine), steps, bool(missing) and accelerator.is_main_process) as shown:
         for batch in mine:
             images = sample_values(pipe, batch, sampling.seed, steps, request, **shown)
             check_still_there(folder)

@@ -122,6 +122,7 @@ def build_card(
         our_call=about.call(example),
         call_in_own_units=about.call(example, own_units=True) if about.values and not kind.own_units else "",
         has_units=about.values or kind.own_units,
+        few_steps=about.few_steps,
         as_blocks=_code(f"pipe = ddpm_pipeline.{kind.our_blocks}().init_pipeline({repo})"),
         training_table=_training_table(training.facts, license),
         command=command,

@@ -4,7 +4,7 @@ Imports the standard library alone. Called by `card`.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 UNET = "unet/config.json"
-OWN_KEY = "_alpha_ddpm"  # of our settings in a UNet's config
+OWN_KEY = "_alpha_ddpm"  # of our settings in the configs of UNet and scheduler
 DEPTHS = {"uint8": "8-bit integers", "uint16": "16-bit integers", "int16": "signed 16-bit integers", "float32": "floats"}
 PICTURES = ((1, "uint8"), (3, "uint8"), (4, "uint8"), (1, "uint16"))  # channels and types of the files that PIL opens
 
@@ -60,6 +60,7 @@ class ModelFacts:
     size: tuple[int | None, int | None]  # height and width
     channels: int  # of the images, without those of a condition image
     values: str  # a sentence on the values of the images; "" for 8 bits from 0 to 255
+    fitted: Sequence[int] = ()  # numbers of steps that a sampler was fitted for, ascending
 
     @property
     def images(self) -> str:
@@ -68,8 +69,19 @@ class ModelFacts:
         return f"{colours} {self.size[0]}x{self.size[1]}" if all(self.size) else colours
 
     def call(self, arguments: str, own_units: bool = False) -> str:
-        """Code of a call that samples an image, or an array of what PIL has no pictures of, in 100 steps at most."""
-        return self._call(arguments, min(100, self.total), own_units or self.kind.own_units)
+        """Code of a call that samples an image, or an array of what PIL has no pictures of, by the fitted sampler of most steps
+        or else in 100 steps at most.
+        """
+        return self._call(arguments, max(self.fitted, default=min(100, self.total)), own_units or self.kind.own_units)
+
+    @property
+    def few_steps(self) -> str:
+        """A sentence on the fitted samplers; "" without."""
+        if not self.fitted:
+            return ""
+        lengths = f"{'one of ' * (len(self.fitted) > 1)}{', '.join(map(str, self.fitted))}"
+        used = f"`num_inference_steps={lengths}` uses a deterministic sampler that was fitted to this model"
+        return f"{used}; without it, that of {self.fitted[-1]} steps is used. {self.total} steps are the full ancestral chain."
 
     def plain_call(self, arguments: str) -> str:
         """The same for diffusers alone, whose text pipeline takes the size of square images only from the model."""
@@ -113,7 +125,8 @@ def _facts(index: Mapping[str, Any], unet: Mapping[str, Any], schedule: Mapping[
     if image:
         kind, channels = _with_image(kind, image), channels - _encoded_channels(image)
     total, (height, width) = schedule.get("num_train_timesteps", 1000), size if isinstance(size, list | tuple) else (size, size)
-    return ModelFacts(kind, schedule, int(total), (height, width), channels, _values(values, "Their") if values else "")
+    fitted = sorted(map(int, (schedule.get(OWN_KEY) or {}).get("fitted_samplers") or ()))
+    return ModelFacts(kind, schedule, int(total), (height, width), channels, _values(values, "Their") if values else "", fitted)
 
 
 def _encoded_channels(image: Mapping[str, Any]) -> int:

@@ -108,7 +108,7 @@ def per_image(run: Run, objective: Objective, data: ImageSet, count: int) -> dic
 
 def quality(run: Run) -> dict[str, float]:
     """Of samples over the previews' steps, with the conditions of the data, compared with all of it, in this process alone."""
-    watching, seed, pipe, extractor = run.options.watching, run.options.run.seed, run.pipe, run.extractor
+    watching, seed, pipe, extractor = run.options.watching, run.options.run.seed, run.preview_pipe, run.extractor
     request = run.condition.request_like(run.data, image_indices(seed, len(run.data), 0, watching.eval_samples), seed)
     measured = ImageQuality(extractor, seed=seed, sync_on_compute=False).to(pipe.device)
     measured.add_real_features(real_features(run.data, extractor, run.options.data.cache_dir).to(pipe.device))

@@ -4,12 +4,13 @@ a function of the run and the number of updates done; the one that evaluates is 
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -17,8 +18,11 @@ from accelerate import Accelerator
 from ..data.mapped import ImageSet
 from ..data.sources import hash_of
 from ..evaluation.features import feature_extractor, try_extractor
+from ..fitting.options import HELD_OUT_EVERY, LONG_STEPS
+from ..fitting.samplers import fit_sampler, long_solver
 from ..generation.drawing import sample_in_batches, sample_process
 from ..hub import export
+from ..samplers_alpha_ddpm import default_steps
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..support.atomic import write_text
 from ..support.errors import ConfigError, NumericalError, Stopped
@@ -39,6 +43,9 @@ from .telemetry import Telemetry
 from .validation import Validation
 
 logger = logging.getLogger(__name__)
+
+FITTED_STEPS = (5, 10, 20)  # for which a finished model gets a sampler
+MOST_FITTED_VALUES = 2**29  # of the long solutions, 2 GiB on the device
 
 
 @dataclass(frozen=True)
@@ -84,9 +91,11 @@ class Run:
         self.preview_steps = min(watching.preview_inference_steps, len(self.scheduler))
         self.checkpoints = Checkpoints(self.accelerator, self.folder, options.run.checkpoints_total_limit)
         self.validation = self._earlier_evaluations() if self.data.held_out and self.output is not None else None
-        # with a scheduler of its own: previews choose shorter chains, and the bound is that of the full one
+        # with schedulers of their own, since the bound is that of the full chain
         self.pipe = self.condition.pipeline(self.state.unet, AlphaDDPMScheduler.from_config(self.scheduler.config))
-        self.pipe.set_progress_bar_config(disable=True)
+        self.preview_pipe = self.condition.pipeline(self.state.unet, long_solver(self.scheduler, self.preview_steps))
+        for pipe in (self.pipe, self.preview_pipe):
+            pipe.set_progress_bar_config(disable=True)
         try:
             self.display = Display.parse(watching.preview_channels, self.data.value_range.dtype != "uint8")
             self.shown = self.display.words(self.data.channels)
@@ -160,20 +169,20 @@ def report(run: Run, done: int) -> None:
 
 
 def preview(run: Run, done: int, only_if_missing: bool = False) -> None:
-    """samples/step-N.png, with fewer reverse steps."""
+    """samples/step-N.png, by DPM-Solver++ in few steps."""
     watching, path = run.options.watching, run.folder / "samples" / f"step-{done:08d}.png"
     if not (only_if_missing and path.is_file()):
         with not_essential("a preview"):
-            save_grid(run, watching.preview_images, run.preview_steps, path)
+            save_grid(run, run.preview_pipe, watching.preview_images, run.preview_steps, path)
 
 
-def save_grid(run: Run, count: int, steps: int | None, path: Path) -> None:
+def save_grid(run: Run, pipe: Any, count: int, steps: int, path: Path) -> None:
     """A picture of about `count` images, in equal rows, one per condition; a text file beside it says which row is what, and
     which channels are shown how.
     """
     request, columns = run.condition.preview(count)
     count = len(request) or count
-    images = sample_in_batches(run.pipe, count, run.batch_size, run.options.run.seed, steps, request)
+    images = sample_in_batches(pipe, count, run.batch_size, run.options.run.seed, steps, request)
     left = run.condition.left(request, columns, run.display)
     save_picture(grid(images, columns, display=run.display, left=left), path)
     shown = [f"shown: {run.shown}\n"] * bool(run.shown) + ["left: condition images\n"] * (left is not None)
@@ -254,8 +263,8 @@ def best_checkpoint(run: Run) -> str:
 
 
 def finish(run: Run) -> None:
-    """samples.png over the full chain, process.png from noise to images, and the model, in the main process. Raises Stopped, or
-    PushError if all is done but the last push.
+    """Samplers of few steps, samples.png, process.png from noise to images, and the model, in the main process. Raises Stopped,
+    or PushError if all is done but the last push.
     """
     run.checkpoints.close()
     run.telemetry.bar.close()  # its rate is that of updates, not of sampling
@@ -266,6 +275,7 @@ def finish(run: Run) -> None:
     if run.output is not None:
         run.output.check()
         with run.state.ema_weights(), run.stop.interrupts(run.state.unet):
+            fit_few_steps(run)
             draw_samples(run)
             export(run.pipe, run.folder, model_card(run, run.folder, run.total))
         run.output.check()  # what was written before it was removed is gone
@@ -275,15 +285,31 @@ def finish(run: Run) -> None:
             logger.info("pushed: %s", run.pusher.finish(run.stop))
 
 
+def fit_few_steps(run: Run) -> None:
+    """Give the model the samplers that a call of its pipeline takes by default, for the guidance of samples.png."""
+    began, steps = time.monotonic(), [n for n in FITTED_STEPS if n < len(run.scheduler)]
+    if not (run.options.run.fit_noises and steps):
+        return
+    fitting = MOST_FITTED_VALUES // ((2 * LONG_STEPS + 1) * math.prod((run.data.channels, *run.data.size)))
+    noises = max(HELD_OUT_EVERY, min(run.options.run.fit_noises, fitting))  # of large images fewer will do
+    with not_essential("fitting samplers of few steps"):
+        request, _ = run.condition.preview(noises)
+        how = {"num_noises": noises, "batch_size": run.batch_size, "seed": run.options.run.seed}
+        found = fit_sampler(run.pipe, steps, request, **how, alone=True)
+        if found.scheduler.fitted_samplers:
+            run.pipe.scheduler = found.scheduler
+        logger.info("samplers fitted in %.0f s, RMSE to the model's own solution: %s", time.monotonic() - began, found.words())
+
+
 def draw_samples(run: Run) -> None:
     """samples.png, and process.png from noise to images."""
     watching, seed = run.options.watching, run.options.run.seed
-    steps = min(watching.sample_inference_steps or len(run.scheduler), len(run.scheduler))
+    steps = min(watching.sample_inference_steps or default_steps(run.pipe.scheduler), len(run.scheduler))
     shown = f"; pictures show {run.shown}" if run.shown else ""
     logger.info("sampling %d images over %d steps%s", watching.num_samples, steps, shown)
     run.pipe.set_progress_bar_config(desc="sampling", leave=False)
     with not_essential("samples.png"):
-        save_grid(run, watching.num_samples, steps, run.folder / "samples.png")
+        save_grid(run, run.pipe, watching.num_samples, steps, run.folder / "samples.png")
     with not_essential("process.png"):
         picture = sample_process(run.pipe, seed, run.condition.preview(4)[0], run.display)
         save_picture(picture, run.folder / "process.png")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..data.options import ConditionColumns, TrainingDataOptions
+from ..fitting.options import HELD_OUT_EVERY
 from ..support.errors import ConfigError
 from ..support.option_sets import OptionSet, value_of
 from ..support.options import BELOW_ONE, FINITE, POSITIVE, SEED, Allowed, OptionGroup, at_least, one_of, option
@@ -263,6 +264,10 @@ class RunOptions(OptionGroup):
     keep_best: bool = _free(
         False, "Write a checkpoint whenever the held-out bits/dim are the lowest so far, and keep that one beside the others.")
 
+    fit_noises: int = _free(
+        48, "Images solved for, from noise, to fit the finished model samplers of few steps (docs/fitted_sampler.md); 0 fits "
+        "none.", Allowed(f"0 or at least {HELD_OUT_EVERY}", lambda value: value == 0 or value >= HELD_OUT_EVERY))
+
     def check(self) -> None:
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other: continue the run, or start anew.")
@@ -277,7 +282,8 @@ class WatchingOptions(OptionGroup):
     preview_channels: str | None = _free(
         None, "Channels that pictures show, counted from 1: one, or three as RGB, such as 3,2,1. By default all, of more "
         "than 4 the first three, and of 2 the first.")
-    preview_inference_steps: int = _free(100, "Reverse steps for previews, at most the full chain.", at_least(1))
+    preview_inference_steps: int = _free(
+        20, "Steps of DPM-Solver++ for previews and evaluations, at most the full chain.", at_least(1))
     eval_every: int = _free(
         0, "Updates between evaluations of the EMA weights; 0 makes none or, with --validation_split, ten in a run "
         "(docs/evaluation.md).", at_least(0))
@@ -292,7 +298,8 @@ class WatchingOptions(OptionGroup):
         "for the cats).")
     num_samples: int = _free(64, "Images in the final samples.png.", at_least(1))
     sample_inference_steps: int | None = _free(
-        None, "Reverse steps for samples.png. By default the full chain, as a call of the pipeline takes.", at_least(1))
+        None, "Reverse steps for samples.png. By default as of a call of the pipeline: of the fitted sampler of most steps, or "
+        "else the full chain.", at_least(1))
     log_every: int = _free(50, "Updates between log lines.", at_least(1))
     report_to: str = _free("none", f"Tracker: none, {', '.join(TRACKERS)}.", one_of(("none", *TRACKERS)))
 
