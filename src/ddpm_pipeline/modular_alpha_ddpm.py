@@ -141,11 +141,11 @@ class TextEncoderStep(Block):
 class SetTimestepsStep(Block):
     description = "Puts the scheduler, which is ours where a repository names DDPMScheduler, into the chain asked for."
     uses: ClassVar = [SCHEDULER]
+    from_noise: ClassVar[bool] = True
     takes: ClassVar = [
         InputParam("num_inference_steps", int, description="Number of steps; by default as of the pipeline's call."),
         InputParam("timesteps", description="Timesteps of the chain, noise first; by default evenly spaced."),
         InputParam("sigmas", list[float], description="The noise levels themselves, for schedulers that take them."),
-        InputParam("image", Images, description="With one to start from, the default is the full chain."),
     ]
 
     def run(self, components: Any, state: BlockState) -> None:
@@ -154,7 +154,20 @@ class SetTimestepsStep(Block):
             components.scheduler = our_scheduler(loaded)
             components.scheduler._diffusers_load_id = getattr(loaded, "_diffusers_load_id", "null")  # its source, for saving
         steps = Steps(state.num_inference_steps, state.timesteps, state.sigmas)
-        set_timesteps(components.scheduler, steps, from_noise=state.image is None)
+        set_timesteps(components.scheduler, steps, self.from_noise)
+
+
+class SetTimestepsOfImageStep(SetTimestepsStep):
+    description = "The same for a chain that starts from an image, which is not a fitted one by default."
+    from_noise = False
+    takes: ClassVar = [*SetTimestepsStep.takes, InputParam("image", Images, required=True, description="To start from.")]
+
+
+class TimestepsStep(AutoPipelineBlocks):
+    block_classes: ClassVar = [SetTimestepsOfImageStep, SetTimestepsStep]
+    block_names: ClassVar = ["image", "noise"]
+    block_trigger_inputs: ClassVar = ["image", None]
+    description = "The chain: by default the full one, or from noise that of the fitted sampler of most steps."
 
 
 class NoiseStep(Block):
@@ -273,7 +286,7 @@ class AlphaDDPMBlocks(SequentialPipelineBlocks):
     """Those of `AlphaDDPMPipeline`."""
 
     model_name = Block.model_name
-    block_classes: ClassVar = [ClassLabelsStep, SetTimestepsStep, StartStep, DenoiseStep, DecodeStep]
+    block_classes: ClassVar = [ClassLabelsStep, TimestepsStep, StartStep, DenoiseStep, DecodeStep]
     block_names: ClassVar = ["class_labels", "set_timesteps", "start", "denoise", "decode"]
     description = "Images from noise by the reverse process of DDPM, unconditional, for class labels or for numbers."
     outputs: ClassVar = [OutputParam.template("images")]
@@ -294,7 +307,7 @@ class AlphaDDPMImageToImageBlocks(AlphaDDPMBlocks):
 class AlphaDDPMTextBlocks(AlphaDDPMBlocks):
     """Those of `AlphaDDPMTextToImagePipeline`."""
 
-    block_classes: ClassVar = [TextEncoderStep, SetTimestepsStep, StartStep, TextDenoiseStep, DecodeStep]
+    block_classes: ClassVar = [TextEncoderStep, TimestepsStep, StartStep, TextDenoiseStep, DecodeStep]
     block_names: ClassVar = ["text_encoder", *AlphaDDPMBlocks.block_names[1:]]
     description = "Images from text by the reverse process of DDPM."
     _workflow_map: ClassVar = {"text2image": PROMPT, "image2image": PROMPT | IMAGE, "inpainting": PROMPT | IMAGE | MASK}
