@@ -18,6 +18,7 @@ from ..ranges_alpha_ddpm import ValueRange
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..support.draws import noise_of
 from ..support.sharing import forgotten_accelerator
+from .autotune import Subject, autotuned, tunable
 from .batches import BatchLoader, BatchPlan, batch_loader, lost_workers
 from .checkpoints import find_checkpoint, load_checkpoint, stored_options
 from .conditions import Condition, build_condition
@@ -44,7 +45,7 @@ def train(options: TrainingOptions) -> Path:
     """
     # Where it runs
     began = time.monotonic()
-    stop = StopRequest(options.run.max_train_time, began)
+    stop, undecided = StopRequest(options.run.max_train_time, began), tunable(options)
     accelerator, options = start_processes(options)
     folder, main = Path(options.run.output_dir), accelerator.is_main_process
     holding = output_folder(folder, options.run) if main else contextlib.nullcontext()
@@ -59,12 +60,16 @@ def train(options: TrainingOptions) -> Path:
         # What it learns
         unet, scheduler = build_model(options.model, options.diffusion, data.size, data.channels, condition)
         options = resolved(options, data, scheduler)
+        losses = partial(losses_of, scheduler=scheduler, condition=condition, value_range=data.value_range)
+        if undecided:
+            subject = Subject(unet, condition, losses, partial(open_batches, data, condition, first=0, position=None))
+            accelerator, options = autotuned(accelerator, options, undecided, subject)
         checkpoint = find_checkpoint(folder, options, accelerator, partial(identity_of, data, condition, unet, scheduler))
         options = with_origin(options, checkpoint)
         state = build_state(accelerator, unet, condition.network(unet), options)
         first, position = load_checkpoint(accelerator, state, checkpoint) if checkpoint else (0, None)
         batches = open_batches(data, condition, options, accelerator, first, position)
-        objective = partial(losses_of, scheduler=scheduler, condition=condition, value_range=data.value_range, options=options)
+        objective = partial(losses, options=options)
 
         # What happens along the way
         if output is not None:
@@ -83,7 +88,7 @@ def train(options: TrainingOptions) -> Path:
 
         # The loop
         try:
-            with stop.listening(), lost_workers(), attention_on(accelerator):
+            with stop.listening(), lost_workers():
                 begin(run, previews)
                 for done in range(first + 1, run.total + 1):
                     stopping = update(run, objective, done - 1)
@@ -144,14 +149,12 @@ def update(run: Run, objective: Callable[..., torch.Tensor], step: int) -> bool:
     mean_losses, image_losses, indices = [], [], []
     observed: list[tuple[torch.Tensor, torch.Tensor]] = []  # timesteps and losses
     for index in range(passes):
-        with contextlib.nullcontext() if index == passes - 1 else accelerator.no_sync(state.model):
+        one_of_several = contextlib.nullcontext() if index == passes - 1 else accelerator.no_sync(state.model)
+        with one_of_several, attention_on(accelerator):
             with timer("data", on_device=False):
                 batch = next(run.batches)
             with timer("forward"):
-                drawn = state.timestep_sampler.draw(batch["quantiles"])
-                timesteps, weights = (each.to(accelerator.device) for each in drawn)
-                losses = objective(state.model, batch, timesteps)
-                loss = (weights * losses).mean()
+                timesteps, losses, loss = state.forward(objective, batch, accelerator.device)
             with timer("backward"):
                 accelerator.backward(loss / passes)
         mean_losses.append(loss.detach())
