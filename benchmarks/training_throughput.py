@@ -26,12 +26,8 @@ from pathlib import Path
 from typing import Any
 
 CASES = {8: ("tiny", 64), 16: ("tiny", 64), 32: ("small", 32)}  # by image side: preset and batch size
-BARE, STOCK, LUCIDRAINS, TUNED = (
-    "bare loop",
-    "train_unconditional.py",
-    "denoising-diffusion-pytorch",
-    "the same with --autotune",
-)
+BARE, STOCK, LUCIDRAINS = "bare loop", "train_unconditional.py", "denoising-diffusion-pytorch"
+TUNED = "itself without --autotune"
 GOALS = {BARE: 0.97, STOCK: 1.3}  # of updates per second, as a multiple of the other's
 UNCOUNTED = 4  # updates at the beginning of each process
 TURN = 5  # updates of a turn beside the bare loop
@@ -101,8 +97,8 @@ def own_options(side: int, batch: int, model: str, threads: int, scratch: Path, 
     return {
         "dataset": str(scratch / f"images-{side}"), "resolution": side, "channels": 3, "model": model, "batch_size": batch,
         "max_train_steps": 20_000, "num_cpu_threads": threads, "preview_every": 0, "cache_dir": str(scratch / "cache"),
-        "output_dir": str(scratch / "own"), **more,
-    }  # fmt: skip
+        "output_dir": str(scratch / "own"),
+    } | more  # fmt: skip
 
 
 # ---- in processes of their own: each trains and calls `note` after every update, until that raises Enough ---------------

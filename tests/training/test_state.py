@@ -19,7 +19,7 @@ def parameters() -> list[nn.Parameter]:
 
 
 def test_the_ema_is_that_of_diffusers_bit_for_bit():
-    trained, how = parameters(), {"decay": 0.99, "use_ema_warmup": True, "power": 0.75}
+    trained, how = parameters(), {"decay": 0.99, "use_ema_warmup": True, "power": 0.75, "foreach": True}
     ours, theirs = EMA(trained, **how), EMAModel(trained, **how)
     for _ in range(50):
         with torch.no_grad():
@@ -43,7 +43,7 @@ def test_gradients_are_clipped_as_torch_clips_them_bit_for_bit(norm):
     torch.optim.SGD(theirs, lr=0.1).step()
     accelerator = Accelerator(cpu=True)
     optimizer = accelerator.prepare(torch.optim.SGD(ours, lr=0.1))
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer.optimizer)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer.optimizer, factor=1.0)
     found, _ = Updater(accelerator, ours, optimizer, schedule, None, 1.0)(0, torch.ones(2), [0, 1], stop=False)
     assert found == expected.item() and all(map(torch.equal, ours, theirs))
 

@@ -60,16 +60,13 @@ def train(options: TrainingOptions) -> Path:
         # What it learns
         unet, scheduler = build_model(options.model, options.diffusion, data.size, data.channels, condition)
         options = resolved(options, data, scheduler)
-        losses = partial(losses_of, scheduler=scheduler, condition=condition, value_range=data.value_range)
-        if undecided:
-            subject = Subject(unet, condition, losses, partial(open_batches, data, condition, first=0, position=None))
-            accelerator, options = autotuned(accelerator, options, undecided, subject)
+        accelerator, options = tuned(accelerator, options, undecided, data, condition, unet, scheduler)
         checkpoint = find_checkpoint(folder, options, accelerator, partial(identity_of, data, condition, unet, scheduler))
         options = with_origin(options, checkpoint)
         state = build_state(accelerator, unet, condition.network(unet), options)
         first, position = load_checkpoint(accelerator, state, checkpoint) if checkpoint else (0, None)
         batches = open_batches(data, condition, options, accelerator, first, position)
-        objective = partial(losses, options=options)
+        objective = partial(losses_of, scheduler=scheduler, condition=condition, value_range=data.value_range, options=options)
 
         # What happens along the way
         if output is not None:
@@ -77,10 +74,9 @@ def train(options: TrainingOptions) -> Path:
         start_log()
         run = Run(options, accelerator, folder, output, data, condition, state, scheduler, batches, pusher, stop, first, began)
         watching, in_main, at_end = options.watching, run.in_main_process, "always" if data.held_out else "if due"
-        previews = Every(watching.preview_every, partial(in_main, preview), at_end="never", on_stop="never")
         jobs = [
             Every(watching.log_every, partial(report, run), at_end="always"),
-            previews,
+            previews := Every(watching.preview_every, partial(in_main, preview), at_end="never", on_stop="never"),
             Every(options.hub.push_every, partial(in_main, push_snapshot), at_end="never", on_stop="never"),
             Every(watching.eval_every, partial(evaluate_and_keep, run, objective), at_end=at_end, on_stop="never"),
             Every(options.run.checkpoint_every, partial(save_checkpoint, run), at_end="always", on_stop="always"),
@@ -115,6 +111,23 @@ def resolved(options: TrainingOptions, data: ImageSet, scheduler: AlphaDDPMSched
     if options.data.validation_split and not options.watching.eval_every:
         known["eval_every"] = max(1, steps // 10)
     return options.with_values(**images, **known)
+
+
+def tuned(
+    accelerator: Accelerator,
+    options: TrainingOptions,
+    undecided: tuple[str, ...],
+    data: ImageSet,
+    condition: Condition,
+    unet: Any,
+    scheduler: AlphaDDPMScheduler,
+) -> tuple[Accelerator, TrainingOptions]:
+    """The same with what `--autotune` chooses for the options that are undecided, if any."""
+    if not undecided:
+        return accelerator, options
+    losses = partial(losses_of, scheduler=scheduler, condition=condition, value_range=data.value_range)
+    batches = partial(open_batches, data, condition, first=0, position=None)
+    return autotuned(accelerator, options, undecided, Subject(unet, condition, losses, batches))
 
 
 def with_origin(options: TrainingOptions, checkpoint: Path | None) -> TrainingOptions:
