@@ -93,9 +93,9 @@ def beside_bare(side: int, precision: str, seconds: float, threads: int, scratch
         loop.update = whole
 
 
-def own_options(side: int, batch: int, model: str, threads: int, scratch: Path, **more: Any) -> dict[str, Any]:
+def own_options(side: int, batch: int, network: str, threads: int, scratch: Path, **more: Any) -> dict[str, Any]:
     return {
-        "dataset": str(scratch / f"images-{side}"), "resolution": side, "channels": 3, "model": model, "batch_size": batch,
+        "dataset": str(scratch / f"images-{side}"), "resolution": side, "channels": 3, "model": network, "batch_size": batch,
         "max_train_steps": 20_000, "num_cpu_threads": threads, "preview_every": 0, "cache_dir": str(scratch / "cache"),
         "output_dir": str(scratch / "own"),
     } | more  # fmt: skip
