@@ -28,6 +28,7 @@ from typing import Any
 CASES = {8: ("tiny", 64), 16: ("tiny", 64), 32: ("small", 32)}  # by image side: preset and batch size
 BARE, STOCK, LUCIDRAINS = "bare loop", "train_unconditional.py", "denoising-diffusion-pytorch"
 TUNED = "itself without --autotune"
+SIDES = {TUNED: (8, 16), STOCK: (8, 16, 32), LUCIDRAINS: (16,)}  # at which each of the others is run
 GOALS = {BARE: 0.97, STOCK: 1.3}  # of updates per second, as a multiple of the other's
 UNCOUNTED = 4  # updates at the beginning of each process
 TURN = 5  # updates of a turn beside the bare loop
@@ -96,7 +97,7 @@ def beside_bare(side: int, precision: str, seconds: float, threads: int, scratch
 def own_options(side: int, batch: int, network: str, threads: int, scratch: Path, **more: Any) -> dict[str, Any]:
     return {
         "dataset": str(scratch / f"images-{side}"), "resolution": side, "channels": 3, "model": network, "batch_size": batch,
-        "max_train_steps": 20_000, "num_cpu_threads": threads, "preview_every": 0, "cache_dir": str(scratch / "cache"),
+        "max_train_steps": 3000, "num_cpu_threads": threads, "preview_every": 0, "cache_dir": str(scratch / "cache"),
         "output_dir": str(scratch / "own"),
     } | more  # fmt: skip
 
@@ -233,8 +234,8 @@ def write_unet(folder: Path, side: int) -> Path:
 def beside_others(side: int, arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     """A row for each of the others that there is."""
     spec = spec_of(side, arguments, scratch)
-    there = {TUNED: True, STOCK: arguments.stock, LUCIDRAINS: arguments.python and side in arguments.lucidrains_sides}
-    names = [name for name, present in there.items() if present]
+    there = {TUNED: True, STOCK: arguments.stock, LUCIDRAINS: arguments.python}
+    names = [name for name, present in there.items() if present and side in SIDES[name]]
     rounds = []
     for _ in range(arguments.rounds):
         rounds.append({name: measured(name, spec, arguments.python or sys.executable, scratch) for name in ("own", *names)})
@@ -281,6 +282,11 @@ def growth(arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]
     return found
 
 
+def shown(word: str) -> str:
+    """A word of the command line, of a path that says where on a disk only its last part."""
+    return Path(word).name if Path(word).is_absolute() else word
+
+
 def table(report: dict[str, Any]) -> str:
     """The ratios as Markdown."""
     lines = [
@@ -322,7 +328,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axis.bar(places, [entry["throughput"] for entry in found], 0.14, label=f"{beside}, {precision}")
     axis.axhline(1, color="black", lw=0.8)
     axis.set(xticks=range(len(CASES)), xticklabels=[f"{side}x{side}" for side in CASES], ylabel="updates per second, ratio")
-    axis.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=120)
 
 
@@ -331,12 +337,9 @@ def main() -> None:
     parser.add_argument("--stock", help="diffusers' train_unconditional.py")
     parser.add_argument("--python", help="interpreter of the environment that has the others")
     parser.add_argument("--sides", type=int, nargs="+", choices=list(CASES), default=list(CASES), help="of the images")
-    parser.add_argument(
-        "--lucidrains_sides", type=int, nargs="*", default=[16], help="at which denoising-diffusion-pytorch runs"
-    )
-    parser.add_argument("--seconds", type=float, default=20, help="beside the bare loop, per size and precision")
+    parser.add_argument("--seconds", type=float, default=15, help="beside the bare loop, per size and precision")
     parser.add_argument("--rounds", type=int, default=2, help="turns of the processes, whose median ratios count")
-    parser.add_argument("--updates", type=int, default=24, help="of each process")
+    parser.add_argument("--updates", type=int, default=16, help="of each process")
     parser.add_argument("--images", type=int, default=1797, help="in the folder")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="without suffix; a .json, a .md and a .png are written")
@@ -362,7 +365,7 @@ def main() -> None:
             rows += beside_others(side, arguments, scratch)
         larger = growth(arguments, scratch)
     report = {
-        "command": f"python benchmarks/training_throughput.py {' '.join(sys.argv[1:])}",
+        "command": f"python benchmarks/training_throughput.py {' '.join(map(shown, sys.argv[1:]))}",
         **provenance(torch.device("cpu")),
         "images": arguments.images,
         "rows": rows,
