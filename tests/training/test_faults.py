@@ -378,7 +378,7 @@ def test_half_precision_scalers_and_faults(fault, monkeypatch):
         monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
     network, optimizer = accelerator.prepare(network, optimizer)
     accelerator._optimizers[-1].scaler = accelerator.scaler
-    updater = Updater(accelerator, network, optimizer, schedule, None, 1.0)
+    updater = Updater(accelerator, list(network.parameters()), optimizer, schedule, None, 1.0)
     before = network.weight.detach().clone()
     loss = network(torch.ones(3, 2)).squeeze(1)
     scaled = loss.mean() if accelerator.scaler is None else accelerator.scaler.scale(loss.mean())

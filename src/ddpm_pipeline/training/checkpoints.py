@@ -28,7 +28,7 @@ from ..support.atomic import remove_folder, remove_leftovers, replace_folder, sy
 from ..support.errors import CheckpointError, ConfigError
 from ..support.exceptions import describe_exception
 from .identity import DATA, changes
-from .options import TrainingOptions
+from .options import RunOptions, TrainingOptions
 from .output_folder import OPTIONS_FILE
 from .state import TrainingState
 
@@ -99,6 +99,12 @@ def _compare_options(checkpoint: Path, options: TrainingOptions) -> None:
         )
     if changed["tell"]:
         logger.info("resuming with changed options: %s", "; ".join(changed["tell"]))
+
+
+def options_to_resume(options: RunOptions, folder: Path) -> dict[str, Any] | None:
+    """Those of the run that `--resume` means, before it is known whether its checkpoint is whole; None if there is none yet."""
+    found = list_checkpoints(folder)[-1:] if options.resume == "latest" else [Path(options.resume)] if options.resume else []
+    return stored_options(found[0]) if found else None
 
 
 def stored_options(checkpoint: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from .export import describe_run
 from .models import preset_for_cpus
 from .options import TrainingOptions
 from .output_folder import OPTIONS_FILE, TRACKER_PROJECT, OutputFolder
+from .processes import attention_on
 from .pusher import Pusher
 from .record import model_card, origin_of
 from .state import TrainingState
@@ -123,7 +124,8 @@ class Run:
         """
         if self.output is not None:
             self.output.check()
-            with contextlib.suppress(Stopped), self.stop.interrupts(self.state.unet), self.state.ema_weights():
+            interrupts, precision = self.stop.interrupts(self.state.unet), attention_on(self.accelerator)
+            with contextlib.suppress(Stopped), interrupts, self.state.ema_weights(), precision:
                 job(self, done)
         (stopping,) = in_any_process(self.accelerator, self.stop.reason is not None)
         self.telemetry.restart_clock()

@@ -18,6 +18,7 @@ from ..ranges_alpha_ddpm import ValueRange
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..support.draws import noise_of
 from ..support.sharing import forgotten_accelerator
+from .autotune import Subject, autotuned, tunable
 from .batches import BatchLoader, BatchPlan, batch_loader, lost_workers
 from .checkpoints import find_checkpoint, load_checkpoint, stored_options
 from .conditions import Condition, build_condition
@@ -44,7 +45,7 @@ def train(options: TrainingOptions) -> Path:
     """
     # Where it runs
     began = time.monotonic()
-    stop = StopRequest(options.run.max_train_time, began)
+    stop, undecided = StopRequest(options.run.max_train_time, began), tunable(options)
     accelerator, options = start_processes(options)
     folder, main = Path(options.run.output_dir), accelerator.is_main_process
     holding = output_folder(folder, options.run) if main else contextlib.nullcontext()
@@ -59,6 +60,7 @@ def train(options: TrainingOptions) -> Path:
         # What it learns
         unet, scheduler = build_model(options.model, options.diffusion, data.size, data.channels, condition)
         options = resolved(options, data, scheduler)
+        accelerator, options = tuned(accelerator, options, undecided, data, condition, unet, scheduler)
         checkpoint = find_checkpoint(folder, options, accelerator, partial(identity_of, data, condition, unet, scheduler))
         options = with_origin(options, checkpoint)
         state = build_state(accelerator, unet, condition.network(unet), options)
@@ -72,10 +74,9 @@ def train(options: TrainingOptions) -> Path:
         start_log()
         run = Run(options, accelerator, folder, output, data, condition, state, scheduler, batches, pusher, stop, first, began)
         watching, in_main, at_end = options.watching, run.in_main_process, "always" if data.held_out else "if due"
-        previews = Every(watching.preview_every, partial(in_main, preview), at_end="never", on_stop="never")
         jobs = [
             Every(watching.log_every, partial(report, run), at_end="always"),
-            previews,
+            previews := Every(watching.preview_every, partial(in_main, preview), at_end="never", on_stop="never"),
             Every(options.hub.push_every, partial(in_main, push_snapshot), at_end="never", on_stop="never"),
             Every(watching.eval_every, partial(evaluate_and_keep, run, objective), at_end=at_end, on_stop="never"),
             Every(options.run.checkpoint_every, partial(save_checkpoint, run), at_end="always", on_stop="always"),
@@ -83,7 +84,7 @@ def train(options: TrainingOptions) -> Path:
 
         # The loop
         try:
-            with stop.listening(), lost_workers(), attention_on(accelerator):
+            with stop.listening(), lost_workers():
                 begin(run, previews)
                 for done in range(first + 1, run.total + 1):
                     stopping = update(run, objective, done - 1)
@@ -110,6 +111,23 @@ def resolved(options: TrainingOptions, data: ImageSet, scheduler: AlphaDDPMSched
     if options.data.validation_split and not options.watching.eval_every:
         known["eval_every"] = max(1, steps // 10)
     return options.with_values(**images, **known)
+
+
+def tuned(
+    accelerator: Accelerator,
+    options: TrainingOptions,
+    undecided: tuple[str, ...],
+    data: ImageSet,
+    condition: Condition,
+    unet: Any,
+    scheduler: AlphaDDPMScheduler,
+) -> tuple[Accelerator, TrainingOptions]:
+    """The same with what `--autotune` chooses for the options that are undecided, if any."""
+    if not undecided:
+        return accelerator, options
+    losses = partial(losses_of, scheduler=scheduler, condition=condition, value_range=data.value_range)
+    batches = partial(open_batches, data, condition, first=0, position=None)
+    return autotuned(accelerator, options, undecided, Subject(unet, condition, losses, batches))
 
 
 def with_origin(options: TrainingOptions, checkpoint: Path | None) -> TrainingOptions:
@@ -144,14 +162,12 @@ def update(run: Run, objective: Callable[..., torch.Tensor], step: int) -> bool:
     mean_losses, image_losses, indices = [], [], []
     observed: list[tuple[torch.Tensor, torch.Tensor]] = []  # timesteps and losses
     for index in range(passes):
-        with contextlib.nullcontext() if index == passes - 1 else accelerator.no_sync(state.model):
+        one_of_several = contextlib.nullcontext() if index == passes - 1 else accelerator.no_sync(state.model)
+        with one_of_several, attention_on(accelerator):
             with timer("data", on_device=False):
                 batch = next(run.batches)
             with timer("forward"):
-                drawn = state.timestep_sampler.draw(batch["quantiles"])
-                timesteps, weights = (each.to(accelerator.device) for each in drawn)
-                losses = objective(state.model, batch, timesteps)
-                loss = (weights * losses).mean()
+                timesteps, losses, loss = state.forward(objective, batch, accelerator.device)
             with timer("backward"):
                 accelerator.backward(loss / passes)
         mean_losses.append(loss.detach())

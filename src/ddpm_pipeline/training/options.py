@@ -238,6 +238,9 @@ class HardwareOptions(OptionGroup):
         False, "Keep the UNet's weights and images in channels-last memory format.", on_resume="tell")
     num_cpu_threads: int | None = _free(
         None, "CPU threads per process. By default the cores are divided among the processes.", at_least(1))
+    autotune: bool = option(
+        False, "Try before a new run which of the options here and which --gradient_accumulation_steps are fastest, and use "
+        "them where no value is given (docs/training.md).", on_resume="allow", in_recipe=False)
 
 
 @dataclass(frozen=True)

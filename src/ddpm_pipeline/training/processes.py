@@ -102,8 +102,11 @@ def seed_weights(seed: int) -> None:
 
 def seed_dropout(seed: int, step: int, accelerator: Accelerator) -> None:
     """Dropout draws from torch's global generator; make it a function of (seed, step, process)."""
-    per_process = seeds(seed, RandomStream.DROPOUT, step, accelerator.num_processes)
-    torch.manual_seed(int(per_process[accelerator.process_index]))
+    own = int(seeds(seed, RandomStream.DROPOUT, step, accelerator.num_processes)[accelerator.process_index])
+    if accelerator.device.type == "cpu":
+        torch.default_generator.manual_seed(own)  # the line below also sees to devices that are not used, which takes longer
+    else:
+        torch.manual_seed(own)
 
 
 class Float32Attention(TorchFunctionMode):
