@@ -219,13 +219,20 @@ class Signals:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_signals_end_a_run_after_its_update_and_it_goes_on(name, options, finished, tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    Signals(monkeypatch, getattr(signal, name), 5)
-    with pytest.raises(Stopped, match=f"stopped by {name} after update 5; .* --resume latest"):
+def test_each_of_these_signals_is_a_request(name):
+    request, number = StopRequest(None, 0.0), getattr(signal, name)
+    before = signal.getsignal(number)
+    with request.listening():
+        os.kill(os.getpid(), number)
+        assert request.reason == name
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_ends_a_run_after_its_update_and_it_goes_on(options, finished, tmp_path, monkeypatch):
+    Signals(monkeypatch, signal.SIGINT, 5)
+    with pytest.raises(Stopped, match=r"stopped by SIGINT after update 5; .* --resume latest"):
         train(TrainingOptions(**options, output_dir=str(tmp_path / "model")))
     monkeypatch.undo()
-    assert signal.getsignal(signal.SIGTERM) == before
     resume(options, tmp_path / "model")
     assert end_state(tmp_path / "model") == end_state(finished)
 
