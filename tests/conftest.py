@@ -1,5 +1,6 @@
 """Settings of every test."""
 
+import gc
 import logging
 import os
 import signal
@@ -14,6 +15,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell without job control starts `pytest &` with SIGINT ignored, which commands that tests interrupt would inherit.
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+gc.disable()  # until the modules of tests are imported: what they make stays
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

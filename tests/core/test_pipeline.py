@@ -6,19 +6,22 @@ import re
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
 import condition_models
 import text_models
-from ddpm_pipeline import (
-    AlphaDDPMImageToImagePipeline,
-    AlphaDDPMPipeline,
-    AlphaDDPMScheduler,
-    AlphaDDPMTextToImagePipeline,
-    ImageCondition,
-)
-from helpers import run_python, tiny_unet
+from ddpm_pipeline import AlphaDDPMImageToImagePipeline, AlphaDDPMPipeline, AlphaDDPMScheduler, AlphaDDPMTextToImagePipeline
+from helpers import tiny_unet
 
 
 def make(scheduler=None, **unet) -> AlphaDDPMPipeline:
@@ -39,53 +42,15 @@ def saved(tmp_path_factory):
     return folder
 
 
-def test_saved_folders_load_with_diffusers_alone_and_with_the_code_beside_their_weights(saved, tmp_path):
-    """In a fresh process in which the package cannot be imported; the text model's code runs in the same module."""
-    text_models.make().save_pretrained(tmp_path / "text")
-    condition_models.pipeline(1, ImageCondition(1)).save_pretrained(tmp_path / "image")
-    code = f"""
-import sys
-sys.modules["ddpm_pipeline"] = None
-import torch
-from diffusers import DiffusionPipeline
-def draw(pipe, *arguments, **options):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(*arguments, generator=torch.Generator().manual_seed(0), output_type="np", **options).images
-folder, text, image = {str(saved)!r}, {str(tmp_path / "text")!r}, {str(tmp_path / "image")!r}
-stock = DiffusionPipeline.from_pretrained(folder)
-assert type(stock).__name__ == "DDPMPipeline" and type(stock.scheduler).__name__ == "DDPMScheduler"
-own = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
-assert type(own).__name__ == "AlphaDDPMPipeline" and hasattr(own.scheduler, "p_mean_variance")
-images = [torch.as_tensor(draw(pipe, 2, num_inference_steps=200)) for pipe in (stock, own)]
-pipe = DiffusionPipeline.from_pretrained(text, custom_pipeline=text, trust_remote_code=True)
-assert type(pipe).__name__ == "AlphaDDPMTextToImagePipeline" and hasattr(pipe.scheduler, "p_mean_variance")
-images.append(torch.as_tensor(draw(pipe, "zero", num_inference_steps=4, image=torch.zeros(1, 1, 8, 8), strength=0.5)))
-pipe.save_pretrained({str(tmp_path / "again")!r})
-pipe = DiffusionPipeline.from_pretrained(image, custom_pipeline=image, trust_remote_code=True)
-assert type(pipe).__name__ == "AlphaDDPMImageToImagePipeline"
-images.append(torch.as_tensor(draw(pipe, num_inference_steps=4, condition_image=torch.ones(1, 1, 8, 16))))
-pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
-assert type(pipe).__name__ == "AlphaDDPMPipeline"
-torch.save(images, {str(tmp_path / "images.pt")!r})
-"""
-    run_python(code, HF_MODULES_CACHE=str(tmp_path / "modules"))
-    stock, own, text, image = torch.load(tmp_path / "images.pt", weights_only=True)
-    pipe = AlphaDDPMPipeline.from_pretrained(saved)
-    pipe.set_progress_bar_config(disable=True)
-    assert isinstance(pipe.scheduler, AlphaDDPMScheduler)
-    ours = draw(pipe, num_inference_steps=200, output_type="np")
-    assert stock.std() > 0.05
-    torch.testing.assert_close(ours, stock, atol=1e-3, rtol=0)
-    torch.testing.assert_close(own, ours, atol=1e-6, rtol=0)
-    torch.testing.assert_close(draw(make(), num_inference_steps=200, output_type="np"), ours, atol=1e-6, rtol=0)
-    pipe = AlphaDDPMImageToImagePipeline.from_pretrained(tmp_path / "image")
-    drawn = draw(pipe, batch_size=1, num_inference_steps=4, condition_image=torch.ones(1, 1, 8, 16), output_type="np")
-    torch.testing.assert_close(drawn, image, atol=1e-6, rtol=0)
-    again = AlphaDDPMTextToImagePipeline.from_pretrained(tmp_path / "again")
-    again.set_progress_bar_config(disable=True)
-    start = {"image": torch.zeros(1, 1, 8, 8), "strength": 0.5}
-    drawn = again("zero", generator=torch.Generator().manual_seed(0), num_inference_steps=4, output_type="np", **start)
-    torch.testing.assert_close(torch.as_tensor(drawn.images), text, atol=1e-6, rtol=0)
+def test_saved_folders_load_with_diffusers_and_with_the_package(saved):
+    """By the code beside the weights alone: see test_hub_loading."""
+    stock, own = DiffusionPipeline.from_pretrained(saved), AlphaDDPMPipeline.from_pretrained(saved)
+    assert type(stock) is DDPMPipeline and type(stock.scheduler) is DDPMScheduler
+    assert isinstance(own.scheduler, AlphaDDPMScheduler)
+    theirs, ours, before = (draw(pipe, num_inference_steps=50, output_type="np") for pipe in (stock, own, make()))
+    assert theirs.std() > 0.05
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+    torch.testing.assert_close(ours, before, atol=1e-6, rtol=0)
 
 
 def test_saved_folder_names_stock_classes_and_no_path(saved):

@@ -17,7 +17,7 @@ from ddpm_pipeline.training import TrainingOptions, train
 from ddpm_pipeline.training.__main__ import main
 from ddpm_pipeline.training.processes import default_output_dir
 from helpers import run_command
-from training_helpers import flags, metrics, quick_options, weights
+from training_helpers import metrics, quick_options, weights
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +25,20 @@ def options(tmp_path_factory) -> list[str]:
     """A file with the options of a run of seconds, with flips, accumulation and previews."""
     folder = tmp_path_factory.mktemp("options")
     run = quick_options(
-        folder, batch_size=16, gradient_accumulation_steps=2, random_flip=True, checkpoint_every=4, preview_every=4,
-        preview_images=4, preview_inference_steps=5, num_samples=4, log_every=3,
+        folder, batch_size=16, gradient_accumulation_steps=2, random_flip=True, dropout=0.0, checkpoint_every=4,
+        preview_every=4, preview_images=4, preview_inference_steps=5, num_samples=4, log_every=3,
     )  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     return ["--config", str(folder / "run.yaml")]
 
 
-def launch(*arguments: str, processes: int = 1):
+def launched(folder: Path, options: list[str], processes: int) -> Path:
     """On the CPU, where accelerate 1.15 starts several processes with --multi_gpu only: with --cpu it is always one."""
-    several = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]  # `accelerate` need not be on the PATH
-    return run_command(*launcher, *several, "training/train.py", *arguments, ACCELERATE_USE_CPU="true")
+    command = [*launcher, "--multi_gpu", "--num_processes", str(processes), "training/train.py", *options]
+    done = run_command(*command, "--output_dir", str(folder), ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 def last_checkpoint(folder: Path) -> dict[str, bytes]:
@@ -46,10 +48,14 @@ def last_checkpoint(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def finished(options, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "model"
-    done = launch(*options, "--output_dir", str(folder))
-    assert done.returncode == 0, done.stderr
-    return folder
+    """By the command, in two processes."""
+    return launched(tmp_path_factory.mktemp("run") / "model", options, 2)
+
+
+@pytest.fixture(scope="module")
+def alone(options, tmp_path_factory) -> Path:
+    """The same in this process."""
+    return train(TrainingOptions(config=options[1], output_dir=str(tmp_path_factory.mktemp("alone") / "model")))
 
 
 def test_what_a_run_leaves(finished):
@@ -99,30 +105,25 @@ def test_a_second_run_refuses_and_resume_and_overwrite_go_on(finished, options, 
     assert (finished / "samples.png").is_file()
 
 
-def test_a_resumed_run_ends_in_the_same_bytes(finished, options, tmp_path):
-    """Eight updates, then another process for the rest: weights, averages, optimiser and pictures are the same bytes."""
-    folder = Path(shutil.copytree(finished, tmp_path / "model"))
+def test_a_resumed_run_ends_in_the_same_bytes(alone, options, tmp_path):
+    """Eight updates, then the rest: weights, averages, optimiser and pictures are the same bytes."""
+    folder = Path(shutil.copytree(alone, tmp_path / "model"))
     shutil.rmtree(folder / "checkpoints/step-00000012")
-    second = launch(*options, "--output_dir", str(folder), "--resume", "latest")
-    assert second.returncode == 0, second.stderr
+    train(TrainingOptions(config=options[1], output_dir=str(folder), resume="latest"))
     assert "updates 8 to 12" in (folder / "train.log").read_text()
-    assert last_checkpoint(folder) == last_checkpoint(finished)
-    assert (folder / "samples.png").read_bytes() == (finished / "samples.png").read_bytes()
+    assert last_checkpoint(folder) == last_checkpoint(alone)
+    assert (folder / "samples.png").read_bytes() == (alone / "samples.png").read_bytes()
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_processes_train_the_same_model(processes, options, tmp_path):
-    """Twenty updates: the same images, timesteps and noise as on one, and so weights but for the order of sums."""
-    changed = {"max_train_steps": 20, "dropout": 0.0, "gradient_accumulation_steps": 1, "preview_every": 0}
-    train(TrainingOptions(config=options[1], **changed, output_dir=str(tmp_path / "1")))
-    folder = tmp_path / str(processes)
-    done = launch(*options, *flags(changed), "--output_dir", str(folder), processes=processes)
-    assert done.returncode == 0, done.stderr
+def test_several_processes_train_the_same_model(processes, finished, alone, options, tmp_path):
+    """Twelve updates: the same images, timesteps and noise as on one, and so weights but for the order of sums."""
+    folder = finished if processes == 2 else launched(tmp_path / "model", options, processes)
     assert f"| hardware | {processes} x cpu |" in (folder / "README.md").read_text()
-    one, several = weights(tmp_path / "1"), weights(tmp_path / str(processes))
-    for name, tensor in several.items():
+    one = weights(alone)
+    for name, tensor in weights(folder).items():
         assert (tensor - one[name]).abs().max() <= 1e-4 * one[name].abs().max(), name
-    losses = [[line["loss"] for line in metrics(tmp_path / str(count))] for count in (1, processes)]
+    losses = [[line["loss"] for line in metrics(each)] for each in (alone, folder)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 

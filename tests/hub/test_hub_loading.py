@@ -139,6 +139,7 @@ def all_kept(folder, name):
 STRANGER = (
     COMMON
     + """
+from diffusers import ComponentsManager, ModularPipeline
 TRUST = {"trust_remote_code": True}
 
 def check_first_of_all_the_trusted_call():
@@ -148,22 +149,18 @@ def check_first_of_all_the_trusted_call():
         same(DiffusionPipeline.from_pretrained("org/ddpm", custom_pipeline="org/ddpm", **TRUST))
     same(DiffusionPipeline.from_pretrained("org/ddpm"), within=1e-3)
 
-def check_plain_call_samples():
-    pipe = DiffusionPipeline.from_pretrained("org/ddpm")
-    assert type(pipe) is DDPMPipeline and type(pipe.scheduler) is DDPMScheduler
-    same(pipe, within=1e-3)
-    assert not any(name.startswith("diffusers_modules") for name in sys.modules), "code of the repository was run"
-    pipe.save_pretrained("plain")
-    same(DiffusionPipeline.from_pretrained("plain"), within=1e-3)
-
-def check_plain_call_of_a_text_model_samples():
-    pipe = DiffusionPipeline.from_pretrained("org/text")
-    assert type(pipe) is IFPipeline and type(pipe.scheduler) is DDPMScheduler
-    same(pipe, "text", within=1e-3)
+def check_plain_calls_sample():
+    for name, kind in {"ddpm": DDPMPipeline, "text": IFPipeline}.items():
+        pipe = DiffusionPipeline.from_pretrained(f"org/{name}")
+        assert type(pipe) is kind and type(pipe.scheduler) is DDPMScheduler
+        same(pipe, name, within=1e-3)
+        pipe.save_pretrained(f"plain/{name}")
+        same(DiffusionPipeline.from_pretrained(f"plain/{name}"), name, within=1e-3)
     assert not any(name.startswith("diffusers_modules") for name in sys.modules), "code of the repository was run"
 
 def check_code_is_not_run_without_trust():
     raises(ValueError, lambda: DiffusionPipeline.from_pretrained("org/ddpm", custom_pipeline="org/ddpm"), "trust_remote_code")
+    raises(ValueError, lambda: ModularPipeline.from_pretrained("org/ddpm"), "trust_remote_code")
     assert not any(name.startswith("diffusers_modules") for name in sys.modules)
 
 def check_plain_call_of_a_class_model_loads_but_says_that_it_needs_labels():
@@ -202,6 +199,17 @@ def check_trusted_class_model_has_all_features():
     raises(ValueError, lambda: pipe(class_labels="tow"), "near it: 'two'")
     assert len(pipe(class_labels=["one", None], num_inference_steps=3).images) == 2
 
+def check_modular_pipelines_give_the_same_images():
+    manager = ComponentsManager()
+    for name, call in {"ddpm": {"batch_size": 2}, "text": {"prompt": "zero"}}.items():
+        modular = ModularPipeline.from_pretrained(f"org/{name}", components_manager=manager, collection=name, **TRUST)
+        modular.load_components(dtype=torch.float32)
+        pipe = DiffusionPipeline.from_pretrained(f"org/{name}", custom_pipeline=f"org/{name}", **TRUST)
+        call |= {"num_inference_steps": 3, "output_type": "pt"}
+        expected = pipe(**call, generator=torch.Generator().manual_seed(7)).images
+        assert torch.equal(modular(**call, generator=torch.Generator().manual_seed(7), output="images"), expected), name
+    assert len(manager.components) == 6, manager.components.keys()
+
 def check_code_of_another_repository_does_not_get_in_the_way():
     first = DiffusionPipeline.from_pretrained("org/own", custom_pipeline="org/own", **TRUST)
     second = DiffusionPipeline.from_pretrained("org/ddpm", custom_pipeline="org/ddpm", **TRUST)
@@ -239,23 +247,17 @@ def check_trusted_pipeline_pushes():
 INSTALLED = (
     COMMON
     + """
-import diffusers
+import diffusers, huggingface_hub
 from ddpm_pipeline import AlphaDDPMImageToImagePipeline, AlphaDDPMPipeline, AlphaDDPMScheduler, AlphaDDPMTextToImagePipeline
 OURS = dict.fromkeys(("class", "own", "ddpm"), AlphaDDPMPipeline)
 OURS |= {"text": AlphaDDPMTextToImagePipeline, "image": AlphaDDPMImageToImagePipeline}
 STOCK = {name: IFPipeline if name == "text" else DDPMPipeline for name in KEPT}
 
-def check_our_call():
-    pipe = AlphaDDPMPipeline.from_pretrained("org/ddpm")
-    assert type(pipe.scheduler) is AlphaDDPMScheduler
-    same(pipe)
-
-def check_our_call_of_text_and_class_models():
-    for name in ("text", "class"):
+def check_our_calls():
+    for name in ("ddpm", "text", "class"):
         pipe = OURS[name].from_pretrained(f"org/{name}")
         assert type(pipe) is OURS[name] and type(pipe.scheduler) is AlphaDDPMScheduler
         same(pipe, name)
-    same(DiffusionPipeline.from_pretrained("org/text"), "text", within=1e-3)
 
 def check_other_text_encoders():
     from text_models import make
@@ -399,7 +401,6 @@ def check_other_schedulers_with_infinite_defaults_or_a_module_of_their_own():
             assert type(loader.from_pretrained(f"org/{name}").scheduler).__name__ == name
 
 def check_malformed_repositories_end_in_an_error_and_write_nothing_outside():
-    import huggingface_hub
     outside = Path(huggingface_hub.constants.HF_HOME).parents[2]  # of the caches and of where this process works
     for name, word in json.loads(os.environ["MALFORMED"]).items():
         raises((ValueError, OSError), lambda: AlphaDDPMPipeline.from_pretrained(f"org/{name}"), word)
@@ -461,7 +462,6 @@ def check_stock_pipeline_pushed_then_ours():
     same(AlphaDDPMTextToImagePipeline.from_pretrained("org/text-by-stock"), "text")
 
 def check_offline_after_all():
-    import huggingface_hub
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     huggingface_hub.constants.ENDPOINT = "http://127.0.0.1:9"  # where nobody answers
     same(AlphaDDPMPipeline.from_pretrained("org/ddpm"))

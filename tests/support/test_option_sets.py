@@ -52,6 +52,9 @@ def test_flags_groups_names_and_files_give_the_same(tmp_path):
     assert options == CopyOptions(source=SourceOptions("a"), limit=3, target=TargetOptions("b"), overwrite=False)
     assert options == CopyOptions(config=tmp_path / "options.yaml")
     assert options == parse("--source", "a", "--limit=3", "--target", "b", "--overwrite", "false")
+    for no in ("--no_overwrite", "--no-overwrite"):
+        assert options == parse("--source=a", "--limit=3", "--target=b", no)
+    assert parse("--source=a", "--overwrite").target.overwrite
     assert options == pickle.loads(pickle.dumps(options)) and options != CopyOptions(source="a")
     assert list(CopyOptions.declared()) == list(EXPECTED)
 

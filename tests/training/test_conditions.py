@@ -201,8 +201,8 @@ def test_changed_templates_are_another_condition(digits, tmp_path):
 # ---- whole runs -------------------------------------------------------------------------------------
 
 RUN = {
-    "batch_size": 8, "max_train_steps": 4, "num_train_timesteps": 30, "checkpoint_every": 2, "preview_every": 2,
-    "preview_images": 20, "preview_inference_steps": 2, "num_samples": 20, "num_cpu_threads": 1, "mixed_precision": "no",
+    "batch_size": 8, "max_train_steps": 4, "num_train_timesteps": 8, "checkpoint_every": 2, "preview_every": 2,
+    "preview_images": 20, "preview_inference_steps": 2, "num_samples": 4, "num_cpu_threads": 1, "mixed_precision": "no",
     "fit_noises": 0,
 }  # fmt: skip
 
@@ -218,7 +218,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return {f"{i}.{name}": value for i, part in enumerate(parts) for name, value in part.state_dict().items()}
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # 30 timesteps do not reach noise
+@pytest.mark.filterwarnings("ignore::UserWarning")  # 8 timesteps do not reach noise
 @pytest.mark.parametrize("recipe", ["digits_class", pytest.param("digits_text", marks=pytest.mark.slow)])
 def test_a_recipe_runs_resumes_bit_for_bit_and_leaves_a_model_that_draws(recipe, tmp_path):
     whole = run(recipe, tmp_path / "whole")

@@ -59,7 +59,7 @@ def test_training_evaluates_on_the_way(tmp_path):
         train(options.with_values(objective="hybrid", variance_type=None, output_dir=str(tmp_path / "wrong")))
 
 
-@pytest.mark.parametrize("kind", ["class", "text", "stream of classes"])
+@pytest.mark.parametrize("kind", ["text", "stream of classes"])
 def test_a_conditional_model_is_evaluated_under_the_conditions_of_the_data(kind, tmp_path):
     """Its last figure is that of the saved model with the images' own classes or captions."""
     given = {"streaming": True, "resolution": 8} if "stream" in kind else {"eval_samples": 5}

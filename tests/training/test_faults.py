@@ -63,6 +63,9 @@ def end_state(folder: Path) -> list[bytes]:
 def test_runs_that_are_killed_end_in_the_same_bytes(kills, tmp_path):
     """With SIGKILL, at random moments and in the middle of a checkpoint; two processes, and one with workers."""
     benchmark = runpy.run_path(str(ROOT / "benchmarks/kill_and_resume.py"))
+    if kills < 10:
+        short = {"max_train_steps": 9, "preview_every": 4, "preview_images": 2, "preview_inference_steps": 2}
+        benchmark["COMMON"].update(short, num_train_timesteps=10, beta_end=0.6, num_samples=1)
     kinds = ["two processes, stream", "captions, workers"][: 1 + kills // 10]
     AcceleratorState._reset_state(True)  # which its forks would have, of one process
     report = benchmark["run"](kills, kinds, 0, 2, tmp_path)
@@ -216,13 +219,20 @@ class Signals:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_signals_end_a_run_after_its_update_and_it_goes_on(name, options, finished, tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    Signals(monkeypatch, getattr(signal, name), 5)
-    with pytest.raises(Stopped, match=f"stopped by {name} after update 5; .* --resume latest"):
+def test_each_of_these_signals_is_a_request(name):
+    request, number = StopRequest(None, 0.0), getattr(signal, name)
+    before = signal.getsignal(number)
+    with request.listening():
+        os.kill(os.getpid(), number)
+        assert request.reason == name
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_ends_a_run_after_its_update_and_it_goes_on(options, finished, tmp_path, monkeypatch):
+    Signals(monkeypatch, signal.SIGINT, 5)
+    with pytest.raises(Stopped, match=r"stopped by SIGINT after update 5; .* --resume latest"):
         train(TrainingOptions(**options, output_dir=str(tmp_path / "model")))
     monkeypatch.undo()
-    assert signal.getsignal(signal.SIGTERM) == before
     resume(options, tmp_path / "model")
     assert end_state(tmp_path / "model") == end_state(finished)
 

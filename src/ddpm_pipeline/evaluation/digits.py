@@ -6,7 +6,6 @@ Images are [B, 1, 8, 8] in [-1, 1]. Imports torch and scikit-learn.
 from functools import lru_cache
 
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 
 NUM_CLASSES = 10
@@ -50,6 +49,8 @@ class DigitsClassifier(nn.Module):
 @lru_cache(maxsize=1)
 def load_digits_images() -> tuple[torch.Tensor, torch.Tensor]:
     """All 1,797 real digits: images [N, 1, 8, 8] float32 in [-1, 1], labels [N] int64 in 0..9."""
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1) * (2 / MAX_GREY) - 1
     return images, torch.from_numpy(digits.target).long()

@@ -1,24 +1,24 @@
-"""All options of a command as one object of option groups, and how flags and YAML files become one. Imports no torch."""
+"""All options of a command as one object of option groups, and how flags and YAML files become one. Imports nothing heavy."""
 
 import argparse
 import difflib
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, field, fields, make_dataclass, replace
+from dataclasses import MISSING, Field, asdict, fields, replace
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
 import yaml
-from transformers.hf_argparser import HfArgumentParser
 
 from .errors import ConfigError
-from .options import OptionGroup, option_fields
+from .options import OptionGroup, kind_of, option_fields
 from .yaml_files import read_yaml
 
 _NOT_GIVEN = object()
+_TRUTHS = dict.fromkeys(("true", "t", "yes", "y", "1"), True) | dict.fromkeys(("false", "f", "no", "n", "0"), False)
 
 
 class OptionSet:
@@ -94,11 +94,13 @@ class OptionSet:
     @classmethod
     def _parsed(cls, argv: Sequence[str], description: str, **flags: str) -> dict[str, Any]:
         """What is said by words of a command line, by name."""
-        groups, known = [_for_the_parser(group) for group in cls.groups().values()], cls.declared()
+        known = cls.declared()
         spec = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
         how = {"prog": spec and f"python -m {spec.parent}", "usage": "%(prog)s --option value ...", "formatter_class": _Help}
-        parser = HfArgumentParser(groups, description=description, allow_abbrev=False, exit_on_error=False, **how)
+        parser = argparse.ArgumentParser(description=description, allow_abbrev=False, exit_on_error=False, **how)
         parser._negative_number_matcher = re.compile(r"-[\d.]")  # no flag begins so: -1000,3000 is a value too
+        for group in cls.groups().values():
+            _add_flags(parser, group)
         for name, help in flags.items():
             parser.add_argument(f"--{name}", metavar=name.upper(), help=help)
         try:  # argparse itself ends with status 0 after --help
@@ -141,15 +143,29 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return (action.option_strings[0] if action.dest != "help" else ", ".join(action.option_strings)) + value
 
 
-def _for_the_parser(group: type[OptionGroup]) -> type:
-    """The group as HfArgumentParser takes it: no facts but help, and nothing required, since argparse would end the process."""
-    hints, entries = get_type_hints(group), []
+def _add_flags(parser: argparse.ArgumentParser, group: type[OptionGroup]) -> None:
+    """The flags of a group, with hyphens too. None is required here, since argparse would end the process."""
+    hints, section = get_type_hints(group), parser.add_argument_group(group.title)
     for entry in fields(group):
-        hint, default = hints[entry.name] if entry.metadata["parse"] is None else str | None, entry.default
-        hint, default = (hint | None, None) if default is MISSING else (hint, default)
-        help = entry.metadata["help"].replace("%", "%%") + (" Required." if entry.default is MISSING else "")
-        entries.append((entry.name, hint, field(default=default, metadata={"help": help})))
-    return make_dataclass(group.__name__, entries, namespace={"_argument_group_name": group.title})
+        required, kind = entry.default is MISSING, kind_of(hints[entry.name]) if entry.metadata["parse"] is None else str
+        facts: dict[str, Any] = {
+            "dest": entry.name, "default": None if required else entry.default,
+            "help": entry.metadata["help"].replace("%", "%%") + (" Required." if required else ""),
+        }  # fmt: skip
+        how = {"type": _truth, "nargs": "?", "const": True} if kind is bool else {"type": kind}
+        section.add_argument(*_spellings(entry.name), **facts, **how)
+        if entry.default is True:
+            section.add_argument(*_spellings(f"no_{entry.name}"), **facts | {"default": False}, action="store_false")
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def _truth(word: str) -> bool:
+    if word.lower() not in _TRUTHS:
+        raise argparse.ArgumentTypeError(f"{word!r} must be true or false")
+    return _TRUTHS[word.lower()]
 
 
 def _entries_of_file(path: Path, known: Mapping[str, Field]) -> list[str]:

@@ -96,7 +96,7 @@ class OptionGroup:
         hints = get_type_hints(type(self))
         for entry in fields(self):
             value, allowed, parse = getattr(self, entry.name), entry.metadata["allowed"], entry.metadata["parse"]
-            kind = next(hint for hint in get_args(hints[entry.name]) or (hints[entry.name],) if hint is not NoneType)
+            kind = kind_of(hints[entry.name])
             if value is None and entry.default is None:
                 continue
             try:
@@ -112,6 +112,11 @@ class OptionGroup:
 
     def check(self) -> None:
         """Raises ConfigError where options of this group exclude each other."""
+
+
+def kind_of(hint: Any) -> type:
+    """The type of an option that may be None too."""
+    return next(kind for kind in get_args(hint) or (hint,) if kind is not NoneType)
 
 
 def option_fields(groups: Iterable[Any]) -> dict[str, Field]:

@@ -9,7 +9,7 @@ from .options import parse_options
 def main() -> None:
     with reported_errors("interrupted before the first update"):
         options = parse_options(sys.argv[1:])
-        from .loop import train  # after parsing, so that --help and mistakes take no seconds
+        from . import train  # after parsing, so that --help and mistakes take no seconds
         from .stop import end_soon
 
         try:

@@ -14,7 +14,6 @@ import torch
 from ..data.mapped import ImageData, ImageSet
 from ..evaluation.features import real_features, seen
 from ..evaluation.figures import likelihood_of
-from ..evaluation.quality import ImageQuality
 from ..generation.drawing import sample_values
 from ..support.draws import RandomStream, image_indices, seeds, uniform
 from .jobs import Run, best_checkpoint, not_essential, save_checkpoint
@@ -108,6 +107,8 @@ def per_image(run: Run, objective: Objective, data: ImageSet, count: int) -> dic
 
 def quality(run: Run) -> dict[str, float]:
     """Of samples over the previews' steps, with the conditions of the data, compared with all of it, in this process alone."""
+    from ..evaluation.quality import ImageQuality  # seconds of imports, which runs without samples to judge spare
+
     watching, seed, pipe, extractor = run.options.watching, run.options.run.seed, run.preview_pipe, run.extractor
     request = run.condition.request_like(run.data, image_indices(seed, len(run.data), 0, watching.eval_samples), seed)
     measured = ImageQuality(extractor, seed=seed, sync_on_compute=False).to(pipe.device)
