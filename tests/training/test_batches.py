@@ -319,10 +319,9 @@ def test_a_worker_that_is_killed_is_an_error_of_the_data(tmp_path, kind, monkeyp
     options = {"resolution": 8, "cache_dir": str(tmp_path / "cache")}
     folder = write_numbered(tmp_path / "x", [40, 40])
     data = stream_of(folder, **options) if kind == "stream" else load(folder, **options)
-    others = psutil.Process().children()  # of earlier tests
     prepared = batch_loader(data, BatchPlan(0, 4), None, range(10**9), TrainingDataOptions(dataloader_num_workers=2))
     next(prepared)
-    worker = next(child for child in psutil.Process().children() if child not in others)
+    worker = prepared._batches._workers[0]
     with pytest.raises(DataError, match="--resume latest"), lost_workers():
         if kind == "connection":
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})

@@ -6,9 +6,8 @@ position), whichever process asks for it.
 
 import atexit
 import contextlib
-import multiprocessing
+import multiprocessing.connection
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,7 +33,7 @@ from .objectives import timestep_quantiles
 from .stop import ignore_signals_in_worker
 
 LOST_WORKER = "DataLoader worker"  # the beginning of what torch raises for one that was killed
-NOTICED = 0.3  # seconds in which torch's handler of signals raises that
+NOTICED = 5.0  # seconds, at most, until the end of a worker shows; it may be a busy machine
 FAILURE = "failure"  # the key under which a worker that cannot continue puts its message
 
 
@@ -161,8 +160,8 @@ class BatchLoader(Iterator[dict[str, Any]]):
         try:
             return next(self._batches)
         except (OSError, EOFError) as error:  # perhaps of a connection that broke with its worker, which torch will say
-            time.sleep(NOTICED)
-            if any(not worker.is_alive() for worker in getattr(self._batches, "_workers", ())):
+            sentinels = [worker.sentinel for worker in getattr(self._batches, "_workers", ())]
+            if multiprocessing.connection.wait(sentinels, timeout=NOTICED):  # the first that has ended
                 raise RuntimeError(f"{LOST_WORKER} ended") from error
             raise
 
