@@ -37,6 +37,17 @@ def test_cats():
     assert f"by chance it would be {100 * found['valid'] * found['copies_by_chance']:.1f} %" in words_of("README.md")
 
 
+def test_cats_from_words():
+    report, page = measured("cats_text_quality"), words_of("README.md")
+    table = runpy.run_path(str(ROOT / "benchmarks/cats_quality.py"))["table"]
+    assert table(report["results"]) in (ROOT / "docs/conditions.md").read_text("utf-8")
+    for found in report["results"]:
+        right = found["attributes"]["all"]
+        shares = [(right["accuracy"], right["standard_error"])]
+        shares += [(found[name], found[f"{name}_standard_error"]) for name in ("valid", "copies")]
+        assert " | ".join(f"{100 * share:.1f} ± {100 * error:.1f} %" for share, error in shares) in page
+
+
 def test_few_images():
     runs, page = measured("small_data")["runs"], words_of("docs/training.md")
     for rows in runs.values():
