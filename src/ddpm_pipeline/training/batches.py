@@ -160,8 +160,9 @@ class BatchLoader(Iterator[dict[str, Any]]):
         try:
             return next(self._batches)
         except (OSError, EOFError) as error:  # perhaps of a connection that broke with its worker, which torch will say
-            sentinels = [worker.sentinel for worker in getattr(self._batches, "_workers", ())]
-            if multiprocessing.connection.wait(sentinels, timeout=NOTICED):  # the first that has ended
+            workers = {worker.sentinel: worker for worker in getattr(self._batches, "_workers", ())}
+            for sentinel in multiprocessing.connection.wait(workers, timeout=NOTICED):  # of the first that ends
+                workers[sentinel].join()  # so that torch's handler, should it come later, has nothing to say
                 raise RuntimeError(f"{LOST_WORKER} ended") from error
             raise
 
