@@ -127,7 +127,7 @@ def test_the_final_samples_take_the_steps_asked_for_or_those_of_the_fitted_sampl
     assert steps == [3, 20, 10]
     assert AlphaDDPMPipeline.from_pretrained(fitted).scheduler.fitted_samplers.keys() == {"5", "10"}
     card = (fitted / "README.md").read_text()
-    assert "pipe(num_inference_steps=10)" in card and "`num_inference_steps=one of 5, 10`" in card
+    assert "pipe(num_inference_steps=10)" in card and "`num_inference_steps` of 5 or 10 uses" in card
 
 
 def test_a_picture_a_figure_or_a_tracker_that_fails_does_not_end_the_run(run, tmp_path, monkeypatch):

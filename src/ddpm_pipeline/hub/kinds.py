@@ -79,8 +79,8 @@ class ModelFacts:
         """A sentence on the fitted samplers; "" without."""
         if not self.fitted:
             return ""
-        lengths = f"{'one of ' * (len(self.fitted) > 1)}{', '.join(map(str, self.fitted))}"
-        used = f"`num_inference_steps={lengths}` uses a deterministic sampler that was fitted to this model"
+        lengths = " or ".join(filter(None, [", ".join(map(str, self.fitted[:-1])), str(self.fitted[-1])]))
+        used = f"`num_inference_steps` of {lengths} uses a deterministic sampler that was fitted to this model"
         return f"{used}; without it, that of {self.fitted[-1]} steps is used. {self.total} steps are the full ancestral chain."
 
     def plain_call(self, arguments: str) -> str:
