@@ -8,6 +8,13 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "src/ddpm_pipeline/__init__.py").read_text("utf-8")).group(1)
 
+
+def long_description() -> str:
+    """The README without pictures and links into the repository, which lead nowhere on a package index."""
+    text = re.sub(r"!\[[^]]*\]\((?!http)[^)]*\)\n?", "", (HERE / "README.md").read_text("utf-8"))
+    return re.sub(r"\[([^]]*)\]\((?!http)[^)]*\)", r"\1", text)
+
+
 # The lower bounds were tried together, with torch 2.13 on Python 3.11; older torch was not.
 TRAIN = [
     "accelerate>=1.5",
@@ -43,9 +50,11 @@ setup(
     name="ddpm-pipeline",
     version=VERSION,
     description="DDPM for diffusers: exact forward and posterior maths, pipelines, training and likelihoods",
-    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
     author="The ddpm-pipeline authors",
+    keywords=["diffusion models", "DDPM", "diffusers", "image generation", "likelihood"],
+    project_urls={"Paper": "https://arxiv.org/abs/2006.11239", "diffusers": "https://huggingface.co/docs/diffusers"},
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
@@ -73,10 +82,14 @@ setup(
     },
     classifiers=[
         "Development Status :: 4 - Beta",
+        "Intended Audience :: Education",
         "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
         "Typing :: Typed",
     ],
 )
