@@ -108,7 +108,7 @@ def test_class_accuracies_are_those_that_were_measured():
                 f"{row['diversity']:.2f} | {times}|"
             )
             assert line in PAGES["conditions.md"]
-        assert f"| {condition} | {accuracies[0]} | {accuracies[1]} |" in PAGES["README.md"]
+        assert f"| {condition} | {accuracies[0]} | {accuracies[1]} |" in PAGES["results.md"]
 
 
 def test_exceptions_from_diffusers_own_tests_are_listed():
