@@ -1,5 +1,6 @@
 """Packaging of ddpm-pipeline; pyproject.toml names the build backend and holds the settings of the tools."""
 
+import os
 import re
 from pathlib import Path
 
@@ -9,10 +10,18 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "src/ddpm_pipeline/__init__.py").read_text("utf-8")).group(1)
 
 
+# Where the release workflow runs, which is the one place that knows it
+REPOSITORY = os.environ.get("GITHUB_REPOSITORY") and "https://github.com/" + os.environ["GITHUB_REPOSITORY"]
+URLS = {"Source": REPOSITORY, "Changelog": f"{REPOSITORY}/blob/main/CHANGELOG.md"} if REPOSITORY else {}
+
+
 def long_description() -> str:
-    """The README without pictures and links into the repository, which lead nowhere on a package index."""
-    text = re.sub(r"!\[[^]]*\]\((?!http)[^)]*\)\n?", "", (HERE / "README.md").read_text("utf-8"))
-    return re.sub(r"\[([^]]*)\]\((?!http)[^)]*\)", r"\1", text)
+    """The README with links and pictures that lead to the repository, or without them where it is not known."""
+    text = (HERE / "README.md").read_text("utf-8")
+    if REPOSITORY:
+        text = re.sub(r"!\[([^]]*)\]\((?!http)([^)]*)\)", rf"![\1]({REPOSITORY}/raw/main/\2)", text)
+        return re.sub(r"(?<!!)\[([^]]*)\]\((?!http)([^)]*)\)", rf"[\1]({REPOSITORY}/blob/main/\2)", text)
+    return re.sub(r"\[([^]]*)\]\((?!http)[^)]*\)", r"\1", re.sub(r"!\[[^]]*\]\((?!http)[^)]*\)\n?", "", text))
 
 
 # The lower bounds were tried together, with torch 2.13 on Python 3.11; older torch was not.
@@ -54,7 +63,7 @@ setup(
     long_description_content_type="text/markdown",
     author="The ddpm-pipeline authors",
     keywords=["diffusion models", "DDPM", "diffusers", "image generation", "likelihood"],
-    project_urls={"Paper": "https://arxiv.org/abs/2006.11239", "diffusers": "https://huggingface.co/docs/diffusers"},
+    project_urls={**URLS, "Paper": "https://arxiv.org/abs/2006.11239", "diffusers": "https://huggingface.co/docs/diffusers"},
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
