@@ -22,9 +22,21 @@ from .autotune import Subject, autotuned, tunable
 from .batches import BatchLoader, BatchPlan, batch_loader, lost_workers
 from .checkpoints import find_checkpoint, load_checkpoint, stored_options
 from .conditions import Condition, build_condition
-from .evaluations import evaluate_and_keep
+from .evaluations import eval_calls, evaluate_and_keep
+from .forecast import Every, Forecast
 from .identity import identity_of
-from .jobs import Every, Run, begin, finish, preview, push_snapshot, report, save_checkpoint, stopped
+from .jobs import (
+    Run,
+    begin,
+    calls_at_end,
+    finish,
+    preview,
+    preview_calls,
+    push_snapshot,
+    report,
+    save_checkpoint,
+    stopped,
+)  # fmt: skip
 from .models import build_model, objective_for
 from .objectives import NoisedBatch, min_snr_weights, per_image_loss
 from .options import TrainingOptions
@@ -76,11 +88,13 @@ def train(options: TrainingOptions) -> Path:
         watching, in_main, at_end = options.watching, run.in_main_process, "always" if data.held_out else "if due"
         jobs = [
             Every(watching.log_every, partial(report, run), at_end="always"),
-            previews := Every(watching.preview_every, partial(in_main, preview), at_end="never", on_stop="never"),
+            previews := Every(watching.preview_every, partial(in_main, preview), "never", "never", calls=preview_calls(run)),
             Every(options.hub.push_every, partial(in_main, push_snapshot), at_end="never", on_stop="never"),
-            Every(watching.eval_every, partial(evaluate_and_keep, run, objective), at_end=at_end, on_stop="never"),
+            Every(watching.eval_every, partial(evaluate_and_keep, run, objective), at_end, "never", calls=eval_calls(run)),
             Every(options.run.checkpoint_every, partial(save_checkpoint, run), at_end="always", on_stop="always"),
         ]
+        images = options.optimisation.batch_size // accelerator.num_processes
+        run.forecast = Forecast(jobs, run.total, images, calls_at_end(run))
 
         # The loop
         try:
@@ -90,7 +104,8 @@ def train(options: TrainingOptions) -> Path:
                     stopping = update(run, objective, done - 1)
                     for job in jobs:
                         if job.is_due(done, run.total, stopping):
-                            stopping = bool(job.run(done)) or stopping
+                            with run.forecast.timing(job):
+                                stopping = bool(job.run(done)) or stopping
                     if stopping:
                         raise stopped(run, done)
                 finish(run)
@@ -219,4 +234,4 @@ def close(run: Run) -> None:
     run.telemetry.bar.close()
     run.state.model = None
     run.accelerator.free_memory()
-    run.accelerator.end_training()
+    run.telemetry.end_tracking()
