@@ -109,6 +109,8 @@ def grid(
     count, channels, height, width = pixels.shape
     if len(labels) not in (0, columns):
         raise ValueError(f"{len(labels)} labels for {columns} columns; give one for each column.")
+    if len(rows) not in (0, math.ceil(count / columns)):
+        raise ValueError(f"{len(rows)} names for {math.ceil(count / columns)} rows; give one for each row.")
     factor, top = max(1, math.ceil(size / max(height, width))), TEXT_HEIGHT if len(labels) else 0
     cell_height, cell_width = height * factor + GAP, width * factor + GAP
     extent = (columns * cell_width + GAP, math.ceil(count / columns) * cell_height + GAP + top)

@@ -1,8 +1,7 @@
 """What a run does along the way and how often, and from that when it will be done. Imports the standard library alone."""
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,13 +56,13 @@ class Forecast:
         else:
             self.pace = max(now - self._start[1] - self._at_jobs, 1e-9) / (done - self._start[0])
 
-    @contextlib.contextmanager
-    def timing(self, job: Every) -> Iterator[None]:
-        """Around each job."""
+    def timed(self, job: Every, done: int) -> bool:
+        """Do the job; whether the run shall stop."""
         began = time.monotonic()
-        yield
+        stopping = bool(job.run(done))
         self._lasted[job] = time.monotonic() - began
         self._at_jobs += self._lasted[job]
+        return stopping
 
     def seconds_left(self) -> float:
         """Needs a pace."""

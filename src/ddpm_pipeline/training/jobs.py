@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -170,12 +170,14 @@ def preview_calls(run: Run) -> int:
     return sampling_calls(run, (run.options.watching.preview_images, run.preview_steps))
 
 
-def calls_at_end(run: Run) -> int:
-    """The same of `finish`."""
+def forecast_of(run: Run, jobs: Sequence[Every]) -> Forecast:
+    """With the network calls of `finish`."""
     lengths, noises = _fit_plan(run)
     steps = _steps_of_samples(run, max(lengths, default=0))
     pictures = (run.options.watching.num_samples, steps), (PROCESS_ROWS, steps)
-    return sampling_calls(run, *pictures, *(sampled_by_fit(lengths, noises) if lengths else []))
+    at_end = sampling_calls(run, *pictures, *(sampled_by_fit(lengths, noises) if lengths else []))
+    images = run.options.optimisation.batch_size // run.accelerator.num_processes
+    return Forecast(jobs, run.total, images, at_end)
 
 
 def preview(run: Run, done: int, only_if_missing: bool = False) -> None:
@@ -197,10 +199,14 @@ def save_grid(run: Run, pipe: Any, count: int, steps: int, path: Path) -> str:
     left, names = run.condition.left(request, columns, run.display), run.condition.row_names(request, columns)
     save_picture(grid(images, columns, display=run.display, left=left, rows=names), path)
     shown = [f"shown: {run.shown}\n"] * bool(run.shown) + ["left: condition images\n"] * (left is not None)
-    caption = "".join(shown + [f"row {row}: {name}\n" for row, name in enumerate(names, start=1)])
+    caption = "".join(shown) + _rows(names)
     if caption:
         write_text(path.with_suffix(".txt"), caption)
     return caption
+
+
+def _rows(names: list[str]) -> str:
+    return "".join(f"row {row}: {name}\n" for row, name in enumerate(names, start=1))
 
 
 def push_snapshot(run: Run, done: int) -> None:
@@ -225,9 +231,10 @@ def note_skipped_rows(run: Run) -> None:
         run.telemetry.note_skipped_rows(run.batches.take_skipped())
 
 
-def begin(run: Run, previews: Every) -> None:
+def begin(run: Run, jobs: Sequence[Every], previews: Every) -> None:
     """Write down what the run is, and make the preview that an earlier attempt was stopped before, if it is missing."""
     data, accelerator, options = run.data, run.accelerator, run.options
+    run.forecast = forecast_of(run, jobs)
     if accelerator.is_main_process:
         run.checkpoints.set_aside(run.first, options.run.resume)
         write_text(run.folder / OPTIONS_FILE, options.to_yaml())
@@ -337,4 +344,4 @@ def draw_samples(run: Run) -> None:
         request, columns = run.condition.preview(PROCESS_ROWS)
         path, names = run.folder / "process.png", run.condition.row_names(request, columns)
         save_picture(sample_process(run.pipe, seed, request, run.display, names), path)
-        run.telemetry.show("process", path, "from noise to images", run.total)
+        run.telemetry.show("process", path, "from noise to images\n" + _rows(names), run.total)

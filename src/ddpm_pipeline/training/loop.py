@@ -23,20 +23,9 @@ from .batches import BatchLoader, BatchPlan, batch_loader, lost_workers
 from .checkpoints import find_checkpoint, load_checkpoint, stored_options
 from .conditions import Condition, build_condition
 from .evaluations import eval_calls, evaluate_and_keep
-from .forecast import Every, Forecast
+from .forecast import Every
 from .identity import identity_of
-from .jobs import (
-    Run,
-    begin,
-    calls_at_end,
-    finish,
-    preview,
-    preview_calls,
-    push_snapshot,
-    report,
-    save_checkpoint,
-    stopped,
-)  # fmt: skip
+from .jobs import Run, begin, finish, preview, preview_calls, push_snapshot, report, save_checkpoint, stopped  # fmt: skip
 from .models import build_model, objective_for
 from .objectives import NoisedBatch, min_snr_weights, per_image_loss
 from .options import TrainingOptions
@@ -93,19 +82,16 @@ def train(options: TrainingOptions) -> Path:
             Every(watching.eval_every, partial(evaluate_and_keep, run, objective), at_end, "never", calls=eval_calls(run)),
             Every(options.run.checkpoint_every, partial(save_checkpoint, run), at_end="always", on_stop="always"),
         ]
-        images = options.optimisation.batch_size // accelerator.num_processes
-        run.forecast = Forecast(jobs, run.total, images, calls_at_end(run))
 
         # The loop
         try:
             with stop.listening(), lost_workers():
-                begin(run, previews)
+                begin(run, jobs, previews)
                 for done in range(first + 1, run.total + 1):
                     stopping = update(run, objective, done - 1)
                     for job in jobs:
                         if job.is_due(done, run.total, stopping):
-                            with run.forecast.timing(job):
-                                stopping = bool(job.run(done)) or stopping
+                            stopping = run.forecast.timed(job, done) or stopping
                     if stopping:
                         raise stopped(run, done)
                 finish(run)
