@@ -1,6 +1,6 @@
-"""Evaluate a model: `accelerate launch training/evaluate.py --model FOLDER_OR_REPO --dataset digits`.
+"""Evaluate a model: `python training/evaluate.py --model FOLDER_OR_REPO --dataset digits`.
 
-The same as `accelerate launch -m ddpm_pipeline.evaluation`, which needs no checkout.
+The same as `python -m ddpm_pipeline.evaluation`, which needs no checkout.
 """
 
 from ddpm_pipeline.evaluation.__main__ import main

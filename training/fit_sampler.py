@@ -1,6 +1,6 @@
-"""Fit samplers of few steps to a model: `accelerate launch training/fit_sampler.py --model FOLDER`.
+"""Fit samplers of few steps to a model: `python training/fit_sampler.py --model FOLDER`.
 
-The same as `accelerate launch -m ddpm_pipeline.fitting`, which needs no checkout.
+The same as `python -m ddpm_pipeline.fitting`, which needs no checkout.
 """
 
 from ddpm_pipeline.fitting.__main__ import main

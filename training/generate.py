@@ -1,6 +1,6 @@
-"""Sample many images: `accelerate launch training/generate.py --model FOLDER_OR_REPO --num_images 50000 --seed 0`.
+"""Sample many images: `python training/generate.py --model FOLDER_OR_REPO --num_images 50000 --seed 0`.
 
-The same as `accelerate launch -m ddpm_pipeline.generation`, which needs no checkout.
+The same as `python -m ddpm_pipeline.generation`, which needs no checkout.
 """
 
 from ddpm_pipeline.generation.__main__ import main

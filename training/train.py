@@ -1,6 +1,6 @@
-"""Train a diffusion model: `accelerate launch training/train.py` runs the digits recipe, `--help` lists the options.
+"""Train a diffusion model: `python training/train.py` runs the digits recipe, `--help` lists the options.
 
-The same as `accelerate launch -m ddpm_pipeline.training`, which needs no checkout.
+The same as `python -m ddpm_pipeline.training`, which needs no checkout.
 """
 
 from ddpm_pipeline.training.__main__ import main

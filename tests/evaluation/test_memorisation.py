@@ -16,7 +16,7 @@ from ddpm_pipeline.data.options import UNCONDITIONAL, HeldOutDataOptions
 from ddpm_pipeline.evaluation import EvaluationOptions, evaluate, likelihood_of, memorisation, run
 from ddpm_pipeline.evaluation.digits import fit_digits_classifier
 from ddpm_pipeline.evaluation.memorisation import copying, likelihood_gap, nearest, rank_correlations
-from ddpm_pipeline.evaluation.results import told_otherwise
+from ddpm_pipeline.evaluation.results import resize_of, told_otherwise
 from ddpm_pipeline.generation import load_pipeline, sample_uint8
 from ddpm_pipeline.hub import TrainingFacts, build_card, export
 from ddpm_pipeline.ranges_alpha_ddpm import ValueRange
@@ -265,3 +265,10 @@ def test_what_cannot_be_compared_is_said(model, cache):
         options_for(model, cache, streaming=True)
     with pytest.raises(ConfigError, match=r"--validation_split 100% must be above 0"):
         options_for(model, cache, validation_split="100%")
+
+
+def test_images_are_resized_as_in_training(cache, tmp_path):
+    options = options_for(tmp_path, cache)
+    assert resize_of(options) == "crop"
+    (tmp_path / "training_config.yaml").write_text("resize: pad\n")
+    assert resize_of(options) == "pad" and resize_of(options.with_values(resize="stretch")) == "stretch"

@@ -62,6 +62,7 @@ def images(tmp_path_factory) -> dict[str, Path]:
     made = {
         "rgb": [generator.integers(0, 256, (8, 16, 3), dtype=np.uint8) for _ in range(2)],
         "labels": [generator.integers(0, 5, (8, 16), dtype=np.uint8) for _ in range(2)],
+        "wide": [generator.integers(0, 5, (8, 20), dtype=np.uint8)],
         "beyond": [np.full((8, 16), 5, np.uint8)],
         "small": [generator.integers(0, 256, (4, 8), dtype=np.uint8) for _ in range(2)],
         "grey": [generator.integers(0, 256, (8, 16), dtype=np.uint8) for _ in range(2)],
@@ -139,6 +140,16 @@ def test_other_condition_images_are_another_folder_s(models, images, tmp_path):
         sampled(models["image"], tmp_path / "out", condition_images=str(tmp_path / "rgb"), count=1)
 
 
+def test_larger_label_maps_are_resized_by_nearest_pixels_and_that_is_said(models, images, tmp_path, capsys):
+    (tmp_path / "large").mkdir()
+    for path in images["labels"].iterdir():
+        Image.open(path).resize((48, 24), Image.Resampling.NEAREST).save(tmp_path / "large" / path.name)
+    large = {"condition_images": str(tmp_path / "large"), "guidance_scale": 2.0}
+    of_large = sampled(models["class+image"], tmp_path / "out", count=2, **large)
+    assert "has images of 24x48; they are resized to 8x16 by nearest pixels" in capsys.readouterr().err
+    assert of_large == called(models["class+image"], 2, class_labels=[0, 1], condition_image=pictures(images["labels"]))
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
@@ -147,6 +158,7 @@ def test_other_condition_images_are_another_folder_s(models, images, tmp_path):
         ("image", {"condition_images": "rgb", "condition_masks": "masks"}, "--condition_masks is for models that inpaint"),
         ("inpaint", {"condition_images": "grey"}, "--condition_masks is required to inpaint"),
         ("class+image", {"condition_images": "beyond"}, "5"),
+        ("class+image", {"condition_images": "wide"}, "label maps of 8x20, whose sides would be cut off to fit 8x16"),
         ("inpaint", {"condition_images": "grey", "condition_masks": "three"}, "3 masks for 2 images.* 'c'"),
         ("vector+image", {"condition_images": "mixed", "condition_vector": "1,1"},
          "--condition_images.* 2 different sizes.* of one: this model takes 4x8 or 8x16"),

@@ -83,7 +83,9 @@ def test_what_cannot_be_meant_is_named(capsys):
         "--source is required: Folder to read, up to": lambda: parse("--target", "b"),
         "unknown option --sourse. Did you mean --source?": lambda: parse("--sourse", "a"),
         "unknown option --targte. Did you mean --target?": lambda: CopyOptions(source="a", targte="b"),
-        "--limit 0 must be at least 1": lambda: parse("--source", "a", "--limit", "0"),
+        "--limit 0 must be at least 1. Files at most.": lambda: parse("--source", "a", "--limit", "0"),
+        "--limit '5k' must be a whole number, at least 1. Files": lambda: parse("--source", "a", "--limit", "5k"),
+        "--overwrite 'maybe' must be True or False": lambda: parse("--source", "a", "--overwrite", "maybe"),
         "the same folder": lambda: parse("--source=a", "--target=a"),
     }.items():
         with pytest.raises(ConfigError) as error:
@@ -94,5 +96,5 @@ def test_what_cannot_be_meant_is_named(capsys):
     printed = capsys.readouterr().out
     assert end.value.code == 0 and "source:\n" in printed and "target:\n" in printed and "Copy files." in printed
     printed = " ".join(printed.split())
-    assert "--source VALUE Folder to read, up to 90% full. Required. --limit VALUE Files at most. target:" in printed
-    assert "--target VALUE Folder to write. (default: copies) --overwrite VALUE" in printed
+    assert "--source VALUE Folder to read, up to 90% full. Required. --limit N Files at most. target:" in printed
+    assert "--target VALUE Folder to write. (default: copies) --overwrite Replace" in printed

@@ -58,6 +58,14 @@ def test_pictures_are_enlarged_and_labelled():
     assert labelled.crop((0, pictures.TEXT_HEIGHT, *labelled.size)).tobytes() == plain.tobytes()
     above = np.asarray(labelled)[: pictures.TEXT_HEIGHT]
     assert all((above[:, 4 + 84 * column : 84 * (column + 1)] < 128).any() for column in range(3))
+    named = pictures.strip(trajectory, count=3, size=80, rows=["a long name " * 20, "手"])
+    left = named.width - plain.width
+    assert 100 < left < 200 and named.crop((left, 0, *named.size)).tobytes() == plain.tobytes()
+    beside = np.asarray(named)[:, :left] < 128
+    assert beside[:84].any() and beside[84:].any() and not beside[[0, -1]].any(), "each in its row, and cut to fit"
+    assert named.tobytes() == pictures.strip(trajectory, count=3, size=80, rows=["a long name " * 20, "row 2"]).tobytes()
+    with pytest.raises(ValueError, match="1 names for 2 rows"):
+        pictures.strip(trajectory, count=3, rows=["a"])
     with pytest.raises(ValueError, match="2 labels for 5 steps"):
         pictures.strip(trajectory, labels=[1, 2])
 

@@ -80,6 +80,7 @@ def test_options_from_python_are_flat_or_in_groups():
         (["--batchsize=4"], "--batch_size"),
         (["--learning_rate", "fast"], "learning_rate"),
         (["--batch_size", "0"], "at least 1"),
+        (["--max_train_time", "40s"], "a number of minutes above 0. Minutes after which"),
         (["--learning_rate", "nan"], "above 0"),
         (["--channels", "65"], "at least 1 and at most 64"),
         (["--mixed_precision", "int8"], "no, bf16, fp16"),

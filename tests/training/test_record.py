@@ -85,7 +85,7 @@ def test_command_in_the_card_names_the_recipe_and_no_place() -> None:
     )  # fmt: skip
     command = "accelerate launch --num_processes 2 training/train.py --dataset cats --resolution 64 --random_flip True"
     assert recipe_command(config, "cats", 2) == f"{command} --model small.json --learning_rate 0.0002"
-    assert recipe_command(TrainingOptions(), "digits") == "accelerate launch training/train.py --dataset digits"
+    assert recipe_command(TrainingOptions(), "digits") == "python training/train.py --dataset digits"
     shown = {"data/*.parquet": "*.parquet", "~/x/faces": "faces", "org/name": "org/name", "cosine": "cosine",
              "org/name.v2": "org/name.v2", "C:\\me\\faces": "faces", "a/b/c": "c", "0.25": "0.25", "train[:10%]": "train[:10%]",
              "nets/unet.json": "unet.json", "../captions.yaml": "captions.yaml"}  # fmt: skip
@@ -99,4 +99,4 @@ def test_command_in_the_card_trains_the_same_model(dataset: str) -> None:
              "channels_last": True, "max_train_steps": 30, "snr_gamma": 5.0, "init_from": "org/base.v1"}  # fmt: skip
     options = TrainingOptions(**given)
     words = shlex.split(recipe_command(options, dataset))
-    assert words[:3] == ["accelerate", "launch", "training/train.py"] and parse_options(words[3:]) == options
+    assert words[:2] == ["python", "training/train.py"] and parse_options(words[2:]) == options

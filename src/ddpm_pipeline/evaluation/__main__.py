@@ -1,4 +1,4 @@
-"""Evaluate a model: the command behind `accelerate launch training/evaluate.py`."""
+"""Evaluate a model: the command behind `python training/evaluate.py`."""
 
 import json
 import logging

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..data.options import HeldOutDataOptions, parse_resolution
+from ..data.options import RESIZE, HeldOutDataOptions, parse_resolution
 from ..generation.options import SamplingOptions
 from ..support.errors import ConfigError
 from ..support.option_sets import OptionSet
-from ..support.options import Allowed, OptionGroup, at_least, option
+from ..support.options import Allowed, OptionGroup, at_least, one_of, option
 
 FEWEST_IMAGES = 5  # that ImageQuality takes with its three neighbours
 
@@ -23,6 +23,9 @@ class EvaluationDataOptions(HeldOutDataOptions):
     split: str = option("train", "Split of the data set. A likelihood to report is one of held-out images.")
     resolution: int | str | None = option(
         None, "Height and width of the images. Only the model's own will do.", parse=parse_resolution)
+    resize: str | None = option(
+        None, "How images get this size: crop, pad, stretch or none, as for training. By default as the training run did whose "
+        "record is in the model's folder, or else crop.", one_of(RESIZE))
     channels: int | None = option(None, "Channels of the images. Only the model's own will do.", at_least(1))
     streaming: bool = option(
         False, "Read only as many images as --num_images or --num_likelihood_images asks for, whichever is larger.")

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ..data.bundled import BUNDLED
-from ..data.options import DataOptions
+from ..data.options import RESIZE, DataOptions
 from ..data.splits import split_word
 from ..hub.card import CARD, CLOSEST_PAIRS, card_of_folder, read_card, record_evaluation
 from ..support.atomic import temporary_beside, write_text
@@ -52,17 +52,28 @@ def told_otherwise(options: EvaluationOptions) -> str:
     """What the record of the training run in the model's folder says of its images, where an evaluation by held-out images says
     something else; "" if nothing does, or there is no record.
     """
-    data = options.data
+    data, recorded = options.data, _recorded(options)
     if not data.validation_split:
-        return ""
-    try:
-        recorded = read_yaml(Path(options.sampling.model) / TRAINING_RECORD)
-    except (OSError, ValueError):
         return ""
     given = {name: str(value) for name, value in vars(data).items() if value is not None}
     names = ("split", *(OF_SHARES if data.held_out_share else ()))  # a share is chosen by the images as they are stored
     differing = [name for name in names if name in recorded and recorded[name] != given.get(name)]
     return ", ".join(f"--{name} {recorded[name] or 'none'}" for name in differing)
+
+
+def resize_of(options: EvaluationOptions) -> str:
+    """How images get the model's size: as asked for, or as the training run says whose record is in the model's folder."""
+    recorded = _recorded(options).get("resize")
+    return options.data.resize or (recorded if recorded in RESIZE else "crop")
+
+
+def _recorded(options: EvaluationOptions) -> dict[str, Any]:
+    """The options of the training run in the model's folder; none if it has no such record."""
+    try:
+        found = read_yaml(Path(options.sampling.model) / TRAINING_RECORD)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def check_destinations(options: EvaluationOptions) -> None:

@@ -38,7 +38,7 @@ from .figures import DENSITY, likelihood_of, means, summary
 from .memorisation import likelihood_gap
 from .options import EvaluationOptions
 from .quality import ImageQuality
-from .results import check_destinations, picture_file, split_name, told_otherwise, write_results
+from .results import check_destinations, picture_file, resize_of, split_name, told_otherwise, write_results
 
 
 @forgotten_accelerator()
@@ -48,7 +48,7 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     Raises ConfigError or DataError for a model, data, a feature extractor or files that cannot be used, before anything that
     takes long.
     """
-    began = time.monotonic()
+    began, options = time.monotonic(), options.with_values(resize=resize_of(options))
     accelerator, sampling = Accelerator(), options.sampling
     if sampling.num_cpu_threads:
         torch.set_num_threads(sampling.num_cpu_threads)

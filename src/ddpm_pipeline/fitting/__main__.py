@@ -1,4 +1,4 @@
-"""Fit samplers of few steps to a model: the command behind `accelerate launch training/fit_sampler.py`."""
+"""Fit samplers of few steps to a model: the command behind `python training/fit_sampler.py`."""
 
 import logging
 import sys

@@ -26,6 +26,7 @@ from .options import HELD_OUT_EVERY, LENGTHS, LONG_STEPS, NUM_NOISES, parse_leng
 HISTORY = 3  # predictions x̂_0 that a step combines
 EXPONENTS = (0.25, 0.5, 1.0)  # γ in the weight ᾱ^γ of a squared error in x_t; which is best is measured
 DIGITS = 8  # of a coefficient
+STOCK_SETTINGS = 10  # in `stock`, whose import takes scipy
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,9 @@ def fit_sampler(
     long_steps = min(long_steps, pipe.scheduler.config.num_train_timesteps)
     if lengths[-1] > long_steps:
         raise ValueError(f"num_inference_steps={lengths[-1]} exceeds the {long_steps} steps of the long solution.")
+    total = long_steps + (len(EXPONENTS) + STOCK_SETTINGS) * sum(lengths)
     hidden = not fit.accelerator.is_main_process or getattr(pipe, "_progress_bar_config", {}).get("disable", False)
-    with _borrowed(pipe, batch_size), tqdm(disable=hidden, desc="long solution", unit="step") as fit.bar:
+    with _borrowed(pipe, batch_size), tqdm(total=total, desc="fitting samplers", disable=hidden, leave=False) as fit.bar:
         solution = fit.solve(long_steps)
         fitted = fit.best_samplers(solution, lengths)
         stock = {steps: fit.best_stock(steps, solution.images) for steps in lengths}
@@ -112,6 +114,12 @@ def fit_sampler(
             reached = {"guidance_scale": request.guidance_scale, "rmse": float(f"{length.rmse:.4g}")}
             kept[str(steps)] = length.sampler | reached
     return SamplerFit(AlphaDDPMFittedScheduler.from_config(own.config, fitted_samplers=kept), found)
+
+
+def sampled_by_fit(lengths: Sequence[int], num_noises: int) -> list[tuple[int, int]]:
+    """How many images `fit_sampler` samples over how many steps: as long solutions and by fits, and by what they compare to."""
+    fitted = num_noises, LONG_STEPS + len(EXPONENTS) * sum(lengths)
+    return [fitted, (num_noises // HELD_OUT_EVERY, STOCK_SETTINGS * sum(lengths))]
 
 
 def long_solver(scheduler: Any, steps: int) -> AlphaDDPMFittedScheduler:
@@ -219,7 +227,6 @@ class _Fit:
         best: dict[int, tuple[dict[str, list], float]] = {}
         for exponent in EXPONENTS:
             for steps, places in best_chains(errors, start, solution.alphas_cumprod**exponent, lengths).items():
-                self.bar.set_description(f"fitting {steps} steps")
                 found = self.fitted(solution, places)
                 best[steps] = min(best.get(steps, found), found, key=lambda pair: pair[1])
         return best
@@ -251,7 +258,6 @@ class _Fit:
         """The solver of diffusers' that comes nearest, and its RMSE. One that fails is infinitely far."""
         from .stock import STOCK  # imports scipy, which training needs at its end only
 
-        self.bar.set_description(f"diffusers' solvers, {steps} steps")
         distances = {}
         for name, (kind, options) in STOCK.items():
             try:

@@ -1,4 +1,4 @@
-"""Sample many images: the command behind `accelerate launch training/generate.py`."""
+"""Sample many images: the command behind `python training/generate.py`."""
 
 import logging
 import sys

@@ -66,17 +66,20 @@ def sample(
 
 
 def sample_in_batches(
-    pipe: Any, count: int, batch_size: int, seed: int, num_inference_steps: int | None, request: Request = UNCONDITIONAL
+    pipe: Any, count: int, batch_size: int, seed: int, num_inference_steps: int, request: Request = UNCONDITIONAL
 ) -> torch.Tensor:
-    """Images 0..count-1 in [0, 1], [count, C, H, W] on the CPU."""
+    """Images 0..count-1 in [0, 1], [count, C, H, W] on the CPU. Shows a bar, which goes at the end."""
     batches = [range(count)[start : start + batch_size] for start in range(0, count, batch_size)]
-    return torch.cat([sample(pipe, batch, seed, num_inference_steps, request).images.cpu() for batch in batches])
+    with step_bar(len(batches), num_inference_steps, leave=False) as shown:
+        drawn = [sample(pipe, batch, seed, num_inference_steps, request, **shown).images.cpu() for batch in batches]
+    return torch.cat(drawn)
 
 
 @contextlib.contextmanager
-def step_bar(num_batches: int, num_inference_steps: int, show: bool) -> Iterator[dict[str, Any]]:
+def step_bar(num_batches: int, num_inference_steps: int, show: bool = True, leave: bool = True) -> Iterator[dict[str, Any]]:
     """A progress bar of the reverse steps of several batches, as options of `sample` and `sample_uint8`."""
-    with tqdm(total=num_batches * num_inference_steps, desc="sampling", unit="step", disable=not show) as bar:
+    steps = num_batches * num_inference_steps
+    with tqdm(total=steps, desc="sampling", unit="step", disable=not show, leave=leave) as bar:
 
         def update(*_: Any) -> None:
             bar.update()
@@ -111,9 +114,13 @@ def _reported(pipe: Any, *how: Any, **options: Any) -> torch.Tensor:
         raise ConfigError(f"{error} Options: --num_inference_steps, --scheduler.") from error
 
 
-def sample_process(pipe: Any, seed: int, request: Request = UNCONDITIONAL, display: Display = BY_DEFAULT) -> Image.Image:
-    """The reverse process as a strip: a few images, one per row, from noise to the result, over PROCESS_STEPS steps at most."""
-    rows = min(PROCESS_ROWS, len(request) or PROCESS_ROWS)
-    steps = min(PROCESS_STEPS, default_steps(pipe.scheduler))
-    trajectory = sample(pipe, range(rows), seed, steps, request, output_trajectory=True).trajectory
-    return strip(trajectory, PROCESS_MOMENTS, display=display)
+def sample_process(
+    pipe: Any, seed: int, request: Request = UNCONDITIONAL, display: Display = BY_DEFAULT, rows: Sequence[str] = ()
+) -> Image.Image:
+    """The reverse process as a strip: PROCESS_ROWS images, one per row, from noise to the result, over PROCESS_STEPS steps at
+    most. `rows` are their names.
+    """
+    images, steps = range(min(PROCESS_ROWS, len(request) or PROCESS_ROWS)), min(PROCESS_STEPS, default_steps(pipe.scheduler))
+    with step_bar(1, steps, leave=False) as shown:
+        trajectory = sample(pipe, images, seed, steps, request, output_trajectory=True, **shown).trajectory
+    return strip(trajectory, PROCESS_MOMENTS, display=display, rows=rows[: len(images)])

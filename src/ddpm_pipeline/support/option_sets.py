@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields, replace
-from functools import cache
+from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self, get_type_hints
@@ -133,13 +133,13 @@ def value_of(argv: Sequence[str], flag: str) -> str | None:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Each option under one name, and its default if it has one."""
+    """Each option under one name, and its default if it has one that is not that of every flag."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        value = "" if action.nargs == 0 else f" {action.metavar or 'VALUE'}"
+        value = "" if action.nargs in (0, "?") else f" {action.metavar}"
         return (action.option_strings[0] if action.dest != "help" else ", ".join(action.option_strings)) + value
 
 
@@ -152,20 +152,32 @@ def _add_flags(parser: argparse.ArgumentParser, group: type[OptionGroup]) -> Non
             "dest": entry.name, "default": None if required else entry.default,
             "help": entry.metadata["help"].replace("%", "%%") + (" Required." if required else ""),
         }  # fmt: skip
-        how = {"type": _truth, "nargs": "?", "const": True} if kind is bool else {"type": kind}
+        how: dict[str, Any] = {"type": _READERS[kind], "metavar": _METAVARS.get(kind, "VALUE")}
+        if kind is bool:
+            how |= {"nargs": "?", "const": True}
         section.add_argument(*_spellings(entry.name), **facts, **how)
         if entry.default is True:
-            section.add_argument(*_spellings(f"no_{entry.name}"), **facts | {"default": False}, action="store_false")
+            facts |= {"default": False, "help": f"Turns --{entry.name} off."}
+            section.add_argument(*_spellings(f"no_{entry.name}"), **facts, action="store_false")
 
 
 def _spellings(name: str) -> list[str]:
     return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
-def _truth(word: str) -> bool:
-    if word.lower() not in _TRUTHS:
-        raise argparse.ArgumentTypeError(f"{word!r} must be true or false")
-    return _TRUTHS[word.lower()]
+def _number(word: str, kind: type) -> Any:
+    """The word itself if it is no number, which the option's group then refuses."""
+    try:
+        return kind(word)
+    except ValueError:
+        return word
+
+
+_READERS: dict[type, Any] = {
+    str: str, int: partial(_number, kind=int), float: partial(_number, kind=float),
+    bool: lambda word: _TRUTHS.get(word.lower(), word),
+}  # fmt: skip
+_METAVARS = {int: "N", float: "X"}
 
 
 def _entries_of_file(path: Path, known: Mapping[str, Field]) -> list[str]:

@@ -102,11 +102,11 @@ class OptionGroup:
             try:
                 value = KINDS[kind][1](value) if parse is None else parse(value)
             except TypeError as error:
-                raise ConfigError(f"--{entry.name} {value!r} must be {KINDS[kind][0]}.") from error
+                raise ConfigError(f"--{entry.name} {value!r} must be {_told(entry, kind, _words(kind, allowed))}.") from error
             except ValueError as error:
                 raise ConfigError(f"--{entry.name} {value} must be {error}.") from error
             if allowed is not None and not allowed.holds(value):
-                raise ConfigError(f"--{entry.name} {value} must be {allowed.words}.")
+                raise ConfigError(f"--{entry.name} {value} must be {_told(entry, kind, allowed.words)}.")
             object.__setattr__(self, entry.name, value)
         self.check()
 
@@ -117,6 +117,17 @@ class OptionGroup:
 def kind_of(hint: Any) -> type:
     """The type of an option that may be None too."""
     return next(kind for kind in get_args(hint) or (hint,) if kind is not NoneType)
+
+
+def _words(kind: type, allowed: Allowed | None) -> str:
+    """What a value of another type must be."""
+    words = "" if allowed is None else allowed.words
+    return words if words.startswith(("a ", "one of ")) else ", ".join(filter(None, (KINDS[kind][0], words)))
+
+
+def _told(entry: Field, kind: type, words: str) -> str:
+    """The same; of a number also the first sentence of its help, which has the unit."""
+    return f"{words}. {entry.metadata['help'].split('. ')[0].removesuffix('.')}" if kind in (int, float) else words
 
 
 def option_fields(groups: Iterable[Any]) -> dict[str, Field]:

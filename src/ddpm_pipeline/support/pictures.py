@@ -4,6 +4,7 @@ Images of any depth and number of channels are shown by a `Display`, which also 
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ SMALLEST_SIDE = 48  # pixels that an image takes in a picture at least, so that 
 GIF_SIDE = 144  # the same in a GIF, which mostly shows few images
 GAP = 4
 TEXT_HEIGHT = 14
+NAME_WIDTH = 24  # characters of a line of a row's name
+BEYOND_FONT = "\u0250"  # the first character after those of Latin alphabets, which Pillow's font has
 PERCENTILES = 1, 99  # of a channel: shown as black and as white
 
 
@@ -83,6 +86,7 @@ def grid(
     labels: Sequence[Any] = (),
     display: Display = BY_DEFAULT,
     left: Images | None = None,
+    rows: Sequence[str] = (),
 ) -> Image.Image:
     """Images as one picture on white, each enlarged by a whole factor to be seen.
 
@@ -93,6 +97,8 @@ def grid(
         labels: what is written above the columns, one for each.
         display: how images of 2 or more than 4 channels, or of more than 8 bits, are shown.
         left: pictures of the same size in a column of their own before the others, one per row, such as what the row shows.
+        rows: what is written left of the rows, one for each. What does not fit is cut, and texts in other alphabets than Latin
+            become numbers: row 1.
 
     Raises ValueError for what are no such images.
     """
@@ -103,6 +109,8 @@ def grid(
     count, channels, height, width = pixels.shape
     if len(labels) not in (0, columns):
         raise ValueError(f"{len(labels)} labels for {columns} columns; give one for each column.")
+    if len(rows) not in (0, math.ceil(count / columns)):
+        raise ValueError(f"{len(rows)} names for {math.ceil(count / columns)} rows; give one for each row.")
     factor, top = max(1, math.ceil(size / max(height, width))), TEXT_HEIGHT if len(labels) else 0
     cell_height, cell_width = height * factor + GAP, width * factor + GAP
     extent = (columns * cell_width + GAP, math.ceil(count / columns) * cell_height + GAP + top)
@@ -116,7 +124,22 @@ def grid(
     font = ImageFont.load_default(TEXT_HEIGHT - 2)
     for column, label in enumerate(labels):
         ImageDraw.Draw(picture).text((GAP + column * cell_width, 0), str(label), "black", font)
-    return picture
+    return _with_names(picture, rows, top, cell_height) if len(rows) else picture
+
+
+def _with_names(picture: Image.Image, names: Sequence[str], top: int, height: int) -> Image.Image:
+    """The picture with names left of its rows, which begin at `top` and are `height` pixels apart."""
+    font = ImageFont.load_default(TEXT_HEIGHT - 2)
+    fitting = {"width": NAME_WIDTH, "max_lines": height // TEXT_HEIGHT, "placeholder": " …"}
+    known = [name if max(name, default="") < BEYOND_FONT else f"row {row}" for row, name in enumerate(names, start=1)]
+    texts = ["\n".join(textwrap.wrap(name, **fitting)) for name in known]
+    width = math.ceil(max(font.getlength(line) for text in texts for line in text.split("\n"))) + 2 * GAP
+    wider = Image.new(picture.mode, (picture.width + width, picture.height), "white")
+    wider.paste(picture, (width, 0))
+    for row, text in enumerate(texts):
+        place = (GAP, top + row * height + height / 2)
+        ImageDraw.Draw(wider).text(place, text, "black", font, anchor="lm", spacing=0)
+    return wider
 
 
 def _beside(left: Tensor, pixels: Tensor, columns: int) -> Tensor:
@@ -132,13 +155,15 @@ def strip(
     size: int = SMALLEST_SIDE,
     labels: Sequence[Any] = (),
     display: Display = BY_DEFAULT,
+    rows: Sequence[str] = (),
 ) -> Image.Image:
     """A picture of `count` evenly spaced steps, the first and the last among them, of a trajectory [S, B, C, H, W] in [-1, 1],
-    one row per image. `labels`, one for each of the S steps, such as its t, are written above those shown; `size` and `display`
-    as in `grid`, with the percentiles of the last step.
+    one row per image. `labels`, one for each of the S steps, such as its t, are written above those shown; `size`, `display`
+    and `rows` as in `grid`, with the percentiles of the last step.
     """
     frames, chosen = _frames(trajectory, count, labels, display)
-    return grid(frames.transpose(0, 1).flatten(0, 1), len(frames), size, chosen)  # [S, B, ...] -> [B·S, ...]
+    images = frames.transpose(0, 1).flatten(0, 1)  # [S, B, ...] -> [B·S, ...]
+    return grid(images, len(frames), size, chosen, rows=rows)
 
 
 def save_strip(

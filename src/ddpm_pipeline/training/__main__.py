@@ -1,4 +1,4 @@
-"""Train a diffusion model: the command behind `accelerate launch training/train.py`."""
+"""Train a diffusion model: the command behind `python training/train.py`."""
 
 import sys
 

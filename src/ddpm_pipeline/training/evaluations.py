@@ -16,7 +16,7 @@ from ..evaluation.features import real_features, seen
 from ..evaluation.figures import likelihood_of
 from ..generation.drawing import sample_values
 from ..support.draws import RandomStream, image_indices, seeds, uniform
-from .jobs import Run, best_checkpoint, not_essential, save_checkpoint
+from .jobs import Run, best_checkpoint, not_essential, sampling_calls, save_checkpoint
 from .stop import in_any_process
 from .validation import Evaluation, standard_error
 
@@ -36,6 +36,14 @@ def evaluate_and_keep(run: Run, objective: Objective, done: int) -> bool:
             run.checkpoints.best = done
             save_checkpoint(run, done)
     return stopping
+
+
+def eval_calls(run: Run) -> int:
+    """Network calls times images of an evaluation."""
+    watching, kinds = run.options.watching, 1 if run.data.held_out is None else 2
+    likelihood = kinds * watching.eval_images * (watching.eval_calls + LOSS_CALLS)
+    sampled = [(watching.eval_samples, run.preview_steps)] if watching.eval_samples else []
+    return likelihood + sampling_calls(run, *sampled)
 
 
 def evaluate(run: Run, done: int, objective: Objective) -> None:

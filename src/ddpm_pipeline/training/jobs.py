@@ -6,11 +6,11 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,8 +19,8 @@ from ..data.mapped import ImageSet
 from ..data.sources import hash_of
 from ..evaluation.features import feature_extractor, try_extractor
 from ..fitting.options import HELD_OUT_EVERY, LONG_STEPS
-from ..fitting.samplers import fit_sampler, long_solver
-from ..generation.drawing import sample_in_batches, sample_process
+from ..fitting.samplers import fit_sampler, long_solver, sampled_by_fit
+from ..generation.drawing import PROCESS_ROWS, sample_in_batches, sample_process
 from ..hub import export
 from ..samplers_alpha_ddpm import default_steps
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
@@ -32,6 +32,7 @@ from .batches import BatchLoader
 from .checkpoints import Checkpoints, export_command
 from .conditions import Condition
 from .export import describe_run
+from .forecast import Every, Forecast
 from .models import preset_for_cpus
 from .options import TrainingOptions
 from .output_folder import OPTIONS_FILE, TRACKER_PROJECT, OutputFolder
@@ -41,29 +42,14 @@ from .record import model_card, origin_of
 from .state import TrainingState
 from .stop import StopRequest, in_any_process
 from .telemetry import Telemetry
+from .trackers import settings
 from .validation import Validation
 
 logger = logging.getLogger(__name__)
 
 FITTED_STEPS = (5, 10, 20)  # for which a finished model gets a sampler
+FEW = 32  # images of a network call
 MOST_FITTED_VALUES = 2**29  # of the long solutions, 2 GiB on the device
-
-
-@dataclass(frozen=True)
-class Every:
-    """A job that is due after every `updates` updates; 0 is never."""
-
-    updates: int
-    run: Callable[[int], bool | None]  # takes the number of updates done; returns whether the run shall stop
-    at_end: Literal["if due", "always", "never"] = "if due"
-    on_stop: Literal["if due", "always", "never"] = "if due"  # after the update in which the run was asked to stop
-
-    def is_due(self, done: int, total: int, stopping: bool) -> bool:
-        if stopping and self.on_stop != "if due":
-            return self.on_stop == "always"
-        if not self.updates or (done == total and self.at_end == "never"):
-            return False
-        return done % self.updates == 0 or (done == total and self.at_end == "always")
 
 
 @dataclass
@@ -83,6 +69,7 @@ class Run:
     stop: StopRequest
     first: int  # updates done before
     began: float  # reading of time.monotonic
+    forecast: Forecast = field(init=False)
 
     def __post_init__(self) -> None:
         options, watching, optimisation = self.options, self.options.watching, self.options.optimisation
@@ -133,7 +120,7 @@ class Run:
 
     def note_progress(self, done: int) -> None:
         """After every update."""
-        self.telemetry.note_progress(done)
+        self.telemetry.note_progress(done, self.forecast, self.options.optimisation.batch_size)
         if self.output is not None and done == self.first + 1:
             self.output.keep()
 
@@ -170,27 +157,56 @@ def report(run: Run, done: int) -> None:
     run.telemetry.report(done, run.options.optimisation.batch_size)
 
 
+def sampling_calls(run: Run, *wanted: tuple[int, int]) -> int:
+    """Network calls times images that it takes to sample so many images over so many steps each, with guidance as in previews.
+    A call of few images takes about as long as one of FEW.
+    """
+    guided = run.condition.preview(1)[0].guidance_scale != 1
+    return sum(max(count, FEW) * steps for count, steps in wanted) * (1 + guided)
+
+
+def preview_calls(run: Run) -> int:
+    """The same of a preview."""
+    return sampling_calls(run, (run.options.watching.preview_images, run.preview_steps))
+
+
+def forecast_of(run: Run, jobs: Sequence[Every]) -> Forecast:
+    """With the network calls of `finish`."""
+    lengths, noises = _fit_plan(run)
+    steps = _steps_of_samples(run, max(lengths, default=0))
+    pictures = (run.options.watching.num_samples, steps), (PROCESS_ROWS, steps)
+    at_end = sampling_calls(run, *pictures, *(sampled_by_fit(lengths, noises) if lengths else []))
+    images = run.options.optimisation.batch_size // run.accelerator.num_processes
+    return Forecast(jobs, run.total, images, at_end)
+
+
 def preview(run: Run, done: int, only_if_missing: bool = False) -> None:
     """samples/step-N.png, by DPM-Solver++ in few steps."""
     watching, path = run.options.watching, run.folder / "samples" / f"step-{done:08d}.png"
     if not (only_if_missing and path.is_file()):
         with not_essential("a preview"):
-            save_grid(run, run.preview_pipe, watching.preview_images, run.preview_steps, path)
+            caption = save_grid(run, run.preview_pipe, watching.preview_images, run.preview_steps, path)
+            run.telemetry.show("preview", path, caption, done)
 
 
-def save_grid(run: Run, pipe: Any, count: int, steps: int, path: Path) -> None:
-    """A picture of about `count` images, in equal rows, one per condition; a text file beside it says which row is what, and
-    which channels are shown how.
+def save_grid(run: Run, pipe: Any, count: int, steps: int, path: Path) -> str:
+    """A picture of about `count` images, in equal rows, one per condition, whose name stands left of it. Returns its caption,
+    which a text file beside it has: which row is what, and which channels are shown how.
     """
     request, columns = run.condition.preview(count)
     count = len(request) or count
     images = sample_in_batches(pipe, count, run.batch_size, run.options.run.seed, steps, request)
-    left = run.condition.left(request, columns, run.display)
-    save_picture(grid(images, columns, display=run.display, left=left), path)
+    left, names = run.condition.left(request, columns, run.display), run.condition.row_names(request, columns)
+    save_picture(grid(images, columns, display=run.display, left=left, rows=names), path)
     shown = [f"shown: {run.shown}\n"] * bool(run.shown) + ["left: condition images\n"] * (left is not None)
-    rows = [f"row {row}: {name}\n" for row, name in enumerate(run.condition.row_names(request, columns), start=1)]
-    if shown or rows:
-        write_text(path.with_suffix(".txt"), "".join(shown + rows))
+    caption = "".join(shown) + _rows(names)
+    if caption:
+        write_text(path.with_suffix(".txt"), caption)
+    return caption
+
+
+def _rows(names: list[str]) -> str:
+    return "".join(f"row {row}: {name}\n" for row, name in enumerate(names, start=1))
 
 
 def push_snapshot(run: Run, done: int) -> None:
@@ -215,9 +231,10 @@ def note_skipped_rows(run: Run) -> None:
         run.telemetry.note_skipped_rows(run.batches.take_skipped())
 
 
-def begin(run: Run, previews: Every) -> None:
+def begin(run: Run, jobs: Sequence[Every], previews: Every) -> None:
     """Write down what the run is, and make the preview that an earlier attempt was stopped before, if it is missing."""
     data, accelerator, options = run.data, run.accelerator, run.options
+    run.forecast = forecast_of(run, jobs)
     if accelerator.is_main_process:
         run.checkpoints.set_aside(run.first, options.run.resume)
         write_text(run.folder / OPTIONS_FILE, options.to_yaml())
@@ -247,9 +264,9 @@ def begin(run: Run, previews: Every) -> None:
 def start_tracker(run: Run) -> None:
     """Raises ConfigError if the tracker cannot be started, such as without an account."""
     options = {name: value for name, value in run.options.flat().items() if value}
-    anew = {"tensorboard": {"purge_step": run.first + 1}}  # drops what was logged after the checkpoint that we resume from
+    run.telemetry.bar.clear()  # some trackers print
     try:
-        run.accelerator.init_trackers(TRACKER_PROJECT, options, init_kwargs=anew)
+        run.accelerator.init_trackers(TRACKER_PROJECT, options, init_kwargs=settings(run.folder, run.first))
     except Exception as error:  # each tracker has its own
         tracker = run.options.watching.report_to
         raise ConfigError(f"--report_to {tracker} cannot be started: {describe_exception(error)}") from error
@@ -269,7 +286,7 @@ def finish(run: Run) -> None:
     or PushError if all is done but the last push.
     """
     run.checkpoints.close()
-    run.telemetry.bar.close()  # its rate is that of updates, not of sampling
+    run.telemetry.close_bar()
     run.telemetry.summarize()
     if run.validation is not None and (best := run.validation.best):
         logger.info("the lowest held-out bits/dim were %s, after update %d; %s", best, best.step, best_checkpoint(run))
@@ -289,29 +306,42 @@ def finish(run: Run) -> None:
 
 def fit_few_steps(run: Run) -> None:
     """Give the model the samplers that a call of its pipeline takes by default, for the guidance of samples.png."""
-    began, steps = time.monotonic(), [n for n in FITTED_STEPS if n < len(run.scheduler)]
-    if not (run.options.run.fit_noises and steps):
+    began, (steps, noises) = time.monotonic(), _fit_plan(run)
+    if not steps:
         return
-    fitting = MOST_FITTED_VALUES // ((2 * LONG_STEPS + 1) * math.prod((run.data.channels, *run.data.size)))
-    noises = max(HELD_OUT_EVERY, min(run.options.run.fit_noises, fitting))  # of large images fewer will do
     with not_essential("fitting samplers of few steps"):
         request, _ = run.condition.preview(noises)
         how = {"num_noises": noises, "batch_size": run.batch_size, "seed": run.options.run.seed}
+        run.pipe.set_progress_bar_config()  # shown
         found = fit_sampler(run.pipe, steps, request, **how, alone=True)
         if found.scheduler.fitted_samplers:
             run.pipe.scheduler = found.scheduler
         logger.info("samplers fitted in %.0f s, RMSE to the model's own solution: %s", time.monotonic() - began, found.words())
 
 
+def _fit_plan(run: Run) -> tuple[list[int], int]:
+    """The numbers of steps to fit samplers for, if any, and of noises."""
+    steps = [n for n in FITTED_STEPS if n < len(run.scheduler)] if run.options.run.fit_noises else []
+    fitting = MOST_FITTED_VALUES // ((2 * LONG_STEPS + 1) * math.prod((run.data.channels, *run.data.size)))
+    return steps, max(HELD_OUT_EVERY, min(run.options.run.fit_noises, fitting))  # of large images fewer will do
+
+
+def _steps_of_samples(run: Run, by_default: int) -> int:
+    return min(run.options.watching.sample_inference_steps or by_default or math.inf, len(run.scheduler))
+
+
 def draw_samples(run: Run) -> None:
     """samples.png, and process.png from noise to images."""
     watching, seed = run.options.watching, run.options.run.seed
-    steps = min(watching.sample_inference_steps or default_steps(run.pipe.scheduler), len(run.scheduler))
+    steps = _steps_of_samples(run, default_steps(run.pipe.scheduler))
     shown = f"; pictures show {run.shown}" if run.shown else ""
     logger.info("sampling %d images over %d steps%s", watching.num_samples, steps, shown)
-    run.pipe.set_progress_bar_config(desc="sampling", leave=False)
+    run.pipe.set_progress_bar_config(disable=True)  # one bar is shown for all batches
     with not_essential("samples.png"):
-        save_grid(run, run.pipe, watching.num_samples, steps, run.folder / "samples.png")
+        path = run.folder / "samples.png"
+        run.telemetry.show("samples", path, save_grid(run, run.pipe, watching.num_samples, steps, path), run.total)
     with not_essential("process.png"):
-        picture = sample_process(run.pipe, seed, run.condition.preview(4)[0], run.display)
-        save_picture(picture, run.folder / "process.png")
+        request, columns = run.condition.preview(PROCESS_ROWS)
+        path, names = run.folder / "process.png", run.condition.row_names(request, columns)
+        save_picture(sample_process(run.pipe, seed, request, run.display, names), path)
+        run.telemetry.show("process", path, "from noise to images\n" + _rows(names), run.total)

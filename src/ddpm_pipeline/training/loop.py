@@ -22,9 +22,10 @@ from .autotune import Subject, autotuned, tunable
 from .batches import BatchLoader, BatchPlan, batch_loader, lost_workers
 from .checkpoints import find_checkpoint, load_checkpoint, stored_options
 from .conditions import Condition, build_condition
-from .evaluations import evaluate_and_keep
+from .evaluations import eval_calls, evaluate_and_keep
+from .forecast import Every
 from .identity import identity_of
-from .jobs import Every, Run, begin, finish, preview, push_snapshot, report, save_checkpoint, stopped
+from .jobs import Run, begin, finish, preview, preview_calls, push_snapshot, report, save_checkpoint, stopped  # fmt: skip
 from .models import build_model, objective_for
 from .objectives import NoisedBatch, min_snr_weights, per_image_loss
 from .options import TrainingOptions
@@ -76,21 +77,21 @@ def train(options: TrainingOptions) -> Path:
         watching, in_main, at_end = options.watching, run.in_main_process, "always" if data.held_out else "if due"
         jobs = [
             Every(watching.log_every, partial(report, run), at_end="always"),
-            previews := Every(watching.preview_every, partial(in_main, preview), at_end="never", on_stop="never"),
+            previews := Every(watching.preview_every, partial(in_main, preview), "never", "never", calls=preview_calls(run)),
             Every(options.hub.push_every, partial(in_main, push_snapshot), at_end="never", on_stop="never"),
-            Every(watching.eval_every, partial(evaluate_and_keep, run, objective), at_end=at_end, on_stop="never"),
+            Every(watching.eval_every, partial(evaluate_and_keep, run, objective), at_end, "never", calls=eval_calls(run)),
             Every(options.run.checkpoint_every, partial(save_checkpoint, run), at_end="always", on_stop="always"),
         ]
 
         # The loop
         try:
             with stop.listening(), lost_workers():
-                begin(run, previews)
+                begin(run, jobs, previews)
                 for done in range(first + 1, run.total + 1):
                     stopping = update(run, objective, done - 1)
                     for job in jobs:
                         if job.is_due(done, run.total, stopping):
-                            stopping = bool(job.run(done)) or stopping
+                            stopping = run.forecast.timed(job, done) or stopping
                     if stopping:
                         raise stopped(run, done)
                 finish(run)
@@ -219,4 +220,4 @@ def close(run: Run) -> None:
     run.telemetry.bar.close()
     run.state.model = None
     run.accelerator.free_memory()
-    run.accelerator.end_training()
+    run.telemetry.end_tracking()

@@ -24,7 +24,7 @@ TRACKER_PROJECT = "ddpm-pipeline"  # TensorBoard's files are in a folder of this
 LOCK = ".lock"  # is locked by the run that writes to the folder, and names its process
 SHIPPED = AlphaDDPMPipeline.shipped_files() | AlphaDDPMTextToImagePipeline.shipped_files()
 ATTEMPT_FILES = {"train.log", "skipped.jsonl"}  # written before a run is known by its OPTIONS_FILE
-SETUP_FILES = {*ATTEMPT_FILES, OPTIONS_FILE, TRACKER_PROJECT}  # all that a run has before its first update
+SETUP_FILES = {*ATTEMPT_FILES, OPTIONS_FILE, TRACKER_PROJECT, "wandb"}  # all that a run has before its first update
 # Everything that a run writes into its folder, and so all that --overwrite may remove.
 RUN_FILES = frozenset((
     *SETUP_FILES, "checkpoints", "samples", "samples.png", "samples.txt", "process.png", "metrics.jsonl", "README.md",

@@ -101,7 +101,7 @@ def process_facts(run: "Run") -> dict[str, Any]:
 
 def recipe_command(options: TrainingOptions, data_name: str, num_processes: int = 1) -> str:
     """The command line that trains the same model: what belongs to the recipe and differs from the defaults."""
-    words = ["accelerate", "launch", *(["--num_processes", str(num_processes)] if num_processes > 1 else [])]
+    words = ["accelerate", "launch", "--num_processes", str(num_processes)] if num_processes > 1 else ["python"]
     words.append("training/train.py")
     declared = options.declared()
     for name, value in (options.flat() | {"dataset": data_name}).items():

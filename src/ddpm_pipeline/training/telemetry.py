@@ -14,16 +14,30 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from PIL import Image
 from tqdm.auto import tqdm
 
 from ..data.skipped import SkippedLog, SkippedRow
 from ..support.atomic import write_text
 from ..support.exceptions import describe_exception
+from .forecast import Forecast, duration, time_of_day
 from .state import Updater
+from .trackers import SHOW
 
 logger = logging.getLogger(__name__)
 
-ESTIMATE_AFTER = 10  # updates, of which the first takes longer
+ESTIMATE_AFTER = 10  # updates
+BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
+
+
+class _Console(logging.Handler):
+    """Writes to standard error, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
 
 
 @contextlib.contextmanager
@@ -32,7 +46,7 @@ def logging_to(folder: Path, accelerator: Accelerator) -> Iterator[Callable[[], 
     call once the folder is this run's: from then on train.log has all messages, also those before and those for it alone.
     """
     package, form = logging.getLogger(__name__.partition(".")[0]), logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
-    console, kept = logging.StreamHandler(sys.stderr), MemoryHandler(10_000, logging.CRITICAL, flushOnClose=False)
+    console, kept = _Console(), MemoryHandler(10_000, logging.CRITICAL, flushOnClose=False)
     console.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     console.setFormatter(form)
     handlers: list[logging.Handler] = [console, *([kept] if accelerator.is_main_process else [])]
@@ -110,16 +124,6 @@ class StepTimer:
         return taken
 
 
-def duration(seconds: float) -> str:
-    """Such as "2 h 10 min"."""
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    hours, days = minutes // 60 % 24, minutes // 1440
-    parts = {"d": days, "h": hours, "min": 0 if days else minutes % 60}
-    return " ".join(f"{number} {unit}" for unit, number in parts.items() if number)
-
-
 def memory(device: torch.device) -> dict[str, float]:
     """GiB used by this process, and the most that its GPU held."""
     used = {"memory_gib": psutil.Process().memory_info().rss / 2**30}
@@ -129,7 +133,7 @@ def memory(device: torch.device) -> dict[str, float]:
 
 
 class Telemetry:
-    """Gathers the losses and times of updates, and reports them as lines of the log and on the progress bar."""
+    """Gathers the losses and times of updates, and reports them to the log, the progress bar, metrics.jsonl and the tracker."""
 
     def __init__(self, accelerator: Accelerator, folder: Path, updater: Updater, first_step: int, total: int):
         self.accelerator, self.updater, self.path = accelerator, updater, folder / "metrics.jsonl"
@@ -138,40 +142,65 @@ class Telemetry:
             keep_lines(self.path, first_step)
         self.skipped = SkippedLog(folder) if main else None  # rows of the data
         self.timer = StepTimer(accelerator.device)
-        self.bar = tqdm(total=total, initial=first_step, disable=not main, desc="training", unit="update")
+        self.bar = tqdm(total=total, initial=first_step, disable=not main, desc="training", bar_format=BAR)
         self._losses: list[torch.Tensor] = []  # one per update since the last report
         self._grad_norm = float("nan")  # of the last update
         self._spent: Counter[str] = Counter()  # seconds by part of an update
         self._first_step = first_step
+        self._loss = ""  # as the bar shows it
         self._tracker_fails = False
         self.restart_clock()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """A line of metrics.jsonl, which the tracker gets too."""
-        try:
+        with self._tracking():
             self.accelerator.log(dict(metrics), step=step)
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def show(self, name: str, path: Path, caption: str, step: int) -> None:
+        """A picture, which the tracker gets if it is one of `trackers.SHOW`; in the main process."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name in SHOW:
+                with self._tracking(), Image.open(path) as picture:
+                    SHOW[tracker.name](tracker.tracker, name, picture, f"update {step}\n{caption}".strip(), step)
+
+    def end_tracking(self) -> None:
+        """Close the tracker, and what else accelerate has open."""
+        with self._tracking():
+            self.accelerator.end_training()
+
+    @contextlib.contextmanager
+    def _tracking(self) -> Iterator[None]:
+        """Within, a tracker's first error is logged, and those after it are not."""
+        try:
+            yield
         except Exception as error:  # each tracker has its own
             if not self._tracker_fails:
                 logger.warning("the tracker failed, and the run goes on: %s", describe_exception(error))
             self._tracker_fails = True
-        if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def restart_clock(self) -> None:
         """Images per second are counted from here on."""
         self._clock = time.monotonic()
 
-    def note_progress(self, done: int) -> None:
+    def note_progress(self, done: int, forecast: Forecast, batch_size: int) -> None:
         """After every update; after the first few, log how long the rest will take."""
+        forecast.note_update(done)
+        if forecast.pace is not None:
+            left, rate = forecast.seconds_left(), 1 / forecast.pace
+            when, until = duration(left), time_of_day(left)
+            self.bar.set_postfix_str(f"{self._loss}{rate * batch_size:.3g} images/s, ends {until} ({when})", refresh=False)
+            if done - self._first_step == ESTIMATE_AFTER and done < self.bar.total:
+                told = "about %s to go at %.3g updates/s, until %s, with previews, evaluations and final samples"
+                logger.info(told, when, rate, until)
         self.bar.update()
-        now, since = time.monotonic(), done - self._first_step
-        if since == 1:
-            self._second_began = now
-        elif since == ESTIMATE_AFTER and done < self.bar.total:
-            rate = (since - 1) / max(now - self._second_began, 1e-9)
-            left = duration((self.bar.total - done) / rate)
-            logger.info("about %s to go at %.3g updates/s, without previews, evaluations and final samples", left, rate)
+
+    def close_bar(self) -> None:
+        """After the last update; what it told of the end it tells no more."""
+        self.bar.set_postfix_str(self._loss.removesuffix(", "), refresh=False)
+        self.bar.close()
 
     def note_update(self, loss: torch.Tensor, grad_norm: float) -> None:
         self._losses.append(loss)
@@ -204,8 +233,8 @@ class Telemetry:
         each = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if not name.endswith("_seconds"))
         logger.debug("update %d of %d: %s", done, self.bar.total, each)
         self._losses = []
+        self._loss = f"loss {shown['loss']:.3g}, " if shown else ""
         self.restart_clock()
-        self.bar.set_postfix(shown, refresh=False)
 
     def summarize(self) -> None:
         """Log where the time went and what was skipped."""
