@@ -83,6 +83,7 @@ class Run:
     stop: StopRequest
     first: int  # updates done before
     began: float  # reading of time.monotonic
+    on_preview: Callable[[Path], Any] | None = None  # takes each preview's path
 
     def __post_init__(self) -> None:
         options, watching, optimisation = self.options, self.options.watching, self.options.optimisation
@@ -176,6 +177,8 @@ def preview(run: Run, done: int, only_if_missing: bool = False) -> None:
     if not (only_if_missing and path.is_file()):
         with not_essential("a preview"):
             save_grid(run, run.preview_pipe, watching.preview_images, run.preview_steps, path)
+            if run.on_preview is not None:
+                run.on_preview(path)
 
 
 def save_grid(run: Run, pipe: Any, count: int, steps: int, path: Path) -> None:
