@@ -40,8 +40,7 @@ from .telemetry import logging_to
 def train(options: TrainingOptions, on_preview: Callable[[Path], Any] | None = None) -> Path:
     """Train as the options say, and return the folder with the model. `on_preview` gets the path of each preview picture.
 
-    Raises ConfigError or DataError before training starts, Stopped if the run was asked to end early, CheckpointError or
-    NumericalError if it cannot continue, and PushError if all is done but the last push.
+    Raises ConfigError or DataError before it begins; Stopped, CheckpointError or NumericalError; PushError if all else is done.
     """
     # Where it runs
     began = time.monotonic()
