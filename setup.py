@@ -39,8 +39,9 @@ INCEPTION = ["torchmetrics[image]>=1.6"]  # torchvision and torch-fidelity, for 
 TIFF = ["tifffile>=2024.8", "imagecodecs>=2024.6"]  # several bands, and colours beyond 8 bits; LZW and the like
 TENSORBOARD = ["tensorboard>=2.16"]
 CATS = ["robohash==2.0"]  # its art: another version may have other pictures
+NOTEBOOK = [*EVAL, "nbclient>=0.10", "nbformat>=5.7", "ipykernel>=6.29", "ipywidgets>=8.1"]  # docs/notebooks
 TEST = [
-    *EVAL,
+    *NOTEBOOK,
     *TENSORBOARD,
     *CATS,
     *TIFF,
@@ -87,6 +88,7 @@ setup(
         "tensorboard": TENSORBOARD,
         "cats": CATS,
         "tiff": TIFF,
+        "notebook": NOTEBOOK,
         "test": TEST,
     },
     classifiers=[

@@ -274,21 +274,9 @@ class AlphaDDPMEditing:
         Timestep -1 is the image itself, in [-1, 1]; `denormalize` is that of the call. Returns [len(timesteps), B, C, H, W].
         Raises ValueError if the timesteps are not ascending within -1..T-1.
         """
-        x, last = self._images_in(image, denormalize), self.scheduler.config.num_train_timesteps - 1
-        chain = list(plain(timesteps))
-        for t in chain:
-            check_integer("timesteps: each", t, -1, last)
-        if not chain or sorted(set(chain)) != chain:
-            raise ValueError(f"timesteps={chain} must be ascending, from -1 (the image) to {last}, with at least one.")
-        generator = checked_generators(generator, len(x))
-        scheduler = AlphaDDPMScheduler.from_config(self.scheduler.config)  # leaves the pipeline's own chain as it is
-        trajectory = [x] if chain[0] == -1 else []
-        if noisy := [t for t in chain if t >= 0]:
-            scheduler.set_timesteps(timesteps=noisy[::-1])
-        for t in noisy:
-            x = scheduler.forward_step(x, t, self._noise(x.shape, generator))
-            trajectory.append(x)
-        return torch.stack(trajectory)
+        x = self._images_in(image, denormalize)
+        scheduler = AlphaDDPMScheduler.from_config(self.scheduler.config)
+        return scheduler.forward_trajectory(x, plain(timesteps), checked_generators(generator, len(x)))
 
 
 def expanded(batch: Tensor, batch_size: int, what: str) -> Tensor:

@@ -125,6 +125,30 @@ def read_pictures(pictures: Images, what: str, channels: int | None = None) -> T
         return torch.from_numpy(_one_batch(values)).movedim(-1, -3).contiguous()
 
 
+def pictures_to_tensor(pictures: Images, channels: int | None = None) -> Tensor:
+    """What networks and schedulers take: one picture, a batch or a list of one size as [N, channels, H, W] in [-1, 1].
+
+    Pictures are PIL images in any mode, arrays with channels last or tensors with channels first, in 0..255 (uint8), 0..65535
+    (uint16) or [0, 1] (floats). `channels` converts to 1 (grey), 3 (RGB) or 4 (RGBA); by default all get the most that
+    one of them has. Raises BadImage, a ValueError, for what cannot be read as it was meant.
+    """
+    return read_pictures(pictures, "pictures", channels) * 2 - 1
+
+
+def tensor_to_pictures(x: Tensor) -> list[Image.Image]:
+    """The inverse: x [N, C, H, W] or [C, H, W] in [-1, 1], clipped to it, as N PIL images of 8 bits, with C = 1, 3 or 4.
+
+    Raises ValueError for other shapes, integers, and values that are not finite.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim not in (3, 4) or x.shape[-3] not in PIL_MODES:
+        found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x is {found}; give a float tensor [N, C, H, W] in [-1, 1] with 1, 3 or 4 channels.")
+    if not x.isfinite().all():
+        raise ValueError("x holds NaN or infinite values; pictures need finite ones.")
+    levels = (x.detach() / 2 + 0.5).clamp(0, 1).float().mul(255).round().to(torch.uint8).cpu()
+    return [Pixels(values, 255).image() for values in levels.reshape(-1, *x.shape[-3:]).movedim(1, -1).numpy()]
+
+
 def read_values(pictures: Images, what: str, channels: int, values: ValueRange, own_units: bool) -> Tensor:
     """As `read_pictures`, but in the model's [-1, 1], float32 or float64.
 

@@ -106,7 +106,8 @@ class AlphaDDPMPipeline(StockFormatMixin, Conditioned, AlphaDDPMSampling, Diffus
             strength: fraction of the chain to run on `image`, from 0 (unchanged) to 1; by default 0.5, or 1 with a mask.
             mask_image: white (1) where `image` is painted anew, black (0) where its pixels are kept.
             num_resamples: with a mask, passes per step, for a better fit of old and new (Lugmayr et al. 2022); 1 is none.
-            output_trajectory: also return all x_t: `trajectory` [S + 1, B, C, H, W] on the CPU.
+            output_trajectory: also return all x_t, `trajectory` [S + 1, B, C, H, W], and the x_0 predicted at each step,
+                `predictions` [S, B, C, H, W] (None if the sampler does not give it), both on the CPU.
             num_images_per_prompt: images per class label or image; those of one are neighbours.
             latents: the noise N(0, I) to start from, or to noise `image` with, [B, C, H, W], in place of the generator's.
             timesteps, sigmas: the chain itself, noise first, in place of `num_inference_steps`, for schedulers that take it.

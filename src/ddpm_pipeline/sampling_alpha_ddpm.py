@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.guiders import BaseGuidance
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from .editing_alpha_ddpm import AlphaDDPMEditing, Batch, Chain, Edit, start_chain
@@ -25,7 +25,7 @@ from .encoding_alpha_ddpm import (
     own_settings,
     value_range,
 )
-from .pictures_alpha_ddpm import PIL_MODES
+from .pictures_alpha_ddpm import PIL_MODES, tensor_to_pictures
 from .ranges_alpha_ddpm import ValueRange
 from .samplers_alpha_ddpm import Steps, advice, checked_generators, plain, reserved, reverse_step, set_timesteps, takes_variance
 from .tables_alpha_ddpm import OWN_KEY, Generators, warn
@@ -36,9 +36,10 @@ CALLBACK_INPUTS = ("latents", "pred_original_sample", "image")  # the last is wh
 
 @dataclass
 class AlphaDDPMOutput(ImagePipelineOutput):
-    """`images` as asked for and, with `output_trajectory=True`, x_T first and x_0 last: [S + 1, B, C, H, W], on the CPU."""
+    """`images` as asked for and, with `output_trajectory=True`, what S steps went through, in about [-1, 1] on the CPU."""
 
-    trajectory: Tensor | None = None
+    trajectory: Tensor | None = None  # x_T first and x_0 last, [S + 1, B, C, H, W]
+    predictions: Tensor | None = None  # the x_0 predicted at each step, [S, B, C, H, W]; None if the sampler does not give it
 
 
 @dataclass(frozen=True)
@@ -212,11 +213,10 @@ def to_images(x: Tensor, output_type: str, own: ValueRange | None = None) -> Any
     """x_0 [B, C, H, W] in [-1, 1] as one of OUTPUT_TYPES, in [0, 1] or in the units of `own`; "latent" is x_0 itself."""
     if output_type == "latent":
         return x
+    if output_type == "pil":
+        return tensor_to_pictures(x)
     x = own.denormalize(x) if own else (x / 2 + 0.5).clamp(0, 1)
-    if output_type == "pt":
-        return x
-    array = x.cpu().permute(0, 2, 3, 1).float().numpy()  # [B, C, H, W] -> [B, H, W, C]
-    return DiffusionPipeline.numpy_to_pil(array) if output_type == "pil" else array
+    return x if output_type == "pt" else x.cpu().permute(0, 2, 3, 1).float().numpy()  # [B, H, W, C]
 
 
 def check_finite(chain: Chain, unet: Any) -> None:
@@ -301,17 +301,17 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
             set_timesteps(self.scheduler, steps, from_noise=edit.image is None)
             noise = self._start_noise(edit.latents, batch.size, generator)
             chain = start_chain(self.scheduler, edit, batch, noise, generator)
-            x, frames = self._denoise(chain, conditioning, output)
+            x, *watched = self._denoise(chain, conditioning, output)
         self.maybe_free_model_hooks()
         images = to_images(x, output.type, self.value_range if output.denormalize else None)
-        result = AlphaDDPMOutput(images, torch.stack(frames) if frames else None)
+        result = AlphaDDPMOutput(images, *(torch.stack(each) if each else None for each in watched))
         return result if output.as_dict else result.to_tuple()
 
-    def _denoise(self, chain: Chain, conditioning: Conditioning, output: Output) -> tuple[Tensor, list[Tensor]]:
-        """x_0 [B, C, H, W] and, if asked for, all x_t."""
+    def _denoise(self, chain: Chain, conditioning: Conditioning, output: Output) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """x_0 [B, C, H, W] and, if asked for, all x_t and the x_0 predicted on the way."""
         scheduler, guidance, total = self.scheduler, conditioning.guidance, len(self.scheduler.timesteps)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance.scale, len(chain.steps), False
-        x, frames = chain.x, [chain.x.cpu()] if output.trajectory else []
+        x, frames, predictions = chain.x, [chain.x.cpu()] if output.trajectory else [], []
 
         for index, t in self.progress_bar(chain.steps):
             for repeat in chain.repeats(index):
@@ -322,11 +322,14 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
                 x = chain.keep(step.prev_sample, index)
             x = output.call_back(self, index - chain.first, t, x, step)
             chain.watch(model_output, x)
-            frames += [x.cpu()] if output.trajectory else []
+            if output.trajectory:
+                frames.append(x.cpu())
+                predicted = getattr(step, "pred_original_sample", None)
+                predictions += [] if predicted is None else [predicted.cpu()]
             if self.interrupt:
                 break
         check_finite(chain, self.unet)
-        return x, frames
+        return x, frames, predictions
 
     def _start_noise(self, latents: Tensor | None, size: int, generator: Generators) -> Tensor:
         """`latents`, or z ~ N(0, I), [B, C, H, W]. Raises ValueError for another number of them."""

@@ -16,8 +16,10 @@ Travels inside model repositories.
 """
 
 import json
+import math
 import reprlib
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -49,6 +51,25 @@ class ReverseMoments(Moments):
     """Moments of p_θ(x_s | x_t)."""
 
     pred_original_sample: Tensor  # the x_0 they were computed from, clipped as configured
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The numbers of a chain, float64 [n] on the CPU, by ascending timestep. s is the timestep before t in the chain, and the
+    first one's s is clean data.
+    """
+
+    timesteps: Tensor  # t, int64
+    betas: Tensor  # 1 - α_{t|s}, the variance of q(x_t | x_s); 1 - α_t in the full chain
+    alphas_cumprod: Tensor  # ᾱ_t, the share of x_0's variance that is left in x_t
+    posterior_variance: Tensor  # β̃_t, the variance of q(x_s | x_t, x_0), report eq. 5.7 corrected; 0 into clean data
+    sigmas: Tensor  # √((1-ᾱ_t)/ᾱ_t), the noise in x_t/√ᾱ_t
+    log_snr: Tensor  # log(ᾱ_t/(1-ᾱ_t)), in nats
+
+    @property
+    def snr(self) -> Tensor:
+        """ᾱ_t/(1-ᾱ_t), the signal-to-noise ratio."""
+        return self.log_snr.exp()
 
 
 class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
@@ -312,9 +333,54 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         q = self._marginal.at(timesteps, x_0)
         return _moments(q.sqrt_alpha_cumprod * x_0, q.one_minus_alpha_cumprod, q.log_one_minus_alpha_cumprod)
 
-    def log_snr(self, timesteps: Timesteps, like: Tensor) -> float | Tensor:
-        """log(ᾱ_t/(1-ᾱ_t)), to broadcast against the images `like`; -inf at zero terminal SNR."""
+    def forward_trajectory(self, original_samples: Tensor, timesteps: Sequence[int], generator: Generators = None) -> Tensor:
+        """x_t at the ascending `timesteps`, each from the one before (report eq. 4.3, figure 3.4); timestep -1 is x_0 itself.
+
+        x_0 is [B, C, H, W], the result [len(timesteps), B, C, H, W]; `generator` is one, or a list of one per image. No network
+        is needed, and the chain in use stays as it is. Raises ValueError if the timesteps are not ascending within -1..T-1.
+        """
+        each = np.ravel(tables.without_torch(timesteps)).tolist()
+        for t in each:
+            tables.check_integer("timesteps: each", t, -1, len(self) - 1)
+        if not each or sorted(set(each)) != each:
+            allowed = f"ascending, from -1 (the image) to {len(self) - 1}, with at least one"
+            raise ValueError(f"timesteps={each} must be {allowed}.")
+        tables.check_generators(generator, len(original_samples))
+        x, chain = original_samples, copy(self)  # whose own chain takes the place of this one's, not its tables
+        trajectory = [x] if each[0] == -1 else []
+        if noisy := [t for t in each if t >= 0]:
+            chain.set_timesteps(timesteps=noisy[::-1])
+        for t in noisy:
+            x = chain.forward_step(x, t, tables.standard_normal(x.shape, x, generator))
+            trajectory.append(x)
+        return torch.stack(trajectory)
+
+    def log_snr(self, timesteps: Timesteps, like: Tensor | None = None) -> float | Tensor:
+        """log(ᾱ_t/(1-ᾱ_t)) in nats, -inf at zero terminal SNR: a number for an int, float64 [B] on the CPU for [B] timesteps;
+        or, with images `like`, in their dtype on their device and to broadcast against them.
+        """
+        if like is None:
+            like = torch.empty(np.size(tables.without_torch(timesteps)), dtype=torch.float64)
         return self._marginal.at(timesteps, compute(like)).log_snr
+
+    def snr(self, timesteps: Timesteps, like: Tensor | None = None) -> float | Tensor:
+        """The signal-to-noise ratio ᾱ_t/(1-ᾱ_t); arguments and result as of `log_snr`."""
+        log_snr = self.log_snr(timesteps, like)
+        return log_snr.exp() if isinstance(log_snr, Tensor) else math.exp(log_snr)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The tables of the chain in use: of all timesteps 0..T-1, or, after `set_timesteps`, of those chosen."""
+        t, chain, marginal = np.array(list(self._chain.positions)), self._chain.columns, self._marginal.columns
+        columns = {
+            "timesteps": t,
+            "betas": chain["forward_variance"],
+            "alphas_cumprod": np.exp(self._log_alphas_cumprod[t]),
+            "posterior_variance": chain["posterior_variance"],
+            "sigmas": marginal["noise_to_signal"][t],
+            "log_snr": marginal["log_snr"][t],
+        }
+        return Schedule(**{name: torch.tensor(values) for name, values in columns.items()})
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Timesteps) -> Tensor:
         """v = √ᾱ_t z̃ - √(1-ᾱ_t) x_0 (Salimans & Ho 2022). `sample` is x_0, as in diffusers. [B, C, H, W]."""

@@ -260,7 +260,7 @@ def chain_table(
     log_alpha_cumprod_prev = np.concatenate([[0.0], log_alpha_cumprod[:-1]])
     beta, variance, variance_prev = (-np.expm1(x) for x in (log_alpha, log_alpha_cumprod, log_alpha_cumprod_prev))
     log_beta = np.log(beta)
-    posterior_variance = variance_prev / variance * beta
+    posterior_variance = variance_prev / variance * beta + 0.0  # never -0.0
     # β̃ is 0 for the step into clean data. Where a finite logarithm is needed, its neighbour's value replaces it.
     log_lower = np.log(posterior_variance[1:])
     log_lower = np.concatenate([log_lower[:1] if len(chain) > 1 else log_beta[:1], log_lower])

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from data_helpers import array_to_image, encoded, load, parquet, stream_of
-from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, pictures_to_tensor, tensor_to_pictures
 from ddpm_pipeline.data.images import BadImage, Form, image_pixels, open_image, to_array
 from ddpm_pipeline.pictures_alpha_ddpm import read_pictures
 from helpers import tiny_unet
@@ -250,3 +250,25 @@ def test_half_and_more_is_white(pipe):
 def test_masks_that_may_mean_either_are_refused(mask, pipe):
     with pytest.raises(ValueError, match=r"^mask_image.*[a-z]{3}"):
         pipe(2, image=np.zeros((SIDE, SIDE)), mask_image=mask, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_pictures_become_tensors_and_the_same_pictures_again(mode):
+    levels = np.random.default_rng(0).integers(0, 256, (2, 5, 4, len(mode)), dtype=np.uint8)
+    pictures = [Image.fromarray(values.squeeze()) for values in levels]
+    x = pictures_to_tensor(pictures)
+    torch.testing.assert_close(x, torch.from_numpy(levels).movedim(-1, 1) / 127.5 - 1)
+    assert [each.mode for each in tensor_to_pictures(x)] == [mode] * 2
+    assert all(np.array_equal(a, b) for a, b in zip(tensor_to_pictures(x), pictures, strict=True))
+    assert np.array_equal(tensor_to_pictures(x[0].double() * 1.5)[0], tensor_to_pictures((x[0] * 1.5).clamp(-1, 1))[0])
+    assert pictures_to_tensor(pictures[0], channels=1).shape == (1, 1, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [(torch.zeros(2, 2, 4, 4), "1, 3 or 4 channels"), (torch.zeros(4, 4), "float tensor"), (np.zeros((1, 4, 4)), "ndarray"),
+     (torch.zeros(1, 4, 4, dtype=torch.uint8), "uint8"), (torch.full((1, 4, 4), torch.nan), "NaN")],
+)  # fmt: skip
+def test_tensors_that_are_no_pictures(x, message):
+    with pytest.raises(ValueError, match=message):
+        tensor_to_pictures(x)

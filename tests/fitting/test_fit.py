@@ -77,7 +77,7 @@ def test_the_long_solution_is_that_of_dpm_solver():
     stock = DPMSolverMultistepScheduler.from_config(scheduler.config)
     stock.set_timesteps(20)
     timesteps = stock.timesteps
-    coefficients = solver_coefficients(scheduler.log_snr(timesteps, torch.zeros(20, dtype=torch.float64)).numpy())
+    coefficients = solver_coefficients(scheduler.log_snr(timesteps).numpy())
     sampler = {"timesteps": timesteps.tolist(), "coefficients": coefficients.tolist()}
     ours = AlphaDDPMFittedScheduler(**CONFIG, fitted_samplers={"20": sampler})
     ours.set_timesteps(20)

@@ -18,7 +18,9 @@ def test_pictures_show_the_channels_that_are_asked_for_and_the_card_says_which(t
     (tmp_path / "unet.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="--preview_channels 1,2,4 must be channels of the images, which are 1 to 3"):
         train(TrainingOptions(**options, output_dir=str(tmp_path / "not"), preview_channels="1,2,4"))
-    folder = train(TrainingOptions(**options, output_dir=str(tmp_path / "run"), preview_channels="2"))
+    seen = []
+    folder = train(TrainingOptions(**options, output_dir=str(tmp_path / "run"), preview_channels="2"), on_preview=seen.append)
+    assert seen == [folder / "samples" / "step-00000001.png"] and seen[0].is_file()
     for name in ("samples.txt", "samples/step-00000001.txt"):
         assert (folder / name).read_text() == "shown: channel 2 of 3\n"
     with Image.open(folder / "samples.png") as picture:

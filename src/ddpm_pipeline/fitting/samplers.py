@@ -125,7 +125,7 @@ def sampled_by_fit(lengths: Sequence[int], num_noises: int) -> list[tuple[int, i
 def long_solver(scheduler: Any, steps: int) -> AlphaDDPMFittedScheduler:
     """DPM-Solver++ (2M) for so many steps, spaced and with x̂_0 clipped as the scheduler's config says."""
     spaced = own_scheduler(scheduler, steps, inference_timesteps=None, fitted_samplers=None)
-    log_snr = spaced.log_snr(spaced.timesteps, torch.zeros(steps, dtype=torch.float64)).numpy()
+    log_snr = spaced.log_snr(spaced.timesteps).numpy()
     solver = {"timesteps": spaced.timesteps.tolist(), "coefficients": solver_coefficients(log_snr).tolist()}
     return AlphaDDPMFittedScheduler.from_config(spaced.config, fitted_samplers={str(steps): solver})
 

@@ -205,8 +205,7 @@ def _strata(chain: AlphaDDPMScheduler, bound: BoundOptions, noise: NoiseSource |
         raise ValueError("two_term=True follows whole chains; leave out num_evaluated.")
     if bound.num_evaluated < 3 or noise is not None:
         raise ValueError(f"num_evaluated={bound.num_evaluated} must be at least 3, and takes a generator, not `noise`.")
-    like = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    log_snr = np.array([float(chain.log_snr(t, like)) for t in chain.timesteps.flip(0).tolist()])
+    log_snr = chain.schedule.log_snr.numpy()
     fall = np.cumsum(-np.diff(np.maximum(log_snr, -50)))  # of positions 1..N-1
     positions, draws = len(log_snr), bound.num_evaluated - 1
     count = max(1, draws // 2)

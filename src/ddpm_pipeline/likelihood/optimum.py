@@ -162,8 +162,7 @@ class _PairCosts:
         if len(statistics.x0_errors) != len(full):
             covered = len(statistics.x0_errors)
             raise ValueError(f"the statistics cover {covered} timesteps, the scheduler has {len(full)}.")
-        like = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-        log_snr = np.array([float(full.log_snr(t, like)) for t in range(len(full))])
+        log_snr = full.schedule.log_snr.numpy()
         log_signal, log_variance = -np.logaddexp(0, -log_snr), -np.logaddexp(0, log_snr)  # log ᾱ_t, log(1-ᾱ_t)
         later = np.triu(np.ones((len(full), len(full)), dtype=bool), k=1)  # [s, t] with s < t
         with np.errstate(all="ignore"):  # the lower triangle means nothing

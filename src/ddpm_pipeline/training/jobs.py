@@ -69,6 +69,7 @@ class Run:
     stop: StopRequest
     first: int  # updates done before
     began: float  # reading of time.monotonic
+    on_preview: Callable[[Path], Any] | None = None  # takes each preview's path
     forecast: Forecast = field(init=False)
 
     def __post_init__(self) -> None:
@@ -187,6 +188,8 @@ def preview(run: Run, done: int, only_if_missing: bool = False) -> None:
         with not_essential("a preview"):
             caption = save_grid(run, run.preview_pipe, watching.preview_images, run.preview_steps, path)
             run.telemetry.show("preview", path, caption, done)
+            if run.on_preview is not None:
+                run.on_preview(path)
 
 
 def save_grid(run: Run, pipe: Any, count: int, steps: int, path: Path) -> str:

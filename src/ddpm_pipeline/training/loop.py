@@ -38,11 +38,10 @@ from .telemetry import logging_to
 
 
 @forgotten_accelerator()
-def train(options: TrainingOptions) -> Path:
-    """Train as the options say, and return the folder with the model.
+def train(options: TrainingOptions, on_preview: Callable[[Path], Any] | None = None) -> Path:
+    """Train as the options say, and return the folder with the model. `on_preview` gets the path of each preview picture.
 
-    Raises ConfigError or DataError before training starts, Stopped if the run was asked to end early, CheckpointError or
-    NumericalError if it cannot continue, and PushError if all is done but the last push.
+    Raises ConfigError or DataError before it begins; Stopped, CheckpointError or NumericalError; PushError if all else is done.
     """
     # Where it runs
     began = time.monotonic()
@@ -74,6 +73,7 @@ def train(options: TrainingOptions) -> Path:
             output.set_aside()  # not before all of the above has succeeded
         start_log()
         run = Run(options, accelerator, folder, output, data, condition, state, scheduler, batches, pusher, stop, first, began)
+        run.on_preview = on_preview
         watching, in_main, at_end = options.watching, run.in_main_process, "always" if data.held_out else "if due"
         jobs = [
             Every(watching.log_every, partial(report, run), at_end="always"),
