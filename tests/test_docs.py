@@ -9,6 +9,7 @@ from typing import get_type_hints
 
 import pytest
 
+import ddpm_pipeline
 import diffusers_suites
 from ddpm_pipeline.evaluation.options import EvaluationOptions
 from ddpm_pipeline.fitting.options import FittingOptions
@@ -81,6 +82,12 @@ def test_commands_use_options_and_recipes_that_exist(script):
                     assert (PACKAGE / "recipes" / f"{given[index + 1]}.yaml").is_file(), f"{name}: {line}"
                 elif word.startswith("--"):
                     assert word[2:] in known, f"{name}: {line}"
+
+
+def test_code_names_of_the_equations_exist():
+    for name in re.findall(r"`([a-z_]+)`(?=[ ,|]|$)", PAGES["equations.md"]):
+        if name.startswith(("q_", "p_", "forward_")) or name.endswith(("_noise", "_target", "_sample")):
+            assert hasattr(ddpm_pipeline.AlphaDDPMScheduler, name), name
 
 
 @pytest.mark.parametrize("script", COMMANDS)
