@@ -23,6 +23,14 @@ INCEPTION = ["torchmetrics[image]>=1.6"]  # torchvision and torch-fidelity, for 
 TIFF = ["tifffile>=2024.8", "imagecodecs>=2024.6"]  # several bands, and colours beyond 8 bits; LZW and the like
 TENSORBOARD = ["tensorboard>=2.16"]
 CATS = ["robohash==2.0"]  # its art: another version may have other pictures
+DOCS = [  # sphinx-build -W docs build/site
+    *EVAL,
+    "sphinx>=9.0",
+    "myst-nb>=1.4",
+    "furo>=2025.12",
+    "sphinx-copybutton>=0.5.2",
+    "sphinx-mathjax-offline>=0.0.2",
+]
 TEST = [
     *EVAL,
     *TENSORBOARD,
@@ -69,6 +77,7 @@ setup(
         "tensorboard": TENSORBOARD,
         "cats": CATS,
         "tiff": TIFF,
+        "docs": DOCS,
         "test": TEST,
     },
     classifiers=[

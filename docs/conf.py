@@ -23,13 +23,15 @@ author = "The ddpm-pipeline authors"
 version = release = ddpm_pipeline.__version__
 exclude_patterns = ["pictures"]
 extensions = [
-    "myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton", "sphinx-mathjax-offline",
+    "myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton",
+    "sphinx-mathjax-offline",
 ]  # fmt: skip
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"  # notebooks keep the outputs that they were committed with
 highlight_language = "none"  # of blocks that name no language
+suppress_warnings = ["misc.highlighting_failure"]  # of languages without colours, such as csv
 
 default_role = "code"  # docstrings mark code by single backticks
 autodoc_member_order = "bysource"

@@ -9,7 +9,8 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
 from functools import partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,11 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-import ddpm_pipeline.evaluation.options
-import ddpm_pipeline.fitting.options
-import ddpm_pipeline.generation.options
-import ddpm_pipeline.training.options
-from ddpm_pipeline import evaluation, fitting, generation, training
+from ddpm_pipeline.fitting import fit_sampler
 from helpers import ROOT, imported
 from hub_fixtures import client, hub  # noqa: F401, fixtures
 from hub_server import WRITE_TOKEN
@@ -40,16 +37,15 @@ UPDATES = {
     **FEW, "max_train_steps": 2, "lr_warmup_steps": 1, "num_train_timesteps": 20, "beta_end": 0.4, "preview_every": 0,
     "num_samples": 2, "fit_noises": 0, "mixed_precision": "no", "checkpoint_every": 1, "eval_images": 2, "eval_calls": 3,
 }  # fmt: skip
-FIGURES = {**FEW, "num_images": 4, "num_likelihood_images": 2, "likelihood_calls": 3, "num_inference_steps": 5}
-COMMANDS = {  # by script: what parses its options, what runs them, and how it is made short
-    "train": (training.options.parse_options, training.train, UPDATES),
-    "evaluate": (evaluation.options.parse_options, evaluation.evaluate, FIGURES),
-    "generate": (generation.options.parse_options, generation.generate, {**FEW, "num_images": 3, "num_inference_steps": 5}),
-    "fit_sampler": (fitting.options.parse_options, fitting.fit, {**FEW, "num_noises": 3, "long_steps": 20}),
+FIGURES = {**FEW, "num_images": 6, "num_likelihood_images": 2, "likelihood_calls": 3, "num_inference_steps": 5}
+COMMANDS = {  # by script: its room, the function that it calls, and how that is made short
+    "train": ("training", "train", UPDATES),
+    "evaluate": ("evaluation", "evaluate", FIGURES),
+    "generate": ("generation", "generate", {**FEW, "num_images": 3, "num_inference_steps": 5}),
+    "fit_sampler": ("fitting", "fit", {**FEW, "num_noises": 3, "long_steps": 20}),
 }
-MODULES = {"training": "train", "evaluation": "evaluate", "generation": "generate", "fitting": "fit_sampler"}
-SHORT_FIT = {"num_noises": 3, "long_steps": 12}
-OTHERS = ("pip", "git", "hf", "cd", "sphinx-build", "tensorboard", "OUT=", "[")  # which are not ours to run
+SCRIPTS = {room: script for script, (room, _, _) in COMMANDS.items()}
+OTHERS = ("pip", "git", "sphinx-build", "tensorboard", "pytest", "scontrol", "OUT=", "[")  # commands that are not ours to run
 
 
 class Block(NamedTuple):
@@ -79,8 +75,8 @@ def script_of(words: list[str]) -> tuple[str, list[str]] | None:
     for place, word in enumerate(words):
         script = re.fullmatch(r"training/(\w+)\.py", word)
         module = re.fullmatch(r"ddpm_pipeline\.(\w+)", word) if words[place - 1] == "-m" else None
-        if script or (module and module[1] in MODULES):
-            return (script[1] if script else MODULES[module[1]]), words[place + 1 :]
+        if script or (module and module[1] in SCRIPTS):
+            return (script[1] if script else SCRIPTS[module[1]]), words[place + 1 :]
     return None
 
 
@@ -96,17 +92,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(world: Path, tmp_path: Path, client, hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:  # noqa: F811
+def place(world: Path, tmp_path: Path, client, hub, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
     """A copy of the world to work in, with a Hub, and with everything that takes long made short."""
     folder = shutil.copytree(world, tmp_path / "here")
     monkeypatch.chdir(folder)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
-    for name, (_, function, few) in COMMANDS.items():
-        room = next(room for room, script in MODULES.items() if script == name)
-        monkeypatch.setattr(f"ddpm_pipeline.{room}.{function.__name__}", shortened(function, few, tmp_path))
-    monkeypatch.setattr("ddpm_pipeline.fitting.fit_sampler", partial(fitting.fit_sampler, **SHORT_FIT))
-    yield folder
+    for room, name, few in COMMANDS.values():
+        module = import_module(f"ddpm_pipeline.{room}")
+        monkeypatch.setattr(module, name, shortened(getattr(module, name), few, tmp_path))
+    monkeypatch.setattr("ddpm_pipeline.fitting.fit_sampler", partial(fit_sampler, num_noises=3, long_steps=12))
+    return folder
 
 
 def shortened(function: Callable, few: dict[str, Any], tmp_path: Path) -> Callable:
@@ -119,11 +115,14 @@ def shortened(function: Callable, few: dict[str, Any], tmp_path: Path) -> Callab
             values["cache_dir"] = str(tmp_path / "cache")
         if given.get("dataset") == "cats":
             values["dataset_config"] = "num_images=20"
-        if function is training.train:
-            values |= network(given, tmp_path)
-            if not given["resume"] and Path(given["output_dir"] or f"ddpm-{given['dataset']}").exists():
-                values["output_dir"] = str(tmp_path / "trained")  # the page's earlier model of this name stays
-        return function(options.with_values(**values))
+        if given.get("num_images") == 0:
+            del values["num_images"]
+        if function.__name__ == "train":
+            values |= network(given, tmp_path) | {"output_dir": tempfile.mkdtemp(dir=tmp_path)}  # the model of this name stays
+        result = function(options.with_values(**values))
+        if function.__name__ == "train" and not Path("ddpm-photos").exists():  # the checkpoint that the docs name
+            shutil.copytree(result / "checkpoints/step-00000002", "ddpm-photos/checkpoints/step-00001000")
+        return result
 
     return run
 
@@ -137,6 +136,10 @@ def network(given: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     left = {name: value for name, value in config.items() if name not in ("sample_size", "in_channels", "out_channels")}
     (tmp_path / "tiny.json").write_text(json.dumps(left))
     return {"model": str(tmp_path / "tiny.json")}
+
+
+def parsed(script: str, arguments: list[str]) -> Any:
+    return import_module(f"ddpm_pipeline.{COMMANDS[script][0]}.options").parse_options(arguments)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(PAGES[page], "python")])
@@ -158,8 +161,7 @@ def test_commands_can_be_understood(line, world, monkeypatch):
     words = ALL_COMMANDS[line]
     monkeypatch.chdir(world)
     if line in OURS:
-        script, arguments = OURS[line]
-        COMMANDS[script][0](arguments)  # raises ConfigError for options, values and recipes that do not exist
+        parsed(*OURS[line])  # raises ConfigError for options, values and recipes that do not exist
     elif script := next((word for word in words if re.match(r"(benchmarks|tests)/\w+\.py$", word)), None):
         text = (ROOT / script).read_text("utf-8")
         unknown = [word for word in words if word.startswith("--") and f'"{word}"' not in text]
@@ -173,8 +175,6 @@ def test_commands_can_be_understood(line, world, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("line", OURS)
 def test_commands_run(line, place):
-    script, arguments = OURS[line]
     (place / "unet.json").write_text(blocks_of(PAGES["docs/training.md"], "json")[0].text)
-    parse, function, _ = COMMANDS[script]
-    room = next(room for room, name in MODULES.items() if name == script)
-    getattr(import_module(f"ddpm_pipeline.{room}"), function.__name__)(parse(arguments))
+    room, name, _ = COMMANDS[OURS[line][0]]
+    getattr(import_module(f"ddpm_pipeline.{room}"), name)(parsed(*OURS[line]))
