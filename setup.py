@@ -40,6 +40,14 @@ TIFF = ["tifffile>=2024.8", "imagecodecs>=2024.6"]  # several bands, and colours
 TENSORBOARD = ["tensorboard>=2.16"]
 CATS = ["robohash==2.0"]  # its art: another version may have other pictures
 NOTEBOOK = [*EVAL, "nbclient>=0.10", "nbformat>=5.7", "ipykernel>=6.29", "ipywidgets>=8.1"]  # docs/notebooks
+DOCS = [  # sphinx-build -W docs build/site
+    *EVAL,
+    "sphinx>=9.0",
+    "myst-nb>=1.4",
+    "furo>=2025.12",
+    "sphinx-copybutton>=0.5.2",
+    "sphinx-mathjax-offline>=0.0.2",
+]
 TEST = [
     *NOTEBOOK,
     *TENSORBOARD,
@@ -89,6 +97,7 @@ setup(
         "cats": CATS,
         "tiff": TIFF,
         "notebook": NOTEBOOK,
+        "docs": DOCS,
         "test": TEST,
     },
     classifiers=[

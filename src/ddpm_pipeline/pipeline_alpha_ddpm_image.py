@@ -27,12 +27,12 @@ class AlphaDDPMImageToImagePipeline(AlphaDDPMPipeline):
 
     Called as `AlphaDDPMPipeline`, with:
 
-        condition_image: one for all images, or one per image, in the forms that `image` takes, `image` itself being where the
-            chain starts. A label map is integers or a PIL image of class ids. For "downscale:F" it is the picture of 1/F of
-            the model's height and width (or one of full size, which is downscaled first), for "gray" a picture in grey (or
-            in colour, made grey), for "inpaint" the picture to complete. Without it, images are sampled as from what
-            training saw with the condition dropped.
-        condition_mask: for "inpaint", white (1) where the picture is unknown; what it shows there is not looked at.
+    - `condition_image`: one for all images, or one per image, in the forms that `image` takes, `image` itself being where the
+      chain starts. A label map is integers or a PIL image of class ids. For "downscale:F" it is the picture of 1/F of
+      the model's height and width (or one of full size, which is downscaled first), for "gray" a picture in grey (or
+      in colour, made grey), for "inpaint" the picture to complete. Without it, images are sampled as from what
+      training saw with the condition dropped.
+    - `condition_mask`: for "inpaint", white (1) where the picture is unknown; what it shows there is not looked at.
 
     Saved as stock's `DDPMPipeline`, which loads it but cannot be told its condition.
 

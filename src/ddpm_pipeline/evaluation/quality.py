@@ -112,7 +112,7 @@ class ImageQuality(Metric):
 
 
 def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
-    """|μ_r - μ_g|² + tr(Σ_r + Σ_g - 2(Σ_r Σ_g)^½) of features [N, F], by torchmetrics in float64 throughout."""
+    """`|μ_r - μ_g|² + tr(Σ_r + Σ_g - 2(Σ_r Σ_g)^½)` of features [N, F], by torchmetrics in float64 throughout."""
     metric = FrechetInceptionDistance(_Given(real), sync_on_compute=False).to(real.device)
     centre = real.double().mean(dim=0)  # the distance does not change, and sums of squares keep their digits
     metric.update(real.double() - centre, real=True)

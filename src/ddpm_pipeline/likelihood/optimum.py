@@ -27,7 +27,7 @@ class NoiseStatistics:
     """A model's noise predictor on data, for every timestep: all that optimal variances and timesteps need.
 
     Means are over images and their values, standard errors over images. `noise_errors` belong to the noise implied by the
-    predicted x_0, clipped as configured. `residuals` are fractions of values by |x_0 - predicted x_0| over RESIDUAL_EDGES.
+    predicted x_0, clipped as configured. `residuals` are fractions of values by `|x_0 - predicted x_0|` over RESIDUAL_EDGES.
     """
 
     num_images: int

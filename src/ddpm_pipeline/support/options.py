@@ -142,6 +142,7 @@ def options_table(groups: Sequence[type[OptionGroup]]) -> str:
         lines += [f"### {group.title.capitalize()}", "", "| option | default | meaning |", "|---|---|---|"]
         for entry in fields(group):
             default = "" if entry.default in (None, MISSING) else f"`{entry.default}`"
-            lines.append(f"| `--{entry.name}` | {default} | {entry.metadata['help']} |")
+            meaning = entry.metadata["help"].replace("|", r"\|")  # a bar ends the cell
+            lines.append(f"| `--{entry.name}` | {default} | {meaning} |")
         lines.append("")
     return "\n".join(lines)

@@ -1,0 +1,77 @@
+"""The docs as a site, in build/site: pip install -e '.[docs]' && sphinx-build -W --keep-going docs build/site
+
+Nothing is loaded from other servers: formulas are set by the MathJax of the package sphinx-mathjax-offline.
+"""
+
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import sphinx.search
+from sphinx.application import Sphinx
+from sphinx.search.en import SearchEnglish
+
+import ddpm_pipeline
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+REPOSITORY = "https://github.com/ddpm-pipeline/ddpm-pipeline/blob/main"
+
+project = "ddpm-pipeline"
+author = "The ddpm-pipeline authors"
+version = release = ddpm_pipeline.__version__
+exclude_patterns = ["pictures"]
+extensions = [
+    "myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton",
+    "sphinx-mathjax-offline",
+]  # fmt: skip
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 4
+nb_execution_mode = "off"  # notebooks keep the outputs that they were committed with
+highlight_language = "none"  # of blocks that name no language
+suppress_warnings = ["misc.highlighting_failure"]  # of languages without colours, such as csv
+
+default_role = "code"  # docstrings mark code by single backticks
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_class_signature = "mixed"
+python_maximum_signature_line_length = 88
+
+html_theme = "furo"
+html_title = "ddpm-pipeline"
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sphinx = False
+
+
+class SearchBoth(SearchEnglish):
+    """English words, and in Chinese, which has no spaces, every pair of neighbouring characters as well."""
+
+    def split(self, text: str) -> list[str]:
+        runs = re.findall(r"[\u4e00-\u9fff]+", text)
+        return [*super().split(text), *(a + b for run in runs for a, b in pairwise(run))]
+
+
+def link_to_repository(app: Sphinx, page: str, source: list[str]) -> None:
+    """Links that lead out of docs/, such as ../src/file.py, lead to the repository's page of that file."""
+
+    def address(link: re.Match) -> str:
+        file = (DOCS / page).parent.joinpath(link[1]).resolve()
+        outside = file.is_relative_to(ROOT) and not file.is_relative_to(DOCS) and file.exists()
+        return f"]({REPOSITORY}/{file.relative_to(ROOT).as_posix()}" if outside else link[0]
+
+    source[0] = re.sub(r"\]\((\.\./[^)#]*)", address, source[0])
+
+
+def name_language(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Chinese pages say so, which decides how browsers draw their characters."""
+    context["language"] = context["language_attr"] = "zh-CN" if "zh-CN" in page else "en"
+
+
+def setup(app: Sphinx) -> None:
+    sphinx.search.languages["en"] = SearchBoth
+    app.connect("source-read", link_to_repository)
+    app.connect("html-page-context", name_language)
