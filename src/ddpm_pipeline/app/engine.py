@@ -25,6 +25,7 @@ from ..likelihood import BitsPerDim, bits_per_dim
 from ..pictures_alpha_ddpm import PIL_MODES, BadImage
 from ..sampling_alpha_ddpm import Guidance
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
+from ..scheduling_fitted_alpha_ddpm import AlphaDDPMFittedScheduler
 from ..support.draws import RandomStream, seeds
 from ..support.errors import ConfigError
 from ..support.pictures import GAP, Display, grid
@@ -104,8 +105,8 @@ class Engine:
     def _samplers(self) -> dict[str, tuple[Any, list[int]]]:
         """By the names on the screens: the scheduler, and the numbers of network calls that it takes."""
         own, found = self.pipe.scheduler, {}
-        if fitted := getattr(own, "fitted_samplers", None):
-            found[FITTED] = own, sorted(map(int, fitted))
+        if isinstance(own, AlphaDDPMFittedScheduler):
+            found[FITTED] = own, sorted(map(int, own.fitted_samplers))
         elif not isinstance(own, AlphaDDPMScheduler):
             found[type(own).__name__] = own, self._possible(own)
         for name, label in LABELS.items():
