@@ -95,7 +95,7 @@ class Person:
 def use_every_tab(person: Person, picture: Path, shot: Callable[[str], None]) -> None:
     """Draw, noise an uploaded picture, paint over one, mix two, evaluate one; `shot` is called with each tab's name."""
     person.press("Draw")
-    person.reads(r"after \d+ network calls")
+    person.reads("Done in")
     person.sees(1)
     shot("draw")
 
@@ -112,7 +112,7 @@ def use_every_tab(person: Person, picture: Path, shot: Callable[[str], None]) ->
     person.sees(1)
     person.brushes()
     person.press("Paint anew")
-    person.reads(r"after \d+ network calls")
+    person.reads("Done in")
     person.sees(2)
     shot("inpaint")
 
@@ -121,7 +121,7 @@ def use_every_tab(person: Person, picture: Path, shot: Callable[[str], None]) ->
         person.press("Let the model draw it", number)
         person.sees(number + 1)
     person.press("Mix")
-    person.reads(r"after \d+ network calls")
+    person.reads("Done in")
     person.sees(3)
     shot("interpolate")
 

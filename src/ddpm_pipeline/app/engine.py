@@ -37,7 +37,7 @@ LABELS = {"dpm-solver++": "DPM-Solver++", "unipc": "UniPC", "ddim": "DDIM", "ddp
 CALLS = (5, 10, 20, 50, 100, 250)  # to choose from, besides the full chain
 FEW, MANY = 20, 100  # network calls by default: without a fitted sampler, and to edit a picture
 MOST_IMAGES = 16
-SIDE = 448  # pixels that a picture, or all of a grid, takes at least
+SIDE, SMALLEST = 448, 96  # pixels that a picture or the width of a grid takes at least, and that each picture in it does
 WEIGHTS = tuple(index / 6 for index in range(7))
 COPIES, TERMS = 4, 64  # of a picture, each with noise of its own, in a round of the likelihood; of timesteps for each
 COVERED = 0.25  # share of a pixel of the model that the brush must cover
@@ -208,7 +208,7 @@ class Engine:
     def show(self, x: Tensor, columns: int | None = None, labels: Sequence[Any] = ()) -> Image.Image:
         """Images [N, C, H, W] in [0, 1] side by side, each pixel enlarged by a whole factor."""
         columns = columns or int(np.ceil(len(x) ** 0.5))
-        picture = grid(x.clamp(0, 1), columns, max(48, SIDE // columns), labels, self.display)
+        picture = grid(x.clamp(0, 1), columns, max(SMALLEST, SIDE // columns), labels, self.display)
         return picture if labels else picture.crop((GAP, GAP, picture.width - GAP, picture.height - GAP))
 
     def painted(self, layers: Sequence[np.ndarray]) -> Tensor:

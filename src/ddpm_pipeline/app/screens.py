@@ -138,7 +138,9 @@ def _runs(handler: Callable, fields: Sequence[Any], result: Any, words: str, nam
 
 def _shown(steps: Iterator[tuple[int, Any]], show: Callable[[Any], Any]) -> Iterator[Any]:
     for calls, images in steps:
-        yield show(images), f"after {calls} network calls"
+        picture = show(images)
+        yield picture, f"x_t after {calls} network calls"
+    yield picture, f"Done in {calls} network calls."
 
 
 # ---- tabs -----------------------------------------------------------------------------------------------
