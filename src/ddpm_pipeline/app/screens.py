@@ -5,6 +5,7 @@ Nothing is computed here. Handlers are generators, of which Gradio shows each va
 
 import html
 import math
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any
@@ -98,8 +99,8 @@ def _pictures(height: int | None = HEIGHT) -> gr.Image:
     return gr.Image(label="Result", format="png", height=height, **how)
 
 
-def _upload(engine: Engine, label: str, condition: Sequence[Any], seed: int) -> gr.Image:
-    """A picture to upload, shown as the model sees it, or to let the model draw."""
+def _upload(engine: Engine, label: str, condition: Sequence[Any]) -> gr.Image:
+    """A picture to upload, shown as the model sees it, or to let the model draw, another each time."""
     how = {"format": "png", "height": HEIGHT // 2, "elem_classes": "pixels", "buttons": ["download"]}
     picture = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], **how)
     picture.preprocess = lambda file: file and file.path  # as uploaded: the engine reads it, where Gradio would decode it first
@@ -111,7 +112,8 @@ def _upload(engine: Engine, label: str, condition: Sequence[Any], seed: int) -> 
     @reported
     def drawn(*asked: Any) -> Iterator[Any]:
         first = next(iter(engine.samplers))
-        *_, (_, images) = engine.draw(_request(engine, asked), Sampling(first, engine.default_calls(first), seed))
+        sampling = Sampling(first, engine.default_calls(first), secrets.randbelow(TOP_SEED))
+        *_, (_, images) = engine.draw(_request(engine, asked), sampling)
         yield engine.show(images)
 
     if not engine.display.stretch:  # a picture of the screen has 8 bits
@@ -169,7 +171,7 @@ def _draw(engine: Engine, condition: list) -> None:
 def _forward(engine: Engine, condition: list) -> None:
     with gr.Row():
         with gr.Column():
-            picture = _upload(engine, "Picture x_0", condition, 0)
+            picture = _upload(engine, "Picture x_0", condition)
             t = gr.Slider(-1, engine.total - 1, engine.total // 4, step=1, label="Timestep t (-1 is the picture itself)")
             line = gr.Markdown(latex_delimiters=[{"left": "$", "right": "$", "display": False}])
         result = _pictures()
@@ -195,7 +197,7 @@ def _inpaint(engine: Engine, condition: list) -> None:
     factor = max(1, math.ceil(SIDE / max(height, width)))  # as the picture is shown
     with gr.Row():
         with gr.Column():
-            picture = _upload(engine, "Picture", condition, 1)
+            picture = _upload(engine, "Picture", condition)
             sampling = _sampling(engine, list(engine.samplers), MANY)
             count = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Pictures")
             place = gr.Column()
@@ -227,9 +229,9 @@ def _inpaint(engine: Engine, condition: list) -> None:
 def _interpolate(engine: Engine, condition: list) -> None:
     with gr.Row():
         with gr.Column():
-            a = _upload(engine, "Picture a", condition, 0)
+            a = _upload(engine, "Picture a", condition)
         with gr.Column():
-            b = _upload(engine, "Picture b", condition, 1)
+            b = _upload(engine, "Picture b", condition)
     with gr.Row():
         t = gr.Slider(0, engine.total - 1, engine.total // 2, step=1, label="Timestep t up to which noise is added")
         sampling = _sampling(engine, engine.editing_samplers, MANY)
@@ -253,7 +255,7 @@ def _interpolate(engine: Engine, condition: list) -> None:
 def _likelihood(engine: Engine, condition: list) -> None:
     with gr.Row():
         with gr.Column():
-            picture = _upload(engine, "Picture", condition, 0)
+            picture = _upload(engine, "Picture", condition)
             rounds = gr.Slider(1, 16, ROUNDS, step=1, label=f"Rounds of {COPIES * TERMS} evaluations")
             place = gr.Column()
         plot = gr.Plot(label="Bits per dimension by timestep", format="png")
