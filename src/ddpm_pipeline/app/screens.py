@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 from .engine import ANCESTRAL, COPIES, FEW, FITTED, MANY, MOST_IMAGES, SIDE, TABS, TERMS, WEIGHTS, Bound, Engine, Sampling
 
@@ -107,14 +108,14 @@ def _upload(engine: Engine, label: str, condition: Sequence[Any]) -> gr.Image:
 
     @reported
     def fit(path: str | None) -> Iterator[Any]:
-        yield engine.show(engine.read(path))
+        yield _own_file(engine.show(engine.read(path)))
 
     @reported
     def drawn(*asked: Any) -> Iterator[Any]:
         first = next(iter(engine.samplers))
         sampling = Sampling(first, engine.default_calls(first), secrets.randbelow(TOP_SEED))
         *_, (_, images) = engine.draw(_request(engine, asked), sampling)
-        yield engine.show(images)
+        yield _own_file(engine.show(images))
 
     if not engine.display.stretch:  # a picture of the screen has 8 bits
         picture.upload(fit, picture, picture, api_visibility="private", show_progress="hidden")
@@ -141,8 +142,14 @@ def _runs(handler: Callable, fields: Sequence[Any], result: Any, words: str, nam
 def _shown(steps: Iterator[tuple[int, Any]], show: Callable[[Any], Any]) -> Iterator[Any]:
     for calls, images in steps:
         picture = show(images)
-        yield picture, f"x_t after {calls} network calls"
-    yield picture, f"Done in {calls} network calls."
+        yield _own_file(picture), f"x_t after {calls} network calls"
+    yield _own_file(picture), f"Done in {calls} network calls."
+
+
+def _own_file(picture: Image.Image) -> Image.Image:
+    """The picture with a mark: Gradio names files by their content, and writes over one that is just being downloaded."""
+    picture.info["shown"] = secrets.token_hex(8)
+    return picture
 
 
 # ---- tabs -----------------------------------------------------------------------------------------------
@@ -183,7 +190,7 @@ def _forward(engine: Engine, condition: list) -> None:
         mixed = rf"{found.signal:.4f}\,x_0 + {found.noise:.4f}\,\tilde z"
         formula = rf"$x_t = \sqrt{{\bar\alpha_t}}\,x_0 + \sqrt{{1-\bar\alpha_t}}\,\tilde z = {mixed}$"
         more = f"Report eq. 4.10. The ratio of signal to noise is {snr}. Values beyond black and white are cut off."
-        yield engine.show(found.x / 2 + 0.5), f"{formula}\n\n{more}"
+        yield _own_file(engine.show(found.x / 2 + 0.5)), f"{formula}\n\n{more}"
 
     def if_given(path: str | None, t: int) -> Iterator[Any]:
         yield from noise(path, t) if path else [(None, "")]
@@ -212,7 +219,7 @@ def _inpaint(engine: Engine, condition: list) -> None:
 
     @reported
     def canvas(path: str | None) -> Iterator[Any]:
-        yield None if path is None else engine.show(engine.read(path))
+        yield None if path is None else _own_file(engine.show(engine.read(path)))
 
     picture.change(canvas, picture, editor, api_visibility="private", show_progress="hidden")
 
