@@ -8,6 +8,7 @@ import pytest
 
 import ddpm_pipeline
 import diffusers_suites
+from ddpm_pipeline.app.options import AppOptions
 from ddpm_pipeline.evaluation.options import EvaluationOptions
 from ddpm_pipeline.fitting.options import FittingOptions
 from ddpm_pipeline.generation.options import GenerationOptions
@@ -24,6 +25,7 @@ COMMANDS = {  # by script: its options, and where their tables are
     "training/evaluate.py": (EvaluationOptions, "evaluation.md", "Options of evaluate.py"),
     "training/generate.py": (GenerationOptions, "evaluation.md", "Options of generate.py"),
     "training/fit_sampler.py": (FittingOptions, "fitted_sampler.md", "Options of fit_sampler.py"),
+    "ddpm_pipeline.app": (AppOptions, "app.md", "Options"),
 }
 
 

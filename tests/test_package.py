@@ -20,7 +20,8 @@ COMMANDS = {  # by room: the function that the command calls, and the extra that
     "generation": ("generate", "train"),
     "fitting": ("fit", "train"),
 }
-OPTIONAL = {"torch-fidelity", "tifffile", "imagecodecs"}  # of extras of their own; their absence is caught and named
+# of extras of their own; their absence is caught and named
+OPTIONAL = {"torch-fidelity", "tifffile", "imagecodecs", "gradio", "matplotlib"}
 BASE_ROOMS = {"hub", "likelihood"}  # which need no extra, as the root files
 HEAVY = {"torch", "diffusers", "numpy", "transformers", "huggingface_hub", "accelerate", "datasets"}
 

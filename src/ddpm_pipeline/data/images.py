@@ -101,8 +101,8 @@ def native_channels(image: Image.Image) -> int:
     return 1 if grey else 3
 
 
-def to_array(image: Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
-    """Pixels, uint8 [*size, channels], of an image in any PIL mode and of any size.
+def to_array(image: Image.Image, size: tuple[int, int], channels: int, dtype: str = "uint8") -> np.ndarray:
+    """Pixels [*size, channels] of an image in any PIL mode and of any size, in one of DEPTHS; floats are in [0, 1].
 
     The image is scaled until it just covers `size`, (height, width), and cropped to its centre (Lanczos, antialiased; not
     scaled if it covers it as it is). Channels: 1 is grey (ITU-R 601 luma of colours), 3 is RGB, 4 is RGBA with straight alpha.
@@ -115,7 +115,7 @@ def to_array(image: Image.Image, size: tuple[int, int], channels: int) -> np.nda
         raise ValueError(f"size={size!r} is not a height and a width in pixels; use two such as (64, 64).")
     if isinstance(channels, bool) or channels not in CHANNELS:
         raise ValueError(f"channels={channels!r} is not one of {CHANNELS}; use 1 for grey, 3 for RGB, 4 for RGBA.")
-    return _formed(read_image(image), Form(size, channels))
+    return _formed(read_image(image), Form(size, channels, dtype))
 
 
 def image_pixels(value: Any, kind: str, form: Form) -> np.ndarray:

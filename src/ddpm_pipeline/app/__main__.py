@@ -1,0 +1,29 @@
+"""A model in the browser: `python -m ddpm_pipeline.app MODEL`, or written as a Hugging Face Space."""
+
+import logging
+import sys
+
+from ..support.errors import reported_errors
+from .options import parse_options
+
+
+def main() -> None:
+    with reported_errors("stopped"):
+        options = parse_options(sys.argv[1:])
+        source, server, publishing = options.source, options.server, options.publishing
+        if publishing.space is not None:
+            from .space import push_space, write_space  # needs no gradio
+
+            folder = write_space(source.model, publishing.space)
+            print(f"{folder} holds the Space.", file=sys.stderr)
+            if publishing.push_space is not None:
+                print(push_space(folder, publishing.push_space, publishing.private))
+            return
+        from . import serve  # after parsing, so that --help and mistakes take no seconds
+
+        logging.getLogger("diffusers").setLevel(logging.ERROR)
+        serve(source.model, server.host, server.port, server.share, source.num_cpu_threads)
+
+
+if __name__ == "__main__":
+    main()
