@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import tempfile
 import threading
@@ -30,6 +29,7 @@ from .tables_alpha_ddpm import warn
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}  # of components that need no custom code
 INDEX = "model_index.json"
+LOADED_BY_NAME = {"pipeline.py", "modular_alpha_ddpm.py"}
 MAX_CONFIG_BYTES = 32 * 2**20
 MAX_INTEGER = 2**24
 # Larger values, by a part of their name, would hang or exhaust the memory long before they are compared with the weights
@@ -64,6 +64,18 @@ class StockFormatMixin:
         names = sorted(f"{name}.py" for name in get_relative_imports(source))  # as diffusers' loader follows them
         return {"pipeline.py": source} | {name: source.with_name(name) for name in names}
 
+    @classmethod
+    def shipped_code(cls) -> dict[str, str]:
+        """The text of these files. diffusers' loader asks the Hub for what a file imports once for every chain of imports that
+        leads there, hundreds of times in all. What it loads by name imports all of them, so the others' imports are written
+        as `from.name`, which it does not look for.
+        """
+        texts = {name: source.read_text("utf-8") for name, source in cls.shipped_files().items()}
+        return {
+            name: text if name in LOADED_BY_NAME else re.sub(r"(?m)^( *)from \.(?=\w)", r"\1from.", text)
+            for name, text in texts.items()
+        }
+
     def to_json_string(self) -> str:
         """`model_index.json` with the names of the stock classes."""
         index = json.loads(super().to_json_string())
@@ -81,10 +93,8 @@ class StockFormatMixin:
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `model_index.json`, which diffusers does last of all, and the code of this pipeline and its blocks."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        for name, source in self.shipped_files().items():
-            target = Path(save_directory, name)
-            if source.resolve() != target.resolve():
-                shutil.copyfile(source, target)
+        for name, code in self.shipped_code().items():
+            Path(save_directory, name).write_text(code, "utf-8")
         _tidy_configs(Path(save_directory))
         self._blocks_class().save_pretrained(save_directory)  # modular_config.json
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)

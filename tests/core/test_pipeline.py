@@ -260,3 +260,16 @@ def test_what_travels_imports_only_what_travels(kind):
         pass
 
     assert Mine.shipped_files() == shipped
+
+
+@pytest.mark.parametrize("kind", [AlphaDDPMPipeline, AlphaDDPMImageToImagePipeline, AlphaDDPMTextToImagePipeline])
+def test_diffusers_loader_asks_the_hub_for_few_files(kind, tmp_path):
+    """It looks for what a file imports once for every chain of imports that leads there."""
+    for name, code in kind.shipped_code().items():
+        (tmp_path / name).write_text(code)
+
+    def asked(name):
+        return 1 + sum(asked(f"{imported}.py") for imported in get_relative_imports(tmp_path / name))
+
+    assert asked("pipeline.py") < 30
+    assert {f"{name}.py" for name in get_relative_imports(tmp_path / "pipeline.py")} == {*kind.shipped_code()} - {"pipeline.py"}

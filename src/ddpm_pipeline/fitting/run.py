@@ -54,7 +54,7 @@ def fit(options: FittingOptions) -> SamplerFit:
 
 def _write(pipe, folder: Path) -> None:
     """The scheduler's config, the code that reads it, and the index, which may have named another scheduler."""
-    for name, source in pipe.shipped_files().items():
-        write_text(folder / name, source.read_text("utf-8"))
+    for name, code in pipe.shipped_code().items():
+        write_text(folder / name, code)
     write_text(folder / "scheduler" / "scheduler_config.json", pipe.scheduler.to_json_string())
     write_text(folder / INDEX, pipe.to_json_string())
