@@ -3,6 +3,7 @@
 Nothing is loaded from other servers: formulas are set by the MathJax of the package sphinx-mathjax-offline.
 """
 
+import os
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ import ddpm_pipeline
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-REPOSITORY = "https://github.com/ddpm-pipeline/ddpm-pipeline/blob/main"
+REPOSITORY = os.environ.get("GITHUB_REPOSITORY")  # where the workflow that builds the site runs
 
 project = "ddpm-pipeline"
 author = "The ddpm-pipeline authors"
@@ -56,14 +57,19 @@ class SearchBoth(SearchEnglish):
 
 
 def link_to_repository(app: Sphinx, page: str, source: list[str]) -> None:
-    """Links that lead out of docs/, such as ../src/file.py, lead to the repository's page of that file."""
+    """Links that lead out of docs/, such as ../src/file.py, lead to the repository's page of that file; where no repository is
+    known, their text remains.
+    """
 
     def address(link: re.Match) -> str:
-        file = (DOCS / page).parent.joinpath(link[1]).resolve()
+        file = (DOCS / page).parent.joinpath(link[2]).resolve()
         outside = file.is_relative_to(ROOT) and not file.is_relative_to(DOCS) and file.exists()
-        return f"]({REPOSITORY}/{file.relative_to(ROOT).as_posix()}" if outside else link[0]
+        if not outside:
+            return link[0]
+        path = f"{REPOSITORY}/blob/main/{file.relative_to(ROOT).as_posix()}"
+        return f"[{link[1]}](https://github.com/{path})" if REPOSITORY else link[1]
 
-    source[0] = re.sub(r"\]\((\.\./[^)#]*)", address, source[0])
+    source[0] = re.sub(r"(?<!!)\[([^]]*)\]\((\.\./[^)#]*)[^)]*\)", address, source[0])
 
 
 def name_language(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
