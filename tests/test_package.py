@@ -40,7 +40,7 @@ def test_every_public_name_can_be_imported():
 
 def test_version_is_one():
     assert importlib.metadata.version("ddpm-pipeline") == ddpm_pipeline.__version__
-    assert f"## {ddpm_pipeline.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"## [{ddpm_pipeline.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_type_hints_card_template_and_recipes_are_installed():
