@@ -70,7 +70,7 @@ def _condition(engine: Engine, examples: Sequence[str]) -> list[gr.components.Co
         elif engine.kind == "vector":
             asked = [gr.Number(mean, label=name) for name, mean in engine.numbers.items()]
         if engine.goes_without:
-            scale = gr.Slider(0, 10, 2.0, step=0.1, label="Guidance (1 is none)", scale=2)
+            scale = gr.Slider(0, 10, 2.0, step=0.1, label="Guidance", scale=2)
     if engine.kind == "text" and len(examples) > 1:
         gr.Examples([[each] for each in sorted(examples, key=len)[:EXAMPLES]], asked, label="Prompts as in training")
     return [*asked, scale]
@@ -88,7 +88,7 @@ def _sampling(engine: Engine, samplers: Sequence[str], wanted: int = FEW) -> lis
         return gr.Dropdown(choices(name), value=engine.default_calls(name, wanted))
 
     with gr.Row():
-        sampler = gr.Dropdown(list(samplers), value=first, label="Sampler", min_width=150, scale=2)
+        sampler = gr.Dropdown(list(samplers), value=first, label="Sampler", min_width=180, scale=2)
         calls = gr.Dropdown(choices(first), value=engine.default_calls(first, wanted), label="Network calls", min_width=100)
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=TOP_SEED, min_width=90)
     sampler.change(of_sampler, sampler, calls, queue=False, api_visibility="private")
@@ -202,6 +202,7 @@ def _forward(engine: Engine, condition: list) -> None:
 def _inpaint(engine: Engine, condition: list) -> None:
     height, width = engine.size
     factor = max(1, math.ceil(SIDE / max(height, width)))  # as the picture is shown
+    thick = max(factor, SIDE // 12)  # the radius of the brush
     with gr.Row():
         with gr.Column():
             picture = _upload(engine, "Picture", condition)
@@ -211,9 +212,9 @@ def _inpaint(engine: Engine, condition: list) -> None:
         with gr.Column():
             editor = gr.ImageEditor(
                 label="Brush over what is to be painted anew", type="numpy", sources=(), transforms=(), layers=False,
-                brush=gr.Brush(default_size=2 * factor, colors=["#ff2d95"], color_mode="fixed"), eraser=gr.Eraser(2 * factor),
+                brush=gr.Brush(default_size=thick, colors=["#ff2d95"], color_mode="fixed"), eraser=gr.Eraser(thick),
                 canvas_size=(width * factor, height * factor), fixed_canvas=True, elem_classes="pixels", buttons=[],
-                height=HEIGHT,
+                height=HEIGHT, format="png",
             )  # fmt: skip
             result = _pictures(HEIGHT * 3 // 4)
 
