@@ -33,7 +33,7 @@ def plot_schedule(*schedulers: Any) -> "Figure":
     for axes, title in titles.items():
         axes.set(title=title, xlabel="timestep")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="lower right" if axes is variance else "best")
     return figure
 
 
