@@ -44,7 +44,7 @@ html_title = "ddpm-pipeline"
 html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False
-html_show_sphinx = False
+html_show_sphinx = html_show_copyright = False
 
 
 class SearchBoth(SearchEnglish):
@@ -56,13 +56,16 @@ class SearchBoth(SearchEnglish):
 
 
 def link_to_repository(app: Sphinx, page: str, source: list[str]) -> None:
-    """Links that lead out of docs/, such as ../src/file.py, lead to the repository's page of that file."""
+    """Links that lead out of docs/, such as ../src/file.py, lead to the repository's page of that file; anchors of notebooks,
+    in which Jupyter keeps capitals, to those of the site.
+    """
 
     def address(link: re.Match) -> str:
         file = (DOCS / page).parent.joinpath(link[1]).resolve()
         outside = file.is_relative_to(ROOT) and not file.is_relative_to(DOCS) and file.exists()
         return f"]({REPOSITORY}/{file.relative_to(ROOT).as_posix()}" if outside else link[0]
 
+    source[0] = re.sub(r"\]\(#[^)]*", lambda link: link[0].lower(), source[0])
     source[0] = re.sub(r"\]\((\.\./[^)#]*)", address, source[0])
 
 

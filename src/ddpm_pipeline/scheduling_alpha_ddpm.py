@@ -39,8 +39,8 @@ Device = str | torch.device | None
 class Moments:
     """A Gaussian over images, float64 for float64 images, otherwise float32. `log_variance` is in nats."""
 
-    mean: Tensor  # [B, C, H, W]
-    variance: Tensor  # broadcasts against the mean, as does its logarithm
+    mean: Tensor  #: [B, C, H, W]
+    variance: Tensor  #: broadcasts against the mean, as does its logarithm
     log_variance: Tensor
 
 
@@ -48,7 +48,7 @@ class Moments:
 class ReverseMoments(Moments):
     """Moments of p_θ(x_s | x_t)."""
 
-    pred_original_sample: Tensor  # the x_0 they were computed from, clipped as configured
+    pred_original_sample: Tensor  #: the x_0 they were computed from, clipped as configured
 
 
 class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
