@@ -3,6 +3,7 @@
 Nothing is loaded from other servers: formulas are set by the MathJax of the package sphinx-mathjax-offline.
 """
 
+import os
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ import ddpm_pipeline
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-REPOSITORY = "https://github.com/ddpm-pipeline/ddpm-pipeline/blob/main"
+REPOSITORY = os.environ.get("GITHUB_REPOSITORY") and f"https://github.com/{os.environ['GITHUB_REPOSITORY']}"  # in its workflows
 
 project = "ddpm-pipeline"
 author = "The ddpm-pipeline authors"
@@ -56,17 +57,19 @@ class SearchBoth(SearchEnglish):
 
 
 def link_to_repository(app: Sphinx, page: str, source: list[str]) -> None:
-    """Links that lead out of docs/, such as ../src/file.py, lead to the repository's page of that file; anchors of notebooks,
-    in which Jupyter keeps capitals, to those of the site.
+    """Links that lead out of docs/, such as ../src/file.py, lead to the repository's page of that file; where the repository is
+    unknown, their text stays. Anchors of notebooks, in which Jupyter keeps capitals, become those of the site.
     """
 
     def address(link: re.Match) -> str:
-        file = (DOCS / page).parent.joinpath(link[1]).resolve()
-        outside = file.is_relative_to(ROOT) and not file.is_relative_to(DOCS) and file.exists()
-        return f"]({REPOSITORY}/{file.relative_to(ROOT).as_posix()}" if outside else link[0]
+        text, path, anchor = link.groups()
+        file = (DOCS / page).parent.joinpath(path).resolve()
+        if file.is_relative_to(DOCS):
+            return link[0]
+        return f"[{text}]({REPOSITORY}/blob/main/{file.relative_to(ROOT).as_posix()}{anchor})" if REPOSITORY else text
 
     source[0] = re.sub(r"\]\(#[^)]*", lambda link: link[0].lower(), source[0])
-    source[0] = re.sub(r"\]\((\.\./[^)#]*)", address, source[0])
+    source[0] = re.sub(r"(?<!!)\[([^][]*)\]\((\.\./[^)#]*)([^)]*)\)", address, source[0])
 
 
 def name_language(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
