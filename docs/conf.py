@@ -17,7 +17,7 @@ import ddpm_pipeline
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-REPOSITORY = os.environ.get("GITHUB_REPOSITORY")  # where the workflow that builds the site runs
+REPOSITORY = os.environ.get("GITHUB_REPOSITORY") and f"https://github.com/{os.environ['GITHUB_REPOSITORY']}"  # in its workflows
 
 project = "ddpm-pipeline"
 author = "The ddpm-pipeline authors"
@@ -45,7 +45,7 @@ html_title = "ddpm-pipeline"
 html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False
-html_show_sphinx = False
+html_show_sphinx = html_show_copyright = False
 
 
 class SearchBoth(SearchEnglish):
@@ -57,19 +57,19 @@ class SearchBoth(SearchEnglish):
 
 
 def link_to_repository(app: Sphinx, page: str, source: list[str]) -> None:
-    """Links that lead out of docs/, such as ../src/file.py, lead to the repository's page of that file; where no repository is
-    known, their text remains.
+    """Links that lead out of docs/, such as ../src/file.py, lead to the repository's page of that file; where the repository is
+    unknown, their text stays. Anchors of notebooks, in which Jupyter keeps capitals, become those of the site.
     """
 
     def address(link: re.Match) -> str:
-        file = (DOCS / page).parent.joinpath(link[2]).resolve()
-        outside = file.is_relative_to(ROOT) and not file.is_relative_to(DOCS) and file.exists()
-        if not outside:
+        text, path, anchor = link.groups()
+        file = (DOCS / page).parent.joinpath(path).resolve()
+        if file.is_relative_to(DOCS):
             return link[0]
-        path = f"{REPOSITORY}/blob/main/{file.relative_to(ROOT).as_posix()}"
-        return f"[{link[1]}](https://github.com/{path})" if REPOSITORY else link[1]
+        return f"[{text}]({REPOSITORY}/blob/main/{file.relative_to(ROOT).as_posix()}{anchor})" if REPOSITORY else text
 
-    source[0] = re.sub(r"(?<!!)\[([^]]*)\]\((\.\./[^)#]*)[^)]*\)", address, source[0])
+    source[0] = re.sub(r"\]\(#[^)]*", lambda link: link[0].lower(), source[0])
+    source[0] = re.sub(r"(?<!!)\[([^][]*)\]\((\.\./[^)#]*)([^)]*)\)", address, source[0])
 
 
 def name_language(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:

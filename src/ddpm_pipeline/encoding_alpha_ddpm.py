@@ -32,10 +32,10 @@ class ImageCondition(Settings):
     image itself: at 1/F of its resolution, in grey, or with a part left out. Raises ValueError for settings that do not fit.
     """
 
-    channels: int  # as stored, 1 for label maps; with a task, those of the image itself
-    classes: int | None = None  # of a label map, whose values are 0..classes-1
+    channels: int  #: as stored, 1 for label maps; with a task, those of the image itself
+    classes: int | None = None  #: of a label map, whose values are 0..classes-1
     value_range: ValueRange = field(default_factory=ValueRange)
-    task: str | None = None  # one of TASKS, such as "downscale:2"
+    task: str | None = None  #: one of TASKS, such as "downscale:2"
 
     def __post_init__(self) -> None:
         if not isinstance(self.value_range, ValueRange):
@@ -114,7 +114,7 @@ class VectorCondition(Settings):
     """
 
     names: tuple[str, ...]
-    mean: tuple[float, ...]  # of the training data
+    mean: tuple[float, ...]  #: of the training data
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:

@@ -43,7 +43,7 @@ class ValueRange(Settings):
 
     low: tuple[float, ...] = (0.0,)
     high: tuple[float, ...] = (255.0,)
-    dtype: str = "uint8"  # of the data, one of DEPTHS
+    dtype: str = "uint8"  #: of the data, one of DEPTHS
 
     def __post_init__(self) -> None:
         if self.dtype not in DEPTHS:

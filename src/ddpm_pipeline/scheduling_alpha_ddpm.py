@@ -41,8 +41,8 @@ Device = str | torch.device | None
 class Moments:
     """A Gaussian over images, float64 for float64 images, otherwise float32. `log_variance` is in nats."""
 
-    mean: Tensor  # [B, C, H, W]
-    variance: Tensor  # broadcasts against the mean, as does its logarithm
+    mean: Tensor  #: [B, C, H, W]
+    variance: Tensor  #: broadcasts against the mean, as does its logarithm
     log_variance: Tensor
 
 
@@ -50,7 +50,7 @@ class Moments:
 class ReverseMoments(Moments):
     """Moments of p_θ(x_s | x_t)."""
 
-    pred_original_sample: Tensor  # the x_0 they were computed from, clipped as configured
+    pred_original_sample: Tensor  #: the x_0 they were computed from, clipped as configured
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,14 @@ class Quality(NamedTuple):  # torchmetrics takes results apart, and refuses froz
 
     num_real: int
     num_generated: int
-    fid: float  # Fréchet distance of the features' Gaussians, >= 0 up to rounding
-    kid: float  # squared maximum mean discrepancy, unbiased: may be below 0
-    kid_std: float  # over subsets
+    fid: float  #: Fréchet distance of the features' Gaussians, >= 0 up to rounding
+    kid: float  #: squared maximum mean discrepancy, unbiased: may be below 0
+    kid_std: float  #: over subsets
     kid_subset_size: int
     inception_score: float
-    inception_score_std: float  # over splits
-    precision: float  # share of generated images within the real images' manifold (Kynkäänniemi et al. 2019)
-    recall: float  # share of real images within the generated images' manifold
+    inception_score_std: float  #: over splits
+    precision: float  #: share of generated images within the real images' manifold (Kynkäänniemi et al. 2019)
+    recall: float  #: share of real images within the generated images' manifold
     num_neighbours: int
 
 

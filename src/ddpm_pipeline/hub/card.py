@@ -35,13 +35,13 @@ LONGEST, LONGEST_CODE = 200, 2000  # characters of a name or caption, and of a c
 class Measurement:
     """A measured figure and what it depends on."""
 
-    metric: str  # its usual name: "bits/dim", "FID", "KID"
+    metric: str  #: its usual name: "bits/dim", "FID", "KID"
     value: float
     num_images: int
     dataset: str
-    split: str | None = None  # None if the data have no splits
+    split: str | None = None  #: None if the data have no splits
     standard_error: float | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)  # steps, network calls, scheduler, features, seed, ...
+    settings: Mapping[str, Any] = field(default_factory=dict)  #: steps, network calls, scheduler, features, seed, ...
 
     def as_eval_result(self, task_type: str = "unconditional-image-generation") -> EvalResult:
         task = {"task_type": task_type, "task_name": "Image generation"}
@@ -62,13 +62,13 @@ class Measurement:
 class TrainingFacts:
     """What a card says about the training. Whatever is left out is not mentioned."""
 
-    dataset: str | None = None  # the name of the training data
-    num_images: int | None = None  # None for a stream
-    hub_dataset: str | None = None  # the data set's name on the Hub, if it is there
-    facts: Mapping[str, Any] = field(default_factory=dict)  # rows of the table: learning rate, seed, time, ...
-    command: str | None = None  # the command line that trains this model, shown below the facts
-    base_model: str | None = None  # the name of the model that was fine-tuned; None if the training began from scratch
-    hub_base_model: str | None = None  # its name on the Hub, if it is there
+    dataset: str | None = None  #: the name of the training data
+    num_images: int | None = None  #: None for a stream
+    hub_dataset: str | None = None  #: the data set's name on the Hub, if it is there
+    facts: Mapping[str, Any] = field(default_factory=dict)  #: rows of the table: learning rate, seed, time, ...
+    command: str | None = None  #: the command line that trains this model, shown below the facts
+    base_model: str | None = None  #: the name of the model that was fine-tuned; None if the training began from scratch
+    hub_base_model: str | None = None  #: its name on the Hub, if it is there
 
 
 def build_card(

@@ -42,13 +42,13 @@ LEFTOVERS = ".export.*.tmp"  # what a kill leaves of an export
 class PushOptions:
     """How a folder is pushed."""
 
-    private: bool | None = None  # makes the repository private if the push creates it
-    revision: str | None = None  # the branch, which must exist; main by default
-    commit_message: str | None = None  # "Upload FOLDER" by default
-    create_pr: bool = False  # opens a pull request instead of committing
-    include: Sequence[str] = ()  # patterns of files besides the pipeline, its card, pictures and evaluation.json
+    private: bool | None = None  #: makes the repository private if the push creates it
+    revision: str | None = None  #: the branch, which must exist; main by default
+    commit_message: str | None = None  #: "Upload FOLDER" by default
+    create_pr: bool = False  #: opens a pull request instead of committing
+    include: Sequence[str] = ()  #: patterns of files besides the pipeline, its card, pictures and evaluation.json
     attempts: int = ATTEMPTS
-    first_wait: float = 2.0  # seconds between the first two attempts, doubled from each to the next
+    first_wait: float = 2.0  #: seconds between the first two attempts, doubled from each to the next
 
 
 def export(pipe: "DiffusionPipeline", folder: str | Path, card: ModelCard | None = None) -> None:

@@ -50,12 +50,12 @@ def bound_terms(
 class BitsPerDim:
     """Upper bounds on -log2 p_θ(x_0) / d of B images: every field in bits per dimension, float64 on the CPU."""
 
-    prior: Tensor  # [B]
-    diffusion: Tensor  # [B], the sum of the terms without the decoder, or an estimate of it
-    standard_error: Tensor  # [B], uncertainty of that estimate; 0 if all timesteps were evaluated
-    timesteps: Tensor  # [B, n] int64, those that were evaluated, ascending
-    terms: Tensor  # [B, n], theirs
-    two_term: Tensor | None = None  # [B], an estimate of the same total in the report's form, (6.10), if asked for
+    prior: Tensor  #: [B]
+    diffusion: Tensor  #: [B], the sum of the terms without the decoder, or an estimate of it
+    standard_error: Tensor  #: [B], uncertainty of that estimate; 0 if all timesteps were evaluated
+    timesteps: Tensor  #: [B, n] int64, those that were evaluated, ascending
+    terms: Tensor  #: [B, n], theirs
+    two_term: Tensor | None = None  #: [B], an estimate of the same total in the report's form, (6.10), if asked for
 
     @property
     def decoder(self) -> Tensor:  # [B]

@@ -32,13 +32,13 @@ class NoiseStatistics:
 
     num_images: int
     num_bins: NumBins | None
-    noise_second_moments: Tensor  # Γ_t = E‖ε_θ(x_t, t)‖²/d, [T]
-    noise_second_moments_error: Tensor  # [T]
-    noise_errors: Tensor  # E‖z̃ - ε_θ(x_t, t)‖²/d, [T]
-    noise_errors_error: Tensor  # [T]
-    x0_errors: Tensor  # E‖x_0 - predicted x_0‖²/d, [T]
-    data_second_moment: float  # E‖x_0‖²/d
-    residuals: Tensor  # [T, 2, bins], separately inside and on the outer two of `num_bins` levels
+    noise_second_moments: Tensor  #: Γ_t = E‖ε_θ(x_t, t)‖²/d, [T]
+    noise_second_moments_error: Tensor  #: [T]
+    noise_errors: Tensor  #: E‖z̃ - ε_θ(x_t, t)‖²/d, [T]
+    noise_errors_error: Tensor  #: [T]
+    x0_errors: Tensor  #: E‖x_0 - predicted x_0‖²/d, [T]
+    data_second_moment: float  #: E‖x_0‖²/d
+    residuals: Tensor  #: [T, 2, bins], separately inside and on the outer two of `num_bins` levels
 
 
 def estimate_analytic_variance(

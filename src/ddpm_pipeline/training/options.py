@@ -330,10 +330,12 @@ class HubOptions(OptionGroup):
 
 @dataclass(frozen=True, init=False)
 class TrainingOptions(OptionSet):
-    """All options of a run. A run is determined by these, the data and the number of processes.
+    """All options of a run. A run is determined by these, the data and the number of processes::
 
-    TrainingOptions(dataset="photos", resolution=64, max_train_steps=20_000)
-    TrainingOptions(config="digits_text", max_train_steps=500)  # a recipe of the package, or a YAML file
+        TrainingOptions(dataset="photos", resolution=64, max_train_steps=20_000)
+        TrainingOptions(config="digits_text", max_train_steps=500)  # a recipe of the package, or a YAML file
+
+    Raises ConfigError for options that cannot be used.
     """
 
     data: TrainingDataOptions
