@@ -58,7 +58,7 @@ def test_mistakes_are_one_line_with_the_fix(monkeypatch, model, tmp_path):
 def test_a_space_bundles_a_folder_and_names_a_repository(model, tmp_path):
     bundled, named = write_space(str(model), tmp_path / "a/bundled"), write_space("org/ddpm-digits", tmp_path / "named")
     for space in (bundled, named):
-        assert {path.name for path in space.iterdir()} - {"model"} == {"app.py", "requirements.txt", "README.md"}
+        assert {path.name for path in space.iterdir()} - {"ddpm-tiny"} == {"app.py", "requirements.txt", "README.md"}
         ast.parse((space / "app.py").read_text())
         assert "ddpm-pipeline[app]==" in (space / "requirements.txt").read_text()
     front = yaml.safe_load((named / "README.md").read_text().split("---")[1])
@@ -66,13 +66,13 @@ def test_a_space_bundles_a_folder_and_names_a_repository(model, tmp_path):
     assert expected.items() <= front.items()
     assert 'serve("org/ddpm-digits")' in (named / "app.py").read_text()
     assert "models" not in (bundled / "README.md").read_text().split("---")[1]
-    assert sorted(path.name for path in (bundled / "model").iterdir()) == [
+    assert sorted(path.name for path in (bundled / "ddpm-tiny").iterdir()) == [
         "model_index.json",
         "samples.txt",
         "scheduler",
         "unet",
     ]
-    assert load_pipeline(str(bundled / "model")).unet.config.sample_size == 8
+    assert load_pipeline(str(bundled / "ddpm-tiny")).unet.config.sample_size == 8
 
 
 def test_a_space_is_pushed_whole_or_says_how_to_push_it_later(model, tmp_path):

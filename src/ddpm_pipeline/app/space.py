@@ -16,7 +16,6 @@ from ..support.atomic import replace_folder, temporary_beside
 from ..support.errors import ConfigError, PushError
 from ..support.exceptions import describe_exception
 
-BUNDLED = "model"  # its folder in the Space
 GRADIO = "6.31.0"  # the version that the app was tried with, where none is installed
 REQUIREMENTS = "--extra-index-url https://download.pytorch.org/whl/cpu\nddpm-pipeline[app]=={version}\n"
 CODE = '''"""The demo of a DDPM in the browser; see https://huggingface.co/docs/hub/spaces-sdks-gradio."""
@@ -56,8 +55,8 @@ def write_space(model: str, folder: str | Path) -> Path:
     temporary = temporary_beside(folder)
     try:
         for name, path in files.items():
-            (temporary / BUNDLED / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, temporary / BUNDLED / name)
+            (temporary / title / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, temporary / title / name)
         temporary.mkdir(exist_ok=True)
         for name, text in _texts(title, None if files else model).items():
             (temporary / name).write_text(text, "utf-8")
@@ -69,7 +68,7 @@ def write_space(model: str, folder: str | Path) -> Path:
 
 def _texts(title: str, repo_id: str | None) -> dict[str, str]:
     """The files of a Space beside the model; `repo_id` names one on the Hub."""
-    bundled = f'str(Path(__file__).parent / "{BUNDLED}")'
+    bundled = f'str(Path(__file__).parent / "{title}")'
     code = CODE.format(imports="" if repo_id else "from pathlib import Path\n\n", model=f'"{repo_id}"' if repo_id else bundled)
     try:
         gradio = version("gradio")
