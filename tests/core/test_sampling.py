@@ -17,6 +17,7 @@ from helpers import tiny_unet
 
 MEANS = torch.tensor([-0.5, 0.5, 0.0])  # of two classes, and of "no class"
 STD = 0.2
+ALPHAS_CUMPROD = AlphaDDPMScheduler().alphas_cumprod
 
 
 class Oracle(ModelMixin, ConfigMixin):
@@ -31,7 +32,7 @@ class Oracle(ModelMixin, ConfigMixin):
     def forward(self, sample, timestep, class_labels=None):
         self.batches.append(len(sample))
         self.seen.append((int(timestep), sample.clone()))
-        alpha = AlphaDDPMScheduler().alphas_cumprod[int(timestep)].double()
+        alpha = ALPHAS_CUMPROD[int(timestep)].double()
         x_t = sample.double()
         if self.config.flat:
             pixels, power = sample[0].numel(), self.config.std**2

@@ -25,7 +25,7 @@ def digits() -> torch.Tensor:
 
 
 def measured(real, generated, **options) -> quality.Quality:
-    metric = ImageQuality(fit_digits_classifier(), **options)
+    metric = ImageQuality(fit_digits_classifier(), **{"kid_subsets": 10, **options})
     for images, kind in ((real, True), (generated, False)):
         for batch in images.split(256):
             metric.update(batch, real=kind)
@@ -83,8 +83,11 @@ def test_kid_and_score_match_numpy(digits):
     p = classifier(second.float() / 127.5 - 1).double().softmax(dim=1).numpy()
     score = np.exp((p * (np.log(p) - np.log(p.mean(axis=0)))).sum(axis=1).mean())
     assert result.kid_subset_size == 300
-    torch.manual_seed(5)
-    assert measured(first, second, kid_subsets=400, kid_subset_size=300, splits=1).kid == result.kid  # no global generator
+    again = []
+    for seed in (5, 6):  # of the global generator, which is not used
+        torch.manual_seed(seed)
+        again.append(measured(first[:100], second[:100], kid_subset_size=30).kid)
+    assert again[0] == again[1]
     metric = ImageQuality(classifier, splits=1)
     metric.update(first, real=True)
     metric.update(second, real=False)

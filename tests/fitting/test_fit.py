@@ -19,7 +19,8 @@ from condition_models import AGE
 from ddpm_pipeline import AlphaDDPMFittedScheduler, AlphaDDPMPipeline, AlphaDDPMScheduler, ImageCondition, describe_conditions
 from ddpm_pipeline.fitting import FittingOptions, fit, fit_sampler
 from ddpm_pipeline.fitting.chains import best_chains, solver_coefficients, step_errors
-from ddpm_pipeline.fitting.samplers import _Fit
+from ddpm_pipeline.fitting.samplers import STOCK_SETTINGS, _Fit
+from ddpm_pipeline.fitting.stock import STOCK
 from ddpm_pipeline.generation import Request
 from ddpm_pipeline.support.errors import ConfigError
 from helpers import ROOT, TINY_UNET, tiny_unet
@@ -158,6 +159,10 @@ def test_every_prediction_and_variance(config):
     assert found.lengths[4].rmse < found.lengths[4].stock_rmse < 1
     pipe.scheduler = found.scheduler
     assert pipe(batch_size=2, num_inference_steps=4, output_type="pt").images.isfinite().all()
+
+
+def test_the_bar_knows_how_many_solvers_are_compared():
+    assert len(STOCK) == STOCK_SETTINGS
 
 
 def test_numbers_that_cannot_be_are_refused():

@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import ClassVar
 
 import pytest
@@ -315,25 +316,25 @@ def test_edit_made_while_pushing_is_kept(hub, client: HfApi, folder: Path) -> No
 # ---- the command ----------------------------------------------------------------------------------
 
 
-def test_command_line_pushes_a_folder(hub, client: HfApi, folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    push_here = ["push", str(folder), "org/by-command"]
-    flags = ["--private", "--include", "metrics.jsonl", "--include", "metric.jsonl", "--message", "From here"]
-    command = [sys.executable, "-m", "ddpm_pipeline.hub", *push_here, *flags]
-    done = run_limited(command, timeout=60, env=environment(hub, tmp_path / "home", hub_server.WRITE_TOKEN))
+def test_command_line_pushes_a_folder(hub, client: HfApi, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    def run(*flags: str, token: str = hub_server.WRITE_TOKEN) -> CompletedProcess:
+        command = [sys.executable, "-m", "ddpm_pipeline.hub", "push", str(folder), "org/by-command", *flags]
+        return run_limited(command, timeout=60, env=environment(hub, tmp_path / "home", token))
+
+    done = run("--private", "--include", "metrics.jsonl", "--include", "metric.jsonl", "--message", "From here")
     assert done.returncode == 0, done.stderr
     assert "--include metric.jsonl" in done.stderr and "--include metrics.jsonl" not in done.stderr
     assert done.stdout.startswith(hub.url) and hub.titles("org/by-command")[0] == "From here"
     assert hub.files("org/by-command") == {*MODEL_FILES, "metrics.jsonl"}
     assert hub.repos["models", "org/by-command"]["private"]
+    refused = run("--attempts", "1", token=hub_server.READ_TOKEN)
+    assert refused.returncode == 3 and refused.stderr.startswith("error: pushing to org/by-command failed (HTTP 403")
+    assert "Traceback" not in refused.stderr
 
-    # the rest in this process
-    reader = HfApi(endpoint=hub.url, token=hub_server.READ_TOKEN)
-    monkeypatch.setattr("ddpm_pipeline.hub.upload.HfApi", lambda: reader)
-    with pytest.raises(SystemExit, match="3"):
-        main([*push_here, "--attempts", "1"])
-    assert "error: pushing to org/by-command failed (HTTP 403" in capsys.readouterr().err
+    # the other flags in this process
     monkeypatch.setattr("ddpm_pipeline.hub.upload.HfApi", lambda: client)
     client.create_branch("org/by-command", branch="next")
+    push_here = ["push", str(folder), "org/by-command"]
     (folder / "samples.png").write_bytes(b"\x89PNG\0 newer")
     assert main([*push_here, "--revision", "next", "--message", "Next"]) == 0
     assert main([*push_here, "--create_pr", "--message", "Review"]) == 0

@@ -97,4 +97,5 @@ def test_what_cannot_be_meant_is_named(capsys):
     assert end.value.code == 0 and "source:\n" in printed and "target:\n" in printed and "Copy files." in printed
     printed = " ".join(printed.split())
     assert "--source VALUE Folder to read, up to 90% full. Required. --limit N Files at most. target:" in printed
+    assert "(default: False)" not in printed
     assert "--target VALUE Folder to write. (default: copies) --overwrite Replace" in printed

@@ -18,7 +18,10 @@ from ddpm_pipeline.training import TrainingOptions, train
 from helpers import tiny_unet
 from training_helpers import metrics, quick_options
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of the FID of so few images
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # of the FID of so few images
+    pytest.mark.usefixtures("no_final_pictures"),
+]
 
 
 def _train_in_a_fork(options: TrainingOptions) -> None:

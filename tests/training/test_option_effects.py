@@ -11,6 +11,8 @@ from ddpm_pipeline.training import TrainingOptions, evaluations, loop, train
 from ddpm_pipeline.training.objectives import UniformTimesteps
 from training_helpers import metrics, quick_options, weights
 
+pytestmark = pytest.mark.usefixtures("no_final_pictures")
+
 BASE = {"batch_size": 16, "max_train_steps": 4, "num_samples": 1, "checkpoint_every": 0, "lr_warmup_steps": 1}
 ACCUMULATED = {"gradient_accumulation_steps": 2}
 

@@ -13,6 +13,7 @@ from threading import Event
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ddpm_pipeline import AlphaDDPMPipeline
@@ -137,7 +138,9 @@ def test_a_picture_a_figure_or_a_tracker_that_fails_does_not_end_the_run(run, tm
     monkeypatch.setattr(jobs, "fit_sampler", fail)
     monkeypatch.setattr(evaluations, "per_image", fail)
     monkeypatch.setattr(Accelerator, "log", fail)
-    model = run(tmp_path / "model", preview_every=1, preview_images=1, fit_noises=3, eval_every=1, eval_images=1)
+    monkeypatch.setattr(TensorBoardTracker, "finish", fail)
+    pictures = {"preview_every": 1, "preview_images": 1, "fit_noises": 3}
+    model = run(tmp_path / "model", **pictures, eval_every=1, eval_images=1, report_to="tensorboard")
     assert (model / "model_index.json").is_file() and not list(model.rglob("*.png"))
     log = (model / "train.log").read_text()
     for what in ("a preview", "an evaluation", "fitting samplers", "samples.png", "process.png", "the tracker"):
@@ -209,9 +212,10 @@ def test_a_process_that_asked_to_end_does_so_whatever_its_threads_do(monkeypatch
 # ---- what a run says --------------------------------------------------------------------------------
 
 
-def test_the_log_tells_losses_and_the_time_to_go(run, tmp_path):
+def test_the_log_and_the_bar_tell_losses_and_the_time_to_go(run, tmp_path, capsys):
     log = (run(tmp_path / "model", max_train_steps=14, log_every=7) / "train.log").read_text()
     assert len(re.findall(r"about .* to go at .* updates/s, until .*\d\d:\d\d, with previews", log)) == 1
+    assert re.search(r"\| 14/14, loss 0\.\d+", capsys.readouterr().err)
     assert "update 7 of 14: loss 0." in log and "update 14 of 14: loss 0." in log
 
 

@@ -18,6 +18,8 @@ from ddpm_pipeline.training.validation import Evaluation, Validation
 from helpers import killed_at
 from training_helpers import metrics, quick_options
 
+pytestmark = pytest.mark.usefixtures("no_final_pictures")
+
 SPREAD = np.arange(16) / 7.5 - 1  # of the images' figures: their mean is 0
 LIKELY = {1: 5.0, 2: 4.0, 3: 3.0, 4: 3.5, 5: 3.6, 6: 3.7, 7: 3.8, 8: 3.9}  # held-out bits/dim by update
 

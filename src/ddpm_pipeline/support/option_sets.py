@@ -136,7 +136,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Each option under one name, and its default if it has one that is not that of every flag."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        plain = action.default is None or action.default is False
+        return action.help if plain else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         value = "" if action.nargs in (0, "?") else f" {action.metavar}"

@@ -304,7 +304,9 @@ class WatchingOptions(OptionGroup):
         None, "Reverse steps for samples.png. By default as of a call of the pipeline: of the fitted sampler of most steps, or "
         "else the full chain.", at_least(1))
     log_every: int = _free(50, "Updates between log lines.", at_least(1))
-    report_to: str = _free("none", f"Tracker: none, {', '.join(TRACKERS)}.", one_of(("none", *TRACKERS)))
+    report_to: str = _free(
+        "none", f"Tracker: none; tensorboard or wandb, which get pictures too; {', '.join(TRACKERS[2:])}.",
+        one_of(("none", *TRACKERS)))
 
 
 @dataclass(frozen=True)

@@ -168,8 +168,11 @@ class Telemetry:
 
     def end_tracking(self) -> None:
         """Close the tracker, and what else accelerate has open."""
-        with self._tracking():
-            self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            with self._tracking():
+                tracker.finish()
+        self.accelerator.trackers = []
+        self.accelerator.end_training()
 
     @contextlib.contextmanager
     def _tracking(self) -> Iterator[None]:
@@ -190,8 +193,9 @@ class Telemetry:
         forecast.note_update(done)
         if forecast.pace is not None:
             left, rate = forecast.seconds_left(), 1 / forecast.pace
-            when, until = duration(left), time_of_day(left)
-            self.bar.set_postfix_str(f"{self._loss}{rate * batch_size:.3g} images/s, ends {until} ({when})", refresh=False)
+            when, until, images = duration(left), time_of_day(left), rate * batch_size
+            speed = f"{images:.0f}" if images >= 100 else f"{images:.3g}"
+            self.bar.set_postfix_str(f"{self._loss}{speed} images/s, ends {until} ({when})", refresh=False)
             if done - self._first_step == ESTIMATE_AFTER and done < self.bar.total:
                 told = "about %s to go at %.3g updates/s, until %s, with previews, evaluations and final samples"
                 logger.info(told, when, rate, until)
