@@ -109,7 +109,7 @@ def shortened(function: Callable, few: dict[str, Any], tmp_path: Path) -> Callab
     """The same function of options, of which these are replaced."""
 
     @wraps(function)
-    def run(options: Any) -> Any:
+    def run(options: Any, **more: Any) -> Any:
         given, values = options.flat(), dict(few)
         if "cache_dir" in given:
             values["cache_dir"] = str(tmp_path / "cache")
@@ -119,7 +119,7 @@ def shortened(function: Callable, few: dict[str, Any], tmp_path: Path) -> Callab
             del values["num_images"]
         if function.__name__ == "train":
             values |= network(given, tmp_path) | {"output_dir": tempfile.mkdtemp(dir=tmp_path)}  # the model of this name stays
-        result = function(options.with_values(**values))
+        result = function(options.with_values(**values), **more)
         if function.__name__ == "train" and not Path("ddpm-photos").exists():  # the checkpoint that the docs name
             shutil.copytree(result / "checkpoints/step-00000002", "ddpm-photos/checkpoints/step-00001000")
         return result
