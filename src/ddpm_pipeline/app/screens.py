@@ -266,7 +266,7 @@ def _likelihood(engine: Engine, condition: list) -> None:
             picture = _upload(engine, "Picture", condition)
             rounds = gr.Slider(1, 16, ROUNDS, step=1, label=f"Rounds of {COPIES * TERMS} evaluations")
             place = gr.Column()
-        plot = gr.Plot(label="Bits per dimension by timestep", format="png")
+        plot = gr.Plot(show_label=False, format="png")
 
     def likelihood(path: str | None, rounds: int, *asked: Any) -> Iterator[Any]:
         for bound in engine.likelihood(engine.read(path), _request(engine, asked), rounds):
