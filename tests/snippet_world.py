@@ -20,7 +20,7 @@ from ddpm_pipeline import (
     describe_conditions,
 )
 
-STEPS, SHORT_CHAIN = 1000, 100  # of a chain
+STEPS, SHORT_CHAIN = 1000, 50  # of a chain
 UNET = {
     "block_out_channels": (4,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "layers_per_block": 1,
     "norm_num_groups": 2, "add_attention": False,

@@ -46,6 +46,7 @@ COMMANDS = {  # by script: its room, the function that it calls, and how that is
 }
 SCRIPTS = {room: script for script, (room, _, _) in COMMANDS.items()}
 OTHERS = ("pip", "git", "sphinx-build", "tensorboard", "pytest", "scontrol", "OUT=", "[")  # commands that are not ours to run
+RESOLVE = "/{repo_id}/resolve/{revision}/{filename}"  # where a Hub has a file
 
 
 class Block(NamedTuple):
@@ -97,6 +98,8 @@ def place(world: Path, tmp_path: Path, client, hub, monkeypatch: pytest.MonkeyPa
     folder = shutil.copytree(world, tmp_path / "here")
     monkeypatch.chdir(folder)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}{RESOLVE}")
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     for room, name, few in COMMANDS.values():
         module = import_module(f"ddpm_pipeline.{room}")
