@@ -15,7 +15,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler
+import condition_models
+import text_models
+from ddpm_pipeline import AlphaDDPMPipeline, AlphaDDPMScheduler, ImageCondition, VectorCondition
 from ddpm_pipeline.app.engine import FITTED, Engine, Sampling
 from ddpm_pipeline.generation.drawing import Request
 from ddpm_pipeline.generation.pipelines import load_pipeline
@@ -133,6 +135,24 @@ def use_every_tab(person: Person, picture: Path, shot: Callable[[str], None]) ->
     person.reads("from 2 of 2 rounds")
     person.sees(2)
     shot("likelihood")
+
+
+def test_models_of_every_kind_have_the_screens_that_they_can_serve():
+    from ddpm_pipeline.app.server import build  # needs gradio
+
+    everything = {"draw", "noise", "inpaint", "interpolate", "likelihood"}
+    age, labels = VectorCondition(("age",), (40.0,), (10.0,)), ImageCondition(1, classes=3)
+    for pipe, expected in (
+        (text_models.make(), everything),
+        (condition_models.pipeline(1, None, age), everything),
+        (condition_models.pipeline(3, num_class_embeds=2), everything),
+        (condition_models.pipeline(1, labels), {"noise"}),
+        (condition_models.pipeline(6), {"draw"}),
+    ):
+        calls = {
+            call.api_name for call in build(Engine(pipe, "model"), ["a", "b"]).fns.values() if call.api_visibility == "public"
+        }
+        assert calls - {"load_example"} == expected
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium, such as that of the distribution's packages")

@@ -3,6 +3,7 @@
 Knows the model and what can honestly be asked of it. Imports no gradio; called by `screens` from any number of threads.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ LABELS = {"dpm-solver++": "DPM-Solver++", "unipc": "UniPC", "ddim": "DDIM", "ddp
 CALLS = (5, 10, 20, 50, 100, 250)  # to choose from, besides the full chain
 FEW, MANY = 20, 100  # network calls by default: without a fitted sampler, and to edit a picture
 MOST_IMAGES = 16
+PREVIEWS = 6  # of a chain: to send one takes longer than a network call of a small model
 SIDE, SMALLEST = 448, 96  # pixels that a picture or the width of a grid takes at least, and that each picture in it does
 WEIGHTS = tuple(index / 6 for index in range(7))
 COPIES, TERMS = 4, 64  # of a picture, each with noise of its own, in a round of the likelihood; of timesteps for each
@@ -255,11 +257,12 @@ class Engine:
     def _chain(self, sampling: Sampling, call: Callable[..., Tensor]) -> Iterator[tuple[int, Tensor]]:
         if sampling.sampler not in self.samplers:
             raise ValueError(f"{sampling.sampler!r} is not one of the samplers: {', '.join(self.samplers)}.")
-        scheduler = self.samplers[sampling.sampler][0]
+        scheduler, every = self.samplers[sampling.sampler][0], math.ceil(sampling.calls / PREVIEWS)
 
         def job(report: Callable[[Any], bool]) -> tuple[int, Tensor]:
             def shown(pipe: Any, index: int, _: Tensor, tensors: dict[str, Tensor]) -> dict:
-                pipe._interrupt = report((index + 1, tensors["latents"].float().cpu() / 2 + 0.5))
+                if (index + 1) % every == 0:
+                    pipe._interrupt = report((index + 1, tensors["latents"].float().cpu() / 2 + 0.5))
                 return {}
 
             self.pipe.scheduler = scheduler

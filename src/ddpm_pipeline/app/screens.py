@@ -119,8 +119,9 @@ def _upload(engine: Engine, label: str, condition: Sequence[Any]) -> gr.Image:
 
     if not engine.display.stretch:  # a picture of the screen has 8 bits
         picture.upload(fit, picture, picture, api_visibility="private", show_progress="hidden")
-    button = gr.Button("Let the model draw it", size="sm")
-    button.click(drawn, condition, picture, api_visibility="private", concurrency_id="model")
+    if not engine.why_not(TABS[0]):
+        button = gr.Button("Let the model draw it", size="sm")
+        button.click(drawn, condition, picture, api_visibility="private", concurrency_id="model")
     return picture
 
 
