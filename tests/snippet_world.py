@@ -51,7 +51,7 @@ def _models() -> dict[str, Any]:
     by_class = _model(config={"num_class_embeds": 11}, class_names=DIGITS)
     streets = _model(64, 3, ImageCondition(1, classes=12))
     texts = [text_models.make(scheduler=_scheduler(variance_type="learned_range"))]
-    colour = text_models.make_unet(in_channels=3, out_channels=6)
+    colour = text_models.make_unet(sample_size=16, in_channels=3, out_channels=6)
     texts.append(type(texts[0])(**{**texts[0].components, "unet": colour}))
     scans = _model(value_range=ValueRange((-1024.0,), (3071.0,), "int16"))
     return {

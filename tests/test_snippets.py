@@ -118,6 +118,8 @@ def shortened(function: Callable, few: dict[str, Any], tmp_path: Path) -> Callab
             values["cache_dir"] = str(tmp_path / "cache")
         if given.get("dataset") == "cats":
             values["dataset_config"] = "num_images=20"
+        if given.get("validation_split"):
+            values["validation_split"] = "50%"  # of few images
         if given.get("num_images") == 0:
             del values["num_images"]
         if function.__name__ == "train":
@@ -135,7 +137,7 @@ def network(given: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     if str(given["model"]).endswith(".json"):
         return {}
     text = given["condition"] == "text"
-    config = dict(make_unet().config) if text else UNET
+    config = dict(make_unet(cross_attention_dim=64).config) if text else UNET
     left = {name: value for name, value in config.items() if name not in ("sample_size", "in_channels", "out_channels")}
     (tmp_path / "tiny.json").write_text(json.dumps(left))
     return {"model": str(tmp_path / "tiny.json")}
