@@ -52,6 +52,14 @@ def test_cats_from_words():
             assert f"| {100 * shares[0][0]:.1f} ± {100 * shares[0][1]:.1f} % |" in words_of("README.md")
 
 
+def test_word_dropout():
+    page = words_of("docs/conditions.md")
+    for found in measured("cats_text_word_dropout")["results"]:
+        if found["asked"] in ("held-out cats", "unseen wordings"):
+            right = found["attributes"]["all"]
+            assert f"{100 * right['accuracy']:.1f} ± {100 * right['standard_error']:.1f} % of the" in page
+
+
 def test_few_images():
     runs, page = measured("small_data")["runs"], words_of("docs/training.md")
     for rows in runs.values():
