@@ -21,7 +21,7 @@ COMMANDS = {  # by room: the function that the command calls, and the extra that
     "fitting": ("fit", "train"),
 }
 # of extras of their own; their absence is caught and named
-OPTIONAL = {"torch-fidelity", "tifffile", "imagecodecs", "gradio", "matplotlib"}
+OPTIONAL = {"torch-fidelity", "tifffile", "imagecodecs", "gradio", "matplotlib", "wandb"}
 BASE_ROOMS = {"hub", "likelihood"}  # which need no extra, as the root files
 HEAVY = {"torch", "diffusers", "numpy", "transformers", "huggingface_hub", "accelerate", "datasets"}
 

@@ -135,7 +135,7 @@ def test_own_images_and_fine_tuning(options, tmp_path):
         Image.fromarray(rng.integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(tmp_path / f"pictures/{index}.png")
     common = {
         "dataset": str(tmp_path / "pictures"), "resolution": 8, "batch_size": 4, "num_cpu_threads": 1,
-        "cache_dir": str(tmp_path / "cache"),
+        "cache_dir": str(tmp_path / "cache"), "fit_noises": 0,
     }  # fmt: skip
     first = {"num_train_timesteps": 20, "beta_end": 0.4, "model": "tiny", "max_train_steps": 2, "num_samples": 2}
     train(TrainingOptions(**common, **first, report_to="tensorboard", output_dir=str(tmp_path / "a")))
