@@ -25,7 +25,7 @@ def test_a_run_from_a_stream_leaves_a_model_a_card_and_the_list_of_what_it_skipp
         "shuffle_buffer": 16, "dataloader_num_workers": 2, "max_bad_fraction": 0.05, "num_train_timesteps": 20,
         "beta_end": 0.4, "condition": "text", "text_column": "text", "model": str(tmp_path / "unet.json"), "num_samples": 2,
         "preview_every": 0, "checkpoint_every": 0, "log_every": 4, "num_cpu_threads": 1, "mixed_precision": "no",
-        "cache_dir": str(tmp_path / "cache"),
+        "cache_dir": str(tmp_path / "cache"), "fit_noises": 0,
     }  # fmt: skip
     model = train(TrainingOptions(**options, output_dir=str(tmp_path / "model")))
     skipped = [json.loads(line) for line in (model / "skipped.jsonl").read_text().splitlines()]
