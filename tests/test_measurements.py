@@ -19,7 +19,7 @@ def words_of(page: str) -> str:
     return " ".join((ROOT / page).read_text("utf-8").split())
 
 
-@pytest.mark.parametrize("name", ["cats_recognizer", "few_steps", "memorisation", "scale", "small_data"])
+@pytest.mark.parametrize("name", ["cats_recognizer", "few_steps", "fitted_sampler", "memorisation", "scale", "small_data"])
 def test_tables_of_benchmarks_are_made_of_their_figures(name):
     table = runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))["table"]
     assert table(measured(name)) == (RESULTS / f"{name}.md").read_text("utf-8")
@@ -58,6 +58,17 @@ def test_word_dropout():
         if found["asked"] in ("held-out cats", "unseen wordings"):
             right = found["attributes"]["all"]
             assert f"{100 * right['accuracy']:.1f} ± {100 * right['standard_error']:.1f} % of the" in page
+
+
+def test_fitted_samplers():
+    assert (RESULTS / "fitted_sampler.md").read_text("utf-8").strip() in (ROOT / "docs/fitted_sampler.md").read_text("utf-8")
+    rows = [row for row in measured("fitted_sampler")["rows"] if row["seed"] != "pilot" and "rmse" in row]
+    for steps, ratio in {5: "0.43", 10: "0.20", 20: "0.30"}.items():
+        fitted = next(row["rmse"] for row in rows if row["steps"] == steps and row["sampler"] == "fitted")
+        stock = min(row["rmse"] for row in rows if row["steps"] == steps and "fitted" not in row["sampler"])
+        assert f"{fitted / stock:.2f}" == ratio
+        if steps == 10:
+            assert f"best stock solver | {fitted:.3f}, {stock:.3f} |" in words_of("README.md")
 
 
 def test_few_images():
