@@ -30,7 +30,7 @@ from ddpm_pipeline.data.options import ConditionColumns
 from ddpm_pipeline.data.sources import load_source
 
 COUNT = "num_images=300,seed=5"
-DIGESTS = ("7e26d6bf5084abbf", "1d2be2e36355eb99", "b14992e7ecf20d94")  # of its pictures, captions and parts
+DIGESTS = ("7e26d6bf5084abbf", "349ed85cb4359b42", "b14992e7ecf20d94")  # of its pictures, captions and parts
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +85,9 @@ def test_captions_are_true_and_the_unseen_wordings_are_never_seen(rows):
     assert not seen & {text for texts in rows["unseen_text"] for text in texts}
     for row in rows.select(range(0, len(rows), 50)):
         cat = [row[kind] for kind in KINDS]
-        names = sorted({name for kind in KINDS for part in PARTS[kind] for name in part}, key=len, reverse=True)
-        true = {name for kind, part in zip(KINDS, cat, strict=True) for name in PARTS[kind][part]}
+        bare = {kind: [[re.sub("^an? ", "", name) for name in part] for part in PARTS[kind]] for kind in KINDS}
+        names = sorted({name for kind in KINDS for part in bare[kind] for name in part}, key=len, reverse=True)
+        true = {name for kind, part in zip(KINDS, cat, strict=True) for name in bare[kind][part]}
         for text in row["text"] + row["unseen_text"]:
             rest = text
             for name in names:  # the longest first, since "red" is part of "a red scarf"

@@ -141,23 +141,36 @@ def names_of(cat: Sequence[int]) -> list[str]:
 
 
 def captions(cat: Sequence[int], random: Random) -> tuple[list[str], list[str]]:
-    """Texts for a cat, whole and partial descriptions of it; and as many in wordings that are never among the first, as "with a
-    black hat and a grin: a cat, green and striped" is none of "a striped green cat with a grin and a black hat".
+    """Texts for a cat, whole and partial descriptions of it; and as many in a wording that is never among the first, as "with a
+    black hat and a grin: a cat, green and striped" is none of "a striped green cat with a grin and a black hat", "a cat that is
+    striped and green and has a grin, a black hat" and "black hat, striped, cat, grin, green".
     """
-    before, after, plain = zip(*[_words_for(cat, random) for _ in range(2 * NUM_CAPTIONS)], strict=True)
-    texts = []
-    for adjectives, phrases, noun in zip(before, after, plain, strict=True):
-        with_them = " with " + _listed(phrases) if phrases else ""
-        if len(texts) < NUM_CAPTIONS:
-            text = _pick(OPENINGS, random).format(_with_article(" ".join([*adjectives, noun]) + with_them))
-        else:
-            text = (
-                f"{with_them.strip()}: " * bool(phrases)
-                + _with_article(noun)
-                + f", {' and '.join(adjectives)}" * bool(adjectives)
-            )
-        texts.append(text)
-    return texts[:NUM_CAPTIONS], texts[NUM_CAPTIONS:]
+    words = [_words_for(cat, random) for _ in range(2 * NUM_CAPTIONS)]
+    seen = [_pick(WORDINGS, random)(*some, random) for some in words[:NUM_CAPTIONS]]
+    return seen, [_colour_last(*some) for some in words[NUM_CAPTIONS:]]
+
+
+def _colour_first(adjectives: list[str], phrases: list[str], noun: str, random: Random) -> str:
+    told = _with_article(" ".join([*adjectives, noun])) + f" with {_listed(phrases)}" * bool(phrases)
+    return _pick(OPENINGS, random).format(told)
+
+
+def _clauses(adjectives: list[str], phrases: list[str], noun: str, random: Random) -> str:
+    clauses = [f"is {' and '.join(adjectives)}"] * bool(adjectives) + [f"has {_listed(phrases)}"] * bool(phrases)
+    return _pick(OPENINGS, random).format(f"{_with_article(noun)} that {' and '.join(clauses)}")
+
+
+def _tags(adjectives: list[str], phrases: list[str], noun: str, random: Random) -> str:
+    tags = [*adjectives, *map(_without_article, phrases), noun]
+    return ", ".join(tags.pop(int(random.random() * len(tags))) for _ in range(len(tags)))
+
+
+def _colour_last(adjectives: list[str], phrases: list[str], noun: str) -> str:
+    told = _with_article(noun) + f", {' and '.join(adjectives)}" * bool(adjectives)
+    return f"with {_listed(phrases)}: " * bool(phrases) + told
+
+
+WORDINGS = (_colour_first, _colour_first, _clauses, _tags)  # as often as they stand here
 
 
 def mentioned(text: str) -> dict[str, int]:
@@ -174,7 +187,7 @@ def mentioned(text: str) -> dict[str, int]:
 @cache
 def _parts_by_name() -> dict[str, tuple[str, int]]:
     named = [(name, kind, part) for kind in KINDS for part, names in enumerate(PARTS[kind]) for name in names]
-    return {re.sub(r"^an? ", "", name): (kind, part) for name, kind, part in named}
+    return {_without_article(name): (kind, part) for name, kind, part in named}
 
 
 @cache
@@ -201,7 +214,11 @@ def _pick(options: Sequence[Any], random: Random) -> Any:
 
 
 def _listed(phrases: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
+    return " and ".join(filter(None, [", ".join(phrases[:-1]), *phrases[-1:]]))
+
+
+def _without_article(words: str) -> str:
+    return re.sub(r"^an? ", "", words)
 
 
 def _with_article(words: str) -> str:
