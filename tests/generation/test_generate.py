@@ -209,9 +209,10 @@ def test_a_folder_that_is_renamed_during_the_run_ends_it(options, expected, monk
 def test_every_sampler_has_the_configuration_of_the_model_s_own(model):
     pipe = load_pipeline(str(model))
     assert scheduler_for(pipe, "keep") is pipe.scheduler
-    for name, class_name in SCHEDULERS.items():
+    for name, (class_name, options) in SCHEDULERS.items():
         scheduler = scheduler_for(pipe, name)
         assert type(scheduler).__name__ == class_name
+        assert options.items() <= scheduler.config.items()
         assert scheduler.config.beta_end == 0.6 and scheduler.config.num_train_timesteps == 12
 
 

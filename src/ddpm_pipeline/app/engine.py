@@ -34,7 +34,13 @@ from ..tables_alpha_ddpm import check_integer
 from .worker import Worker
 
 FITTED, ANCESTRAL = "fitted", "ancestral"
-LABELS = {"dpm-solver++": "DPM-Solver++", "unipc": "UniPC", "ddim": "DDIM", "ddpm": ANCESTRAL}  # in the order of the screens
+LABELS = {  # in the order of the screens
+    "dpm-solver++": "DPM-Solver++",
+    "sde-dpm-solver++": "SDE-DPM-Solver++",
+    "unipc": "UniPC",
+    "ddim": "DDIM",
+    "ddpm": ANCESTRAL,
+}
 CALLS = (5, 10, 20, 50, 100, 250)  # to choose from, besides the full chain
 FEW, MANY = 20, 100  # network calls by default: without a fitted sampler, and to edit a picture
 MOST_IMAGES = 16
@@ -112,7 +118,7 @@ class Engine:
         elif not isinstance(own, AlphaDDPMScheduler):
             found[type(own).__name__] = own, self._possible(own)
         for name, label in LABELS.items():
-            if SCHEDULERS[name] not in found:
+            if SCHEDULERS[name] != (type(own).__name__, {}):
                 scheduler = scheduler_for(self.pipe, name)
                 found[label] = scheduler, self._possible(scheduler)
         return {name: (scheduler, calls) for name, (scheduler, calls) in found.items() if calls}

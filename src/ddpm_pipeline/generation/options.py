@@ -8,12 +8,13 @@ from ..support.errors import ConfigError
 from ..support.option_sets import OptionSet
 from ..support.options import FINITE, SEED, OptionGroup, at_least, one_of, option
 
-SCHEDULERS = {  # diffusers' classes by the names of the samplers; "ddpm" is ours
-    "ddpm": "AlphaDDPMScheduler",
-    "stock-ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "dpm-solver++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
+SCHEDULERS: dict[str, tuple[str, dict[str, str]]] = {  # diffusers' class, and its options, by name; "ddpm" is ours
+    "ddpm": ("AlphaDDPMScheduler", {}),
+    "stock-ddpm": ("DDPMScheduler", {}),
+    "ddim": ("DDIMScheduler", {}),
+    "dpm-solver++": ("DPMSolverMultistepScheduler", {}),
+    "sde-dpm-solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
 }
 FORMATS = ("auto", "png", "npy", "tiff", "parquet")
 

@@ -71,8 +71,9 @@ def scheduler_for(pipe: Pipeline, name: str) -> Any:
     """The sampler of this name in `SCHEDULERS`, with the configuration of the pipeline's own, which is called "keep"."""
     if name == "keep":
         return pipe.scheduler
-    scheduler_class = AlphaDDPMScheduler if name == "ddpm" else getattr(diffusers, SCHEDULERS[name])
-    return scheduler_class.from_config(pipe.scheduler.config)
+    class_name, options = SCHEDULERS[name]
+    scheduler_class = AlphaDDPMScheduler if name == "ddpm" else getattr(diffusers, class_name)
+    return scheduler_class.from_config(pipe.scheduler.config, **options)
 
 
 def steps_of(scheduler: Any, num_inference_steps: int | None) -> int:
