@@ -8,6 +8,7 @@ of a body and an accessory, and for training cats in wordings that training neve
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 import textwrap
@@ -35,7 +36,7 @@ ASKED = {  # the split and the column of the captions
 SHOWN, COLUMNS, SHOWN_SIDE, TEXT_LINES, TEXT_HEIGHT = 12, 6, 128, 5, 13  # pictures, and pixels
 
 
-def judged(arguments: argparse.Namespace, asked: str, scale: float) -> dict[str, Any]:
+def judged(arguments: argparse.Namespace, asked: str, scale: float, sampler: str) -> dict[str, Any]:
     """The section "cats" of an evaluation, with the FID."""
     split, column = ASKED[asked]
     with tempfile.TemporaryDirectory() as folder:
@@ -44,23 +45,26 @@ def judged(arguments: argparse.Namespace, asked: str, scale: float) -> dict[str,
                 model=str(arguments.folder), dataset="cats", dataset_config=arguments.dataset_config, split=split,
                 text_column=column if arguments.condition == "text" else None, guidance_scale=scale, seed=arguments.seed,
                 num_images=arguments.num_images, num_likelihood_images=0, num_inference_steps=arguments.steps,
-                scheduler=arguments.scheduler, batch_size=arguments.batch_size, update_card=False, output=f"{folder}/x.json",
+                scheduler=sampler, batch_size=arguments.batch_size, update_card=False, output=f"{folder}/x.json",
             )
         )  # fmt: skip
-    return {"asked": asked, "split": split, **results["cats"], "guidance_scale": scale, "fid": results["quality"]["fid"]}
+    cats = results["cats"] | {"scheduler": sampler, "guidance_scale": scale}
+    return {"asked": asked, "split": split, **cats, "fid": results["quality"]["fid"]}
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Shares in percent, ± a standard error."""
+    """Shares in percent, ± a standard error; the sampler where there are several."""
 
     def percent(found: dict[str, float], name: str, error: str) -> str:
         return f"{100 * found[name]:.1f} ± {100 * found[error]:.1f} %"
 
     kinds = results[0].get("attributes", {})
-    head = "".join(f" {'parts' if kind == 'all' else kind} right |" for kind in kinds)
-    lines = ["| asked for | guidance | valid | copies | new |" + head, "|---" * (5 + len(kinds)) + "|"]
+    several = len({row["scheduler"] for row in results}) > 1
+    head = " sampler |" * several + "".join(f" {'parts' if kind == 'all' else kind} right |" for kind in kinds)
+    lines = ["| asked for | guidance | valid | copies | new |" + head, "|---" * (5 + several + len(kinds)) + "|"]
     for row in results:
         shares = [percent(row, name, f"{name}_standard_error") for name in ("valid", "copies", "new")]
+        shares += [row["scheduler"]] * several
         shares += [percent(row["attributes"][kind], "accuracy", "standard_error") for kind in kinds]
         lines.append(f"| {row['asked'] if kinds else 'nothing'} | {row['guidance_scale']:g} | {' | '.join(shares)} |")
     return "\n".join(lines) + "\n"
@@ -75,7 +79,7 @@ def picture(arguments: argparse.Namespace, pipe: Any) -> Image.Image:
         request = Request({"prompt": prompts}, arguments.guidance_scales[-1])
     elif arguments.condition == "class":
         request = Request({"class_labels": sorted(pipe.id2label or range(pipe.unet.config.num_class_embeds))})
-    pipe.scheduler = scheduler_for(pipe, arguments.scheduler)
+    pipe.scheduler = scheduler_for(pipe, arguments.scheduler[-1])
     images = sample_in_batches(pipe, SHOWN, arguments.batch_size, arguments.seed, arguments.steps, request)
     return with_texts(images, prompts) if prompts else grid(images, COLUMNS, SHOWN_SIDE)
 
@@ -99,7 +103,7 @@ def main() -> None:
     parser.add_argument("--dataset_config", default="num_images=10000,seed=0", help="as the model was trained with")
     parser.add_argument("--num_images", type=int, default=1000, help="samples for each row")
     parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.0])
-    parser.add_argument("--scheduler", default="keep", help="sampler, as in evaluate.py")
+    parser.add_argument("--scheduler", nargs="+", default=["keep"], help="samplers, as in evaluate.py")
     parser.add_argument("--steps", type=int, default=100, help="reverse steps")
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -110,7 +114,8 @@ def main() -> None:
     pipe = load_pipeline(str(arguments.folder))
     arguments.condition = condition_of(pipe)
     asked = ASKED if arguments.condition == "text" else ["training cats"]
-    results = [judged(arguments, name, scale) for scale in arguments.guidance_scales for name in asked]
+    each = itertools.product(arguments.scheduler, arguments.guidance_scales, asked)
+    results = [judged(arguments, name, scale, sampler) for sampler, scale, name in each]
     print(table(results))
     names = ("dataset_config", "num_images", "guidance_scales", "scheduler", "steps", "batch_size", "seed")
     told = {name: getattr(arguments, name) for name in names}
