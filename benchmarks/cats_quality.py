@@ -33,7 +33,7 @@ ASKED = {  # the split and the column of the captions
     "held-out pairs": ("pairs", "text"),
     "unseen wordings": ("train", "unseen_text"),
 }
-SHOWN, COLUMNS, SHOWN_SIDE, TEXT_LINES, TEXT_HEIGHT = 12, 6, 128, 5, 13  # pictures, and pixels
+SHOWN, COLUMNS, SHOWN_SIDE, TEXT_LINES, TEXT_HEIGHT = 12, 6, 128, 6, 13  # pictures, and pixels
 
 
 def judged(arguments: argparse.Namespace, asked: str, scale: float, sampler: str) -> dict[str, Any]:

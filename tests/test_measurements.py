@@ -52,12 +52,13 @@ def test_cats_from_words():
             assert f"| {100 * shares[0][0]:.1f} ± {100 * shares[0][1]:.1f} % |" in words_of("README.md")
 
 
-def test_word_dropout():
-    page = words_of("docs/conditions.md")
-    for found in measured("cats_text_word_dropout")["results"]:
-        if found["asked"] in ("held-out cats", "unseen wordings"):
-            right = found["attributes"]["all"]
-            assert f"{100 * right['accuracy']:.1f} ± {100 * right['standard_error']:.1f} % of the" in page
+@pytest.mark.parametrize("name", ["cats_text_one_sentence", "cats_text_word_dropout", "cats_text_quality"])
+def test_sentences_of_captions(name):
+    right = {row["asked"]: row["attributes"] for row in measured(name)["results"]}
+    found = [right["held-out cats"]["all"], right["held-out cats"]["mouth"]]
+    found += [right["unseen wordings"]["all"], right["unseen wordings"]["body"]]
+    cells = " | ".join(f"{100 * one['accuracy']:.1f} ± {100 * one['standard_error']:.1f} %" for one in found)
+    assert f"results/{name}.json) | {cells} |" in words_of("docs/conditions.md")
 
 
 def test_fitted_samplers():
