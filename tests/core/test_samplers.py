@@ -274,7 +274,7 @@ def test_values_that_are_not_finite_are_never_returned():
 
 def test_a_scheduler_is_in_one_chain_at_a_time():
     pipe, errors = pipe_with("DDIMScheduler", tiny_unet()), []
-    options = {"num_inference_steps": 3, "output_type": "latent"}
+    options, picture = {"num_inference_steps": 3, "output_type": "latent"}, torch.zeros(1, 1, 8, 8)
 
     def again(pipe, index, t, tensors):
         def elsewhere():
@@ -285,8 +285,9 @@ def test_a_scheduler_is_in_one_chain_at_a_time():
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
-        with pytest.raises(RuntimeError, match="another call"):
-            pipe(**options)
+        for call in (lambda: pipe(**options), lambda: pipe.interpolate(picture, picture, 500, num_inference_steps=3)):
+            with pytest.raises(RuntimeError, match="another call"):
+                call()
         other = AlphaDDPMPipeline(pipe.unet, copy.deepcopy(pipe.scheduler))
         other.set_progress_bar_config(disable=True)
         other(**options)

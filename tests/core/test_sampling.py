@@ -410,6 +410,9 @@ def test_interpolation_shares_its_noise_and_reconstructs_at_its_ends():
     torch.testing.assert_close(mixed[0], same[0], atol=1e-5, rtol=0)  # at weight 0, b has no say
     ends = pipe.interpolate(b, b, weights=(0.0,), generator=seeded(), **options).images
     torch.testing.assert_close(mixed[-1], ends[0], atol=1e-5, rtol=0)
+    steps.clear()
+    pipe.interpolate(a, b, **(options | {"num_inference_steps": None, "timesteps": [999, 300, 200, 0]}))
+    assert steps == [300, 200, 0]
 
 
 def test_interpolation_of_flat_images_gives_the_grey_between_them():

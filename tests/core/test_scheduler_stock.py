@@ -425,6 +425,8 @@ def test_compatible_schedulers_take_our_config(name):
         back = AlphaDDPMScheduler.from_config(other.config)
         assert settings(back).items() >= {(k, v) for k, v in settings(ours).items() if k != "trained_betas"}
         assert back.config.trained_betas == ours.config.trained_betas
+    saved = json.loads(getattr(diffusers, name)().to_json_string())  # as a repository has it that never had a scheduler of ours
+    assert AlphaDDPMScheduler.from_config(saved).config.variance_type == "fixed_small"
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
