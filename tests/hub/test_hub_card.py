@@ -99,6 +99,7 @@ SAID = {  # of models, by a change of their configs
                    "channels": 5, "classes": None, "task": None, "value_range": ValueRange((-1,), (1,), "float32").to_json()}}},
                   ('condition_image = np.load("condition.npy")', "Its values are floats from -1 to 1", "A class-conditional",
                    "values = pipe(condition_image=condition_image, class_labels=[0]", "- class-conditional")),
+    "classes without 'none of them'": ({"num_class_embeds": 3}, ("pipe(class_labels=[0], num_inference_steps=20)",)),
     "inpainting bands": ({"in_channels": 11, OWN_KEY: {"condition_image": {
                           "channels": 5, "classes": None, "task": "inpaint", "value_range": ValueRange().to_json()}}},
                          ("5-channel 8x8", "import numpy as np\nfrom PIL import Image\nfrom ddpm_pipeline")),
