@@ -120,9 +120,12 @@ def test_what_is_painted_fits_what_is_kept(name):
     pipe, mask, grey = pipe_with(name, GaussianUNet(flat=True, sample_size=8)), torch.zeros(8, 8), 0.8
     mask[:, 4:] = 1
     options = {"strength": 0.5 if SAMPLERS[name].middle else 1.0, "num_inference_steps": STEPS, "generator": seeded()}
-    x = pipe(4, image=torch.full((1, 8, 8), grey), mask_image=mask, output_type="pt", **options).images
+    options |= {"image": torch.full((1, 8, 8), grey), "mask_image": mask}
+    x = pipe(4, output_type="pt", **options).images
     assert (x[..., :4] - grey).abs().max() < 1e-6
     assert (x[..., 4:] - grey).abs().max() < 0.06
+    with pytest.raises(ValueError, match=f"{name} lacks; use AlphaDDPMScheduler"):
+        pipe(num_resamples=2, **options)
 
 
 @pytest.mark.parametrize("name", ["KDPM2DiscreteScheduler", "DPMSolverSDEScheduler"])

@@ -385,18 +385,6 @@ def test_what_is_painted_fits_what_is_kept():
         assert (x[..., 4:] - grey).abs().max() < 0.06
 
 
-@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler])
-def test_other_schedulers_take_images_and_masks_too(kind):
-    pipe = network_pipe()
-    pipe.scheduler = kind.from_config(pipe.scheduler.config)
-    x, mask = picture(), torch.zeros(8, 8)
-    mask[2:6, 2:6] = 1
-    drawn = pipe(image=x, mask_image=mask, num_inference_steps=4, generator=seeded(), output_type="pt").images
-    torch.testing.assert_close(drawn[0, 0][mask == 0], x[0, 0][mask == 0])
-    with pytest.raises(ValueError, match="AlphaDDPMScheduler"):
-        pipe(image=x, mask_image=mask, num_resamples=2)
-
-
 def test_interpolation_shares_its_noise_and_reconstructs_at_its_ends():
     pipe, (a, b) = network_pipe(), picture(count=2)
     steps = []

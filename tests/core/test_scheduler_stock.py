@@ -429,17 +429,6 @@ def test_compatible_schedulers_take_our_config(name):
     assert AlphaDDPMScheduler.from_config(saved).config.variance_type == "fixed_small"
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_fast_samplers_run_on_our_config(name):
-    scheduler = getattr(diffusers, name).from_config(AlphaDDPMScheduler().config)
-    scheduler.set_timesteps(5)
-    x = images(1, dtype=torch.float32)
-    for t in scheduler.timesteps:
-        x = scheduler.step(torch.zeros_like(x), t, x).prev_sample
-    assert x.isfinite().all()
-
-
 @pytest.mark.parametrize(
     ("former", "present"),
     [
