@@ -106,6 +106,13 @@ SAID = {  # of models, by a change of their configs
 }  # fmt: skip
 
 
+def test_card_says_that_diffusers_alone_cannot_use_a_scheduler(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "UniPCMultistepScheduler"]}))
+    card = str(build_card(folder, name="c"))
+    assert "cannot sample with the UniPCMultistepScheduler that it is saved with:" in card and card.count("pipe(") == 2
+
+
 @pytest.mark.parametrize("kind", SAID)
 def test_card_says_what_images_and_conditions_are(folder: Path, kind: str) -> None:
     changes, words = SAID[kind]

@@ -40,6 +40,9 @@ class Kind:
 NOT_TOLD = " the model loads, but it cannot be told {}, so it cannot sample images"
 NO_IMAGE = " the model loads, but it cannot be told a condition image, and what it samples without means nothing"
 NO_VARIANCE = " the model loads, but diffusers' `IFPipeline` samples with a learned variance only, which this model lacks"
+NO_SAMPLER = " the model loads, but diffusers' `DDPMPipeline` cannot sample with the {} that it is saved with"
+# Schedulers that it can, which need no scaling of the network's input, and take a generator
+OF_PLAIN = ("DDPM", "DDIM", "DPMSolverMultistep", "DPMSolverSinglestep", "SASolver", "LCM", "TCD")
 UNCONDITIONAL = Kind()
 CLASS = Kind(" class-conditional", "class_labels=[0], guidance_scale=2.0", why_plain_cannot_sample=NOT_TOLD.format("a class"))
 TEXT = Kind(
@@ -121,6 +124,8 @@ def _facts(index: Mapping[str, Any], unet: Mapping[str, Any], schedule: Mapping[
         kind = Kind(" conditional", example, why_plain_cannot_sample=NOT_TOLD.format("numbers"), condition=condition)
     elif unet.get("num_class_embeds") or unet.get("class_embed_type"):
         kind = CLASS
+    elif not (sampler := (index.get("scheduler") or ("", "DDPM"))[1]).startswith(OF_PLAIN):
+        kind = replace(UNCONDITIONAL, why_plain_cannot_sample=NO_SAMPLER.format(sampler))
     if image:
         kind, channels = _with_image(kind, image), channels - _encoded_channels(image)
     if "text_encoder" not in index and not _guidable(own, unet):
