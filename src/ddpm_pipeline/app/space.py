@@ -52,7 +52,7 @@ def write_space(model: str, folder: str | Path) -> Path:
     except (ValueError, HFValidationError) as error:
         raise ConfigError(f"MODEL {model} is neither the folder of a pipeline nor a name on the Hub: {error}") from error
     files = {name: path for name, path in found.items() if "/" in name or name in (INDEX, ROWS)}  # no card, pictures or code
-    title = (source.resolve() if files else source).name
+    title = source.resolve().name
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(folder)
     try:
