@@ -26,8 +26,9 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def diffusers_as_talkative_as_before() -> Iterator[None]:
-    """Commands that run within a test make diffusers quieter, and with it the warnings of our own that follow it."""
+    """Commands that run within a test make diffusers quieter."""
     logger = logging.getLogger("diffusers")
-    level = logger.level
+    levels = {talker: talker.level for talker in (logger, *logger.handlers)}
     yield
-    logger.setLevel(level)
+    for talker, level in levels.items():
+        talker.setLevel(level)

@@ -24,6 +24,7 @@ from .samplers_alpha_ddpm import (
     next_timesteps,
     order_of,
     plain,
+    reserved,
     seed_own_noise,
     set_timesteps,
 )
@@ -241,7 +242,7 @@ class AlphaDDPMEditing:
             weights: weights of `b`, each in [0, 1]; one image comes back per weight, as the call returns it.
             generator: a single one, for the shared noise.
             num_inference_steps: length of the whole chain, which is run from `at` on.
-            options: further arguments of the call, such as the condition.
+            options: further arguments of the call, such as the condition, or `timesteps` in place of that length.
         """
         own_units = bool(options.get("denormalize"))
         a, b = self._images_in(a, own_units), self._images_in(b, own_units)
@@ -251,7 +252,9 @@ class AlphaDDPMEditing:
         if not weights or not all(0 <= weight <= 1 for weight in weights):
             raise ValueError(f"weights={weights!r} must be numbers from 0 (image a) to 1 (image b), at least one.")
         check_integer("at", at, 0, self.scheduler.config.num_train_timesteps - 1)
-        timesteps = set_timesteps(self.scheduler, Steps(num_inference_steps))[:: order_of(self.scheduler)]
+        steps = Steps(num_inference_steps, options.get("timesteps"), options.get("sigmas"))
+        with reserved(self.scheduler):
+            timesteps = set_timesteps(self.scheduler, steps)[:: order_of(self.scheduler)]
         if not (remaining := int((timesteps <= at).sum())):
             raise ValueError(f"at={at} is below the last timestep of this chain, {timesteps[-1]}; use more steps.")
         weight = torch.tensor(weights, device=a.device, dtype=a.dtype).view(-1, 1, 1, 1)

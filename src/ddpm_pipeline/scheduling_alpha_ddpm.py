@@ -167,8 +167,11 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         """diffusers' split of a config into arguments of `__init__` and the rest, with our settings unpacked first.
 
-        Settings of 2022 that are now called otherwise are taken under their present names.
+        Settings of 2022 that are now called otherwise are taken under their present names. A `variance_type` of null, as in the
+        configs of DPM-Solver and SA-Solver, is left to its default.
         """
+        if config_dict.get("variance_type", "") is None:
+            config_dict = {key: value for key, value in config_dict.items() if key != "variance_type"}
         for former in tables.FORMER_SETTINGS.keys() & config_dict.keys():
             present = tables.FORMER_SETTINGS[former](config_dict[former])
             config_dict = present | {key: value for key, value in config_dict.items() if key != former}

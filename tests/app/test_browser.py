@@ -206,8 +206,9 @@ def test_refusals_reach_the_user_in_words(server, tmp_path):
     for file, words in {"text.png": "cannot identify its format", "bomb.png": "decompression bomb"}.items():
         with pytest.raises(Exception, match=words):
             client.predict(gradio_client.handle_file(tmp_path / file), 3, api_name="/noise")
-    with pytest.raises(Exception, match="list of choices"):
-        client.predict(1, FITTED, 4, 0, 1.0, api_name="/draw")
+    with pytest.raises(Exception, match="takes 3 network calls, not 5"):
+        client.predict(1, FITTED, 5, 0, 1.0, api_name="/draw")
+    assert client.predict(1, "DDIM", 5, 0, 1.0, api_name="/draw")[1] == "Done in 5 network calls."
     with pytest.raises(Exception, match="16"):
         client.predict(17, FITTED, 3, 0, 1.0, api_name="/draw")
 

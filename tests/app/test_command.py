@@ -83,6 +83,9 @@ def test_a_space_is_pushed_whole_or_says_how_to_push_it_later(model, tmp_path):
             calls.append(options)
             return SimpleNamespace(repo_id=f"me/{repo_id}")
 
+        def repo_info(self, repo_id, repo_type):
+            return SimpleNamespace(private=repo_id == "me/demo")
+
         def upload_folder(self, **options):
             calls.append(options)
 
@@ -92,6 +95,9 @@ def test_a_space_is_pushed_whole_or_says_how_to_push_it_later(model, tmp_path):
     assert (uploaded["repo_id"], uploaded["repo_type"], uploaded["folder_path"]) == ("me/demo", "space", folder)
     with pytest.raises(ConfigError, match="--push_space"):
         push_space(folder, "a/b/c", api=Hub())
+    with pytest.raises(PushError, match="is public, and the push was asked to be private"):
+        push_space(folder, "seen", private=True, api=Hub())
+    assert not any("folder_path" in call for call in calls[2:])
     Hub.upload_folder = lambda self, **options: 1 / 0
     with pytest.raises(PushError, match=r"hf upload demo .* --repo-type space"):
         push_space(folder, "demo", api=Hub())

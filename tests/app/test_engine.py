@@ -165,7 +165,8 @@ def test_refusals_are_value_errors(engine, picture):
     for problem, steps in {
         "too many": lambda: engine.draw(NOTHING, Sampling(ANCESTRAL, 5), 17),
         "not one of the samplers": lambda: engine.draw(NOTHING, Sampling("none", 5)),
-        "num_inference_steps": lambda: engine.draw(NOTHING, Sampling(ANCESTRAL, 13)),
+        "5, 10, 12 network calls, not 13": lambda: engine.draw(NOTHING, Sampling(ANCESTRAL, 13)),
+        "3 network calls, not 5": lambda: engine.draw(NOTHING, Sampling(FITTED, 5)),
         "begin in the middle": lambda: engine.interpolate(picture, picture, 5, NOTHING, Sampling(FITTED, 3)),
     }.items():
         with pytest.raises(ValueError, match=problem):

@@ -120,9 +120,12 @@ def test_what_is_painted_fits_what_is_kept(name):
     pipe, mask, grey = pipe_with(name, GaussianUNet(flat=True, sample_size=8)), torch.zeros(8, 8), 0.8
     mask[:, 4:] = 1
     options = {"strength": 0.5 if SAMPLERS[name].middle else 1.0, "num_inference_steps": STEPS, "generator": seeded()}
-    x = pipe(4, image=torch.full((1, 8, 8), grey), mask_image=mask, output_type="pt", **options).images
+    options |= {"image": torch.full((1, 8, 8), grey), "mask_image": mask}
+    x = pipe(4, output_type="pt", **options).images
     assert (x[..., :4] - grey).abs().max() < 1e-6
     assert (x[..., 4:] - grey).abs().max() < 0.06
+    with pytest.raises(ValueError, match=f"{name} lacks; use AlphaDDPMScheduler"):
+        pipe(num_resamples=2, **options)
 
 
 @pytest.mark.parametrize("name", ["KDPM2DiscreteScheduler", "DPMSolverSDEScheduler"])
@@ -274,7 +277,7 @@ def test_values_that_are_not_finite_are_never_returned():
 
 def test_a_scheduler_is_in_one_chain_at_a_time():
     pipe, errors = pipe_with("DDIMScheduler", tiny_unet()), []
-    options = {"num_inference_steps": 3, "output_type": "latent"}
+    options, picture = {"num_inference_steps": 3, "output_type": "latent"}, torch.zeros(1, 1, 8, 8)
 
     def again(pipe, index, t, tensors):
         def elsewhere():
@@ -285,8 +288,9 @@ def test_a_scheduler_is_in_one_chain_at_a_time():
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
-        with pytest.raises(RuntimeError, match="another call"):
-            pipe(**options)
+        for call in (lambda: pipe(**options), lambda: pipe.interpolate(picture, picture, 500, num_inference_steps=3)):
+            with pytest.raises(RuntimeError, match="another call"):
+                call()
         other = AlphaDDPMPipeline(pipe.unet, copy.deepcopy(pipe.scheduler))
         other.set_progress_bar_config(disable=True)
         other(**options)

@@ -385,18 +385,6 @@ def test_what_is_painted_fits_what_is_kept():
         assert (x[..., 4:] - grey).abs().max() < 0.06
 
 
-@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler])
-def test_other_schedulers_take_images_and_masks_too(kind):
-    pipe = network_pipe()
-    pipe.scheduler = kind.from_config(pipe.scheduler.config)
-    x, mask = picture(), torch.zeros(8, 8)
-    mask[2:6, 2:6] = 1
-    drawn = pipe(image=x, mask_image=mask, num_inference_steps=4, generator=seeded(), output_type="pt").images
-    torch.testing.assert_close(drawn[0, 0][mask == 0], x[0, 0][mask == 0])
-    with pytest.raises(ValueError, match="AlphaDDPMScheduler"):
-        pipe(image=x, mask_image=mask, num_resamples=2)
-
-
 def test_interpolation_shares_its_noise_and_reconstructs_at_its_ends():
     pipe, (a, b) = network_pipe(), picture(count=2)
     steps = []
@@ -410,6 +398,9 @@ def test_interpolation_shares_its_noise_and_reconstructs_at_its_ends():
     torch.testing.assert_close(mixed[0], same[0], atol=1e-5, rtol=0)  # at weight 0, b has no say
     ends = pipe.interpolate(b, b, weights=(0.0,), generator=seeded(), **options).images
     torch.testing.assert_close(mixed[-1], ends[0], atol=1e-5, rtol=0)
+    steps.clear()
+    pipe.interpolate(a, b, **(options | {"num_inference_steps": None, "timesteps": [999, 300, 200, 0]}))
+    assert steps == [300, 200, 0]
 
 
 def test_interpolation_of_flat_images_gives_the_grey_between_them():

@@ -425,17 +425,8 @@ def test_compatible_schedulers_take_our_config(name):
         back = AlphaDDPMScheduler.from_config(other.config)
         assert settings(back).items() >= {(k, v) for k, v in settings(ours).items() if k != "trained_betas"}
         assert back.config.trained_betas == ours.config.trained_betas
-
-
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_fast_samplers_run_on_our_config(name):
-    scheduler = getattr(diffusers, name).from_config(AlphaDDPMScheduler().config)
-    scheduler.set_timesteps(5)
-    x = images(1, dtype=torch.float32)
-    for t in scheduler.timesteps:
-        x = scheduler.step(torch.zeros_like(x), t, x).prev_sample
-    assert x.isfinite().all()
+    saved = json.loads(getattr(diffusers, name)().to_json_string())  # as a repository has it that never had a scheduler of ours
+    assert AlphaDDPMScheduler.from_config(saved).config.variance_type == "fixed_small"
 
 
 @pytest.mark.parametrize(

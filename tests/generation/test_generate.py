@@ -216,7 +216,7 @@ def test_every_sampler_has_the_configuration_of_the_model_s_own(model):
         assert scheduler.config.beta_end == 0.6 and scheduler.config.num_train_timesteps == 12
 
 
-def test_command_samples_and_reports_mistakes_in_one_line(options, expected, monkeypatch):
+def test_command_samples_and_reports_mistakes_in_one_line(options, expected, text_model, tmp_path, monkeypatch):
     def run(*flags: str) -> None:
         monkeypatch.setattr("sys.argv", ["generate.py", *flags])
         runpy.run_path(str(ROOT / "training" / "generate.py"), run_name="__main__")
@@ -227,6 +227,9 @@ def test_command_samples_and_reports_mistakes_in_one_line(options, expected, mon
         run("--model", "m", "--output_dri", "x")
     with pytest.raises(SystemExit, match=r"^error: --output_dir is required"):
         run("--model", "m")
+    one = ("--num_images", "1", "--num_inference_steps", "1", "--output_dir", str(tmp_path / "text"))
+    with pytest.warns(UserWarning, match="more than 77 tokens"):  # which no command keeps to itself
+        run("--model", text_model, "--prompts", "seven " * 20, *one)
 
 
 # ---- conditional models --------------------------------------------------------------------------

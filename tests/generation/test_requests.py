@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 from ddpm_pipeline import (
@@ -18,6 +19,7 @@ from ddpm_pipeline import (
     describe_conditions,
 )
 from ddpm_pipeline.generation import GenerationOptions, generate
+from ddpm_pipeline.generation.condition_images import ConditionImages
 from ddpm_pipeline.generation.pipelines import condition_of, load_pipeline
 from ddpm_pipeline.support.draws import RandomStream, seeds
 from ddpm_pipeline.support.errors import ConfigError
@@ -140,7 +142,7 @@ def test_other_condition_images_are_another_folder_s(models, images, tmp_path):
         sampled(models["image"], tmp_path / "out", condition_images=str(tmp_path / "rgb"), count=1)
 
 
-def test_larger_label_maps_are_resized_by_nearest_pixels_and_that_is_said(models, images, tmp_path, capsys):
+def test_larger_label_maps_are_resized_by_nearest_pixels_and_that_is_said_once(models, images, tmp_path, capsys, monkeypatch):
     (tmp_path / "large").mkdir()
     for path in images["labels"].iterdir():
         Image.open(path).resize((48, 24), Image.Resampling.NEAREST).save(tmp_path / "large" / path.name)
@@ -148,6 +150,9 @@ def test_larger_label_maps_are_resized_by_nearest_pixels_and_that_is_said(models
     of_large = sampled(models["class+image"], tmp_path / "out", count=2, **large)
     assert "has images of 24x48; they are resized to 8x16 by nearest pixels" in capsys.readouterr().err
     assert of_large == called(models["class+image"], 2, class_labels=[0, 1], condition_image=pictures(images["labels"]))
+    monkeypatch.setattr(PartialState, "is_main_process", False)
+    ConditionImages(load_pipeline(models["class+image"]), large["condition_images"], "--condition_images")
+    assert "resized" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

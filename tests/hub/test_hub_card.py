@@ -99,10 +99,18 @@ SAID = {  # of models, by a change of their configs
                    "channels": 5, "classes": None, "task": None, "value_range": ValueRange((-1,), (1,), "float32").to_json()}}},
                   ('condition_image = np.load("condition.npy")', "Its values are floats from -1 to 1", "A class-conditional",
                    "values = pipe(condition_image=condition_image, class_labels=[0]", "- class-conditional")),
+    "classes without 'none of them'": ({"num_class_embeds": 3}, ("pipe(class_labels=[0], num_inference_steps=20)",)),
     "inpainting bands": ({"in_channels": 11, OWN_KEY: {"condition_image": {
                           "channels": 5, "classes": None, "task": "inpaint", "value_range": ValueRange().to_json()}}},
                          ("5-channel 8x8", "import numpy as np\nfrom PIL import Image\nfrom ddpm_pipeline")),
 }  # fmt: skip
+
+
+def test_card_says_that_diffusers_alone_cannot_use_a_scheduler(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "UniPCMultistepScheduler"]}))
+    card = str(build_card(folder, name="c"))
+    assert "cannot sample with the UniPCMultistepScheduler that it is saved with:" in card and card.count("pipe(") == 2
 
 
 @pytest.mark.parametrize("kind", SAID)

@@ -1,9 +1,8 @@
 """A model in the browser: `python -m ddpm_pipeline.app MODEL`, or written as a Hugging Face Space."""
 
-import logging
 import sys
 
-from ..support.errors import reported_errors
+from ..support.errors import only_errors_of, reported_errors
 from .options import parse_options
 
 
@@ -21,7 +20,7 @@ def main() -> None:
             return
         from . import serve  # after parsing, so that --help and mistakes take no seconds
 
-        logging.getLogger("diffusers").setLevel(logging.ERROR)
+        only_errors_of("diffusers")
         serve(source.model, server.host, server.port, server.share, source.num_cpu_threads)
 
 

@@ -263,7 +263,11 @@ class Engine:
     def _chain(self, sampling: Sampling, call: Callable[..., Tensor]) -> Iterator[tuple[int, Tensor]]:
         if sampling.sampler not in self.samplers:
             raise ValueError(f"{sampling.sampler!r} is not one of the samplers: {', '.join(self.samplers)}.")
-        scheduler, every = self.samplers[sampling.sampler][0], math.ceil(sampling.calls / PREVIEWS)
+        scheduler, possible = self.samplers[sampling.sampler]
+        if sampling.calls not in possible:
+            choices = f"{sampling.sampler!r} takes {', '.join(map(str, possible))} network calls"
+            raise ValueError(f"{choices}, not {sampling.calls!r}.")
+        every = math.ceil(sampling.calls / PREVIEWS)
 
         def job(report: Callable[[Any], bool]) -> tuple[int, Tensor]:
             def shown(pipe: Any, index: int, _: Tensor, tensors: dict[str, Tensor]) -> dict:

@@ -91,6 +91,8 @@ def _sampling(engine: Engine, samplers: Sequence[str], wanted: int = FEW) -> lis
         sampler = gr.Dropdown(list(samplers), value=first, label="Sampler", min_width=180, scale=2)
         calls = gr.Dropdown(choices(first), value=engine.default_calls(first, wanted), label="Network calls", min_width=100)
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=TOP_SEED, min_width=90)
+    calls.preprocess = lambda number: number  # the engine checks it: a client of the API may name any sampler beside it
+    calls.api_info = lambda: {"type": "integer"}
     sampler.change(of_sampler, sampler, calls, queue=False, api_visibility="private")
     return [sampler, calls, seed]
 

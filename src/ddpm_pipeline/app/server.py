@@ -52,8 +52,7 @@ def app_of(model: str) -> gr.Blocks:
     pipe = load_pipeline(model, "MODEL").to("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(model)
     rows = (folder / ROWS).read_text("utf-8") if (folder / ROWS).is_file() else ""
-    name = (folder.resolve() if folder.is_dir() else folder).name
-    return build(Engine(pipe, name), re.findall(r"(?m)^row \d+: (.*)$", rows))
+    return build(Engine(pipe, folder.resolve().name), re.findall(r"(?m)^row \d+: (.*)$", rows))
 
 
 def _check_address(host: str, port: int) -> None:

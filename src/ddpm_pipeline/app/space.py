@@ -3,6 +3,7 @@
 Needs neither gradio nor torch.
 """
 
+import json
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,6 +13,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id, yaml_dump
 
 from ..hub.card import ROWS
 from ..hub.files import INDEX, files_to_push
+from ..hub.upload import PublicRepositoryError, create_repository
 from ..support.atomic import replace_folder, temporary_beside
 from ..support.errors import ConfigError, PushError
 from ..support.exceptions import describe_exception
@@ -50,7 +52,7 @@ def write_space(model: str, folder: str | Path) -> Path:
     except (ValueError, HFValidationError) as error:
         raise ConfigError(f"MODEL {model} is neither the folder of a pipeline nor a name on the Hub: {error}") from error
     files = {name: path for name, path in found.items() if "/" in name or name in (INDEX, ROWS)}  # no card, pictures or code
-    title = (source.resolve() if files else source).name
+    title = source.resolve().name
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(folder)
     try:
@@ -68,8 +70,9 @@ def write_space(model: str, folder: str | Path) -> Path:
 
 def _texts(title: str, repo_id: str | None) -> dict[str, str]:
     """The files of a Space beside the model; `repo_id` names one on the Hub."""
-    bundled = f'str(Path(__file__).parent / "{title}")'
-    code = CODE.format(imports="" if repo_id else "from pathlib import Path\n\n", model=f'"{repo_id}"' if repo_id else bundled)
+    quoted = json.dumps(repo_id or title, ensure_ascii=False)
+    model = quoted if repo_id else f"str(Path(__file__).parent / {quoted})"
+    code = CODE.format(imports="" if repo_id else "from pathlib import Path\n\n", model=model)
     try:
         gradio = version("gradio")
     except PackageNotFoundError:
@@ -89,15 +92,18 @@ def _texts(title: str, repo_id: str | None) -> dict[str, str]:
 def push_space(folder: str | Path, repo_id: str, private: bool = False, *, api: HfApi | None = None) -> str:
     """Push the folder of a Space in one commit, and return the Space's address. It is created if it does not exist.
 
-    Raises ConfigError for a name that cannot be one, PushError if the Hub did not take the push.
+    Raises ConfigError for a name that cannot be one, PushError if the Hub did not take the push, or the Space exists and is
+    public and the push was asked to be private.
     """
     api = api or HfApi()
     try:
         validate_repo_id(repo_id)
-        name = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True).repo_id
+        name = create_repository(api, repo_id, private or None, repo_type="space", space_sdk="gradio")
         api.upload_folder(repo_id=name, repo_type="space", folder_path=folder, commit_message="Upload the app")
     except HFValidationError as error:
         raise ConfigError(f"--push_space {repo_id}: {error}") from error
+    except PublicRepositoryError as error:
+        raise PushError(f"{error}.") from error
     except Exception as error:  # of the network, the server or the token
         again = f"hf upload {repo_id} {folder} --repo-type space"
         problem = f"pushing to the Space {repo_id} failed ({describe_exception(error)})"

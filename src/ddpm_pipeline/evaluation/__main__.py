@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 
-from ..support.errors import reported_errors
+from ..support.errors import only_errors_of, reported_errors
 from .options import parse_options
 
 
@@ -15,7 +15,7 @@ def main() -> None:
 
         from . import evaluate  # after parsing, so that --help and mistakes take no seconds
 
-        logging.getLogger("diffusers").setLevel(logging.ERROR)
+        only_errors_of("diffusers")
         logging.basicConfig(format="%(message)s")
         if main_process := Accelerator().is_main_process:  # PartialState would miss the other processes on CPUs
             logging.getLogger("ddpm_pipeline").setLevel(logging.INFO)

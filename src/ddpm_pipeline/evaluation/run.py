@@ -58,7 +58,7 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     subject = _open(pipe, options, accelerator)
     held_out, memorisation, pairs = subject.held_out, {"validation_split": options.data.validation_name}, None
     results = {
-        "model": Path(sampling.model).name,
+        "model": Path(sampling.model).resolve().name,
         "dataset": subject.data.name,
         "split": split_name(options.data),
         "skipped_rows": len(subject.data.skipped),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from accelerate import PartialState
 from datasets import Dataset, Features
 from torch import Tensor
 
@@ -75,6 +76,6 @@ def _check_shapes(told: str, scanned: Dataset, size: tuple[int, int], are_maps: 
             f"{told} has label maps of {shown_size(cut[0])}, whose sides would be cut off to fit {shown_size(size)}; give them "
             "that shape first, by nearest pixels."
         )
-    if others:
+    if others and PartialState().is_main_process:
         how = "by nearest pixels" if are_maps else "with their sides cut off" if cut else "as a whole"
         print(f"{told} has images of {shown_size(others[0])}; they are resized to {shown_size(size)} {how}", file=sys.stderr)

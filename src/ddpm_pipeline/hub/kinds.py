@@ -37,12 +37,14 @@ class Kind:
     own_units: bool = False  # the condition is floats, which a call takes in their units with `denormalize` only
 
 
-NO_CLASS = " the model loads, but it cannot be told a class, so it cannot sample images"
-NO_NUMBERS = " the model loads, but it cannot be told numbers, so it cannot sample images"
+NOT_TOLD = " the model loads, but it cannot be told {}, so it cannot sample images"
 NO_IMAGE = " the model loads, but it cannot be told a condition image, and what it samples without means nothing"
 NO_VARIANCE = " the model loads, but diffusers' `IFPipeline` samples with a learned variance only, which this model lacks"
+NO_SAMPLER = " the model loads, but diffusers' `DDPMPipeline` cannot sample with the {} that it is saved with"
+# Schedulers that it can, which need no scaling of the network's input, and take a generator
+OF_PLAIN = ("DDPM", "DDIM", "DPMSolverMultistep", "DPMSolverSinglestep", "SASolver", "LCM", "TCD")
 UNCONDITIONAL = Kind()
-CLASS = Kind(" class-conditional", "class_labels=[0], guidance_scale=2.0", why_plain_cannot_sample=NO_CLASS)
+CLASS = Kind(" class-conditional", "class_labels=[0], guidance_scale=2.0", why_plain_cannot_sample=NOT_TOLD.format("a class"))
 TEXT = Kind(
     " text-conditional", '"what it should show", guidance_scale=2.0', "AlphaDDPMTextToImagePipeline", "AlphaDDPMTextBlocks",
     "text-to-image", "AutoPipelineForText2Image",
@@ -119,14 +121,24 @@ def _facts(index: Mapping[str, Any], unet: Mapping[str, Any], schedule: Mapping[
     elif vector := own.get("condition_vector"):
         told = {name: float(f"{mean:.4g}") for name, mean in zip(vector["names"], vector["mean"], strict=True)}
         example, condition = f"condition_vector={told}, guidance_scale=2.0", f"It is conditioned on numbers: {', '.join(told)}."
-        kind = Kind(" conditional", example, why_plain_cannot_sample=NO_NUMBERS, condition=condition)
+        kind = Kind(" conditional", example, why_plain_cannot_sample=NOT_TOLD.format("numbers"), condition=condition)
     elif unet.get("num_class_embeds") or unet.get("class_embed_type"):
         kind = CLASS
+    elif not (sampler := (index.get("scheduler") or ("", "DDPM"))[1]).startswith(OF_PLAIN):
+        kind = replace(UNCONDITIONAL, why_plain_cannot_sample=NO_SAMPLER.format(sampler))
     if image:
         kind, channels = _with_image(kind, image), channels - _encoded_channels(image)
+    if "text_encoder" not in index and not _guidable(own, unet):
+        kind = replace(kind, example=kind.example.removesuffix("guidance_scale=2.0").removesuffix(", "))
     total, (height, width) = schedule.get("num_train_timesteps", 1000), size if isinstance(size, list | tuple) else (size, size)
     fitted = sorted(map(int, (schedule.get(OWN_KEY) or {}).get("fitted_samplers") or ()))
     return ModelFacts(kind, schedule, int(total), (height, width), channels, _values(values, "Their") if values else "", fitted)
+
+
+def _guidable(own: Mapping[str, Any], unet: Mapping[str, Any]) -> bool:
+    """Whether the model was trained without its condition too and, of classes, has an embedding for none of them."""
+    classes, names = unet.get("num_class_embeds") or 0, own.get("class_names") or ()
+    return own.get("condition_dropout") != 0 and (not classes or 0 < len(names) < classes)
 
 
 def _encoded_channels(image: Mapping[str, Any]) -> int:

@@ -168,12 +168,12 @@ class PublicRepositoryError(Exception):
         )
 
 
-def create_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
-    """The full name of the repository, which exists afterwards. Raises PublicRepositoryError rather than to publish what is
-    to be private.
+def create_repository(api: HfApi, repo_id: str, private: bool | None, **kind: str) -> str:
+    """The full name of the repository, a model's or one of another `kind` as `create_repo` takes it, which exists afterwards.
+    Raises PublicRepositoryError rather than to publish what is to be private.
     """
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if private and not api.repo_info(repo_id).private:
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True, **kind).repo_id
+    if private and not api.repo_info(repo_id, repo_type=kind.get("repo_type")).private:
         raise PublicRepositoryError(repo_id)
     return repo_id
 

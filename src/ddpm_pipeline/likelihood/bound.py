@@ -302,11 +302,8 @@ def batches(
 def own_scheduler(
     scheduler: Any, num_inference_steps: int | None = None, timesteps: Sequence[int] | None = None, **changes: Any
 ) -> AlphaDDPMScheduler:
-    """A scheduler of ours with the given one's config, but for `changes`, and the chain in use."""
-    config = dict(scheduler.config)
-    if config.get("variance_type", "") is None:  # as in the configs of some other samplers
-        del config["variance_type"]
-    chain = AlphaDDPMScheduler.from_config(config, **changes)
+    """A scheduler of ours with the given one's config, but for `changes`, in the chain asked for, or else the full one."""
+    chain = AlphaDDPMScheduler.from_config(scheduler.config, **changes)
     if num_inference_steps is not None or timesteps is not None:
         chain.set_timesteps(num_inference_steps, timesteps=timesteps)
     return chain

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import sys
 from collections.abc import Iterator
 
@@ -35,6 +36,12 @@ class MissingExtraError(ImportError):
 
 class Stopped(Exception):
     """The run ended early, as it was asked to; the message says what asked and how to resume."""
+
+
+def only_errors_of(library: str) -> None:
+    """For commands: of what a library logs, errors alone are shown. Its verbosity stays, which our own warnings follow."""
+    for handler in logging.getLogger(library).handlers:
+        handler.setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
