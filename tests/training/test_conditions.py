@@ -105,6 +105,7 @@ def test_word_dropout_keeps_the_name_and_nothing_else_for_certain():
 def test_a_text_column_gives_one_of_an_image_s_captions_and_survives_any_of_them(captioned, tmp_path):
     data = load_images(DataOptions(captioned, cache_dir=str(tmp_path)), ConditionColumns(text_column="text"))
     conditions = TextCondition(text(condition_dropout=0.0, word_dropout=0.1), data)
+    assert "guidance" not in conditions.example()  # which such a model does not have
     values = data.column(conditions.column, range(12))
     drawn = {step: conditions.draw(values, whole_batch(step, 12)) for step in range(8)}
     assert drawn[0][0] == "" and drawn[0][5] == ""  # an empty caption and a missing one

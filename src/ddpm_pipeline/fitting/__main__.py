@@ -1,9 +1,8 @@
 """Fit samplers of few steps to a model: the command behind `python training/fit_sampler.py`."""
 
-import logging
 import sys
 
-from ..support.errors import reported_errors
+from ..support.errors import only_errors_of, reported_errors
 from .options import parse_options
 
 
@@ -12,7 +11,7 @@ def main() -> None:
         options = parse_options(sys.argv[1:])
         from . import fit  # after parsing, so that --help and mistakes take no seconds
 
-        logging.getLogger("diffusers").setLevel(logging.ERROR)
+        only_errors_of("diffusers")
         fit(options)
 
 

@@ -129,9 +129,9 @@ class Condition:
         return []
 
     def example(self) -> str:
-        """All arguments of such a call, with the guidance."""
-        guidance = [f"guidance_scale={self.options.preview_guidance:g}"] if (arguments := self.arguments()) else []
-        return ", ".join(arguments + guidance)
+        """All arguments of such a call, with the guidance if the model has any."""
+        arguments, guidance = self.arguments(), f"guidance_scale={self.guidance:g}"
+        return ", ".join([*arguments, guidance] if arguments and self.options.condition_dropout else arguments)
 
     # ---- for the conditions that there are -----------------------------------------------------------
 
@@ -150,7 +150,11 @@ class Condition:
 
     def asked(self, **arguments: Sequence[Any]) -> Request:
         """A request with guidance, which a model that was not trained without conditions does not have."""
-        return Request(arguments, self.options.preview_guidance if self.options.condition_dropout else 1.0)
+        return Request(arguments, self.guidance)
+
+    @property
+    def guidance(self) -> float:
+        return self.options.preview_guidance if self.options.condition_dropout else 1.0
 
     def rows(self, count: int, **arguments: Sequence[Any]) -> tuple[Request, int]:
         """Equal rows of about `count` images in total, at most MAX_PREVIEW_ROWS of them: one for each value."""
