@@ -57,6 +57,7 @@ def test_flat_folder(load, tmp_path):
     for seed in range(3):
         write_image(tmp_path / "pictures" / f"{seed}.png", rgb(seed))
     (tmp_path / "pictures" / "notes.txt").write_text("not an image")
+    (tmp_path / "pictures" / "state.json").write_text("{}")  # of some program: a saved data set has more
     data = load(tmp_path / "pictures")
     assert_holds(data, 0, 1, 2)
     assert (data.size, data.channels, data.name) == ((8, 8), 3, "pictures")

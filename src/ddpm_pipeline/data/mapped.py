@@ -366,6 +366,8 @@ def _cached(
     folder, dataset = cache_folder(options.cache_dir), source.dataset
     cache = {"new_fingerprint": key, "cache_file_name": str(folder / f"{key}.arrow")}
     batches = {"batched": True, "batch_size": batch_size, "writer_batch_size": batch_size}
+    if not (folder / f"{key}.arrow").exists():
+        logger.info("%s: %s of %d rows", source.name, desc.lower(), len(dataset))
     job = {"function": function, "remove_columns": dataset.column_names, "features": features, "desc": desc, **batches, **cache}
     try:
         made = dataset.with_format("arrow").map(**job, load_from_cache_file=True)

@@ -167,9 +167,13 @@ def _load_local(path: Path, found: list[str], options: DataOptions, columns: Con
 
 def _saved_data_sets(path: Path) -> dict[str, Path]:
     """Folders that Dataset.save_to_disk wrote: this one, or those in it."""
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    if _is_saved(path) or (path / "dataset_dict.json").is_file():
         return {"": path}
-    return {entry.name: entry for entry in sorted(path.iterdir()) if (entry / "state.json").is_file()}
+    return {entry.name: entry for entry in sorted(path.iterdir()) if _is_saved(entry)}
+
+
+def _is_saved(path: Path) -> bool:
+    return all((path / name).is_file() for name in ("state.json", "dataset_info.json"))  # other programs write the former
 
 
 def _load_saved(path: Path, saved: dict[str, Path], options: DataOptions) -> Source:

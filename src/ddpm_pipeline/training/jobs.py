@@ -28,6 +28,7 @@ from ..support.atomic import write_text
 from ..support.errors import ConfigError, NumericalError, Stopped
 from ..support.exceptions import describe_exception
 from ..support.pictures import Display, grid, save_picture
+from ..support.progress import bars_are_seen
 from .batches import BatchLoader
 from .checkpoints import Checkpoints, export_command
 from .conditions import Condition
@@ -177,7 +178,8 @@ def forecast_of(run: Run, jobs: Sequence[Every]) -> Forecast:
     steps = _steps_of_samples(run, max(lengths, default=0))
     pictures = (run.options.watching.num_samples, steps), (PROCESS_ROWS, steps)
     at_end = sampling_calls(run, *pictures, *(sampled_by_fit(lengths, noises) if lengths else []))
-    images = run.options.optimisation.batch_size // run.accelerator.num_processes
+    passes = run.options.optimisation.gradient_accumulation_steps
+    images = max(run.batch_size // run.accelerator.num_processes, FEW) * passes
     return Forecast(jobs, run.total, images, at_end)
 
 
@@ -315,7 +317,7 @@ def fit_few_steps(run: Run) -> None:
     with not_essential("fitting samplers of few steps"):
         request, _ = run.condition.preview(noises)
         how = {"num_noises": noises, "batch_size": run.batch_size, "seed": run.options.run.seed}
-        run.pipe.set_progress_bar_config()  # shown
+        run.pipe.set_progress_bar_config(disable=not bars_are_seen())
         found = fit_sampler(run.pipe, steps, request, **how, alone=True)
         if found.scheduler.fitted_samplers:
             run.pipe.scheduler = found.scheduler

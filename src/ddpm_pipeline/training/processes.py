@@ -84,7 +84,8 @@ def _check_environment(passes: int) -> None:
 
 def default_output_dir(dataset: str) -> str:
     """ddpm-NAME, from the last part of a data set's name or path."""
-    name = re.sub(r"[^\w-]+", "-", Path(dataset.rstrip("/")).stem).strip("-")
+    name = re.sub(r"\.(parquet|arrow|zip|tar)$", "", Path(dataset).name, flags=re.IGNORECASE)  # scans.2023 is no scans
+    name = re.sub(r"[^\w-]+", "-", name).strip("-")
     return f"ddpm-{name or 'model'}"
 
 
