@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from ddpm_pipeline import AlphaDDPMPipeline
 from ddpm_pipeline.generation import drawing
 from ddpm_pipeline.support.errors import STOPPED_STATUS, ConfigError, PushError, Stopped
-from ddpm_pipeline.training import TrainingOptions, evaluations, jobs, pusher, stop, telemetry, train
+from ddpm_pipeline.training import TrainingOptions, evaluations, jobs, loop, pusher, stop, telemetry, train
 from ddpm_pipeline.training.checkpoints import list_checkpoints
 from ddpm_pipeline.training.text_encoders import load_text_encoder, make_tokenizer
 from training_helpers import metrics, quick_options, weights
@@ -104,6 +104,15 @@ def test_only_safetensors_of_a_text_encoder_are_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was opened"))
     with pytest.raises(ConfigError, match="safetensors"):
         load_text_encoder(str(tmp_path), None)
+
+
+def test_too_little_memory_is_an_error_with_what_to_do(run, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB.")
+
+    monkeypatch.setattr(loop, "losses_of", fail)
+    with pytest.raises(ConfigError, match=r"^CUDA out of memory. Tried to allocate 2.00 GiB: .*--gradient_accumulation_steps"):
+        run(tmp_path / "model")
 
 
 # ---- what does not end a run ------------------------------------------------------------------------

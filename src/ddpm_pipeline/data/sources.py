@@ -25,7 +25,7 @@ from ..support.errors import DataError
 from ..support.exceptions import describe_exception
 from .bundled import BUNDLED
 from .columns import BESIDE, ColumnRoles
-from .files import ARCHIVES, PACKED, Account, File, Reach, content_of, some, stamps
+from .files import ARCHIVES, MODEL, PACKED, Account, File, Reach, content_of, some, stamps
 from .folders import TABLES, Folder, read_archives, read_folder
 from .options import UNCONDITIONAL, ConditionColumns, DataOptions
 from .pairs import missing_partners
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 STREAMED_ROWS = 100  # rows of a parquet file decoded at a time; the library's default is a whole row group
 HUB_TIMEOUT = 10  # seconds to wait for the Hub's first answer
-EXPECTED = ("hidden", "other file")  # what is left out without a warning
+EXPECTED = ("hidden", "other file", MODEL)  # what is left out without a warning
 
 
 @dataclass(frozen=True)

@@ -148,9 +148,15 @@ class Condition:
         """That is dropped, in words."""
         return f"{self.options.condition_dropout:.0%} of the {what}"
 
+    @property
+    def guidance(self) -> float:
+        """The scale for previews, 1 for a model that was not trained both with conditions and without."""
+        both = self.options.condition != "none" and self.options.condition_dropout
+        return self.options.preview_guidance if both else 1.0
+
     def asked(self, **arguments: Sequence[Any]) -> Request:
-        """A request with guidance, which a model that was not trained without conditions does not have."""
-        return Request(arguments, self.options.preview_guidance if self.options.condition_dropout else 1.0)
+        """A request with this guidance."""
+        return Request(arguments, self.guidance)
 
     def rows(self, count: int, **arguments: Sequence[Any]) -> tuple[Request, int]:
         """Equal rows of about `count` images in total, at most MAX_PREVIEW_ROWS of them: one for each value."""

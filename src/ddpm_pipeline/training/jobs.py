@@ -163,8 +163,7 @@ def sampling_calls(run: Run, *wanted: tuple[int, int]) -> int:
     """Network calls times images that it takes to sample so many images over so many steps each, with guidance as in previews.
     A call of few images takes about as long as one of FEW.
     """
-    guided = run.condition.preview(1)[0].guidance_scale != 1
-    return sum(max(count, FEW) * steps for count, steps in wanted) * (1 + guided)
+    return sum(max(count, FEW) * steps for count, steps in wanted) * (1 + (run.condition.guidance != 1))
 
 
 def preview_calls(run: Run) -> int:
