@@ -143,7 +143,7 @@ class ImageData(ImageSet):
         return (views or self.view).apply(stored or self._pixel_chunks[0][:0], nearest=self.classes is not None)
 
     def shown(self, count: int) -> "ImageData":
-        """At least so many images for previews, if there are: all."""
+        """Images for previews: all, and of a stream the first `count`."""
         return self
 
     def vector(self, indices: Sequence[int]) -> torch.Tensor:
@@ -199,7 +199,7 @@ class ImageData(ImageSet):
 
 
 def other_size(size: Sequence[int], partner: Sequence[int]) -> str | None:
-    """Why a condition image of that size (height, width) is none of such an image."""
+    """Why a condition image of size `partner`, (height, width), does not fit an image of `size`; None if it does."""
     return None if size == partner else f"it is {shown_size(partner)}, and the image {shown_size(size)}"
 
 

@@ -64,7 +64,7 @@ class Condition:
         return None
 
     def inputs(self, drawn: Any, original_samples: Tensor) -> dict[str, Tensor]:
-        """Those as arguments of the network, for x_0 [b, C, H, W] in [-1, 1], on its device."""
+        """What `draw` gave as arguments of the network, for x_0 [b, C, H, W] in [-1, 1], on its device."""
         return {}
 
     def probe(self, count: int, unet: nn.Module) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ class Condition:
         return {}
 
     def described(self) -> dict[str, Any]:
-        """The same, with the share that is dropped and a range of values that is not that of 8 bits."""
+        """`settings`, the share that is dropped, and the range of values if it is not that of 8 bits."""
         described = self.settings()
         if self.options.condition != "none":
             described["condition_dropout"] = self.options.condition_dropout
@@ -145,7 +145,7 @@ class Condition:
         return np.any([where.uniform(stream) < self.options.condition_dropout for stream in self.dropout_streams], axis=0)
 
     def share_of(self, what: str) -> str:
-        """That is dropped, in words."""
+        """How many of these are dropped, in words."""
         return f"{self.options.condition_dropout:.0%} of the {what}"
 
     @property

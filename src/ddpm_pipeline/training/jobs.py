@@ -100,7 +100,7 @@ class Run:
         self.telemetry = Telemetry(self.accelerator, self.folder, self.state.updater, self.first, self.total)
 
     def _earlier_evaluations(self) -> Validation:
-        """Those before this attempt, in the main process; with the best one whose checkpoint is kept, if it is to be."""
+        """Those before this attempt; with --keep_best the best one is among those whose checkpoint still exists."""
         watching, keep = self.options.watching, self.options.run.keep_best
         subject = hash_of(self.data.fingerprint, self.data.held_out.fingerprint, watching.eval_images, watching.eval_calls)
         validation = Validation(self.folder, subject, self.first, lambda step: not keep or self.checkpoints.path(step).is_dir())
@@ -160,14 +160,14 @@ def report(run: Run, done: int) -> None:
 
 
 def sampling_calls(run: Run, *wanted: tuple[int, int]) -> int:
-    """Network calls times images that it takes to sample so many images over so many steps each, with guidance as in previews.
-    A call of few images takes about as long as one of FEW.
+    """Network calls times images, to sample each of these (number of images, number of steps) with the guidance of previews. A
+    call of few images takes about as long as one of FEW.
     """
     return sum(max(count, FEW) * steps for count, steps in wanted) * (1 + (run.condition.guidance != 1))
 
 
 def preview_calls(run: Run) -> int:
-    """The same of a preview."""
+    """`sampling_calls` of a preview."""
     return sampling_calls(run, (run.options.watching.preview_images, run.preview_steps))
 
 

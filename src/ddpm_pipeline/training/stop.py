@@ -125,7 +125,7 @@ def in_any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
     return (accelerator.reduce(counts, "sum") > 0).tolist()
 
 
-def ignore_signals_in_worker(_: int) -> None:
+def ignore_signals_in_worker() -> None:
     """For data loader workers: the process that reads from them decides when to stop, and they end with it."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
