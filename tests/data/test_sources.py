@@ -311,6 +311,7 @@ def test_files_that_are_no_data_set(load, tmp_path):
     with pytest.raises(DataError, match=r"Cannot load .*broken\.parquet"):
         load(tmp_path / "broken.parquet")
     (tmp_path / "saved").mkdir()
-    (tmp_path / "saved" / "state.json").write_text("{}")
+    for name in ("state.json", "dataset_info.json"):
+        (tmp_path / "saved" / name).write_text("{}")
     with pytest.raises(DataError, match=r"Cannot load .*saved"):
         load(tmp_path / "saved")
