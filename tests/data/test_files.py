@@ -309,6 +309,16 @@ def test_rows_of_the_hub_may_name_the_web_and_the_cache_only(tmp_path, service):
 # Folders
 
 
+@pytest.mark.parametrize(
+    "content", ["file_name,text\n1.png,Käse\n".encode("latin-1"), b"file_name,text\n1.png,a cat, asleep\n"]
+)
+def test_a_table_as_other_programs_save_it_is_an_error_with_what_to_do(load, tmp_path, content):
+    write_image(tmp_path / "x" / "1.png", rgb(0))
+    (tmp_path / "x" / "metadata.csv").write_bytes(content)
+    with pytest.raises(DataError, match="Save it as UTF-8, with quotes around texts"):
+        load(tmp_path / "x")
+
+
 def test_a_folder_that_cannot_be_listed_is_an_error(load, tmp_path, monkeypatch):
     three(tmp_path / "x" / "sub")
     list_folder = os.scandir

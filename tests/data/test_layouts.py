@@ -141,8 +141,7 @@ def test_drawn_folders_are_read_as_the_page_says(tmp_path, caplog, name):
             if drawing.second:
                 second = data.condition_images.pixels(range(len(data))).permute(0, 2, 3, 1).numpy()
                 partners |= {file: pixels[image.tobytes()] for file, image in zip(rows, second, strict=True)}
-            (line,) = [record.getMessage() for record in caplog.records]
-            assert f"reading the split {split!r}" in line
+            (line,) = [one for record in caplog.records if f"reading the split {split!r}" in (one := record.getMessage())]
             stream = stream_of(tmp_path / name, split=split, **options)
             assert stream.first(100).equal(data.pixels(range(len(data)))) and stream.class_names == data.class_names
     assert read == drawing.read and partners == drawing.partners

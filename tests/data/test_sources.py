@@ -57,6 +57,7 @@ def test_flat_folder(load, tmp_path):
     for seed in range(3):
         write_image(tmp_path / "pictures" / f"{seed}.png", rgb(seed))
     (tmp_path / "pictures" / "notes.txt").write_text("not an image")
+    (tmp_path / "pictures" / "state.json").write_text("{}")  # of some program: a saved data set has more
     data = load(tmp_path / "pictures")
     assert_holds(data, 0, 1, 2)
     assert (data.size, data.channels, data.name) == ((8, 8), 3, "pictures")
@@ -310,6 +311,7 @@ def test_files_that_are_no_data_set(load, tmp_path):
     with pytest.raises(DataError, match=r"Cannot load .*broken\.parquet"):
         load(tmp_path / "broken.parquet")
     (tmp_path / "saved").mkdir()
-    (tmp_path / "saved" / "state.json").write_text("{}")
+    for name in ("state.json", "dataset_info.json"):
+        (tmp_path / "saved" / name).write_text("{}")
     with pytest.raises(DataError, match=r"Cannot load .*saved"):
         load(tmp_path / "saved")

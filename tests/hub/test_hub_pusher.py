@@ -77,6 +77,7 @@ def test_pushes_go_one_at_a_time_and_never_block(hub, client: HfApi, pipe, tmp_p
     folder = tmp_path / "run"
     (folder / "samples").mkdir(parents=True)
     (folder / "samples" / "step-00000001.png").write_bytes(b"\x89PNG\0 preview")
+    (folder / "samples" / "step-00000900.png").write_bytes(b"left by a course of the run that went back")
     pusher = Pusher(hub_options("org/going"), folder, client)
     hub.fail("POST", COMMIT, stall=1.5)
 

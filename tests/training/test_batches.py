@@ -264,7 +264,6 @@ import os, signal, sys, time
 import datasets
 from torch.utils.data._utils import worker
 from ddpm_pipeline.data import DataOptions, load_images, open_stream
-from ddpm_pipeline.data import load_images
 from ddpm_pipeline.data.options import TrainingDataOptions
 from ddpm_pipeline.training.batches import BatchPlan, batch_loader
 datasets.disable_progress_bars()

@@ -218,14 +218,34 @@ class Signals:
         return self.whole(*arguments, **options)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_each_of_these_signals_is_a_request(name):
-    request, number = StopRequest(None, 0.0), getattr(signal, name)
-    before = signal.getsignal(number)
-    with request.listening():
-        os.kill(os.getpid(), number)
-        assert request.reason == name
-    assert signal.getsignal(number) == before
+    """Also where nothing reads what is said of it: the terminal has gone, or Ctrl-C has ended the `tee` behind a pipe."""
+    request, number, stderr = StopRequest(None, 0.0), getattr(signal, name), os.dup(2)
+    before = signal.signal(number, signal.SIG_DFL)
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        with request.listening():
+            os.dup2(writing, 2)
+            os.kill(os.getpid(), number)
+            assert request.reason == name
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        os.dup2(stderr, 2)
+        signal.signal(number, before)
+        for descriptor in (stderr, writing):
+            os.close(descriptor)
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with (request := StopRequest(None, 0.0)).listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert request.reason is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_ends_a_run_after_its_update_and_it_goes_on(options, finished, tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ def test_the_rest_takes_as_long_as_what_was_done(monkeypatch):
         now[0] += seconds
         told.note_update(done)
     assert told.pace == 2
-    per_call = 2 / 3 / 8  # a third of an update's time for each of its images
+    per_call = 2 / 2 / 8  # half of an update's time for each of its images
     assert told.seconds_left() == pytest.approx(26 * 2 + (3 * 100 + 60) * per_call)
     for job in (preview, checkpoint):
         assert not told.timed(job, 4)

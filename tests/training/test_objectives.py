@@ -125,8 +125,6 @@ def test_the_samplers_state_comes_back_and_broken_losses_are_not_remembered():
     for step in range(12):
         sampler.observe(torch.tensor([4]), torch.tensor([float(step)]))
     assert sorted(sampler.losses[4].tolist()) == [float(step) for step in range(2, 12)]
-    with pytest.raises(ValueError, match="num_train_timesteps"):
-        ImportanceTimesteps(6).load_state_dict(sampler.state_dict())
 
 
 def test_importance_is_the_root_mean_square_with_a_uniform_share():

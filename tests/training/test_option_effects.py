@@ -146,7 +146,7 @@ def test_previews_and_evaluations_are_of_the_ema_weights(tmp_path, monkeypatch):
         tmp_path, **BASE | {"checkpoint_every": 4}, preview_every=2, preview_images=1, preview_inference_steps=2,
         eval_every=4, eval_images=2, eval_calls=3, ema_decay=0.9, learning_rate=0.05,
     )  # fmt: skip
-    model = train(TrainingOptions(**options | {"preview_every": 2}, output_dir=str(tmp_path / "model")))
+    model = train(TrainingOptions(**options, output_dir=str(tmp_path / "model")))
     ema = load_file(model / "checkpoints/step-00000004/ema.safetensors")
     at_end = torch.cat([ema[str(index)].flatten() for index in range(len(ema))])
     raw = load_file(model / "checkpoints/step-00000004/model.safetensors")

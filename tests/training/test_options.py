@@ -1,5 +1,6 @@
 """Options of training: flags, files, recipes and Python give the same; what cannot be meant is named."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +135,8 @@ def test_values_of_a_file_are_read_like_flags(line, value, tmp_path):
     "name, value, becomes",
     [
         ("batch_size", np.int64(8), 8), ("learning_rate", 1, 1.0), ("learning_rate", np.float32(0.5), 0.5),
-        ("random_flip", np.True_, True), ("output_dir", Path("a/b"), "a/b"), ("seed", 2**63 - 1, 2**63 - 1),
+        ("random_flip", np.True_, True), ("output_dir", Path("a/b"), "a/b"),
+        ("output_dir", "~/runs", os.path.expanduser("~/runs")), ("dataset", "~", "~"), ("seed", 2**63 - 1, 2**63 - 1),
         ("batch_size", 8.0, None), ("batch_size", True, None), ("learning_rate", "1e-3", None), ("random_flip", 1, None),
         ("random_flip", "no", None), ("dataset", 3, None), ("dataset", None, None),
         ("resolution", (8, 0), None), ("resolution", (8, 8), 8), ("resolution", "48X96", "48x96"),

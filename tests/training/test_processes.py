@@ -1,4 +1,4 @@
-"""Where a run takes place: the precision of attention."""
+"""Where a run takes place: its folder, and the precision of attention."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddpm_pipeline.training.processes import attention_on
+from ddpm_pipeline.training.processes import attention_on, default_output_dir
+
+
+@pytest.mark.parametrize(
+    "dataset, folder",
+    [("scans.2023", "ddpm-scans-2023"), ("/a/pets.ZIP", "ddpm-pets"), ("me/v1.5/", "ddpm-v1-5"), ("*.arrow", "ddpm-model")],
+)
+def test_data_sets_of_other_names_have_other_folders(dataset, folder):
+    assert default_output_dir(dataset) == folder
 
 
 def attended(precision: str, device: str = "cpu", dtype=torch.bfloat16, **options) -> list[torch.Tensor]:

@@ -17,8 +17,9 @@ from accelerate.tracking import TensorBoardTracker
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ddpm_pipeline import AlphaDDPMPipeline
+from ddpm_pipeline.generation import drawing
 from ddpm_pipeline.support.errors import STOPPED_STATUS, ConfigError, PushError, Stopped
-from ddpm_pipeline.training import TrainingOptions, evaluations, jobs, pusher, stop, train
+from ddpm_pipeline.training import TrainingOptions, evaluations, jobs, loop, pusher, stop, telemetry, train
 from ddpm_pipeline.training.checkpoints import list_checkpoints
 from ddpm_pipeline.training.text_encoders import load_text_encoder, make_tokenizer
 from training_helpers import metrics, quick_options, weights
@@ -105,6 +106,15 @@ def test_only_safetensors_of_a_text_encoder_are_opened(tmp_path, monkeypatch):
         load_text_encoder(str(tmp_path), None)
 
 
+def test_too_little_memory_is_an_error_with_what_to_do(run, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB.")
+
+    monkeypatch.setattr(loop, "losses_of", fail)
+    with pytest.raises(ConfigError, match=r"^CUDA out of memory. Tried to allocate 2.00 GiB: .*--gradient_accumulation_steps"):
+        run(tmp_path / "model")
+
+
 # ---- what does not end a run ------------------------------------------------------------------------
 
 
@@ -131,6 +141,8 @@ def test_the_final_samples_take_the_steps_asked_for_or_those_of_the_fitted_sampl
 
 
 def test_a_picture_a_figure_or_a_tracker_that_fails_does_not_end_the_run(run, tmp_path, monkeypatch):
+    """Nor a disk that is full when a figure is written down."""
+
     def fail(*_, **__):
         raise RuntimeError("no room on the device")
 
@@ -139,13 +151,17 @@ def test_a_picture_a_figure_or_a_tracker_that_fails_does_not_end_the_run(run, tm
     monkeypatch.setattr(evaluations, "per_image", fail)
     monkeypatch.setattr(Accelerator, "log", fail)
     monkeypatch.setattr(TensorBoardTracker, "finish", fail)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/training_config.yaml").touch()  # by which the folder is a run's
+    (tmp_path / "model/metrics.jsonl").symlink_to("/dev/full")
     pictures = {"preview_every": 1, "preview_images": 1, "fit_noises": 3}
-    model = run(tmp_path / "model", **pictures, eval_every=1, eval_images=1, report_to="tensorboard")
+    evaluated = {"eval_every": 1, "eval_images": 1, "report_to": "tensorboard", "resume": "latest"}
+    model = run(tmp_path / "model", **pictures, **evaluated)
     assert (model / "model_index.json").is_file() and not list(model.rglob("*.png"))
     log = (model / "train.log").read_text()
-    for what in ("a preview", "an evaluation", "fitting samplers", "samples.png", "process.png", "the tracker"):
+    for what in ("a preview", "an evaluation", "fitting", "samples.png", "process.png", "the tracker", "metrics.jsonl"):
         assert re.search(f"{what}.* failed", log) and "no room on the device" in log
-    assert log.count("the tracker failed") == 1
+    assert log.count("the tracker failed") == log.count("No space left on device") == 1
 
 
 def test_a_tracker_that_cannot_start_is_an_error_before_training(run, tmp_path, monkeypatch):
@@ -212,10 +228,17 @@ def test_a_process_that_asked_to_end_does_so_whatever_its_threads_do(monkeypatch
 # ---- what a run says --------------------------------------------------------------------------------
 
 
-def test_the_log_and_the_bar_tell_losses_and_the_time_to_go(run, tmp_path, capsys):
+@pytest.mark.parametrize("seen", [True, False])
+def test_the_log_and_the_bar_tell_losses_and_the_time_to_go(seen, run, tmp_path, capsys, monkeypatch):
+    """In place of a bar a log file gets lines, now and then, without carriage returns."""
+    for module in (jobs, telemetry, drawing):
+        monkeypatch.setattr(module, "bars_are_seen", lambda: seen)
+    monkeypatch.setattr(telemetry, "LINES_APART", 0.0)
     log = (run(tmp_path / "model", max_train_steps=14, log_every=7) / "train.log").read_text()
     assert len(re.findall(r"about .* to go at .* updates/s, until .*\d\d:\d\d, with previews", log)) == 1
-    assert re.search(r"\| 14/14, loss 0\.\d+", capsys.readouterr().err)
+    told = capsys.readouterr().err
+    assert bool(re.search(r"\| 14/14, loss 0\.\d+", told)) == seen
+    assert bool(re.search(r"update 7 of 14: loss 0\..*, ends .*\d\d:\d\d \(", told)) == ("\r" not in told) == (not seen)
     assert "update 7 of 14: loss 0." in log and "update 14 of 14: loss 0." in log
 
 

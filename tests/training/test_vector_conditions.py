@@ -7,6 +7,7 @@ import torch
 
 from ddpm_pipeline import AlphaDDPMScheduler
 from ddpm_pipeline.data import DataOptions, load_images
+from ddpm_pipeline.data.held_out import part
 from ddpm_pipeline.support.errors import ConfigError
 from ddpm_pipeline.training.conditions import build_condition
 from ddpm_pipeline.training.models import build_model
@@ -87,6 +88,14 @@ def test_previews_go_through_the_quantiles_of_the_first_and_facts_have_the_stati
     )
     assert condition.example() == "condition_vector={'weight': 4.883, 'age': 32.04}, guidance_scale=2"
     assert condition.identity()["condition vector"]["names"] == ["weight", "age"] and told
+
+
+def test_previews_of_images_whose_numbers_are_not_told(numbered):
+    """As of the first rows of a stream, where the others have them."""
+    condition, data = numbered("weight,age")
+    condition.examples = part(data, np.arange(COUNT) == 0)
+    request, columns = condition.preview(4)
+    assert condition.row_names(request, columns) == ["weight=nan, age=40"] and len(request) == 4
 
 
 def test_what_the_numbers_of_a_model_to_start_from_were_is_said(numbered, tmp_path, caplog):

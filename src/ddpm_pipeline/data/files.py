@@ -34,6 +34,7 @@ SAMPLING_THREADS = 16  # since files may lie on a network
 ARCHIVES = (".zip", ".tar")
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".lz4")  # cannot be read in any order
 HIDDEN = ("__MACOSX", "__pycache__")
+MODEL, MODEL_FILES = "folder of a model", ("training_config.yaml", "model_index.json")  # with pictures that are no data
 SHOWN = 3  # names in a message
 UNREADABLE = "the file cannot be read now"  # how the reason of an `UnreadableFile` begins
 
@@ -86,14 +87,19 @@ def some(names: Sequence[str]) -> str:
 def list_files(root: Path, account: Account) -> list[File]:
     """All files under a folder, sorted by name; links are followed, and each folder is read once.
 
-    Accounts for hidden files, broken links and links that lead in a circle. Raises DataError for a folder that cannot be read.
+    Accounts for hidden files, broken links, links that lead in a circle, and folders of models and runs within the data. Raises
+    DataError for a folder that cannot be read.
     """
     files, read, links = [], set(), []
     above = os.path.realpath(root) + os.sep
 
     def enter(folder: str, names: tuple[str, ...]) -> None:
         read.add(os.path.realpath(folder))
-        for entry in _entries(folder):
+        entries = _entries(folder)
+        if names and any(entry.name in MODEL_FILES for entry in entries):
+            account.add(MODEL, "/".join(names))
+            return
+        for entry in entries:
             name = "/".join([*names, entry.name])
             if entry.name.startswith(".") or entry.name in HIDDEN:
                 account.add("hidden", name)

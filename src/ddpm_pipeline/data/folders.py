@@ -349,7 +349,8 @@ def _metadata_table(file: File) -> pa.Table:
         names = list(dict.fromkeys(name for row in rows for name in row))
         return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
     except (OSError, ValueError, TypeError, DataError) as error:  # pyarrow's are one of these
-        raise DataError(f"The metadata file {file.path!r} cannot be read: {describe_exception(error)}") from error
+        fix = " Save it as UTF-8, with quotes around texts that hold commas." if file.suffix == ".csv" else ""
+        raise DataError(f"The metadata file {file.path!r} cannot be read: {describe_exception(error)}.{fix}") from error
 
 
 def _csv_table(content: str) -> pa.Table:

@@ -143,7 +143,7 @@ class ImageData(ImageSet):
         return (views or self.view).apply(stored or self._pixel_chunks[0][:0], nearest=self.classes is not None)
 
     def shown(self, count: int) -> "ImageData":
-        """At least so many images for previews, if there are: all."""
+        """Images for previews: all, and of a stream the first `count`."""
         return self
 
     def vector(self, indices: Sequence[int]) -> torch.Tensor:
@@ -199,7 +199,7 @@ class ImageData(ImageSet):
 
 
 def other_size(size: Sequence[int], partner: Sequence[int]) -> str | None:
-    """Why a condition image of that size (height, width) is none of such an image."""
+    """Why a condition image of size `partner`, (height, width), does not fit an image of `size`; None if it does."""
     return None if size == partner else f"it is {shown_size(partner)}, and the image {shown_size(size)}"
 
 
@@ -366,6 +366,8 @@ def _cached(
     folder, dataset = cache_folder(options.cache_dir), source.dataset
     cache = {"new_fingerprint": key, "cache_file_name": str(folder / f"{key}.arrow")}
     batches = {"batched": True, "batch_size": batch_size, "writer_batch_size": batch_size}
+    if not (folder / f"{key}.arrow").exists():
+        logger.info("%s: %s of %d rows", source.name, desc.lower(), len(dataset))
     job = {"function": function, "remove_columns": dataset.column_names, "features": features, "desc": desc, **batches, **cache}
     try:
         made = dataset.with_format("arrow").map(**job, load_from_cache_file=True)

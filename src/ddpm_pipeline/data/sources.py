@@ -25,7 +25,7 @@ from ..support.errors import DataError
 from ..support.exceptions import describe_exception
 from .bundled import BUNDLED
 from .columns import BESIDE, ColumnRoles
-from .files import ARCHIVES, PACKED, Account, File, Reach, content_of, some, stamps
+from .files import ARCHIVES, MODEL, PACKED, Account, File, Reach, content_of, some, stamps
 from .folders import TABLES, Folder, read_archives, read_folder
 from .options import UNCONDITIONAL, ConditionColumns, DataOptions
 from .pairs import missing_partners
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 STREAMED_ROWS = 100  # rows of a parquet file decoded at a time; the library's default is a whole row group
 HUB_TIMEOUT = 10  # seconds to wait for the Hub's first answer
-EXPECTED = ("hidden", "other file")  # what is left out without a warning
+EXPECTED = ("hidden", "other file", MODEL)  # what is left out without a warning
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,13 @@ def _load_local(path: Path, found: list[str], options: DataOptions, columns: Con
 
 def _saved_data_sets(path: Path) -> dict[str, Path]:
     """Folders that Dataset.save_to_disk wrote: this one, or those in it."""
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    if _is_saved(path) or (path / "dataset_dict.json").is_file():
         return {"": path}
-    return {entry.name: entry for entry in sorted(path.iterdir()) if (entry / "state.json").is_file()}
+    return {entry.name: entry for entry in sorted(path.iterdir()) if _is_saved(entry)}
+
+
+def _is_saved(path: Path) -> bool:
+    return all((path / name).is_file() for name in ("state.json", "dataset_info.json"))  # other programs write the former
 
 
 def _load_saved(path: Path, saved: dict[str, Path], options: DataOptions) -> Source:

@@ -337,7 +337,7 @@ class StreamedImage:
 
 @dataclass(frozen=True, eq=False)
 class StreamedBatch:
-    """Images of a stream as what conditions read of an `ImageData`, by their places 0, 1, ... in the batch."""
+    """Images of a stream, with what conditions read of an `ImageData`; indices are places 0, 1, ... in the batch."""
 
     data: StreamData
     images: Sequence[StreamedImage]

@@ -19,6 +19,7 @@ from ..samplers_alpha_ddpm import default_steps
 from ..support.draws import RandomStream, seeds
 from ..support.errors import ConfigError
 from ..support.pictures import BY_DEFAULT, Display, strip
+from ..support.progress import bars_are_seen
 
 PROCESS_ROWS, PROCESS_MOMENTS = 4, 10
 PROCESS_STEPS = 100  # a trajectory of more would only take memory
@@ -68,9 +69,9 @@ def sample(
 def sample_in_batches(
     pipe: Any, count: int, batch_size: int, seed: int, num_inference_steps: int, request: Request = UNCONDITIONAL
 ) -> torch.Tensor:
-    """Images 0..count-1 in [0, 1], [count, C, H, W] on the CPU. Shows a bar, which goes at the end."""
+    """Images 0..count-1 in [0, 1], [count, C, H, W] on the CPU. A bar, if it is seen, goes at the end."""
     batches = [range(count)[start : start + batch_size] for start in range(0, count, batch_size)]
-    with step_bar(len(batches), num_inference_steps, leave=False) as shown:
+    with step_bar(len(batches), num_inference_steps, bars_are_seen(), leave=False) as shown:
         drawn = [sample(pipe, batch, seed, num_inference_steps, request, **shown).images.cpu() for batch in batches]
     return torch.cat(drawn)
 
@@ -121,6 +122,6 @@ def sample_process(
     most. `rows` are their names.
     """
     images, steps = range(min(PROCESS_ROWS, len(request) or PROCESS_ROWS)), min(PROCESS_STEPS, default_steps(pipe.scheduler))
-    with step_bar(1, steps, leave=False) as shown:
+    with step_bar(1, steps, bars_are_seen(), leave=False) as shown:
         trajectory = sample(pipe, images, seed, steps, request, output_trajectory=True, **shown).trajectory
     return strip(trajectory, PROCESS_MOMENTS, display=display, rows=rows[: len(images)])

@@ -78,12 +78,18 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def _text(value: Any) -> str:
+    """With the home folder, which shells put in place of ~ on command lines but not in YAML files or Python."""
+    text = os.fspath(value)
+    return os.path.expanduser(text) if text.startswith("~/") else text
+
+
 # The values that Python code may give for an option of each type, and what they become. Flags are of the type already.
 KINDS: dict[type, tuple[str, Callable[[Any], Any]]] = {
     bool: ("True or False", _truth),
     int: ("a whole number", _whole),
     float: ("a number", _number),
-    str: ("text", os.fspath),
+    str: ("text", _text),
 }
 
 

@@ -62,7 +62,7 @@ class AugmentedNetwork(nn.Module):
         unet.time_embedding.register_forward_hook(self._shifted)
 
     def forward(self, sample: Tensor, timesteps: Tensor, augmentation: Tensor | None = None, **inputs: Tensor) -> Any:
-        """`augmentation` are the parameters, [B, 9]; none are zeros."""
+        """`augmentation` are the parameters, [B, 9]; without them the images are as they were."""
         self._shift = None if augmentation is None else functional.linear(augmentation, self.weight)
         try:
             return self.network(sample, timesteps, **inputs)

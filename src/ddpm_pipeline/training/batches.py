@@ -262,7 +262,7 @@ def lost_workers() -> Iterator[None]:
 
 def _begin_worker(parent: int, worker: int) -> None:
     """In a worker: end if the parent process ended before this one began, since torch only watches from then on."""
-    ignore_signals_in_worker(worker)
+    ignore_signals_in_worker()
     if multiprocessing.get_start_method() == "fork" and os.getppid() != parent:
         os._exit(1)
 

@@ -86,6 +86,7 @@ def _compare_options(checkpoint: Path, options: TrainingOptions) -> None:
     for name, value in options.flat().items():
         if name in stored and stored[name] != value:
             rule = options.declared()[name].metadata["on_resume"]
+            rule = "tell" if rule == "refuse" and _moved(stored[name], value) else rule
             changed[rule].append(f"--{name} was {stored[name]} and is {value}")
     if refused := "; ".join(changed["refuse"]):
         raise ConfigError(
@@ -99,6 +100,12 @@ def _compare_options(checkpoint: Path, options: TrainingOptions) -> None:
         )
     if changed["tell"]:
         logger.info("resuming with changed options: %s", "; ".join(changed["tell"]))
+
+
+def _moved(before: Any, now: Any) -> bool:
+    """Whether both may be paths of the same file or folder, moved; of what it holds, the identities are compared."""
+    both = isinstance(before, str) and isinstance(now, str)
+    return both and os.sep in before + now and os.path.basename(before.rstrip(os.sep)) == os.path.basename(now.rstrip(os.sep))
 
 
 def options_to_resume(options: RunOptions, folder: Path) -> dict[str, Any] | None:

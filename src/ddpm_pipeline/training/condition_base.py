@@ -64,7 +64,7 @@ class Condition:
         return None
 
     def inputs(self, drawn: Any, original_samples: Tensor) -> dict[str, Tensor]:
-        """Those as arguments of the network, for x_0 [b, C, H, W] in [-1, 1], on its device."""
+        """What `draw` gave as arguments of the network, for x_0 [b, C, H, W] in [-1, 1], on its device."""
         return {}
 
     def probe(self, count: int, unet: nn.Module) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ class Condition:
         return {}
 
     def described(self) -> dict[str, Any]:
-        """The same, with the share that is dropped and a range of values that is not that of 8 bits."""
+        """`settings`, the share that is dropped, and the range of values if it is not that of 8 bits."""
         described = self.settings()
         if self.options.condition != "none":
             described["condition_dropout"] = self.options.condition_dropout
@@ -145,16 +145,18 @@ class Condition:
         return np.any([where.uniform(stream) < self.options.condition_dropout for stream in self.dropout_streams], axis=0)
 
     def share_of(self, what: str) -> str:
-        """That is dropped, in words."""
+        """How many of these are dropped, in words."""
         return f"{self.options.condition_dropout:.0%} of the {what}"
-
-    def asked(self, **arguments: Sequence[Any]) -> Request:
-        """A request with guidance, which a model that was not trained without conditions does not have."""
-        return Request(arguments, self.guidance)
 
     @property
     def guidance(self) -> float:
-        return self.options.preview_guidance if self.options.condition_dropout else 1.0
+        """The scale for previews, 1 for a model that was not trained both with conditions and without."""
+        both = self.options.condition != "none" and self.options.condition_dropout
+        return self.options.preview_guidance if both else 1.0
+
+    def asked(self, **arguments: Sequence[Any]) -> Request:
+        """A request with this guidance."""
+        return Request(arguments, self.guidance)
 
     def rows(self, count: int, **arguments: Sequence[Any]) -> tuple[Request, int]:
         """Equal rows of about `count` images in total, at most MAX_PREVIEW_ROWS of them: one for each value."""

@@ -64,7 +64,7 @@ class ClassCondition(Condition):
 
 
 def _of_both(method: str) -> Callable[..., dict[str, Any]]:
-    """A method that gives what that of either part gives, as one dict."""
+    """A method whose result is those of both parts, merged."""
     return lambda self, *arguments: {k: v for part in self.parts for k, v in getattr(part, method)(*arguments).items()}
 
 

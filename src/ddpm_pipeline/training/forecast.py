@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-CALLS_OF_UPDATE = 3  # network calls that an update takes the time of: forward, and backward twice that
+CALLS_OF_UPDATE = 2  # calls in sampling that an update takes the time of: of the network alone 3, and samplers take some
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Forecast:
     """
 
     def __init__(self, jobs: Sequence[Every], total: int, images_per_update: int, calls_at_end: int):
-        """`images_per_update` are those of this process."""
+        """`images_per_update` are those of this process, as calls count them."""
         self.jobs, self.total, self.images, self.calls_at_end = jobs, total, images_per_update, calls_at_end
         self.pace: float | None = None  # seconds per update, without the first, which takes longer
         self._start: tuple[int, float] | None = None

@@ -28,6 +28,7 @@ from ..support.atomic import write_text
 from ..support.errors import ConfigError, NumericalError, Stopped
 from ..support.exceptions import describe_exception
 from ..support.pictures import Display, grid, save_picture
+from ..support.progress import bars_are_seen
 from .batches import BatchLoader
 from .checkpoints import Checkpoints, export_command
 from .conditions import Condition
@@ -99,7 +100,7 @@ class Run:
         self.telemetry = Telemetry(self.accelerator, self.folder, self.state.updater, self.first, self.total)
 
     def _earlier_evaluations(self) -> Validation:
-        """Those before this attempt, in the main process; with the best one whose checkpoint is kept, if it is to be."""
+        """Those before this attempt; with --keep_best the best one is among those whose checkpoint still exists."""
         watching, keep = self.options.watching, self.options.run.keep_best
         subject = hash_of(self.data.fingerprint, self.data.held_out.fingerprint, watching.eval_images, watching.eval_calls)
         validation = Validation(self.folder, subject, self.first, lambda step: not keep or self.checkpoints.path(step).is_dir())
@@ -159,15 +160,14 @@ def report(run: Run, done: int) -> None:
 
 
 def sampling_calls(run: Run, *wanted: tuple[int, int]) -> int:
-    """Network calls times images that it takes to sample so many images over so many steps each, with guidance as in previews.
-    A call of few images takes about as long as one of FEW.
+    """Network calls times images, to sample each of these (number of images, number of steps) with the guidance of previews. A
+    call of few images takes about as long as one of FEW.
     """
-    guided = run.condition.preview(1)[0].guidance_scale != 1
-    return sum(max(count, FEW) * steps for count, steps in wanted) * (1 + guided)
+    return sum(max(count, FEW) * steps for count, steps in wanted) * (1 + (run.condition.guidance != 1))
 
 
 def preview_calls(run: Run) -> int:
-    """The same of a preview."""
+    """`sampling_calls` of a preview."""
     return sampling_calls(run, (run.options.watching.preview_images, run.preview_steps))
 
 
@@ -177,7 +177,8 @@ def forecast_of(run: Run, jobs: Sequence[Every]) -> Forecast:
     steps = _steps_of_samples(run, max(lengths, default=0))
     pictures = (run.options.watching.num_samples, steps), (PROCESS_ROWS, steps)
     at_end = sampling_calls(run, *pictures, *(sampled_by_fit(lengths, noises) if lengths else []))
-    images = run.options.optimisation.batch_size // run.accelerator.num_processes
+    passes = run.options.optimisation.gradient_accumulation_steps
+    images = max(run.batch_size // run.accelerator.num_processes, FEW) * passes
     return Forecast(jobs, run.total, images, at_end)
 
 
@@ -315,7 +316,7 @@ def fit_few_steps(run: Run) -> None:
     with not_essential("fitting samplers of few steps"):
         request, _ = run.condition.preview(noises)
         how = {"num_noises": noises, "batch_size": run.batch_size, "seed": run.options.run.seed}
-        run.pipe.set_progress_bar_config()  # shown
+        run.pipe.set_progress_bar_config(disable=not bars_are_seen())
         found = fit_sampler(run.pipe, steps, request, **how, alone=True)
         if found.scheduler.fitted_samplers:
             run.pipe.scheduler = found.scheduler

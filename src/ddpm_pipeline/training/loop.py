@@ -30,7 +30,7 @@ from .models import build_model, objective_for
 from .objectives import NoisedBatch, min_snr_weights, per_image_loss
 from .options import TrainingOptions
 from .output_folder import output_folder
-from .processes import attention_on, seed_dropout, seed_weights, start_processes
+from .processes import attention_on, enough_memory, seed_dropout, seed_weights, start_processes
 from .pusher import Pusher
 from .state import MAX_IN_A_ROW, build_state
 from .stop import StopRequest
@@ -49,7 +49,7 @@ def train(options: TrainingOptions, on_preview: Callable[[Path], Any] | None = N
     accelerator, options = start_processes(options)
     folder, main = Path(options.run.output_dir), accelerator.is_main_process
     holding = output_folder(folder, options.run) if main else contextlib.nullcontext()
-    with holding as output, logging_to(folder, accelerator) as start_log:
+    with holding as output, logging_to(folder, accelerator) as start_log, enough_memory(options):
         # What it learns from
         with accelerator.main_process_first():
             pusher = Pusher(options.hub, folder) if options.hub.push_to_hub and main else None

@@ -169,12 +169,6 @@ class ImportanceTimesteps:
         return {"losses": self.losses, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if the state has another number of timesteps."""
-        if state["losses"].shape != self.losses.shape:
-            raise ValueError(
-                f"the checkpoint's timestep sampler has losses {tuple(state['losses'].shape)}, this run's has "
-                f"{tuple(self.losses.shape)}; resume with the same --num_train_timesteps."
-            )
         self.losses, self.counts = state["losses"].double(), state["counts"].long()
 
 

@@ -379,8 +379,7 @@ class TrainingOptions(OptionSet):
         if not (path.is_file() or path.suffix or len(path.parts) > 1) and recipe.is_file():
             return recipe
         if not path.exists():
-            known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml") if "captions" not in file.stem))
-            raise ConfigError(f"--config {path}: there is no such file or recipe. Recipes are {known}.")
+            raise ConfigError(f"--config {path}: there is no such file or recipe. Recipes are {', '.join(recipes())}.")
         return path
 
 

@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,21 @@ def start_processes(options: TrainingOptions) -> tuple[Accelerator, TrainingOpti
     return accelerator, options.with_values(output_dir=folder, mixed_precision=accelerator.mixed_precision)
 
 
+@contextmanager
+def enough_memory(options: TrainingOptions) -> Iterator[None]:
+    """Within, a GPU whose memory does not suffice ends the run with a ConfigError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        why = ". ".join(str(error).split(". ")[:2])  # and how much, without pages of statistics
+        optimisation = options.optimisation
+        raise ConfigError(
+            f"{why}: this network with --batch_size {optimisation.batch_size} needs more memory. Resume or start anew with "
+            "--gradient_checkpointing True, or start anew with more --gradient_accumulation_steps (now "
+            f"{optimisation.gradient_accumulation_steps}), --mixed_precision bf16, or a smaller --model."
+        ) from error
+
+
 def _check_environment(passes: int) -> None:
     """Raises ConfigError for what `accelerate launch` or its configuration says and training would do in another way."""
     told = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(passes))
@@ -84,7 +99,8 @@ def _check_environment(passes: int) -> None:
 
 def default_output_dir(dataset: str) -> str:
     """ddpm-NAME, from the last part of a data set's name or path."""
-    name = re.sub(r"[^\w-]+", "-", Path(dataset.rstrip("/")).stem).strip("-")
+    name = re.sub(r"\.(parquet|arrow|zip|tar)$", "", Path(dataset).name, flags=re.IGNORECASE)  # scans.2023 is no scans
+    name = re.sub(r"[^\w-]+", "-", name).strip("-")
     return f"ddpm-{name or 'model'}"
 
 

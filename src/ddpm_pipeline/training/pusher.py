@@ -88,7 +88,8 @@ class Pusher:
         try:
             shutil.rmtree(snapshot, ignore_errors=True)
             snapshot.mkdir(parents=True)
-            if previews := sorted((self.folder / "samples").glob("step-*.png")):
+            known = sorted((self.folder / "samples").glob("step-*.png"))
+            if previews := [path for path in known if path.stem <= f"step-{step:08d}"]:  # later ones are of another course
                 for picture in (previews[-1], previews[-1].with_suffix(".txt")):  # and what its rows are
                     if picture.is_file():
                         shutil.copyfile(picture, (snapshot / "samples").with_suffix(picture.suffix))

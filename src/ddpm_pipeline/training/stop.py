@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 from ..support.errors import Stopped
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 LONGEST_PUSH = 6.0  # seconds after a request until a push is given up
 LONGEST_END = 4.0  # seconds that the process then takes to end, whatever its threads do
 ONE_REQUEST = 2.0  # seconds in which signals count as one: launchers pass on what a terminal or Slurm sends to all
@@ -45,9 +45,12 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, signals are requests, and Stopped says how to continue. Earlier handlers are restored at the end."""
+        """Within, signals are requests, and Stopped says how to continue. Earlier handlers are restored at the end. A hang-up
+        that is ignored, as by `nohup`, still is.
+        """
         heard = SIGNALS if threading.current_thread() is threading.main_thread() else ()  # Python allows no other
-        before = {each: signal.signal(each, self._on_signal) for each in heard}
+        ignored = [each for each in heard if each.name == "SIGHUP" and signal.getsignal(each) == signal.SIG_IGN]
+        before = {each: signal.signal(each, self._on_signal) for each in heard if each not in ignored}
         try:
             yield
         except Stopped as stopped:
@@ -60,7 +63,8 @@ class StopRequest:
         if self._signal is None:
             self._signal, self._asked_at = signal.Signals(number), time.monotonic()
             what = "finishing this update and writing a checkpoint; a second signal ends at once"
-            os.write(2, f"\n{self._signal.name}: {what}\n".encode())  # print is unsafe: it may be what was interrupted
+            with contextlib.suppress(OSError):  # of a terminal that has gone, or a `tee` that Ctrl-C has ended
+                os.write(2, f"\n{self._signal.name}: {what}\n".encode())  # print is unsafe: it may be what was interrupted
         elif time.monotonic() - self._asked_at > ONE_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -121,7 +125,7 @@ def in_any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
     return (accelerator.reduce(counts, "sum") > 0).tolist()
 
 
-def ignore_signals_in_worker(_: int) -> None:
+def ignore_signals_in_worker() -> None:
     """For data loader workers: the process that reads from them decides when to stop, and they end with it."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..data.skipped import SkippedLog, SkippedRow
 from ..support.atomic import write_text
 from ..support.exceptions import describe_exception
+from ..support.progress import bars_are_seen
 from .forecast import Forecast, duration, time_of_day
 from .state import Updater
 from .trackers import SHOW
@@ -27,6 +28,7 @@ from .trackers import SHOW
 logger = logging.getLogger(__name__)
 
 ESTIMATE_AFTER = 10  # updates
+LINES_APART = 60.0  # seconds, at least, between lines of progress where no bar is seen
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
 
 
@@ -142,47 +144,49 @@ class Telemetry:
             keep_lines(self.path, first_step)
         self.skipped = SkippedLog(folder) if main else None  # rows of the data
         self.timer = StepTimer(accelerator.device)
-        self.bar = tqdm(total=total, initial=first_step, disable=not main, desc="training", bar_format=BAR)
+        seen = main and bars_are_seen()
+        self.bar = tqdm(total=total, initial=first_step, disable=not seen, desc="training", bar_format=BAR)
         self._losses: list[torch.Tensor] = []  # one per update since the last report
         self._grad_norm = float("nan")  # of the last update
         self._spent: Counter[str] = Counter()  # seconds by part of an update
         self._first_step = first_step
-        self._loss = ""  # as the bar shows it
-        self._tracker_fails = False
+        self._loss = self._end = ""  # as the bar shows them
+        self._line_at = time.monotonic()  # of the last line in place of a bar
+        self._failed: set[str] = set()
         self.restart_clock()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """A line of metrics.jsonl, which the tracker gets too."""
-        with self._tracking():
+        with self._may_fail("the tracker"):
             self.accelerator.log(dict(metrics), step=step)
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
+            with self._may_fail(f"writing {self.path.name}"), self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def show(self, name: str, path: Path, caption: str, step: int) -> None:
         """A picture, which the tracker gets if it is one of `trackers.SHOW`; in the main process."""
         for tracker in self.accelerator.trackers:
             if tracker.name in SHOW:
-                with self._tracking(), Image.open(path) as picture:
+                with self._may_fail("the tracker"), Image.open(path) as picture:
                     SHOW[tracker.name](tracker.tracker, name, picture, f"update {step}\n{caption}".strip(), step)
 
     def end_tracking(self) -> None:
         """Close the tracker, and what else accelerate has open."""
         for tracker in self.accelerator.trackers:
-            with self._tracking():
+            with self._may_fail("the tracker"):
                 tracker.finish()
         self.accelerator.trackers = []
         self.accelerator.end_training()
 
     @contextlib.contextmanager
-    def _tracking(self) -> Iterator[None]:
-        """Within, a tracker's first error is logged, and those after it are not."""
+    def _may_fail(self, what: str) -> Iterator[None]:
+        """Within, the first error is logged, and those after it are not: the model matters more than figures of it."""
         try:
             yield
         except Exception as error:  # each tracker has its own
-            if not self._tracker_fails:
-                logger.warning("the tracker failed, and the run goes on: %s", describe_exception(error))
-            self._tracker_fails = True
+            if what not in self._failed:
+                logger.warning("%s failed, and the run goes on: %s", what, describe_exception(error))
+            self._failed.add(what)
 
     def restart_clock(self) -> None:
         """Images per second are counted from here on."""
@@ -195,7 +199,8 @@ class Telemetry:
             left, rate = forecast.seconds_left(), 1 / forecast.pace
             when, until, images = duration(left), time_of_day(left), rate * batch_size
             speed = f"{images:.0f}" if images >= 100 else f"{images:.3g}"
-            self.bar.set_postfix_str(f"{self._loss}{speed} images/s, ends {until} ({when})", refresh=False)
+            self._end = f", ends {until} ({when})"
+            self.bar.set_postfix_str(f"{self._loss}{speed} images/s{self._end}", refresh=False)
             if done - self._first_step == ESTIMATE_AFTER and done < self.bar.total:
                 told = "about %s to go at %.3g updates/s, until %s, with previews, evaluations and final samples"
                 logger.info(told, when, rate, until)
@@ -214,10 +219,13 @@ class Telemetry:
         """Write down rows of the data that any process left out; a collective call."""
         found = gather_object(rows)
         if self.skipped is not None:
-            self.skipped.add(found)
+            with self._may_fail(f"writing {self.skipped.path.name}"):
+                self.skipped.add(found)
 
     def report(self, done: int, batch_size: int) -> None:
-        """Log the updates since the last report: the loss is a mean over all processes, times are means over updates."""
+        """Log the updates since the last report: the loss is a mean over all processes, times are means over updates. For the
+        console where no bar is seen and the last line is old; else for train.log alone.
+        """
         updates = len(self._losses)  # those that were applied
         shown: dict[str, float] = {}
         if updates:
@@ -235,7 +243,10 @@ class Telemetry:
             metrics["skipped_rows"] = len(self.skipped)
         self.log(metrics | memory(self.accelerator.device), done)
         each = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if not name.endswith("_seconds"))
-        logger.debug("update %d of %d: %s", done, self.bar.total, each)
+        told = self.bar.disable and time.monotonic() >= self._line_at + LINES_APART
+        if told:
+            self._line_at = time.monotonic()
+        logger.log(logging.INFO if told else logging.DEBUG, "update %d of %d: %s%s", done, self.bar.total, each, self._end)
         self._losses = []
         self._loss = f"loss {shown['loss']:.3g}, " if shown else ""
         self.restart_clock()

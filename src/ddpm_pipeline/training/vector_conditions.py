@@ -70,7 +70,7 @@ class NumbersCondition(Condition):
     def preview(self, count: int) -> tuple[Request, int]:
         """The numbers of the images at equally spaced quantiles of the first of them."""
         first = self.read(self.examples, range(len(self.examples)))[:, 0]
-        order = first.argsort(stable=True)[: first.isfinite().sum()]
+        order = first.argsort(stable=True)[: first.isfinite().sum() or None]  # where it is told, if it is
         places = np.linspace(0, len(order) - 1, min(count, MAX_PREVIEW_ROWS, len(order))).round().astype(int)
         return self.rows(count, **self.request_like(self.examples, order[places].tolist(), 0).arguments)
 
