@@ -35,12 +35,13 @@ TRAIN = [
     "torchmetrics>=1.6",
 ]
 EVAL = [*TRAIN, "matplotlib>=3.8"]  # which benchmarks/few_steps.py plots with
-INCEPTION = ["torchmetrics[image]>=1.6"]  # torchvision and torch-fidelity, for published FIDs
-TIFF = ["tifffile>=2024.8", "imagecodecs>=2024.6"]  # several bands, and colours beyond 8 bits; LZW and the like
-TENSORBOARD = ["tensorboard>=2.16"]
-WANDB = ["wandb>=0.20"]
+# Whoever asks for one of these wants to train or evaluate with it
+INCEPTION = [*EVAL, "torchmetrics[image]>=1.6"]  # torchvision and torch-fidelity, for published FIDs
+TIFF = [*TRAIN, "tifffile>=2024.8", "imagecodecs>=2024.6"]  # several bands, and colours beyond 8 bits; LZW and the like
+TENSORBOARD = [*TRAIN, "tensorboard>=2.16"]
+WANDB = [*TRAIN, "wandb>=0.20"]
 APP = ["gradio>=6.0", "matplotlib>=3.8"]  # a demo in the browser
-CATS = ["robohash==2.0"]  # its art: another version may have other pictures
+CATS = [*TRAIN, "robohash==2.0"]  # its art: another version may have other pictures
 NOTEBOOK = [*EVAL, "nbclient>=0.10", "nbformat>=5.7", "ipykernel>=6.29", "ipywidgets>=8.1"]  # docs/notebooks
 DOCS = [  # sphinx-build -W docs build/site
     *EVAL,

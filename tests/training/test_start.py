@@ -49,7 +49,7 @@ def run(tmp_path_factory):
         ({"mixed_precision": None}, {"ACCELERATE_MIXED_PRECISION": "int3"}, "int3"),
         ({"mixed_precision": None}, {"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8.*--mixed_precision"),
         ({}, {"ACCELERATE_USE_CPU": "maybe"}, "maybe"),
-        ({"report_to": "wandb"}, {}, "pip install wandb"),
+        ({"report_to": "wandb"}, {}, r"pip install 'ddpm-pipeline\[wandb\]'"),
         ({"lr_scheduler": "polynomial", "lr_warmup_steps": 2}, {}, "--lr_warmup_steps 2"),
         ({"lr_scheduler": "constant", "lr_warmup_steps": 1}, {}, "--lr_warmup_steps 1 .* constant_with_warmup"),
         ({"lr_scheduler": "polynomial", "learning_rate": 1e-8}, {}, "--learning_rate 1e-08"),

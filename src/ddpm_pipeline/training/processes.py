@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from ..support.draws import RandomStream, seeds
 from ..support.errors import ConfigError
 from ..support.exceptions import describe_exception
+from . import trackers
 from .options import TrainingOptions
 
 LONGEST_WAIT = timedelta(hours=12)  # for the main process as it preprocesses and samples; its death shows at once
@@ -37,7 +38,8 @@ def start_processes(options: TrainingOptions) -> tuple[Accelerator, TrainingOpti
     _check_environment(optimisation.gradient_accumulation_steps)
     tracker = None if options.watching.report_to == "none" else options.watching.report_to
     if tracker is not None and tracker not in map(str, get_available_trackers()):
-        raise ConfigError(f"--report_to {tracker} needs a library that is not installed: pip install {tracker}")
+        brings = f"'ddpm-pipeline[{tracker}]'" if tracker in trackers.SHOW else tracker  # an extra, or the library itself
+        raise ConfigError(f"--report_to {tracker} needs a library that is not installed: pip install {brings}")
     buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     waiting = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
     try:
