@@ -135,7 +135,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     study = {name: STUDIES[arguments.study][name] for name in arguments.only or STUDIES[arguments.study]}
-    report = {"command": " ".join(["python", "benchmarks/ablations.py", *sys.argv[1:]]), **provenance(torch.device("cpu"))}
+    given = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    report = {"command": " ".join(["python benchmarks/ablations.py", *given]), **provenance(torch.device("cpu"))}
     report |= {name: getattr(arguments, name) for name in ("study", "updates", "minutes", "num_images", "threads", "seed")}
     report["rows"] = [one_variant(name, changed, arguments) for name, changed in study.items()]
     print(table(report))
