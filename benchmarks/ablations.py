@@ -10,6 +10,7 @@ continues, and several commands can share the variants.
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -136,7 +137,7 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     study = {name: STUDIES[arguments.study][name] for name in arguments.only or STUDIES[arguments.study]}
     given = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    report = {"command": " ".join(["python benchmarks/ablations.py", *given]), **provenance(torch.device("cpu"))}
+    report = {"command": f"python benchmarks/ablations.py {shlex.join(given)}", **provenance(torch.device("cpu"))}
     report |= {name: getattr(arguments, name) for name in ("study", "updates", "minutes", "num_images", "threads", "seed")}
     report["rows"] = [one_variant(name, changed, arguments) for name, changed in study.items()]
     print(table(report))
