@@ -31,12 +31,24 @@ def test_memorisation():
 
 
 def test_cats():
-    (found,) = measured("cats_quality")["results"]
-    for name in ("valid", "copies", "new"):
-        assert f"{100 * found[name]:.1f} ± {100 * found[f'{name}_standard_error']:.1f} %" in words_of("docs/results.md")
-    by_chance = f"by chance it would be {100 * found['valid'] * found['copies_by_chance']:.1f} %"
-    assert by_chance in words_of("docs/results.md")
-    assert f"| {100 * found['valid']:.1f} ± {100 * found['valid_standard_error']:.1f} % |" in words_of("README.md")
+    page, samplers = words_of("docs/results.md"), {"dpm-solver++": "DPM-Solver++", "sde-dpm-solver++": "SDE-DPM-Solver++"}
+    for found in measured("cats_quality")["results"]:
+        shares = [(found[name], found[f"{name}_standard_error"]) for name in ("valid", "new", "copies")]
+        cells = " | ".join(f"{100 * share:.1f} ± {100 * error:.1f} %" for share, error in shares)
+        by_chance = f"{100 * found['valid'] * found['copies_by_chance']:.1f} %"
+        assert f"| {samplers[found['scheduler']]} | {cells} | {by_chance} | {found['fid']:.2f} |" in page
+    assert f"| {cells.split(' | ')[0]} |" in words_of("README.md")  # of the better one
+
+
+def test_ablations():
+    table = runpy.run_path(str(ROOT / "benchmarks/ablations.py"))["table"]
+    page = (ROOT / "docs/training.md").read_text("utf-8")
+    for name in ("ablations_recipe", "ablations_architecture"):
+        rows = table(measured(name)).splitlines()
+        assert "\n".join(row for row in rows if row.startswith("|")) in page
+    (found,), weighted = measured("cats_unweighted")["results"], measured("cats_quality")["results"][0]
+    for row in (found, weighted):
+        assert f"{100 * row['valid']:.1f} ± {100 * row['valid_standard_error']:.1f} %" in page and f"{row['fid']:.1f}" in page
 
 
 def test_cats_from_words():

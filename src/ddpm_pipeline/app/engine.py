@@ -118,7 +118,8 @@ class Engine:
         elif not isinstance(own, AlphaDDPMScheduler):
             found[type(own).__name__] = own, self._possible(own)
         for name, label in LABELS.items():
-            if SCHEDULERS[name] != (type(own).__name__, {}):
+            class_name, options = SCHEDULERS[name]
+            if options or class_name not in found:
                 scheduler = scheduler_for(self.pipe, name)
                 found[label] = scheduler, self._possible(scheduler)
         return {name: (scheduler, calls) for name, (scheduler, calls) in found.items() if calls}
