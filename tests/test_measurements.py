@@ -32,12 +32,12 @@ def test_memorisation():
 
 def test_cats():
     page, samplers = words_of("docs/results.md"), {"dpm-solver++": "DPM-Solver++", "sde-dpm-solver++": "SDE-DPM-Solver++"}
-    for found in measured("cats_quality")["results"]:
+    for found in measured("cats_quality_50_steps")["results"] + measured("cats_quality")["results"]:
         shares = [(found[name], found[f"{name}_standard_error"]) for name in ("valid", "new", "copies")]
         cells = " | ".join(f"{100 * share:.1f} ± {100 * error:.1f} %" for share, error in shares)
         by_chance = f"{100 * found['valid'] * found['copies_by_chance']:.1f} %"
-        assert f"| {samplers[found['scheduler']]} | {cells} | {by_chance} | {found['fid']:.2f} |" in page
-    assert f"| {cells.split(' | ')[0]} |" in words_of("README.md")  # of the better one
+        assert f"| {samplers[found['scheduler']]} | {found['steps']} | {cells} | {by_chance} | {found['fid']:.2f} |" in page
+    assert f"| {cells.split(' | ')[0]} |" in words_of("README.md")  # of the last
 
 
 def test_ablations():
