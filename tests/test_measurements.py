@@ -25,6 +25,11 @@ def test_tables_of_benchmarks_are_made_of_their_figures(name):
     assert table(measured(name)) == (RESULTS / f"{name}.md").read_text("utf-8")
 
 
+def test_training_throughput():
+    table = runpy.run_path(str(ROOT / "benchmarks/training_throughput.py"))["table"]
+    assert table(measured("training_throughput")).strip() in (ROOT / "docs/training.md").read_text("utf-8")
+
+
 def test_memorisation():
     table = runpy.run_path(str(ROOT / "benchmarks/memorisation.py"))["table"]
     assert table(measured("memorisation")).strip() in (ROOT / "docs/memorisation.md").read_text("utf-8")
