@@ -1,4 +1,5 @@
-"""Training beside others, in ratios: a bare loop, diffusers' train_unconditional.py, denoising-diffusion-pytorch; how it grows.
+"""Training beside others: a bare loop, diffusers' train_unconditional.py, denoising-diffusion-pytorch. In ratios of throughput
+and memory, in what samples are worth after so much time, and in how its cost grows.
 
     python benchmarks/training_throughput.py --stock train_unconditional.py --python others/bin/python
 
@@ -7,12 +8,19 @@ EMA, data or log; it takes turns with a run in one process. The others train the
 a process of its own, in turn; `--python` is of an environment that has them (diffusers, datasets, tensorboard, torchvision,
 denoising-diffusion-pytorch), `--stock` the script from diffusers' examples/unconditional_image_generation. All compute in
 float32 on the same number of threads, and denoising-diffusion-pytorch reads images in a further process for each core.
+
+Quality by time has the digits at 8x8 and the same UNet for all, each with its defaults and with the settings of our recipe
+`digits`. Time is that of the training process on its CPUs, from the first update on, so that other work on the machine does not
+count; all schedules end with the last update, and all are sampled in the same way.
 """
 
 from __future__ import annotations  # this file is also run by --python, which has neither the package nor matplotlib
 
 import argparse
+import copy
+import itertools
 import json
+import operator
 import os
 import re
 import runpy
@@ -36,6 +44,40 @@ GROWTH = {  # what changes, and the factor
     "batch size": ({"batch_size": 256}, 4), "image side": ({"resolution": 16, "model": "tiny"}, 2), "images": ({}, 20),
     "timesteps": ({"num_train_timesteps": 4000}, 4),
 }  # fmt: skip
+
+
+DIGITS = {  # of the recipe `digits`, in the words of each
+    "own": {
+        "how": {
+            "beta_schedule": "squaredcos_cap_v2", "learning_rate": 2e-3, "lr_warmup_steps": 100, "adam_beta2": 0.99,
+            "weight_decay": 0.01, "ema_decay": 0.998, "mixed_precision": "bf16",
+        },
+    },
+    STOCK: {
+        "how": {
+            "ddpm_beta_schedule": "squaredcos_cap_v2", "learning_rate": 2e-3, "lr_warmup_steps": 100, "adam_beta1": 0.9,
+            "adam_beta2": 0.99, "adam_weight_decay": 0.01, "ema_max_decay": 0.998, "mixed_precision": "bf16",
+        },
+    },
+    LUCIDRAINS: {
+        "how": {
+            "train_lr": 2e-3, "adam_betas": [0.9, 0.99], "ema_decay": 0.998, "ema_update_every": 1, "amp": True,
+            "mixed_precision_type": "bf16",
+        },
+        "diffusion": {"beta_schedule": "cosine", "objective": "pred_noise"},
+    },
+}  # fmt: skip
+RECIPES = {  # whose training, and how; the defaults with the batch size that each has by default
+    "own, recipe digits": ("own", DIGITS["own"]),
+    "own, defaults": ("own", {"options": {"batch_size": 128}}),
+    f"{STOCK}, as recipe digits": (STOCK, DIGITS[STOCK]),
+    f"{STOCK}, defaults": (STOCK, {"options": {"batch_size": 16}}),
+    f"{LUCIDRAINS}, as recipe digits": (LUCIDRAINS, DIGITS[LUCIDRAINS]),
+    f"{LUCIDRAINS}, defaults": (LUCIDRAINS, {"options": {"batch_size": 16}}),
+}
+MARKS = (8, 4, 2, 1)  # parts of a run after which its samples are judged
+NEVER = 10**9
+Model = Callable[[], tuple[Any, Any]]  # gives the averaged UNet and the scheduler
 
 
 class Enough(Exception):
@@ -102,45 +144,60 @@ def own_options(side: int, batch: int, network: str, threads: int, scratch: Path
     } | more  # fmt: skip
 
 
-# ---- in processes of their own: each trains and calls `note` after every update, until that raises Enough ---------------
+# ---- in processes of their own: each trains and calls `note` with a way to its averaged UNet and its schedule after every
+# ---- update, until that raises Enough
 
 
-def train_own(spec: dict[str, Any], note: Callable[[], None]) -> None:
+def train_own(spec: dict[str, Any], note: Callable[[Model], None]) -> None:
     from ddpm_pipeline.training import TrainingOptions, loop, train
 
     whole = loop.update
 
-    def update(*arguments: Any) -> Any:
-        result = whole(*arguments)
-        note()
+    def update(run: Any, *arguments: Any) -> Any:
+        def model() -> tuple[Any, Any]:
+            with run.state.ema_weights():
+                return copy.deepcopy(run.state.unet), run.scheduler
+
+        result = whole(run, *arguments)
+        note(model)
         return result
 
     loop.update = update
-    train(TrainingOptions(**spec["options"]))
+    train(TrainingOptions(**spec["options"], **spec.get("how", {})))
 
 
-def train_stock(spec: dict[str, Any], note: Callable[[], None]) -> None:
+def train_stock(spec: dict[str, Any], note: Callable[[Model], None]) -> None:
     from accelerate import Accelerator
 
     options, whole = spec["options"], Accelerator.log
 
     def log(*arguments: Any, **more: Any) -> None:
+        def model() -> tuple[Any, Any]:
+            unet = copy.deepcopy(script["model"])
+            script["ema_model"].copy_to(unet.parameters())
+            return unet, script["noise_scheduler"]
+
         whole(*arguments, **more)
-        note()
+        script = sys._getframe(1).f_locals
+        note(model)
 
     Accelerator.log = log  # it is called after every update
+    batches = -(-spec["images"] // options["batch_size"])
     flags = {
         "train_data_dir": options["dataset"], "model_config_name_or_path": spec["unet"], "resolution": options["resolution"],
-        "train_batch_size": options["batch_size"], "num_epochs": 1, "output_dir": options["output_dir"],
-        "cache_dir": options["cache_dir"],
+        "train_batch_size": options["batch_size"], "num_epochs": -(-options["max_train_steps"] // batches),
+        "output_dir": options["output_dir"], "cache_dir": options["cache_dir"], "save_images_epochs": NEVER,
+        "save_model_epochs": NEVER, "checkpointing_steps": NEVER,
+        "ddpm_num_inference_steps": 1,  # of the samples after the first epoch
+        **spec.get("how", {}),
     }  # fmt: skip
     sys.argv = [spec["stock"], "--use_ema", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
     runpy.run_path(spec["stock"], run_name="__main__")
 
 
-def train_lucidrains(spec: dict[str, Any], note: Callable[[], None]) -> None:
+def train_lucidrains(spec: dict[str, Any], note: Callable[[Model], None]) -> None:
     from denoising_diffusion_pytorch import GaussianDiffusion, Trainer
-    from diffusers import UNet2DModel
+    from diffusers import DDPMScheduler, UNet2DModel
     from torch import nn
 
     class Denoiser(nn.Module):
@@ -154,16 +211,23 @@ def train_lucidrains(spec: dict[str, Any], note: Callable[[], None]) -> None:
         def forward(self, images: Any, timesteps: Any, _: Any = None) -> Any:
             return self.unet(images, timesteps).sample
 
+    def model() -> tuple[Any, Any]:
+        learned = trainer.ema.ema_model
+        predicted = {"pred_noise": "epsilon", "pred_v": "v_prediction"}[learned.objective]
+        return learned.model.unet, DDPMScheduler(trained_betas=learned.betas.tolist(), prediction_type=predicted)
+
     options = spec["options"]
-    diffusion = GaussianDiffusion(Denoiser(), image_size=options["resolution"])
-    batch, never = options["batch_size"], 10**9
-    how = {"train_batch_size": batch, "save_and_sample_every": never, "calculate_fid": False}
+    diffusion = GaussianDiffusion(Denoiser(), image_size=options["resolution"], **spec.get("diffusion", {}))
+    how = {
+        "train_batch_size": options["batch_size"], "train_num_steps": options["max_train_steps"], "calculate_fid": False,
+        "save_and_sample_every": NEVER, "augment_horizontal_flip": False, **spec.get("how", {}),
+    }  # fmt: skip
     trainer = Trainer(diffusion, options["dataset"], results_folder=options["output_dir"], **how)
     whole = trainer.ema.update
 
     def update() -> None:
         whole()
-        note()
+        note(model)
 
     trainer.ema.update = update
     trainer.train()
@@ -173,31 +237,44 @@ CONTENDERS = {"own": train_own, TUNED: train_own, STOCK: train_stock, LUCIDRAINS
 
 
 def contend(spec: dict[str, Any]) -> None:
-    """What a process of its own does: prints the seconds of an update and until the first one was done, and the peak memory."""
+    """What a process of its own does: prints the seconds of an update, those until the first one was done, and the peak memory;
+    of CPU time, the seconds of an update and those from the first one to each that is marked, after which the model is saved.
+    """
     import torch
 
     torch.set_num_threads(spec["threads"])
     times: list[float] = []
+    cpu: list[float] = []
+    saving = 0.0
 
-    def note() -> None:
+    def note(model: Model) -> None:
+        nonlocal saving
         times.append(time.time())
+        cpu.append(time.process_time() - saving)
+        if len(times) in spec["marks"]:
+            for part, what in zip(("unet", "scheduler"), model(), strict=True):
+                what.save_pretrained(f"{spec['models']}/{len(times)}/{part}")
+            saving = time.process_time() - cpu[-1]
         if len(times) == spec["updates"]:
             raise Enough
 
     try:
         CONTENDERS[spec["name"]](spec, note)
     except Enough:
-        counted = list(zip(times[UNCOUNTED:], times[UNCOUNTED + 1 :], strict=False))
-        update = statistics.median(after - before for before, after in counted)
         status = Path("/proc/self/status").read_text()  # ru_maxrss begins with the peak of the parent
-        peak = int(re.search(r"VmHWM:\s*(\d+)", status)[1])
-        print("\n" + json.dumps({"update": update, "start": times[0] - spec["began"], "peak": peak}), flush=True)
+        found = {
+            **{of: statistics.median(map(operator.sub, each[UNCOUNTED + 1 :], each[UNCOUNTED:])) for of, each in
+               (("update", times), ("cpu", cpu))},
+            "start": times[0] - spec["began"], "peak": int(re.search(r"VmHWM:\s*(\d+)", status)[1]),
+            "seconds": [cpu[mark - 1] - cpu[0] for mark in spec["marks"]],
+        }  # fmt: skip
+        print("\n" + json.dumps(found), flush=True)
     else:
         raise RuntimeError(f"{spec['name']} ended after {len(times)} of {spec['updates']} updates")
 
 
-def measured(name: str, spec: dict[str, Any], python: str, scratch: Path) -> dict[str, float]:
-    spec = {**spec, "name": name, "began": time.time()}
+def measured(name: str, spec: dict[str, Any], python: str, scratch: Path) -> dict[str, Any]:
+    spec = {"marks": [], **spec, "name": name, "began": time.time()}
     folder = Path(tempfile.mkdtemp(dir=scratch))  # for output and caches, so that every process begins with nothing
     autotune = {"autotune": True} if name == TUNED else {}
     spec["options"] = {**spec["options"], "output_dir": str(folder / "out"), "cache_dir": str(folder / "cache"), **autotune}
@@ -232,7 +309,19 @@ def write_unet(folder: Path, side: int) -> Path:
     return folder
 
 
-def beside_others(side: int, arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+def beside_bare_loop(arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+    rows = []
+    for side, precision in itertools.product(arguments.sides, ("no", "bf16")):
+        ratio = beside_bare(side, precision, arguments.seconds, arguments.threads, scratch)
+        rows.append(row(BARE, side, "float32" if precision == "no" else precision, ratio))
+    return rows
+
+
+def beside_others(arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+    return [found for side in arguments.sides for found in beside_others_at(side, arguments, scratch)]
+
+
+def beside_others_at(side: int, arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     """A row for each of the others that there is."""
     spec = spec_of(side, arguments, scratch)
     there = {TUNED: True, STOCK: arguments.stock, LUCIDRAINS: arguments.python}
@@ -254,7 +343,8 @@ def spec_of(side: int, arguments: argparse.Namespace, scratch: Path, **more: Any
     """A run with the same UNet for all."""
     unet = str(write_unet(scratch / f"unet-{side}", side))
     options = own_options(side, CASES[side][1], unet, arguments.threads, scratch, **more)
-    common = {"unet": unet, "stock": arguments.stock, "threads": arguments.threads, "updates": arguments.updates}
+    common = {"unet": unet, "images": arguments.images, "stock": arguments.stock}
+    common |= {"threads": arguments.threads, "updates": arguments.updates}
     return {"options": options, **common}
 
 
@@ -283,36 +373,88 @@ def growth(arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]
     return found
 
 
+def quality(arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+    """The Fréchet distance of each recipe's samples by CPU time, on the digits, in the features of a classifier of them."""
+    from ddpm_pipeline.evaluation.digits import fit_digits_classifier, load_digits_images
+    from ddpm_pipeline.evaluation.quality import frechet_distance
+
+    classifier, rows = fit_digits_classifier(), []
+    real = classifier.features(load_digits_images()[0])
+    for recipe, (name, how) in RECIPES.items():
+        if name != "own" and not (arguments.python and arguments.stock):
+            continue
+        spec = spec_of(8, arguments, scratch) | {"how": how.get("how", {}), "diffusion": how.get("diffusion", {})}
+        spec["options"] |= how.get("options", {})
+        python = arguments.python or sys.executable
+        updates = int(arguments.quality_seconds / measured(name, spec, python, scratch)["cpu"])
+        marks = [updates // part for part in MARKS]
+        spec |= {"updates": updates, "marks": marks, "models": str(scratch / recipe)}
+        spec["options"]["max_train_steps"] = updates
+        seconds = measured(name, spec, python, scratch)["seconds"]
+        for mark, spent in zip(marks, seconds, strict=True):
+            images = sampled(scratch / recipe / str(mark), arguments.quality_images)
+            distance = frechet_distance(real, classifier.features(images))
+            rows.append({"recipe": recipe, "updates": mark, "seconds": round(spent, 1), "frechet": round(distance, 2)})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def sampled(folder: Path, count: int) -> Any:
+    """Grey images [count, 1, 8, 8] in [-1, 1], in 25 steps of DPM-Solver++, from the noise of seed 0."""
+    import torch
+    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+
+    from ddpm_pipeline import AlphaDDPMPipeline
+
+    pipe = AlphaDDPMPipeline(UNet2DModel.from_pretrained(folder / "unet"), DDPMScheduler.from_pretrained(folder / "scheduler"))
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    call = {"batch_size": 250, "num_inference_steps": 25, "generator": generator, "output_type": "pt"}
+    images = torch.cat([pipe(**call).images for _ in range(count // 250)])
+    return images.mean(1, keepdim=True) * 2 - 1
+
+
 def shown(word: str) -> str:
     """A word of the command line, of a path that says where on a disk only its last part."""
     return Path(word).name if Path(word).is_absolute() else word
 
 
 def table(report: dict[str, Any]) -> str:
-    """The ratios as Markdown."""
-    lines = [
-        "Updates per second as a multiple of the other's, and start-up time and peak memory as a part of the other's:", "",
-        "| beside | images | batch | precision | updates per second | goal | start-up | peak memory |", "|---" * 8 + "|",
-    ]  # fmt: skip
-    for entry in report["rows"]:
+    """What was measured, as Markdown."""
+    lines = []
+    if rows := [*report.get("bare", []), *report.get("others", [])]:
+        lines += [
+            "Updates per second as a multiple of the other's, and start-up time and peak memory as a part of the other's:", "",
+            "| beside | images | batch | precision | updates per second | goal | start-up | peak memory |", "|---" * 8 + "|",
+        ]  # fmt: skip
+    for entry in rows:
         goal = f"at least {entry['goal']:g}" if entry["goal"] else ""
         start, memory = (f"{entry[name]:.2f}" if name in entry else "" for name in ("start", "memory"))
         place = f"{entry['side']}x{entry['side']} | {entry['batch']} | {entry['precision']}"
         lines.append(f"| {entry['beside']} | {place} | {entry['throughput']:.2f} | {goal} | {start} | {memory} |")
-    lines += [
-        "", f"At 8x8, a batch of {CASES[8][1]}, {report['images']} images and 1000 timesteps, one thing made larger:", "",
-        "| larger | by | time of an update | start-up | peak memory |", "|---" * 5 + "|",
-    ]  # fmt: skip
-    for entry in report["growth"]:
+    if "growth" in report:
+        lines += [
+            "", f"At 8x8, a batch of {CASES[8][1]}, {report['images']} images and 1000 timesteps, one thing made larger:", "",
+            "| larger | by | time of an update | start-up | peak memory |", "|---" * 5 + "|",
+        ]  # fmt: skip
+    for entry in report.get("growth", []):
         ratios = " | ".join(f"x {entry[name]:.2f}" for name in ("update", "start", "peak"))
         lines.append(f"| {entry['what']} | x {entry['factor']} | {ratios} |")
+    if "quality" in report:
+        lines += [
+            "", "Fréchet distance of the digits that each recipe samples, by seconds of CPU time of its training:", "",
+            "| recipe | updates |" + " seconds: distance |" * len(MARKS), "|---" * (2 + len(MARKS)) + "|",
+        ]  # fmt: skip
+    for recipe, entries in itertools.groupby(report.get("quality", []), key=operator.itemgetter("recipe")):
+        found = list(entries)
+        cells = " | ".join(f"{entry['seconds']:.0f}: {entry['frechet']:.1f}" for entry in found)
+        lines.append(f"| {recipe} | {found[-1]['updates']:,} | {cells} |")
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines += [
-        "",
-        f"`{report['command']}`, {report['date']}, {report['processor']}, {report['threads']} threads, "
-        + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-        + ".",
-    ]
-    return "\n".join(lines) + "\n"
+        "", f"`{report['command']}`, {report['date']}, {report['processor']}, {report['threads']} threads, {versions}.",
+    ]  # fmt: skip
+    return "\n".join(lines).lstrip() + "\n"
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -321,16 +463,25 @@ def plot(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    names = list(dict.fromkeys((entry["beside"], entry["precision"]) for entry in report["rows"]))
+    figure, (axis, qualities) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    rows = [*report.get("bare", []), *report.get("others", [])]
+    names = list(dict.fromkeys((entry["beside"], entry["precision"]) for entry in rows))
     for number, (beside, precision) in enumerate(names):
-        found = [entry for entry in report["rows"] if (entry["beside"], entry["precision"]) == (beside, precision)]
+        found = [entry for entry in rows if (entry["beside"], entry["precision"]) == (beside, precision)]
         places = [list(CASES).index(entry["side"]) + (number - len(names) / 2) * 0.15 for entry in found]
         axis.bar(places, [entry["throughput"] for entry in found], 0.14, label=f"{beside}, {precision}")
     axis.axhline(1, color="black", lw=0.8)
     axis.set(xticks=range(len(CASES)), xticklabels=[f"{side}x{side}" for side in CASES], ylabel="updates per second, ratio")
-    figure.legend(fontsize=7, loc="outside upper center", ncols=3)
+    for recipe, entries in itertools.groupby(report.get("quality", []), key=operator.itemgetter("recipe")):
+        found = list(entries)
+        qualities.plot(*([entry[of] for entry in found] for of in ("seconds", "frechet")), marker="o", label=recipe)
+    qualities.set(xlabel="seconds of CPU time", ylabel="Fréchet distance", xscale="log", yscale="log")
+    for each in (axis, qualities):
+        each.legend(fontsize=7)
     figure.savefig(path, dpi=120)
+
+
+PARTS = {"bare": beside_bare_loop, "others": beside_others, "growth": growth, "quality": quality}
 
 
 def main() -> None:
@@ -343,6 +494,9 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=16, help="of each process")
     parser.add_argument("--images", type=int, default=1797, help="in the folder")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quality_seconds", type=float, default=120, help="of CPU time that each recipe trains for")
+    parser.add_argument("--quality_images", type=int, default=1000, help="of each Fréchet distance, a multiple of 250")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--output", type=Path, help="without suffix; a .json, a .md and a .png are written")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -354,24 +508,18 @@ def main() -> None:
     from ddpm_pipeline.support.provenance import provenance
 
     torch.set_num_threads(arguments.threads)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        for side in arguments.sides:
-            write_images(scratch / f"images-{side}", side, arguments.images)
-            for precision in ("no", "bf16"):
-                ratio = beside_bare(side, precision, arguments.seconds, arguments.threads, scratch)
-                rows.append(row(BARE, side, "float32" if precision == "no" else precision, ratio))
-        for side in arguments.sides:
-            rows += beside_others(side, arguments, scratch)
-        larger = growth(arguments, scratch)
     report = {
         "command": f"python benchmarks/training_throughput.py {' '.join(map(shown, sys.argv[1:]))}",
         **provenance(torch.device("cpu")),
         "images": arguments.images,
-        "rows": rows,
-        "growth": larger,
     }
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        for side in sorted({8, *arguments.sides}):
+            write_images(scratch / f"images-{side}", side, arguments.images)
+        for part, measure in PARTS.items():
+            if part in arguments.parts:
+                report[part] = measure(arguments, scratch)
     print(table(report))
     if arguments.output:
         arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
