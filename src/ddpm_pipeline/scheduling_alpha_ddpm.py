@@ -236,6 +236,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         needed = "an object of timesteps [n] and coefficients [n, 2 or more], finite numbers, with n as its key"
         if not isinstance(samplers, dict | None):
             raise ValueError(f"fitted_samplers={samplers!r} must hold, by number of steps, {needed}.")
+        checked = {}
         for key, sampler in (samplers or {}).items():
             named = f"fitted_samplers[{key!r}]"
             try:
@@ -246,7 +247,8 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
             fits = coefficients.ndim == 2 and len(coefficients) == len(chain) and coefficients.shape[1] >= 2
             if not (fits and key == str(len(chain)) and np.isfinite(coefficients).all()):
                 raise ValueError(f"{named} must be {needed}, not {len(chain)} timesteps and {coefficients.shape}.")
-        return dict(samplers or {})
+            checked[key] = {**sampler, "timesteps": chain.tolist(), "coefficients": coefficients.tolist()}
+        return checked
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

@@ -61,9 +61,9 @@ class AlphaDDPMFittedScheduler(AlphaDDPMScheduler):
         """
         if self._fitted is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
-        index = self._index(int(timestep))
-        x_t, x_0 = compute(sample), self._reverse(model_output, timestep, sample)[1]
+        index, x_t, x_0 = self._index(int(timestep)), compute(sample), self._reverse(model_output, timestep, sample)[1]
         self._history = (x_0, *(self._history if index else ()))[: len(self._fitted["coefficients"][index]) - 1]
+        self._next = index + 1
         scale, *weights = self._coefficients(index, x_t)
         x_s = x_t * scale
         for weight, predicted in zip(weights, self._history, strict=False):  # shorter at first
@@ -77,7 +77,6 @@ class AlphaDDPMFittedScheduler(AlphaDDPMScheduler):
         if index not in (0, self._next):
             fix = "go through scheduler.timesteps from the first, or use AlphaDDPMScheduler, which can begin anywhere"
             raise ValueError(f"timestep {timestep} is not the next of the fitted chain {timesteps}; {fix}.")
-        self._next = index + 1
         return index
 
     def _coefficients(self, index: int, x_t: Tensor) -> list[float]:
@@ -85,8 +84,10 @@ class AlphaDDPMFittedScheduler(AlphaDDPMScheduler):
 
 
 def our_scheduler(scheduler: Any) -> Any:
-    """diffusers' `DDPMScheduler` as ours of the same config, with its fitted samplers if it has any; another as it is."""
-    if not isinstance(scheduler, DDPMScheduler):
+    """diffusers' `DDPMScheduler` as ours of the same config, with its fitted samplers if it has any; another as it is, and
+    so are subclasses, which may step in another way.
+    """
+    if type(scheduler) is not DDPMScheduler:
         return scheduler
     ours = AlphaDDPMScheduler.from_config(scheduler.config)
     return AlphaDDPMFittedScheduler.from_config(scheduler.config) if ours.fitted_samplers else ours

@@ -268,6 +268,7 @@ def test_conditions_are_cut_along_with_the_images():
         (torch.ones(1, 1, 8, 8), {"num_evaluated": 4, "two_term": True}, "whole chains"),
         (torch.ones(2, 1, 8, 8), {"generator": [torch.Generator()]}, "1 generators for 2"),
         (torch.ones(1, 1, 8, 8), {"num_inference_steps": 13}, "num_inference_steps=13"),
+        (torch.ones(1, 1, 8, 8), {"batch_size": 0}, "batch_size=0"),
     ],
 )
 def test_what_cannot_be_used_is_named(images, options, message):

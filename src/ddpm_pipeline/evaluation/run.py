@@ -23,7 +23,7 @@ from ..data.options import parse_resolution
 from ..data.skipped import SHOWN, describe
 from ..encoding_alpha_ddpm import image_channels, image_condition, value_range
 from ..generation.drawing import sample_values, step_bar
-from ..generation.pipelines import Pipeline, condition_of, load_pipeline, scheduler_for, steps_of
+from ..generation.pipelines import Pipeline, condition_of, load_pipeline, sampler_name, scheduler_for, steps_of
 from ..likelihood.bound import own_scheduler
 from ..support.draws import RandomStream, image_indices, seeds
 from ..support.errors import ConfigError, DataError
@@ -118,6 +118,8 @@ def _open(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelerator) 
     if quality.num_images:  # for their errors
         steps_of(sampler, options.sampling.num_inference_steps)
         my_batches(quality.num_images, options.sampling.batch_size, accelerator)
+    if (steps := options.likelihood.likelihood_steps) is not None and steps > len(pipe.scheduler):
+        raise ConfigError(f"--likelihood_steps {steps} exceeds the {len(pipe.scheduler)} steps of the model's chain.")
     extractor = _extractor(pipe, options, accelerator)
     with accelerator.main_process_first():
         data = _open_images(options, pipe, accelerator)
@@ -257,7 +259,7 @@ def _samples(subject: Subject, options: EvaluationOptions, accelerator: Accelera
                 columns[name] += values.tolist()
             if judge is not None:
                 judge.add(pixels, places[batch])
-    how = {"steps": steps, "scheduler": type(pipe.scheduler).__name__}
+    how = {"steps": steps, "scheduler": sampler_name(pipe.scheduler)}
     how |= {"guidance_scale": request.guidance_scale} if request.arguments else {}
     features, sections = None if quality is None else torch.cat(quality.generated_features), {}
     if quality is not None:

@@ -2,23 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import ClassVar
 
 from ..generation.options import RequestOptions
 from ..support.option_sets import OptionSet
-from ..support.options import FINITE, SEED, OptionGroup, at_least, option
+from ..support.options import FINITE, SEED, Allowed, OptionGroup, at_least, option
 
 LENGTHS = (4, 5, 7, 10, 15, 20)
-LONG_STEPS = 100
+LONG_STEPS, MOST_LONG_STEPS = 100, 400  # the memory for choosing timesteps grows as the cube: 24 bytes * 400³ = 1.5 GB
 NUM_NOISES = 192
 HELD_OUT_EVERY = 3  # of the noises, the last of every so many
 
 
 def parse_lengths(text: str | Sequence[int]) -> tuple[int, ...]:
     """ "4,5,7" as (4, 5, 7). Raises ValueError for what is no list of whole numbers above 0, each once."""
-    words = text.split(",") if isinstance(text, str) else [*text]
     try:
-        lengths = tuple(sorted(int(word) for word in words))
+        lengths = tuple(sorted(map(int, text.split(",")) if isinstance(text, str) else map(index, text)))
     except (TypeError, ValueError):
         lengths = ()
     if not lengths or lengths[0] < 1 or len(set(lengths)) != len(lengths):
@@ -42,7 +42,11 @@ class FitOptions(OptionGroup):
         "Images to solve for, from noise; a third of them is held out, to choose and to judge samplers by.",
         at_least(HELD_OUT_EVERY),
     )
-    long_steps: int = option(LONG_STEPS, "Steps of the long solution that a short one is to come near to.", at_least(2))
+    long_steps: int = option(
+        LONG_STEPS,
+        "Steps of the long solution that a short one is to come near to.",
+        Allowed(f"from 2 to {MOST_LONG_STEPS}", lambda value: 2 <= value <= MOST_LONG_STEPS),
+    )
     batch_size: int = option(64, "Images per network call of a process.", at_least(1))
     seed: int = option(0, "Seed of the noise.", SEED)
     num_cpu_threads: int | None = option(None, "CPU threads per process.", at_least(1))

@@ -12,10 +12,12 @@ from ..generation.requests import request_of
 from ..stock_format import INDEX
 from ..support.atomic import write_text
 from ..support.errors import ConfigError
+from ..support.sharing import forgotten_accelerator
 from .options import FittingOptions
 from .samplers import SamplerFit, fit_sampler
 
 
+@forgotten_accelerator()
 def fit(options: FittingOptions) -> SamplerFit:
     """Fit the samplers, write them into the folder's scheduler config, and print what they reach.
 
@@ -36,7 +38,7 @@ def fit(options: FittingOptions) -> SamplerFit:
         found = fit_sampler(
             pipe, sampling.num_inference_steps, request, **how, batch_size=sampling.batch_size, seed=sampling.seed
         )
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         raise ConfigError(f"{error} Options: --num_inference_steps, --long_steps, --num_noises.") from error
     if accelerator.is_main_process:
         how_far = f"RMSE to {sampling.long_steps} steps of the model's own solution, of held-out images in [-1, 1]"

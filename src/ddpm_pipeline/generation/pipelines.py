@@ -1,5 +1,6 @@
 """Pipelines to sample from, loaded from a folder or the Hub, and their samplers. Imports diffusers and the pipelines."""
 
+from inspect import signature
 from typing import Any
 
 import diffusers
@@ -74,6 +75,13 @@ def scheduler_for(pipe: Pipeline, name: str) -> Any:
     class_name, options = SCHEDULERS[name]
     scheduler_class = AlphaDDPMScheduler if name == "ddpm" else getattr(diffusers, class_name)
     return scheduler_class.from_config(pipe.scheduler.config, **options)
+
+
+def sampler_name(scheduler: Any) -> str:
+    """The class of a scheduler, and its algorithm if not the default: "DPMSolverMultistepScheduler, sde-dpmsolver++"."""
+    name, algorithm = type(scheduler).__name__, signature(type(scheduler).__init__).parameters.get("algorithm_type")
+    chosen = scheduler.config.get("algorithm_type")
+    return name if algorithm is None or chosen in (None, algorithm.default) else f"{name}, {chosen}"
 
 
 def steps_of(scheduler: Any, num_inference_steps: int | None) -> int:

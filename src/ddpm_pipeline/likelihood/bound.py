@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler, Moments, ReverseMoments
-from ..tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, Generators, Timesteps, check_generators
+from ..tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, Generators, Timesteps, check_generators, check_integer
 from .densities import NumBins, gaussian_kl, gaussian_log_density, levels_of, log_decoder, nats_to_bits_per_dim
 
 NoiseSource = Callable[[int, torch.Size], Tensor]
@@ -111,7 +111,7 @@ def bits_per_dim(
     """
     bound = BoundOptions(**options)
     chain = own_scheduler(scheduler, bound.num_inference_steps, bound.timesteps)
-    check_images(unet, images, bound.num_bins, generator)
+    check_images(unet, images, bound.num_bins, generator, bound.batch_size)
     strata = _strata(chain, bound, noise)
     calls = len(chain.timesteps) if strata is None else bound.num_evaluated
     total = -(-len(images) // bound.batch_size) * calls
@@ -309,8 +309,9 @@ def own_scheduler(
     return chain
 
 
-def check_images(unet: Any, images: Tensor, num_bins: NumBins | None, generator: Generators) -> None:
-    """Raise ValueError if shape, dtype, number of levels or number of generators do not fit."""
+def check_images(unet: Any, images: Tensor, num_bins: NumBins | None, generator: Generators, batch_size: int) -> None:
+    """Raise ValueError if shape, dtype, number of levels or number of generators do not fit, or batches would be empty."""
+    check_integer("batch_size", batch_size, 1)
     of_pictures = isinstance(unet, UNet2DModel | UNet2DConditionModel)
     fits = images.ndim == 4 and images.shape[1] == unet.config.in_channels if of_pictures else images.ndim >= 2
     if not fits or not len(images) or not images.is_floating_point():
