@@ -216,6 +216,10 @@ def test_every_sampler_has_the_configuration_of_the_model_s_own(model):
         assert sampler_name(scheduler) == ", ".join([class_name, *options.values()])
         assert options.items() <= scheduler.config.items()
         assert scheduler.config.beta_end == 0.6 and scheduler.config.num_train_timesteps == 12
+    for schedule in ("sigmoid", "laplace"):  # which most of diffusers' samplers do not know
+        pipe.scheduler = AlphaDDPMScheduler(num_train_timesteps=12, beta_start=0.02, beta_end=0.6, beta_schedule=schedule)
+        for name in SCHEDULERS:
+            torch.testing.assert_close(scheduler_for(pipe, name).betas, pipe.scheduler.betas)
 
 
 def test_command_samples_and_reports_mistakes_in_one_line(options, expected, text_model, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from ..encoding_alpha_ddpm import image_channels, image_condition, value_range
 from ..generation.drawing import sample_values, step_bar
 from ..generation.pipelines import Pipeline, condition_of, load_pipeline, sampler_name, scheduler_for, steps_of
 from ..likelihood.bound import own_scheduler
+from ..samplers_alpha_ddpm import plain
 from ..support.draws import RandomStream, image_indices, seeds
 from ..support.errors import ConfigError, DataError
 from ..support.provenance import provenance
@@ -222,9 +223,7 @@ def _bits_per_dim(
         **summary(rows),
         "steps": chain,
         "network_calls": min(likelihood.likelihood_calls or chain, chain),
-        **(
-            {"density": DENSITY} if num_bins is None else {"num_bins": [*num_bins] if isinstance(num_bins, tuple) else num_bins}
-        ),
+        **({"density": DENSITY} if num_bins is None else {"num_bins": plain(num_bins)}),
         "variance_type": own_scheduler(pipe.scheduler).config.variance_type,
     }
     return section, torch.tensor(rows["total"], dtype=torch.float64)

@@ -28,28 +28,27 @@ def fit(options: FittingOptions) -> SamplerFit:
         torch.set_num_threads(sampling.num_cpu_threads)
     folder = Path(sampling.model)
     if not (folder / INDEX).is_file():
-        raise ConfigError(f"--model {folder} is no folder of a pipeline; download or save it first: the fit is written there.")
+        raise ConfigError(f"--model {folder} is no folder of a pipeline; download or save it first; the fit is written there.")
     pipe = load_pipeline(sampling.model).to(accelerator.device)
     pipe.set_progress_bar_config()  # shown
     with accelerator.main_process_first():  # the others find its cache of condition images
         request, _ = request_of(pipe, options)
-    how = {"num_noises": sampling.num_noises, "long_steps": sampling.long_steps}
+    how = {name: getattr(sampling, name) for name in ("num_noises", "long_steps", "batch_size", "seed")}
     try:
-        found = fit_sampler(
-            pipe, sampling.num_inference_steps, request, **how, batch_size=sampling.batch_size, seed=sampling.seed
-        )
+        found = fit_sampler(pipe, sampling.num_inference_steps, request, **how)
     except (ValueError, FloatingPointError) as error:
         raise ConfigError(f"{error} Options: --num_inference_steps, --long_steps, --num_noises.") from error
+    some_are_better = any(length.is_better for length in found.lengths.values())
     if accelerator.is_main_process:
         how_far = f"RMSE to {sampling.long_steps} steps of the model's own solution, of held-out images in [-1, 1]"
         print(f"{how_far}, after {time.monotonic() - began:.0f} s:", file=sys.stderr)
         print(found.table())
-        if any(length.is_better for length in found.lengths.values()):
+        if some_are_better:
             pipe.scheduler = found.scheduler
             _write(pipe, folder)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if not any(length.is_better for length in found.lengths.values()):
+    if not some_are_better:
         raise ConfigError(f"no fitted sampler is better than diffusers' solvers, so {folder} stays as it is.")
     return found
 

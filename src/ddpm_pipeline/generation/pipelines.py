@@ -72,9 +72,19 @@ def scheduler_for(pipe: Pipeline, name: str) -> Any:
     """The sampler of this name in `SCHEDULERS`, with the configuration of the pipeline's own, which is called "keep"."""
     if name == "keep":
         return pipe.scheduler
+    if name == "ddpm":
+        return AlphaDDPMScheduler.from_config(pipe.scheduler.config)
     class_name, options = SCHEDULERS[name]
-    scheduler_class = AlphaDDPMScheduler if name == "ddpm" else getattr(diffusers, class_name)
-    return scheduler_class.from_config(pipe.scheduler.config, **options)
+    return stock_scheduler(class_name, pipe.scheduler, **options)
+
+
+def stock_scheduler(class_name: str, scheduler: Any, **options: Any) -> Any:
+    """diffusers' scheduler of this class with the configuration of another, and its betas where only DDPMScheduler knows their
+    schedule.
+    """
+    if scheduler.config.get("beta_schedule") in ("sigmoid", "laplace"):
+        options["trained_betas"] = AlphaDDPMScheduler.from_config(scheduler.config).betas.tolist()
+    return getattr(diffusers, class_name).from_config(scheduler.config, **options)
 
 
 def sampler_name(scheduler: Any) -> str:
