@@ -16,7 +16,7 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor
 
-from .tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, Generators, check_generators, check_integer
+from .tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, Generators, check_generators, check_integer, plain
 
 logger = logging.get_logger(__name__)  # diffusers' verbosity shows it
 
@@ -82,13 +82,6 @@ class Steps:
 def _descends(levels: Any) -> bool:
     numbers = isinstance(levels, list) and len(levels) > 0 and all(isinstance(level, int | float) for level in levels)
     return numbers and levels[-1] >= 0 and all(high > low for high, low in pairwise(levels))
-
-
-def plain(value: Any) -> Any:
-    """NumPy's and torch's scalars and arrays, also within lists and tuples, as numbers and lists; anything else unchanged."""
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def general_sampler_of(scheduler: Any) -> Sampler:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers.guiders import BaseGuidance
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .editing_alpha_ddpm import AlphaDDPMEditing, Batch, Chain, Edit, start_chain
@@ -27,8 +28,8 @@ from .encoding_alpha_ddpm import (
 )
 from .pictures_alpha_ddpm import PIL_MODES, tensor_to_pictures
 from .ranges_alpha_ddpm import ValueRange
-from .samplers_alpha_ddpm import Steps, advice, checked_generators, plain, reserved, reverse_step, set_timesteps, takes_variance
-from .tables_alpha_ddpm import OWN_KEY, Generators, warn
+from .samplers_alpha_ddpm import Steps, advice, checked_generators, reserved, reverse_step, set_timesteps, takes_variance
+from .tables_alpha_ddpm import OWN_KEY, Generators, plain, warn
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_INPUTS = ("latents", "pred_original_sample", "image")  # the last is what `latents` was called once
@@ -332,9 +333,11 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
         return x, frames, predictions
 
     def _start_noise(self, latents: Tensor | None, size: int, generator: Generators) -> Tensor:
-        """`latents`, or z ~ N(0, I), [B, C, H, W]. Raises ValueError for another number of them."""
+        """`latents`, or z ~ N(0, I), [B, C, H, W], in float32 or better: only the network computes in half precision. Raises
+        ValueError for another number of them.
+        """
         if latents is None:
-            return self._noise(self._shape(size), generator)
+            return randn_tensor(self._shape(size), generator=generator, device=self._execution_device, dtype=self._chain_dtype)
         if len(latents) != size:
             raise ValueError(f"{len(latents)} latents for {size} images; give one per image.")
         return latents

@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler, Device
-from .tables_alpha_ddpm import Generators, Timesteps, add_scaled_, compute, without_torch
+from .tables_alpha_ddpm import Generators, Timesteps, add_scaled_, compute, plain
 
 
 class AlphaDDPMFittedScheduler(AlphaDDPMScheduler):
@@ -44,7 +44,7 @@ class AlphaDDPMFittedScheduler(AlphaDDPMScheduler):
         self, num_inference_steps: int | None = None, device: Device = None, timesteps: Sequence[int] | None = None
     ) -> None:
         """As in `AlphaDDPMScheduler`, but with the fitted sampler of `num_inference_steps` if there is one."""
-        fitted = self._fitted_samplers.get(str(without_torch(num_inference_steps))) if timesteps is None else None
+        fitted = self._fitted_samplers.get(str(plain(num_inference_steps))) if timesteps is None else None
         if fitted is None:
             super().set_timesteps(num_inference_steps, device, timesteps)
         else:

@@ -112,16 +112,17 @@ def check_generators(generator: Any, count: int) -> None:
         raise ValueError(f"{len(generator)} generators for {count} images; give one, or a list of one per image.")
 
 
-def without_torch(values: Any) -> Any:
-    """A tensor on any device, or a numpy number, as a number or nested lists of numbers; anything else unchanged."""
-    zero_dim = isinstance(values, np.generic) or (isinstance(values, np.ndarray) and values.ndim == 0)
-    return values.tolist() if zero_dim or isinstance(values, Tensor) else values
+def plain(value: Any) -> Any:
+    """NumPy's and torch's scalars and arrays, also within lists and tuples, as numbers and lists; anything else unchanged."""
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def as_table(name: str, values: Any, length: int) -> np.ndarray:
     """`values` as float64 [length]. Raises ValueError if they are not that many finite numbers."""
     try:
-        table = np.asarray(without_torch(values)).astype(np.float64, casting="same_kind")
+        table = np.asarray(plain(values)).astype(np.float64, casting="same_kind")
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} must be a list of {length} numbers, not {type(values).__name__}.") from error
     if table.shape != (length,):

@@ -1,6 +1,7 @@
 """The bound against closed forms, an independent implementation, and what may be passed to it."""
 
 import math
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -274,6 +275,12 @@ def test_conditions_are_cut_along_with_the_images():
 def test_what_cannot_be_used_is_named(images, options, message):
     with pytest.raises(ValueError, match=message):
         bits_per_dim(tiny_unet(), AlphaDDPMScheduler(**SHORT), images, progress=False, **options)
+
+
+def test_all_images_are_checked_before_the_network_is_called():
+    images = torch.tensor([1.0, 0.3]).view(2, 1, 1, 1).expand(2, 1, 8, 8)
+    with pytest.raises(ValueError, match="off the 256 levels"):
+        bits_per_dim(Mock(side_effect=AssertionError), AlphaDDPMScheduler(**SHORT), images, batch_size=1, progress=False)
 
 
 def test_a_density_in_own_units_is_the_probability_of_narrow_bins():

@@ -25,11 +25,11 @@ from ..encoding_alpha_ddpm import image_channels, image_condition, value_range
 from ..generation.drawing import sample_values, step_bar
 from ..generation.pipelines import Pipeline, condition_of, load_pipeline, sampler_name, scheduler_for, steps_of
 from ..likelihood.bound import own_scheduler
-from ..samplers_alpha_ddpm import plain
 from ..support.draws import RandomStream, image_indices, seeds
 from ..support.errors import ConfigError, DataError
 from ..support.provenance import provenance
 from ..support.sharing import forgotten_accelerator, my_batches
+from ..tables_alpha_ddpm import plain
 from .cat_judge import judge_of
 from .conditions import DataConditions, columns_of
 from .copies import Samples, find_copies

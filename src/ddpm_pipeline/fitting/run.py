@@ -45,17 +45,11 @@ def fit(options: FittingOptions) -> SamplerFit:
         print(found.table())
         if some_are_better:
             pipe.scheduler = found.scheduler
-            _write(pipe, folder)
+            configs = {"scheduler/scheduler_config.json": pipe.scheduler.to_json_string(), INDEX: pipe.to_json_string()}
+            for name, text in (pipe.shipped_code() | configs).items():  # the index may have named another scheduler
+                write_text(folder / name, text)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if not some_are_better:
         raise ConfigError(f"no fitted sampler is better than diffusers' solvers, so {folder} stays as it is.")
     return found
-
-
-def _write(pipe, folder: Path) -> None:
-    """The scheduler's config, the code that reads it, and the index, which may have named another scheduler."""
-    for name, code in pipe.shipped_code().items():
-        write_text(folder / name, code)
-    write_text(folder / "scheduler" / "scheduler_config.json", pipe.scheduler.to_json_string())
-    write_text(folder / INDEX, pipe.to_json_string())

@@ -79,7 +79,7 @@ def scheduler_for(pipe: Pipeline, name: str) -> Any:
 
 
 def stock_scheduler(class_name: str, scheduler: Any, **options: Any) -> Any:
-    """diffusers' scheduler of this class with the configuration of another, and its betas if few classes know their schedule."""
+    """diffusers' scheduler of this class with the configuration of another, and with its betas if few know their schedule."""
     if scheduler.config.get("beta_schedule") in ("sigmoid", "laplace"):
         options["trained_betas"] = AlphaDDPMScheduler.from_config(scheduler.config).betas.tolist()
     return getattr(diffusers, class_name).from_config(scheduler.config, **options)

@@ -310,7 +310,7 @@ def own_scheduler(
 
 
 def check_images(unet: Any, images: Tensor, num_bins: NumBins | None, generator: Generators, batch_size: int) -> None:
-    """Raise ValueError if shape, dtype, number of levels or number of generators do not fit, or batches would be empty."""
+    """Raise ValueError if shape, dtype, levels or number of generators do not fit, or batches would be empty."""
     check_integer("batch_size", batch_size, 1)
     of_pictures = isinstance(unet, UNet2DModel | UNet2DConditionModel)
     fits = images.ndim == 4 and images.shape[1] == unet.config.in_channels if of_pictures else images.ndim >= 2
@@ -323,6 +323,8 @@ def check_images(unet: Any, images: Tensor, num_bins: NumBins | None, generator:
         if len(counts) != images.shape[1] or min(counts) < 2:
             allowed = f"at least 2, {images.shape[1]} such numbers, one per channel, or None for continuous values"
             raise ValueError(f"num_bins={num_bins} must be {allowed}.")
+    for batch in images.split(batch_size):
+        _on_levels(batch, num_bins)
     check_generators(generator, len(images))
 
 
