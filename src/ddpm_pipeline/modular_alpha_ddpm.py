@@ -149,7 +149,8 @@ class SetTimestepsStep(Block):
     ]
 
     def run(self, components: Any, state: BlockState) -> None:
-        if (ours := our_scheduler(loaded := components.scheduler)) is not loaded:
+        loaded = components.scheduler
+        if (ours := our_scheduler(loaded)) is not loaded:
             ours._diffusers_load_id = getattr(loaded, "_diffusers_load_id", "null")  # its source, for saving
             components.scheduler = ours
         steps = Steps(state.num_inference_steps, state.timesteps, state.sigmas)

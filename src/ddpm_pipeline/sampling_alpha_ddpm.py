@@ -257,7 +257,7 @@ def check_unet(unet: Any) -> None:
 
 
 def check_shown(unet: Any, output: Output) -> None:
-    """Raise ValueError if there are no pictures of so many channels."""
+    """Raise ValueError if PIL has no pictures of the model's number of channels, and they are asked for."""
     if output.type == "pil" and (channels := image_channels(unet)) not in PIL_MODES:
         raise ValueError(f"output_type='pil' cannot show the {channels} channels of this model; use 'pt' or 'np'.")
 

@@ -45,11 +45,9 @@ class AlphaDDPMFittedScheduler(AlphaDDPMScheduler):
     ) -> None:
         """As in `AlphaDDPMScheduler`, but with the fitted sampler of `num_inference_steps` if there is one."""
         fitted = self._fitted_samplers.get(str(plain(num_inference_steps))) if timesteps is None else None
-        if fitted is None:
-            super().set_timesteps(num_inference_steps, device, timesteps)
-        else:
-            super().set_timesteps(device=device, timesteps=fitted["timesteps"])
-            self.custom_timesteps = False
+        chain = (num_inference_steps, device, timesteps) if fitted is None else (None, device, fitted["timesteps"])
+        super().set_timesteps(*chain)
+        self.custom_timesteps = timesteps is not None
         self._fitted, self._history, self._next = fitted, (), 0
 
     def step(

@@ -19,9 +19,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
-FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
-VARIANCE_TYPES = (*FIXED_VARIANCE_TYPES, "analytic", *LEARNED_VARIANCE_TYPES)
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "analytic", *LEARNED_VARIANCE_TYPES)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 OWN_KEY = "_alpha_ddpm"  # of our settings in a config: stock classes silently keep what begins with an underscore
