@@ -107,7 +107,7 @@ def fit_sampler(
         raise ValueError(f"num_inference_steps={lengths[-1]} exceeds the {long_steps} steps of the long solution.")
     total = long_steps + (len(EXPONENTS) + len(STOCK)) * sum(lengths)
     hidden = not fit.processes.is_main_process or getattr(pipe, "_progress_bar_config", {}).get("disable", False)
-    with _borrowed(pipe, batch_size), tqdm(total=total, desc="fitting samplers", disable=hidden, leave=False) as fit.bar:
+    with _borrowed(pipe, int(batch_size)), tqdm(total=total, desc="fitting samplers", disable=hidden, leave=False) as fit.bar:
         solution = fit.solve(long_steps)
         fitted = fit.best_samplers(solution, lengths)
         stock = {steps: fit.best_stock(steps, solution.states[-1]) for steps in lengths}

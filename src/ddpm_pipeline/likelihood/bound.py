@@ -323,8 +323,8 @@ def check_images(unet: Any, images: Tensor, num_bins: NumBins | None, generator:
         if len(counts) != images.shape[1] or min(counts) < 2:
             allowed = f"at least 2, {images.shape[1]} such numbers, one per channel, or None for continuous values"
             raise ValueError(f"num_bins={num_bins} must be {allowed}.")
-    for batch in images.split(batch_size):
-        _on_levels(batch, num_bins)
+    for some in images.split(1024):  # at a time, for the memory
+        _on_levels(some, num_bins)
     check_generators(generator, len(images))
 
 
