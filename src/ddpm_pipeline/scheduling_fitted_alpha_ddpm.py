@@ -61,7 +61,8 @@ class AlphaDDPMFittedScheduler(AlphaDDPMScheduler):
         if self._fitted is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
         index, x_t, x_0 = self._index(int(timestep)), compute(sample), self._reverse(model_output, timestep, sample)[1]
-        self._history = (x_0, *(self._history if index else ()))[: len(self._fitted["coefficients"][index]) - 1]
+        # a copy: a compiled network may reuse its output, and a callback change what it is shown
+        self._history = (x_0.clone(), *(self._history if index else ()))[: len(self._fitted["coefficients"][index]) - 1]
         self._next = index + 1
         scale, *weights = self._coefficients(index, x_t)
         x_s = x_t * scale

@@ -157,6 +157,19 @@ def test_a_chain_that_begins_in_its_middle_or_goes_back_is_refused():
     scheduler.step(x, 22, x)  # as if that had not been
 
 
+def test_a_prediction_is_kept_as_it_was():
+    sampler = {"timesteps": [9, 3], "coefficients": [[0.5, 0.5, 0], [0.2, 0.5, 0.3]]}
+    scheduler = AlphaDDPMFittedScheduler(**CONFIG, prediction_type="sample", fitted_samplers={"2": sampler})
+    found, x = [], torch.ones(1, 1, 8, 8)
+    for later in (1.0, 5.0):
+        scheduler.set_timesteps(2)
+        output = x.clone()
+        scheduler.step(output, 9, x)
+        output.fill_(later)  # as compiled networks do
+        found.append(scheduler.step(x, 3, x).prev_sample)
+    assert torch.equal(*found)
+
+
 def test_a_subclass_of_stock_s_scheduler_keeps_its_own_step():
     class Mine(DDPMScheduler):
         pass
