@@ -149,15 +149,21 @@ def describe_conditions(
 
     With N `class_names`, embedding N of the UNet means "no class". `condition_dropout` is the fraction of training images
     whose condition was left out; at 0 the unconditional half of guidance was never trained. `value_range` is what -1 and 1
-    mean in the data's units, by default 0 and 255 of 8 bits. Raises ValueError if this UNet cannot have such conditions.
+    mean in the data's units, by default 0 and 255 of 8 bits. Raises ValueError if this UNet cannot have such conditions; its
+    config then stays as it was.
     """
     described = {"condition_image": condition_image, "condition_vector": condition_vector}
     if value_range != ValueRange():
         described["value_range"] = value_range
     settings = {"class_names": list(class_names) if class_names else None, "condition_dropout": condition_dropout}
     settings |= {name: value and value.to_json() for name, value in described.items()}
+    before = unet.config
     unet.register_to_config(**{OWN_KEY: {name: value for name, value in settings.items() if value is not None}})
-    check_unet(unet)
+    try:
+        check_unet(unet)
+    except ValueError:
+        unet._internal_dict = before  # diffusers' name of the config
+        raise
 
 
 def network_outputs(unet: Any, scheduler: Any, x: Tensor, t: Tensor, *conditions: dict[str, Tensor]) -> tuple[Tensor, ...]:
