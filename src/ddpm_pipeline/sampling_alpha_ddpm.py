@@ -6,7 +6,6 @@ functions take the UNet, the scheduler and tensors, and no pipeline. Travels ins
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +22,7 @@ from .encoding_alpha_ddpm import (
     WithConditionImage,
     check_conditions,
     image_channels,
+    numbers_in_own_precision,
     own_settings,
     value_range,
 )
@@ -171,15 +171,9 @@ def network_outputs(unet: Any, scheduler: Any, x: Tensor, t: Tensor, *conditions
     model_input = scheduler.scale_model_input(x, t).to(unet.dtype)
     kwargs = {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
     network = WithConditionImage(unet) if "condition_image" in kwargs else unet
-    # diffusers (0.42) leaves a number as a condition in float32, whatever the weights
-    mixed = unet.config.get("class_embed_type") == "timestep" and unet.dtype != torch.float32
-    with unet.class_embedding.register_forward_pre_hook(_in_own_precision) if mixed else nullcontext():
+    with numbers_in_own_precision(unet):
         output = network(torch.cat([model_input] * len(conditions)), t, **kwargs).sample
     return output.to(x.dtype).chunk(len(conditions))
-
-
-def _in_own_precision(module: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (inputs[0].to(module.linear_1.weight.dtype),)
 
 
 def usable_channels(scheduler: Any, output: Tensor, channels: int) -> Tensor:

@@ -59,10 +59,8 @@ def measurements(results: Mapping[str, Any]) -> list[Measurement]:
         estimate = {"network_calls": f"{calls} of {steps} per image"} if calls < steps else {}
         levels = {name: bits[name] for name in ("num_bins", "density") if bits.get(name, 256) != 256}
         settings = {"steps": steps, "bound": "upper", **estimate, **levels} | seed
-        error = bits.get("total_standard_error")
-        measured.append(
-            Measurement("bits/dim", bits["total"], bits["num_images"], standard_error=error, settings=settings, **data)
-        )
+        about = {"standard_error": bits.get("total_standard_error"), "settings": settings, **data}
+        measured.append(Measurement("bits/dim", bits["total"], bits["num_images"], **about))
     if quality := results.get("quality"):
         settings = _how(quality, "features") | {"real_images": quality["num_real"]} | seed
         spread = {"KID": {"std_over_subsets": float(f"{quality['kid_std']:.2g}")}}

@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..encoding_alpha_ddpm import numbers_in_own_precision
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler, Moments, ReverseMoments
 from ..tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, Generators, Timesteps, check_generators, check_integer
 from .densities import NumBins, gaussian_kl, gaussian_log_density, levels_of, log_decoder, nats_to_bits_per_dim
@@ -229,8 +230,10 @@ def evaluating(unet: Callable) -> Iterator["Network"]:
     was_training = isinstance(unet, torch.nn.Module) and unet.training
     if was_training:
         unet.eval()
+    inner = getattr(unet, "unet", unet)
+    numbers = numbers_in_own_precision(inner) if hasattr(inner, "class_embedding") else contextlib.nullcontext()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), numbers:
             yield Network(unet)
     finally:
         if was_training:
