@@ -16,9 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from .editing_alpha_ddpm import Batch, expanded
 from .encoding_alpha_ddpm import embedding_width, image_condition, own_settings, vector_condition
 from .pictures_alpha_ddpm import Images, read_labels
-from .samplers_alpha_ddpm import plain
 from .sampling_alpha_ddpm import Conditioning, Guidance, check_unet
-from .tables_alpha_ddpm import check_integer, warn
+from .tables_alpha_ddpm import check_integer, plain, warn
 
 ClassLabels = int | str | Sequence[int | str | None] | Tensor
 Vector = float | None | Sequence[float | None] | Mapping[str, float | None] | Tensor

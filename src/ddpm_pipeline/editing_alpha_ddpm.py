@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .encoding_alpha_ddpm import image_channels, value_range
@@ -23,13 +22,12 @@ from .samplers_alpha_ddpm import (
     checked_generators,
     next_timesteps,
     order_of,
-    plain,
     reserved,
     seed_own_noise,
     set_timesteps,
 )
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler
-from .tables_alpha_ddpm import Generators, check_integer, standard_normal
+from .tables_alpha_ddpm import Generators, check_integer, plain, standard_normal
 
 
 @dataclass(frozen=True)
@@ -183,10 +181,6 @@ class AlphaDDPMEditing:
             needed = f"finite floats of shape (images, {', '.join(map(str, shape))}), drawn from N(0, 1)"
             raise ValueError(f"latents are {found}; this model takes {needed}.")
         return latents.to(self._execution_device, self._chain_dtype)
-
-    def _noise(self, shape: Sequence[int], generator: Generators) -> Tensor:
-        """z ~ N(0, I) in float32: only the network computes in half precision, never the chain."""
-        return randn_tensor(tuple(shape), generator=generator, device=self._execution_device, dtype=self._chain_dtype)
 
     def _shape(self, batch_size: int) -> tuple[int, int, int, int]:
         size = self.unet.config.sample_size

@@ -6,6 +6,7 @@ Travels inside model repositories.
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,6 +165,13 @@ class WithConditionImage(torch.nn.Module):
             missing = self.unet.config.in_channels - sample.shape[1]
             condition_image = sample.new_zeros(len(sample), missing, *sample.shape[2:])
         return self.unet(torch.cat([sample, condition_image.to(sample)], dim=1), timesteps, **kwargs)
+
+
+def numbers_in_own_precision(unet: Any) -> AbstractContextManager:
+    """Within, a UNet reads a number as its condition in the precision of its weights; diffusers (0.42) leaves it in float32."""
+    if unet.config.get("class_embed_type") != "timestep" or unet.dtype == torch.float32:
+        return nullcontext()
+    return unet.class_embedding.register_forward_pre_hook(lambda layer, inputs: (inputs[0].to(layer.linear_1.weight.dtype),))
 
 
 def own_settings(unet: Any) -> Mapping[str, Any]:

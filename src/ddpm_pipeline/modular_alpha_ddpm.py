@@ -150,9 +150,9 @@ class SetTimestepsStep(Block):
 
     def run(self, components: Any, state: BlockState) -> None:
         loaded = components.scheduler
-        if isinstance(loaded, DDPMScheduler):
-            components.scheduler = our_scheduler(loaded)
-            components.scheduler._diffusers_load_id = getattr(loaded, "_diffusers_load_id", "null")  # its source, for saving
+        if (ours := our_scheduler(loaded)) is not loaded:
+            ours._diffusers_load_id = getattr(loaded, "_diffusers_load_id", "null")  # its source, for saving
+            components.scheduler = ours
         steps = Steps(state.num_inference_steps, state.timesteps, state.sigmas)
         set_timesteps(components.scheduler, steps, self.from_noise)
 

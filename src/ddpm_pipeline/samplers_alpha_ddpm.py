@@ -16,7 +16,7 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor
 
-from .tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, Generators, check_generators, check_integer
+from .tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, Generators, check_generators, check_integer, plain
 
 logger = logging.get_logger(__name__)  # diffusers' verbosity shows it
 
@@ -84,13 +84,6 @@ def _descends(levels: Any) -> bool:
     return numbers and levels[-1] >= 0 and all(high > low for high, low in pairwise(levels))
 
 
-def plain(value: Any) -> Any:
-    """NumPy's and torch's scalars and arrays, also within lists and tuples, as numbers and lists; anything else unchanged."""
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
 def general_sampler_of(scheduler: Any) -> Sampler:
     """What a scheduler can do with some DDPM model. Raises ValueError if it cannot sample from any."""
     kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
@@ -105,7 +98,7 @@ def general_sampler_of(scheduler: Any) -> Sampler:
 
 
 def sampler_of(scheduler: Any) -> Sampler:
-    """What a scheduler can do. Raises ValueError if it cannot sample from a DDPM model at all, or not from this kind."""
+    """What a scheduler can do. Raises ValueError if its config, which is the model's, asks for what it cannot do."""
     sampler, kind, config = general_sampler_of(scheduler), type(scheduler).__name__, getattr(scheduler, "config", {})
     if config.get("rescale_betas_zero_snr") and config.get("prediction_type") == "epsilon":
         problem = f"{kind} is set to a chain that ends without signal, of which a noise prediction says nothing"
@@ -136,12 +129,12 @@ def check_start(scheduler: Any, first: int, num_resamples: int) -> None:
 
 
 def default_steps(scheduler: Any, from_noise: bool = True) -> int:
-    """Number of steps of a call that asks for none: from noise the most that a sampler was fitted for, if one was; else T."""
+    """Number of steps of a call that names none: from noise the largest that a sampler was fitted for, if any; otherwise T."""
     return (from_noise and getattr(scheduler, "most_fitted_steps", None)) or scheduler.config.num_train_timesteps
 
 
 def set_timesteps(scheduler: Any, steps: Steps, from_noise: bool = False) -> Tensor:
-    """Put the scheduler into the chain asked for, or into the default one for images from noise or not; return its timesteps.
+    """Set the scheduler to the chain asked for, by default that of `default_steps`, and return its timesteps.
 
     They stay on the CPU, so that no step waits for the device. Raises ValueError if the scheduler cannot run the chain.
     """
@@ -188,7 +181,7 @@ def next_timesteps(scheduler: Any) -> dict[int, Tensor | None]:
 
 
 def seed_own_noise(scheduler: Any, generator: Generators) -> None:
-    """Let a sampler that takes no generator, such as DPMSolverSDEScheduler, draw its noise from the call's all the same."""
+    """Seed the noise of a sampler that takes no generator, such as DPMSolverSDEScheduler, from the generator of the call."""
     if not hasattr(scheduler, "noise_sampler_seed") or scheduler.config.noise_sampler_seed is not None:
         return
     each = generator if isinstance(generator, list) else [generator]

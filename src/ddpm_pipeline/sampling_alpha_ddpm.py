@@ -6,13 +6,13 @@ functions take the UNet, the scheduler and tensors, and no pipeline. Travels ins
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from diffusers.guiders import BaseGuidance
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .editing_alpha_ddpm import AlphaDDPMEditing, Batch, Chain, Edit, start_chain
@@ -22,13 +22,14 @@ from .encoding_alpha_ddpm import (
     WithConditionImage,
     check_conditions,
     image_channels,
+    numbers_in_own_precision,
     own_settings,
     value_range,
 )
 from .pictures_alpha_ddpm import PIL_MODES, tensor_to_pictures
 from .ranges_alpha_ddpm import ValueRange
-from .samplers_alpha_ddpm import Steps, advice, checked_generators, plain, reserved, reverse_step, set_timesteps, takes_variance
-from .tables_alpha_ddpm import OWN_KEY, Generators, warn
+from .samplers_alpha_ddpm import Steps, advice, checked_generators, reserved, reverse_step, set_timesteps, takes_variance
+from .tables_alpha_ddpm import OWN_KEY, Generators, plain, warn
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_INPUTS = ("latents", "pred_original_sample", "image")  # the last is what `latents` was called once
@@ -148,15 +149,21 @@ def describe_conditions(
 
     With N `class_names`, embedding N of the UNet means "no class". `condition_dropout` is the fraction of training images
     whose condition was left out; at 0 the unconditional half of guidance was never trained. `value_range` is what -1 and 1
-    mean in the data's units, by default 0 and 255 of 8 bits. Raises ValueError if this UNet cannot have such conditions.
+    mean in the data's units, by default 0 and 255 of 8 bits. Raises ValueError if this UNet cannot have such conditions; its
+    config then stays as it was.
     """
     described = {"condition_image": condition_image, "condition_vector": condition_vector}
     if value_range != ValueRange():
         described["value_range"] = value_range
     settings = {"class_names": list(class_names) if class_names else None, "condition_dropout": condition_dropout}
     settings |= {name: value and value.to_json() for name, value in described.items()}
+    before = unet.config
     unet.register_to_config(**{OWN_KEY: {name: value for name, value in settings.items() if value is not None}})
-    check_unet(unet)
+    try:
+        check_unet(unet)
+    except ValueError:
+        unet._internal_dict = before  # diffusers' name of the config
+        raise
 
 
 def network_outputs(unet: Any, scheduler: Any, x: Tensor, t: Tensor, *conditions: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -164,15 +171,9 @@ def network_outputs(unet: Any, scheduler: Any, x: Tensor, t: Tensor, *conditions
     model_input = scheduler.scale_model_input(x, t).to(unet.dtype)
     kwargs = {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
     network = WithConditionImage(unet) if "condition_image" in kwargs else unet
-    # diffusers (0.42) leaves a number as a condition in float32, whatever the weights
-    mixed = unet.config.get("class_embed_type") == "timestep" and unet.dtype != torch.float32
-    with unet.class_embedding.register_forward_pre_hook(_in_own_precision) if mixed else nullcontext():
+    with numbers_in_own_precision(unet):
         output = network(torch.cat([model_input] * len(conditions)), t, **kwargs).sample
     return output.to(x.dtype).chunk(len(conditions))
-
-
-def _in_own_precision(module: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (inputs[0].to(module.linear_1.weight.dtype),)
 
 
 def usable_channels(scheduler: Any, output: Tensor, channels: int) -> Tensor:
@@ -256,7 +257,7 @@ def check_unet(unet: Any) -> None:
 
 
 def check_shown(unet: Any, output: Output) -> None:
-    """Raise ValueError if there are no pictures of so many channels."""
+    """Raise ValueError if PIL has no pictures of the model's number of channels, and they are asked for."""
     if output.type == "pil" and (channels := image_channels(unet)) not in PIL_MODES:
         raise ValueError(f"output_type='pil' cannot show the {channels} channels of this model; use 'pt' or 'np'.")
 
@@ -332,9 +333,11 @@ class AlphaDDPMSampling(AlphaDDPMEditing):
         return x, frames, predictions
 
     def _start_noise(self, latents: Tensor | None, size: int, generator: Generators) -> Tensor:
-        """`latents`, or z ~ N(0, I), [B, C, H, W]. Raises ValueError for another number of them."""
+        """`latents`, or z ~ N(0, I), [B, C, H, W], in float32 or better: only the network computes in half precision. Raises
+        ValueError for another number of them.
+        """
         if latents is None:
-            return self._noise(self._shape(size), generator)
+            return randn_tensor(self._shape(size), generator=generator, device=self._execution_device, dtype=self._chain_dtype)
         if len(latents) != size:
             raise ValueError(f"{len(latents)} latents for {size} images; give one per image.")
         return latents

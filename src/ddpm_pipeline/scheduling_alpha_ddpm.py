@@ -132,7 +132,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         # JSON has no numbers of numpy and torch. Values left to a default count as explicit: under `_use_default_values`
         # diffusers would replace them by another class's own defaults, and Heun's betas are not DDPM's.
         explicit = {"_use_default_values": []} if "_use_default_values" in self.config else {}
-        self.register_to_config(**{name: tables.without_torch(x) for name, x in self.config.items()} | explicit)
+        self.register_to_config(**{name: tables.plain(x) for name, x in self.config.items()} | explicit)
         tables.check_settings(self.config)
         self.variance_type = variance_type
         if trained_betas is not None:
@@ -160,7 +160,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_alphas(cls, alphas: Sequence[float] | np.ndarray | Tensor, **config: Any) -> "AlphaDDPMScheduler":
         """The scheduler of given constants α_1..α_T (report §4.1), [T], each in (0, 1), or ValueError. Stored as betas."""
-        table = tables.as_table("alphas", alphas, np.size(tables.without_torch(alphas)))
+        table = tables.as_table("alphas", alphas, np.size(tables.plain(alphas)))
         return cls(num_train_timesteps=table.size, trained_betas=(1 - table).tolist(), **config)
 
     @classmethod
@@ -236,6 +236,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         needed = "an object of timesteps [n] and coefficients [n, 2 or more], finite numbers, with n as its key"
         if not isinstance(samplers, dict | None):
             raise ValueError(f"fitted_samplers={samplers!r} must hold, by number of steps, {needed}.")
+        checked = {}
         for key, sampler in (samplers or {}).items():
             named = f"fitted_samplers[{key!r}]"
             try:
@@ -246,7 +247,8 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
             fits = coefficients.ndim == 2 and len(coefficients) == len(chain) and coefficients.shape[1] >= 2
             if not (fits and key == str(len(chain)) and np.isfinite(coefficients).all()):
                 raise ValueError(f"{named} must be {needed}, not {len(chain)} timesteps and {coefficients.shape}.")
-        return dict(samplers or {})
+            checked[key] = {**sampler, "timesteps": chain.tolist(), "coefficients": coefficients.tolist()}
+        return checked
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -263,7 +265,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         if timesteps is not None:
             chain = self._checked_chain(timesteps, "timesteps")
         else:
-            num_inference_steps = tables.without_torch(num_inference_steps)
+            num_inference_steps = tables.plain(num_inference_steps)
             tables.check_integer("num_inference_steps", num_inference_steps, 1, len(self))
             stored = self._inference_timesteps.get(str(num_inference_steps))
             chain = np.array(stored) if stored else self._spaced_chain(int(num_inference_steps))
@@ -289,7 +291,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         return self._checked_chain(chain.astype(np.int64), source)
 
     def _checked_chain(self, timesteps: Any, source: str) -> np.ndarray:
-        timesteps = tables.without_torch(timesteps)
+        timesteps = tables.plain(timesteps)
         try:
             chain, last = np.asarray(timesteps), len(self) - 1
         except ValueError as error:
@@ -342,7 +344,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         x_0 is [B, C, H, W], the result [len(timesteps), B, C, H, W]; `generator` is one, or a list of one per image. No network
         is needed, and the chain in use stays as it is. Raises ValueError if the timesteps are not ascending within -1..T-1.
         """
-        each = np.ravel(tables.without_torch(timesteps)).tolist()
+        each = np.ravel(tables.plain(timesteps)).tolist()
         for t in each:
             tables.check_integer("timesteps: each", t, -1, len(self) - 1)
         if not each or sorted(set(each)) != each:
@@ -363,7 +365,7 @@ class AlphaDDPMScheduler(SchedulerMixin, ConfigMixin):
         or, with images `like`, in their dtype on their device and to broadcast against them.
         """
         if like is None:
-            like = torch.empty(np.size(tables.without_torch(timesteps)), dtype=torch.float64)
+            like = torch.empty(np.size(tables.plain(timesteps)), dtype=torch.float64)
         return self._marginal.at(timesteps, compute(like)).log_snr
 
     def snr(self, timesteps: Timesteps, like: Tensor | None = None) -> float | Tensor:

@@ -13,17 +13,17 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
 from .scheduling_alpha_ddpm import AlphaDDPMScheduler, Device
-from .tables_alpha_ddpm import Generators, Timesteps, add_scaled_, compute, without_torch
+from .tables_alpha_ddpm import Generators, Timesteps, add_scaled_, compute, plain
 
 
 class AlphaDDPMFittedScheduler(AlphaDDPMScheduler):
-    """An `AlphaDDPMScheduler` that samples in n steps as was fitted to the model, for each n that was.
+    """An `AlphaDDPMScheduler` that samples in n steps by the sampler that was fitted to the model for n, where there is one.
 
     After `set_timesteps(n)` with n of `fitted_samplers`, `step` is x_s = c_0 x_t + c_1 x̂_0(t) + c_2 x̂_0(before t) + …, without
     noise, so that an image is a function of the noise it starts from. For any other n, and for given `timesteps`, it is the
-    ancestral sampler. It is a class of its own because a class is how diffusers' users choose a sampler: for the ancestral one
-    in n steps all the same, set `pipe.scheduler = AlphaDDPMScheduler.from_config(pipe.scheduler.config)`, which keeps the fit
-    for the next save. A fitted chain runs whole: it has no coefficients for an image that joins in its middle.
+    ancestral sampler. It is a class of its own because users of diffusers choose a sampler by its class: to sample ancestrally
+    in n steps, set `pipe.scheduler = AlphaDDPMScheduler.from_config(pipe.scheduler.config)`, which keeps the fit when saved. A
+    fitted chain runs as a whole: it has no coefficients for an image that enters in its middle.
     """
 
     _fitted: dict[str, Any] | None = None  # the sampler in use
@@ -32,38 +32,38 @@ class AlphaDDPMFittedScheduler(AlphaDDPMScheduler):
 
     @property
     def most_fitted_steps(self) -> int | None:
-        """What a pipeline samples in from noise if it is not told: the most steps that a sampler was fitted for."""
+        """The default number of steps of a pipeline that starts from noise: the largest that was fitted; None without a fit."""
         return max(map(int, self._fitted_samplers), default=None)
 
     @property
     def runs_whole(self) -> bool:
-        """Whether the chain in use is a fitted one, which begins with its first step and repeats none."""
+        """Whether the chain in use is a fitted one, which starts with its first step and repeats none."""
         return self._fitted is not None
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, timesteps: Sequence[int] | None = None
     ) -> None:
-        """As of `AlphaDDPMScheduler`, with the fitted sampler of `num_inference_steps` if there is one."""
-        fitted = self._fitted_samplers.get(str(without_torch(num_inference_steps))) if timesteps is None else None
-        if fitted is None:
-            super().set_timesteps(num_inference_steps, device, timesteps)
-        else:
-            super().set_timesteps(device=device, timesteps=fitted["timesteps"])
-            self.custom_timesteps = False
+        """As in `AlphaDDPMScheduler`, but with the fitted sampler of `num_inference_steps` if there is one."""
+        fitted = self._fitted_samplers.get(str(plain(num_inference_steps))) if timesteps is None else None
+        chain = (num_inference_steps, device, timesteps) if fitted is None else (None, device, fitted["timesteps"])
+        super().set_timesteps(*chain)
+        self.custom_timesteps = timesteps is not None
         self._fitted, self._history, self._next = fitted, (), 0
 
     def step(
         self, model_output: Tensor, timestep: Timesteps, sample: Tensor, generator: Generators = None, return_dict: bool = True
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """x_s from x_t and the x̂_0 so far; a draw from p_θ(x_s | x_t) if the chain in use is not a fitted one.
+        """x_s from x_t and the predictions x̂_0 so far; a draw from p_θ(x_s | x_t) if the chain in use is not a fitted one.
 
-        Raises ValueError if a step of a fitted chain is left out or repeated.
+        Arguments as in `AlphaDDPMScheduler.step`; a fitted chain takes one timestep for all images, and no `generator`. Raises
+        ValueError if a step of it is skipped or repeated; the step that is due can still be taken then.
         """
         if self._fitted is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
-        index = self._index(int(timestep))
-        x_t, x_0 = compute(sample), self._reverse(model_output, timestep, sample)[1]
-        self._history = (x_0, *(self._history if index else ()))[: len(self._fitted["coefficients"][index]) - 1]
+        index, x_t, x_0 = self._index(int(timestep)), compute(sample), self._reverse(model_output, timestep, sample)[1]
+        # a copy: a compiled network may reuse its output, and a callback change what it is shown
+        self._history = (x_0.clone(), *(self._history if index else ()))[: len(self._fitted["coefficients"][index]) - 1]
+        self._next = index + 1
         scale, *weights = self._coefficients(index, x_t)
         x_s = x_t * scale
         for weight, predicted in zip(weights, self._history, strict=False):  # shorter at first
@@ -77,16 +77,17 @@ class AlphaDDPMFittedScheduler(AlphaDDPMScheduler):
         if index not in (0, self._next):
             fix = "go through scheduler.timesteps from the first, or use AlphaDDPMScheduler, which can begin anywhere"
             raise ValueError(f"timestep {timestep} is not the next of the fitted chain {timesteps}; {fix}.")
-        self._next = index + 1
         return index
 
     def _coefficients(self, index: int, x_t: Tensor) -> list[float]:
-        return [float(value) for value in self._fitted["coefficients"][index]]
+        return self._fitted["coefficients"][index]
 
 
 def our_scheduler(scheduler: Any) -> Any:
-    """diffusers' `DDPMScheduler` as ours of the same config, with its fitted samplers if it has any; another as it is."""
-    if not isinstance(scheduler, DDPMScheduler):
+    """Our scheduler of the same config for diffusers' `DDPMScheduler`, the fitted one if the config has fitted samplers. Any
+    other scheduler comes back as it is, also a subclass of that one, which may step in another way.
+    """
+    if type(scheduler) is not DDPMScheduler:
         return scheduler
     ours = AlphaDDPMScheduler.from_config(scheduler.config)
     return AlphaDDPMFittedScheduler.from_config(scheduler.config) if ours.fitted_samplers else ours

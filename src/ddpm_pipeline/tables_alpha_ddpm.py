@@ -19,9 +19,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
-FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
-VARIANCE_TYPES = (*FIXED_VARIANCE_TYPES, "analytic", *LEARNED_VARIANCE_TYPES)
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "analytic", *LEARNED_VARIANCE_TYPES)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 OWN_KEY = "_alpha_ddpm"  # of our settings in a config: stock classes silently keep what begins with an underscore
@@ -112,16 +111,17 @@ def check_generators(generator: Any, count: int) -> None:
         raise ValueError(f"{len(generator)} generators for {count} images; give one, or a list of one per image.")
 
 
-def without_torch(values: Any) -> Any:
-    """A tensor on any device, or a numpy number, as a number or nested lists of numbers; anything else unchanged."""
-    zero_dim = isinstance(values, np.generic) or (isinstance(values, np.ndarray) and values.ndim == 0)
-    return values.tolist() if zero_dim or isinstance(values, Tensor) else values
+def plain(value: Any) -> Any:
+    """NumPy's and torch's scalars and arrays, also within lists and tuples, as numbers and lists; anything else unchanged."""
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def as_table(name: str, values: Any, length: int) -> np.ndarray:
     """`values` as float64 [length]. Raises ValueError if they are not that many finite numbers."""
     try:
-        table = np.asarray(without_torch(values)).astype(np.float64, casting="same_kind")
+        table = np.asarray(plain(values)).astype(np.float64, casting="same_kind")
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} must be a list of {length} numbers, not {type(values).__name__}.") from error
     if table.shape != (length,):

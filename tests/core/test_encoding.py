@@ -111,6 +111,9 @@ def test_models_of_others_need_a_description():
     with pytest.raises(ValueError, match=r"class_embed_type='timestep', and its config names 0 numbers; .*condition_vector="):
         AlphaDDPMPipeline(foreign, None)
     describe_conditions(foreign, condition_vector=AGE)
+    with pytest.raises(ValueError, match="1 class_names for num_class_embeds=0"):
+        describe_conditions(foreign, condition_vector=AGE, class_names=["a"])
+    assert foreign.config[OWN_KEY].keys() == {"condition_vector"}, "as before"
     wide = unet(1, ImageCondition(2))
     wide.register_to_config(**{OWN_KEY: None})
     with pytest.raises(ValueError, match=r"takes 3 channels, 0 of them for a condition image, and gives 1; .*condition_image="):

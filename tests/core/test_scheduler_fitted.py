@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 
 from ddpm_pipeline import AlphaDDPMBlocks, AlphaDDPMFittedScheduler, AlphaDDPMPipeline, AlphaDDPMScheduler
 from ddpm_pipeline.generation.pipelines import steps_of
@@ -15,12 +15,12 @@ CONFIG = {"num_train_timesteps": 50, "beta_schedule": "squaredcos_cap_v2", "clip
 TIMESTEPS = [40, 22, 9, 3]
 
 
-def ddim_coefficients(scheduler: AlphaDDPMScheduler, timesteps: list[int]) -> list[list[float]]:
+def ddim_coefficients(scheduler: AlphaDDPMScheduler, timesteps: list[int]) -> np.ndarray:
     """√ᾱ_s x̂_0 + √(1-ᾱ_s) ε̂ with ε̂ = (x_t - √ᾱ_t x̂_0)/√(1-ᾱ_t) (Song et al. 2021, eq. 12 without noise)."""
     signal = np.sqrt([*scheduler.alphas_cumprod[timesteps].double().tolist(), 1.0])
     noise = np.sqrt(1 - signal**2)
     scale = noise[1:] / noise[:-1]
-    return np.stack([scale, signal[1:] - scale * signal[:-1]], axis=1).tolist()
+    return np.stack([scale, signal[1:] - scale * signal[:-1]], axis=1)
 
 
 def fitted(timesteps: list[int] = TIMESTEPS, **config) -> AlphaDDPMFittedScheduler:
@@ -152,7 +152,29 @@ def test_a_chain_that_begins_in_its_middle_or_goes_back_is_refused():
             scheduler.step(x, timestep, x)
     scheduler.step(x, 40, x)
     scheduler.step(x, 40, x)  # begins again
-    scheduler.step(x, 22, x)
+    with pytest.raises(ValueError, match="model_output has shape"):
+        scheduler.step(x[:, :, 1:], 22, x)
+    scheduler.step(x, 22, x)  # as if that had not been
+
+
+def test_a_prediction_is_kept_as_it_was():
+    sampler = {"timesteps": [9, 3], "coefficients": [[0.5, 0.5, 0], [0.2, 0.5, 0.3]]}
+    scheduler = AlphaDDPMFittedScheduler(**CONFIG, prediction_type="sample", fitted_samplers={"2": sampler})
+    found, x = [], torch.ones(1, 1, 8, 8)
+    for later in (1.0, 5.0):
+        scheduler.set_timesteps(2)
+        output = x.clone()
+        scheduler.step(output, 9, x)
+        output.fill_(later)  # as compiled networks do
+        found.append(scheduler.step(x, 3, x).prev_sample)
+    assert torch.equal(*found)
+
+
+def test_a_subclass_of_stock_s_scheduler_keeps_its_own_step():
+    class Mine(DDPMScheduler):
+        pass
+
+    assert type(pipeline(Mine()).scheduler) is Mine
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,7 @@ def test_first_images_of_a_stream(model, cache, tmp_path):
         ({"likelihood_calls": 5, "two_term": True}, "--two_term"),
         ({"num_bins": 16}, "levels"),
         ({"num_inference_steps": 13}, "--num_inference_steps 13"),
+        ({"likelihood_steps": 13}, "--likelihood_steps 13 exceeds the 12 steps"),
         *(({"split": f"train[:{count}]"}, f"{count} images; sample quality needs at least 5") for count in (1, 2, 4)),
         ({"scheduler": "magic"}, "--scheduler magic must be one of keep, ddpm"),
     ],

@@ -19,7 +19,7 @@ from ddpm_pipeline.generation import GenerationOptions, generate
 from ddpm_pipeline.generation import folder as module
 from ddpm_pipeline.generation.drawing import sample_values
 from ddpm_pipeline.generation.options import SCHEDULERS, OutputOptions
-from ddpm_pipeline.generation.pipelines import load_pipeline, scheduler_for
+from ddpm_pipeline.generation.pipelines import load_pipeline, sampler_name, scheduler_for
 from ddpm_pipeline.support.draws import RandomStream, seeds
 from ddpm_pipeline.support.errors import ConfigError
 from helpers import ROOT, killed_at, tiny_unet
@@ -122,6 +122,7 @@ def test_folder_of_other_images_is_refused(options, tmp_path):
     for other, named in (
         ({"seed": SEED + 1}, "seed 4 rather than seed 5"), ({"model": str(other_model)}, "weights"),
         ({"num_inference_steps": 6}, "num_inference_steps"), ({"scheduler": "ddim"}, "scheduler"),
+        ({"scheduler": "stock-ddpm"}, "scheduler"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=named):
             generate(options.with_values(**other))
@@ -212,8 +213,13 @@ def test_every_sampler_has_the_configuration_of_the_model_s_own(model):
     for name, (class_name, options) in SCHEDULERS.items():
         scheduler = scheduler_for(pipe, name)
         assert type(scheduler).__name__ == class_name
+        assert sampler_name(scheduler) == ", ".join([class_name, *options.values()])
         assert options.items() <= scheduler.config.items()
         assert scheduler.config.beta_end == 0.6 and scheduler.config.num_train_timesteps == 12
+    for schedule in ("sigmoid", "laplace"):  # which most of diffusers' samplers do not know
+        pipe.scheduler = AlphaDDPMScheduler(num_train_timesteps=12, beta_start=0.02, beta_end=0.6, beta_schedule=schedule)
+        for name in SCHEDULERS:
+            torch.testing.assert_close(scheduler_for(pipe, name).betas, pipe.scheduler.betas)
 
 
 def test_command_samples_and_reports_mistakes_in_one_line(options, expected, text_model, tmp_path, monkeypatch):

@@ -108,8 +108,13 @@ SAID = {  # of models, by a change of their configs
 
 def test_card_says_that_diffusers_alone_cannot_use_a_scheduler(folder: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
+    config = folder / "scheduler" / "scheduler_config.json"
+    kept = {OWN_KEY: {"fitted_samplers": {"1": {"timesteps": [9], "coefficients": [[0, 1]]}}}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | kept))
+    assert "`num_inference_steps` of 1 uses" in str(build_card(folder, name="c"))
     (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "UniPCMultistepScheduler"]}))
     card = str(build_card(folder, name="c"))
+    assert "fitted to this model" not in card, "which only our schedulers use"
     assert "cannot sample with the UniPCMultistepScheduler that it is saved with:" in card and card.count("pipe(") == 2
 
 

@@ -1,6 +1,7 @@
 """The bound against closed forms, an independent implementation, and what may be passed to it."""
 
 import math
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from scipy.stats import norm
 
+import condition_models
+from condition_models import AGE
 from ddpm_pipeline import AlphaDDPMScheduler
+from ddpm_pipeline.encoding_alpha_ddpm import embedding_width
 from ddpm_pipeline.likelihood import bits_per_dim, estimate_analytic_variance
 from gaussian_likelihood import MEAN, SHORT, VARIANCE, exact_noise, generator, quadrature, signal
 
@@ -268,11 +272,25 @@ def test_conditions_are_cut_along_with_the_images():
         (torch.ones(1, 1, 8, 8), {"num_evaluated": 4, "two_term": True}, "whole chains"),
         (torch.ones(2, 1, 8, 8), {"generator": [torch.Generator()]}, "1 generators for 2"),
         (torch.ones(1, 1, 8, 8), {"num_inference_steps": 13}, "num_inference_steps=13"),
+        (torch.ones(1, 1, 8, 8), {"batch_size": 0}, "batch_size=0"),
     ],
 )
 def test_what_cannot_be_used_is_named(images, options, message):
     with pytest.raises(ValueError, match=message):
         bits_per_dim(tiny_unet(), AlphaDDPMScheduler(**SHORT), images, progress=False, **options)
+
+
+def test_a_network_of_half_precision_reads_numbers():
+    pipe = condition_models.pipeline(1, None, AGE).to(dtype=torch.bfloat16)
+    told = {"class_labels": AGE.encode(torch.tensor([[30.0]]), embedding_width(pipe.unet))}
+    how = {"num_inference_steps": 2, "progress": False}
+    assert bits_per_dim(pipe.unet, pipe.scheduler, torch.ones(1, 1, 8, 16), model_kwargs=told, **how).total.isfinite().all()
+
+
+def test_all_images_are_checked_before_the_network_is_called():
+    images = torch.tensor([1.0, 0.3]).view(2, 1, 1, 1).expand(2, 1, 8, 8)
+    with pytest.raises(ValueError, match="off the 256 levels"):
+        bits_per_dim(Mock(side_effect=AssertionError), AlphaDDPMScheduler(**SHORT), images, batch_size=1, progress=False)
 
 
 def test_a_density_in_own_units_is_the_probability_of_narrow_bins():

@@ -1,6 +1,6 @@
 """The samples of an evaluation beside the training images that are nearest to them: figures over processes, and a picture."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
@@ -49,18 +49,12 @@ def find_copies(
     def floats(features: Tensor) -> Tensor:
         return features.float().to(accelerator.device)
 
-    def in_pixels(pixels: Tensor) -> Nearest:
-        return nearest(pixels, _with_mirrored(data), scaled)
-
-    def in_features(features: Tensor) -> Nearest:
-        return nearest(features, references[0].split(MOST_AT_ONCE), floats)
-
-    spaces: dict[str, tuple[Callable, Tensor, Tensor]] = {"pixels": (in_pixels, samples.pixels, data.held_out.pixels(mine))}
+    spaces = {"pixels": (lambda: _with_mirrored(data), scaled, samples.pixels, data.held_out.pixels(mine))}
     if samples.features is not None:
-        spaces["features"] = in_features, samples.features, references[1][mine]
+        spaces["features"] = (lambda: references[0].split(MOST_AT_ONCE), floats, samples.features, references[1][mine])
     figures, rows = {}, []
-    for name, (in_training, *images) in spaces.items():
-        near, usual = map(in_training, images)
+    for name, (training, prepare, *images) in spaces.items():
+        near, usual = (nearest(some, training(), prepare) for some in images)
         distances = [torch.tensor(gather_object(each.distances.tolist()), dtype=torch.float64) for each in (near, usual)]
         figures[name] = {"num_samples": num_samples, "num_held_out": num_held_out, **copying(*distances, seed)}
         rows += _closest_pairs(near, samples.pixels, data)

@@ -59,21 +59,17 @@ def measurements(results: Mapping[str, Any]) -> list[Measurement]:
         estimate = {"network_calls": f"{calls} of {steps} per image"} if calls < steps else {}
         levels = {name: bits[name] for name in ("num_bins", "density") if bits.get(name, 256) != 256}
         settings = {"steps": steps, "bound": "upper", **estimate, **levels} | seed
-        error = bits.get("total_standard_error")
-        measured.append(
-            Measurement("bits/dim", bits["total"], bits["num_images"], standard_error=error, settings=settings, **data)
-        )
+        about = {"standard_error": bits.get("total_standard_error"), "settings": settings, **data}
+        measured.append(Measurement("bits/dim", bits["total"], bits["num_images"], **about))
     if quality := results.get("quality"):
-        shared = ("steps", "scheduler", "guidance_scale", "features")
-        settings = {name: quality[name] for name in shared if name in quality} | {"real_images": quality["num_real"]} | seed
+        settings = _how(quality, "features") | {"real_images": quality["num_real"]} | seed
         spread = {"KID": {"std_over_subsets": float(f"{quality['kid_std']:.2g}")}}
         measured += [
             Measurement(name, quality[name.lower()], quality["num_generated"], settings=settings | spread.get(name, {}), **data)
             for name in ("FID", "KID", "precision", "recall")
         ]
     if cats := results.get("cats"):
-        shared = ("steps", "scheduler", "guidance_scale", "training_cats")
-        settings = {name: cats[name] for name in shared if name in cats} | seed
+        settings = _how(cats, "training_cats") | seed
         shares = {CATS[name]: (cats[name], cats[f"{name}_standard_error"], {}) for name in CATS}
         for kind, found in cats.get("attributes", {}).items():
             of = "" if kind == "all" else f" of {kind}"
@@ -83,7 +79,7 @@ def measurements(results: Mapping[str, Any]) -> list[Measurement]:
             for name, (share, error, more) in shares.items()
         ]
     if followed := results.get("conditions"):
-        settings = {name: followed[name] for name in ("steps", "scheduler", "guidance_scale")} | seed
+        settings = _how(followed) | seed
         for name in filter(followed.__contains__, FOLLOWED):
             error, bicubic = (followed.get(key) for key in (f"{name}_standard_error", f"bicubic_{name}"))
             how = settings if bicubic is None else {**settings, "bicubic": float(f"{bicubic:.4g}")}
@@ -94,6 +90,11 @@ def measurements(results: Mapping[str, Any]) -> list[Measurement]:
     return measured
 
 
+def _how(section: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """How its samples were made, and more of its settings."""
+    return {name: section[name] for name in ("steps", "scheduler", "guidance_scale", *more) if name in section}
+
+
 def _of_memorisation(results: Mapping[str, Any], data: Mapping[str, Any], seed: Mapping[str, int]) -> list[Measurement]:
     found, measured = results["memorisation"], []
     shared = {"held_out": found["validation_split"], **seed}
@@ -101,20 +102,14 @@ def _of_memorisation(results: Mapping[str, Any], data: Mapping[str, Any], seed: 
         means = {f"{kind}_bits": float(f"{gap[kind]:.4g}") for kind in ("training", "held_out")}
         about = {"standard_error": gap.get("difference_standard_error"), "settings": means | shared, **data}
         measured.append(Measurement("bits/dim, held-out minus training", gap["difference"], gap["num_held_out"], **about))
-    how = {name: found[name] for name in ("steps", "scheduler", "guidance_scale") if name in found}
     for space in filter(found.__contains__, ("pixels", "features")):
         figures, extractor = found[space], {"features": results["quality"]["features"]} if space == "features" else {}
+        how = {"held_out_images": figures["num_held_out"], **_how(found), **extractor, **shared}
         chance = f"{figures['chance']:.2g} ± {figures['chance_standard_error']:.1g}"
         names = {"distance_ratio": ("distance ratio", 1), "share_unusually_near": ("unusually near", chance)}
         for key in filter(figures.__contains__, names):
             name, of_new = names[key]
-            settings = {
-                "if_nothing_is_copied": of_new,
-                "held_out_images": figures["num_held_out"],
-                **how,
-                **extractor,
-                **shared,
-            }
+            settings = {"if_nothing_is_copied": of_new, **how}
             about = {"standard_error": figures[f"{key}_standard_error"], "settings": settings, **data}
             measured.append(Measurement(f"{name}, {space}", figures[key], figures["num_samples"], **about))
     return measured

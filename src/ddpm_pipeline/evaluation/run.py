@@ -23,12 +23,13 @@ from ..data.options import parse_resolution
 from ..data.skipped import SHOWN, describe
 from ..encoding_alpha_ddpm import image_channels, image_condition, value_range
 from ..generation.drawing import sample_values, step_bar
-from ..generation.pipelines import Pipeline, condition_of, load_pipeline, scheduler_for, steps_of
+from ..generation.pipelines import Pipeline, condition_of, load_pipeline, sampler_name, scheduler_for, steps_of
 from ..likelihood.bound import own_scheduler
 from ..support.draws import RandomStream, image_indices, seeds
 from ..support.errors import ConfigError, DataError
 from ..support.provenance import provenance
 from ..support.sharing import forgotten_accelerator, my_batches
+from ..tables_alpha_ddpm import plain
 from .cat_judge import judge_of
 from .conditions import DataConditions, columns_of
 from .copies import Samples, find_copies
@@ -118,6 +119,8 @@ def _open(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelerator) 
     if quality.num_images:  # for their errors
         steps_of(sampler, options.sampling.num_inference_steps)
         my_batches(quality.num_images, options.sampling.batch_size, accelerator)
+    if (steps := options.likelihood.likelihood_steps) is not None and steps > len(pipe.scheduler):
+        raise ConfigError(f"--likelihood_steps {steps} exceeds the {len(pipe.scheduler)} steps of the model's chain.")
     extractor = _extractor(pipe, options, accelerator)
     with accelerator.main_process_first():
         data = _open_images(options, pipe, accelerator)
@@ -220,9 +223,7 @@ def _bits_per_dim(
         **summary(rows),
         "steps": chain,
         "network_calls": min(likelihood.likelihood_calls or chain, chain),
-        **(
-            {"density": DENSITY} if num_bins is None else {"num_bins": [*num_bins] if isinstance(num_bins, tuple) else num_bins}
-        ),
+        **({"density": DENSITY} if num_bins is None else {"num_bins": plain(num_bins)}),
         "variance_type": own_scheduler(pipe.scheduler).config.variance_type,
     }
     return section, torch.tensor(rows["total"], dtype=torch.float64)
@@ -257,7 +258,7 @@ def _samples(subject: Subject, options: EvaluationOptions, accelerator: Accelera
                 columns[name] += values.tolist()
             if judge is not None:
                 judge.add(pixels, places[batch])
-    how = {"steps": steps, "scheduler": type(pipe.scheduler).__name__}
+    how = {"steps": steps, "scheduler": sampler_name(pipe.scheduler)}
     how |= {"guidance_scale": request.guidance_scale} if request.arguments else {}
     features, sections = None if quality is None else torch.cat(quality.generated_features), {}
     if quality is not None:

@@ -14,7 +14,7 @@ def solver_coefficients(log_snr: np.ndarray) -> np.ndarray:
     to second order. The first step and the one into clean data, which gives x̂_0, are of first order, DDIM's.
     """
     half = log_snr / 2  # λ of the paper
-    alpha, sigma = (np.sqrt(1 / (1 + np.exp(-sign * log_snr))) for sign in (1, -1))
+    alpha, sigma = (np.exp(-np.logaddexp(0, -sign * log_snr) / 2) for sign in (1, -1))
     coefficients = np.zeros((len(half), 3))
     for i, step in enumerate(np.diff(half)):
         share = -alpha[i + 1] * np.expm1(-step)
@@ -57,7 +57,7 @@ def best_chains(errors: np.ndarray, start: np.ndarray, weights: np.ndarray, leng
     `weights` [N + 1] are of errors in x at each place. A chain may begin after the noise's place, with the noise as it is.
     """
     total = len(start)
-    cost = errors * weights
+    cost = errors * np.maximum(weights, np.finfo(float).tiny)  # without signal the weight is 0, and inf * 0 is NaN
     reached = cost[total] + (weights[:total] * start)[:, None]  # [b, c]: least cost of being at c, having come from b
     before: list[np.ndarray] = []  # [b, c]: where that came from
     chains, lengths = {}, set(lengths)

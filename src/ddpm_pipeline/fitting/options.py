@@ -1,24 +1,24 @@
-"""What the fit of a sampler is told. Imports the options of generation alone, no torch."""
+"""Options of fitting samplers. Imports the options of generation alone, no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import ClassVar
 
 from ..generation.options import RequestOptions
 from ..support.option_sets import OptionSet
-from ..support.options import FINITE, SEED, OptionGroup, at_least, option
+from ..support.options import FINITE, SEED, Allowed, OptionGroup, at_least, option
 
 LENGTHS = (4, 5, 7, 10, 15, 20)
-LONG_STEPS = 100
+LONG_STEPS, MOST_LONG_STEPS = 100, 400  # the memory for choosing timesteps grows as the cube: 24 bytes * 400³ = 1.5 GB
 NUM_NOISES = 192
-HELD_OUT_EVERY = 3  # of the noises, the last of every so many
+HELD_OUT_EVERY = 3  # every third noise is held out
 
 
 def parse_lengths(text: str | Sequence[int]) -> tuple[int, ...]:
-    """ "4,5,7" as (4, 5, 7). Raises ValueError for what is no list of whole numbers above 0, each once."""
-    words = text.split(",") if isinstance(text, str) else [*text]
+    """ "4,5,7" as (4, 5, 7), ascending. Raises ValueError unless these are distinct whole numbers above 0."""
     try:
-        lengths = tuple(sorted(int(word) for word in words))
+        lengths = tuple(sorted(map(int, text.split(",")) if isinstance(text, str) else map(index, text)))
     except (TypeError, ValueError):
         lengths = ()
     if not lengths or lengths[0] < 1 or len(set(lengths)) != len(lengths):
@@ -32,17 +32,19 @@ class FitOptions(OptionGroup):
 
     title: ClassVar[str] = "model and fit"
 
-    model: str = option(help="Folder of a DDPM pipeline, into whose scheduler config the fitted samplers are written.")
+    model: str = option(help="Folder of a DDPM pipeline. Its scheduler's config gets the fitted samplers.")
     num_inference_steps: str = option(
         ",".join(map(str, LENGTHS)), "Numbers of steps to fit a sampler for, separated by commas.", parse=parse_lengths
     )
-    guidance_scale: float = option(1.0, "Guidance scale that a conditional model will be sampled with; 1 is none.", FINITE)
+    guidance_scale: float = option(1.0, "Guidance scale that the model will be sampled at; 1 turns guidance off.", FINITE)
     num_noises: int = option(
-        NUM_NOISES,
-        "Images to solve for, from noise; a third of them is held out, to choose and to judge samplers by.",
-        at_least(HELD_OUT_EVERY),
+        NUM_NOISES, "Images to fit to. A third of them is held out to compare samplers on.", at_least(HELD_OUT_EVERY)
     )
-    long_steps: int = option(LONG_STEPS, "Steps of the long solution that a short one is to come near to.", at_least(2))
+    long_steps: int = option(
+        LONG_STEPS,
+        "Steps of the long solution, which the fitted samplers approximate.",
+        Allowed(f"from 2 to {MOST_LONG_STEPS}", lambda value: 2 <= value <= MOST_LONG_STEPS),
+    )
     batch_size: int = option(64, "Images per network call of a process.", at_least(1))
     seed: int = option(0, "Seed of the noise.", SEED)
     num_cpu_threads: int | None = option(None, "CPU threads per process.", at_least(1))
@@ -50,7 +52,7 @@ class FitOptions(OptionGroup):
 
 @dataclass(frozen=True, init=False)
 class FittingOptions(OptionSet):
-    """All options of `fit`: `FittingOptions(model="ddpm-digits", num_inference_steps="5,10")`."""
+    """The options of `fit`: `FittingOptions(model="ddpm-digits", num_inference_steps="5,10")`."""
 
     sampling: FitOptions
     request: RequestOptions

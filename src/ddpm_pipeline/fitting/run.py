@@ -12,10 +12,12 @@ from ..generation.requests import request_of
 from ..stock_format import INDEX
 from ..support.atomic import write_text
 from ..support.errors import ConfigError
+from ..support.sharing import forgotten_accelerator
 from .options import FittingOptions
 from .samplers import SamplerFit, fit_sampler
 
 
+@forgotten_accelerator()
 def fit(options: FittingOptions) -> SamplerFit:
     """Fit the samplers, write them into the folder's scheduler config, and print what they reach.
 
@@ -26,35 +28,28 @@ def fit(options: FittingOptions) -> SamplerFit:
         torch.set_num_threads(sampling.num_cpu_threads)
     folder = Path(sampling.model)
     if not (folder / INDEX).is_file():
-        raise ConfigError(f"--model {folder} is no folder of a pipeline; download or save it first: the fit is written there.")
+        raise ConfigError(f"--model {folder} is no folder of a pipeline; download or save it first; the fit is written there.")
     pipe = load_pipeline(sampling.model).to(accelerator.device)
     pipe.set_progress_bar_config()  # shown
     with accelerator.main_process_first():  # the others find its cache of condition images
         request, _ = request_of(pipe, options)
-    how = {"num_noises": sampling.num_noises, "long_steps": sampling.long_steps}
+    how = {name: getattr(sampling, name) for name in ("num_noises", "long_steps", "batch_size", "seed")}
     try:
-        found = fit_sampler(
-            pipe, sampling.num_inference_steps, request, **how, batch_size=sampling.batch_size, seed=sampling.seed
-        )
-    except ValueError as error:
+        found = fit_sampler(pipe, sampling.num_inference_steps, request, **how)
+    except (ValueError, FloatingPointError) as error:
         raise ConfigError(f"{error} Options: --num_inference_steps, --long_steps, --num_noises.") from error
+    some_are_better = any(length.is_better for length in found.lengths.values())
     if accelerator.is_main_process:
         how_far = f"RMSE to {sampling.long_steps} steps of the model's own solution, of held-out images in [-1, 1]"
         print(f"{how_far}, after {time.monotonic() - began:.0f} s:", file=sys.stderr)
         print(found.table())
-        if any(length.is_better for length in found.lengths.values()):
+        if some_are_better:
             pipe.scheduler = found.scheduler
-            _write(pipe, folder)
+            configs = {"scheduler/scheduler_config.json": pipe.scheduler.to_json_string(), INDEX: pipe.to_json_string()}
+            for name, text in (pipe.shipped_code() | configs).items():  # the index may have named another scheduler
+                write_text(folder / name, text)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if not any(length.is_better for length in found.lengths.values()):
+    if not some_are_better:
         raise ConfigError(f"no fitted sampler is better than diffusers' solvers, so {folder} stays as it is.")
     return found
-
-
-def _write(pipe, folder: Path) -> None:
-    """The scheduler's config, the code that reads it, and the index, which may have named another scheduler."""
-    for name, code in pipe.shipped_code().items():
-        write_text(folder / name, code)
-    write_text(folder / "scheduler" / "scheduler_config.json", pipe.scheduler.to_json_string())
-    write_text(folder / INDEX, pipe.to_json_string())

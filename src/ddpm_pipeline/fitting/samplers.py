@@ -11,34 +11,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env, reduce
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..generation.drawing import UNCONDITIONAL, Request
+from ..generation.pipelines import stock_scheduler
 from ..likelihood.bound import own_scheduler
 from ..scheduling_fitted_alpha_ddpm import AlphaDDPMFittedScheduler
 from ..support.draws import RandomStream, seeds
+from ..tables_alpha_ddpm import check_integer
 from .chains import best_chains, least_squares, solver_coefficients, step_errors
-from .options import HELD_OUT_EVERY, LENGTHS, LONG_STEPS, NUM_NOISES, parse_lengths
+from .options import HELD_OUT_EVERY, LENGTHS, LONG_STEPS, MOST_LONG_STEPS, NUM_NOISES, parse_lengths
+from .stock import STOCK
 
 HISTORY = 3  # predictions x̂_0 that a step combines
 EXPONENTS = (0.25, 0.5, 1.0)  # γ in the weight ᾱ^γ of a squared error in x_t; which is best is measured
 DIGITS = 8  # of a coefficient
-STOCK_SETTINGS = 10  # in `stock`, whose import takes scipy
 
 
 @dataclass(frozen=True)
 class FittedLength:
-    """A sampler of so many steps, and how near it comes to the long solution beside diffusers' best.
-
-    RMSEs are of held-out images in [-1, 1].
-    """
+    """A sampler of n steps, and how near it comes to the long solution: RMSEs of held-out images in [-1, 1]."""
 
     sampler: dict[str, list]  # timesteps [n], and coefficients [n, HISTORY + 1] of x_t and of x̂_0, the newest first
     rmse: float
-    stock: str
+    stock: str  # diffusers' best in n steps
     stock_rmse: float
 
     @property
@@ -48,20 +48,20 @@ class FittedLength:
 
 @dataclass(frozen=True)
 class SamplerFit:
-    """`scheduler` has the samplers that are better than diffusers' best; `lengths` has all, by number of steps."""
+    """`scheduler` has the samplers that are better than diffusers' best; `lengths` has all, by number of steps, ascending."""
 
     scheduler: AlphaDDPMFittedScheduler
     lengths: dict[int, FittedLength]
 
     def words(self) -> str:
-        """What was reached, on a line."""
-        every = sorted(self.lengths.items())
+        """The RMSEs in one line."""
+        every = self.lengths.items()
         return "; ".join(f"{n} steps {found.rmse:.4f}, {found.stock} {found.stock_rmse:.4f}" for n, found in every)
 
     def table(self) -> str:
-        """What was reached, as Markdown."""
+        """The RMSEs as a Markdown table."""
         lines = ["| steps | fitted | best of diffusers | | |", "|---|---|---|---|---|"]
-        for steps, found in sorted(self.lengths.items()):
+        for steps, found in self.lengths.items():
             verdict = "" if found.is_better else "refused: not better"
             lines.append(f"| {steps} | {found.rmse:.4f} | {found.stock_rmse:.4f} | {found.stock} | {verdict} |")
         return "\n".join(lines)
@@ -87,24 +87,30 @@ def fit_sampler(
         pipe: a pipeline of this package, on the device to compute on.
         num_inference_steps: the numbers of steps, each at most `long_steps`.
         request: the conditions and the guidance scale that the model will be sampled with; a text model needs prompts.
-        num_noises: images to solve for, of which a third is held out; of small images more, of large ones fewer will do.
-        long_steps: steps of the model's own solution, spaced as its config says; at most T.
+        num_noises: images to solve for, of which a third is held out; large images need fewer than small ones.
+        long_steps: steps of the model's own solution, spaced as its config says, from 2 to 400; all T if there are fewer.
         batch_size: images per network call.
-        seed: of the noise; noise i depends on the seed and i alone.
-        alone: this process fits by itself, whatever the others do.
+        seed: noise i depends on the seed and i alone.
+        alone: fit in this process only, whatever the others do.
 
-    Raises ValueError for numbers outside these ranges.
+    Raises ValueError for numbers outside these ranges, FloatingPointError if the model's own solution is not finite.
     """
-    lengths, fit = parse_lengths(num_inference_steps), _Fit(pipe, request, num_noises, seed, alone)
+    check_integer("batch_size", batch_size, 1)
+    check_integer("long_steps", long_steps, 2, MOST_LONG_STEPS)
+    try:
+        lengths = parse_lengths(num_inference_steps)
+    except ValueError as error:
+        raise ValueError(f"num_inference_steps={num_inference_steps!r} must be {error}.") from error
+    fit = _Fit(pipe, request, num_noises, seed, alone)
     long_steps = min(long_steps, pipe.scheduler.config.num_train_timesteps)
     if lengths[-1] > long_steps:
         raise ValueError(f"num_inference_steps={lengths[-1]} exceeds the {long_steps} steps of the long solution.")
-    total = long_steps + (len(EXPONENTS) + STOCK_SETTINGS) * sum(lengths)
-    hidden = not fit.accelerator.is_main_process or getattr(pipe, "_progress_bar_config", {}).get("disable", False)
-    with _borrowed(pipe, batch_size), tqdm(total=total, desc="fitting samplers", disable=hidden, leave=False) as fit.bar:
+    total = long_steps + (len(EXPONENTS) + len(STOCK)) * sum(lengths)
+    hidden = not fit.processes.is_main_process or getattr(pipe, "_progress_bar_config", {}).get("disable", False)
+    with _borrowed(pipe, int(batch_size)), tqdm(total=total, desc="fitting samplers", disable=hidden, leave=False) as fit.bar:
         solution = fit.solve(long_steps)
         fitted = fit.best_samplers(solution, lengths)
-        stock = {steps: fit.best_stock(steps, solution.images) for steps in lengths}
+        stock = {steps: fit.best_stock(steps, solution.states[-1]) for steps in lengths}
     found = {n: FittedLength(*fitted[n], *stock[n]) for n in lengths}
     own = own_scheduler(pipe.scheduler)
     kept = own.fitted_samplers
@@ -117,9 +123,9 @@ def fit_sampler(
 
 
 def sampled_by_fit(lengths: Sequence[int], num_noises: int) -> list[tuple[int, int]]:
-    """How many images `fit_sampler` samples over how many steps: as long solutions and by fits, and by what they compare to."""
+    """Pairs of images and steps that `fit_sampler` samples: for the long solution and the fits, and by diffusers' solvers."""
     fitted = num_noises, LONG_STEPS + len(EXPONENTS) * sum(lengths)
-    return [fitted, (num_noises // HELD_OUT_EVERY, STOCK_SETTINGS * sum(lengths))]
+    return [fitted, (num_noises // HELD_OUT_EVERY, len(STOCK) * sum(lengths))]
 
 
 def long_solver(scheduler: Any, steps: int) -> AlphaDDPMFittedScheduler:
@@ -139,13 +145,9 @@ class Solution:
     states: list[Tensor]  # x at each timestep and as clean data, N + 1 of [M, C, H, W]
     predictions: list[Tensor]  # x̂_0, N of the same
 
-    @property
-    def images(self) -> Tensor:
-        return self.states[-1]
-
 
 class _Fitting(AlphaDDPMFittedScheduler):
-    """Finds the coefficients of each step when it comes to it, from the state that the steps before have reached."""
+    """Fits the coefficients of each step when it is reached, from the state that the steps before have led to."""
 
     solve: Callable[[int, Tensor], list[float]]  # from the index of the step and its regressors [HISTORY + 1, M, C, H, W]
 
@@ -161,15 +163,16 @@ class _Fit:
     bar: tqdm
 
     def __init__(self, pipe: Any, request: Request, num_noises: int, seed: int, alone: bool):
-        self.accelerator = Accelerator()
-        self.shared = self.accelerator.num_processes > 1 and not alone
-        rank, processes = (self.accelerator.process_index, self.accelerator.num_processes) if self.shared else (0, 1)
-        if num_noises < HELD_OUT_EVERY * processes:
-            raise ValueError(f"num_noises={num_noises} must be at least {HELD_OUT_EVERY} for each of {processes} processes.")
-        self.pipe, self.request = pipe, request
-        self.numbers = [number for number in range(num_noises) if number // HELD_OUT_EVERY % processes == rank]
-        self.held_out = torch.tensor([number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 for number in self.numbers])
-        own_seeds, shape = seeds(seed, RandomStream.NOISE, 0, num_noises)[self.numbers].tolist(), pipe._shape(1)[1:]
+        # an accelerator would fix the precision of a later training run in this process
+        self.processes = PartialState(parse_flag_from_env("ACCELERATE_USE_CPU"))
+        self.shared = self.processes.num_processes > 1 and not alone
+        rank, count = (self.processes.process_index, self.processes.num_processes) if self.shared else (0, 1)
+        if num_noises < HELD_OUT_EVERY * count:
+            raise ValueError(f"num_noises={num_noises} must be at least {HELD_OUT_EVERY} for each of {count} processes.")
+        self.pipe, self.request, numbers = pipe, request, torch.arange(num_noises)
+        self.numbers = numbers[numbers // HELD_OUT_EVERY % count == rank]
+        self.held_out = self.numbers % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        own_seeds, shape = seeds(seed, RandomStream.NOISE, 0, num_noises)[self.numbers.numpy()].tolist(), pipe._shape(1)[1:]
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(own)) for own in own_seeds])
         self.noise = noise.to(pipe.device, pipe._chain_dtype)
         self.base = own_scheduler(pipe.scheduler, inference_timesteps=None, fitted_samplers=None)
@@ -183,10 +186,9 @@ class _Fit:
             return {}
 
         rows = self.held_out if held_out else torch.ones_like(self.held_out)
-        numbers = [number for number, chosen in zip(self.numbers, rows.tolist(), strict=True) if chosen]
         self.pipe.scheduler = scheduler
         return self.pipe(
-            **self.request.call(numbers),
+            **self.request.call(self.numbers[rows].tolist()),
             latents=self.noise[rows],
             num_inference_steps=steps,
             output_type="latent",
@@ -198,7 +200,7 @@ class _Fit:
         """Over all processes that fit."""
         if not self.shared:
             return values
-        return self.accelerator.reduce(torch.from_numpy(values).to(self.accelerator.device), "sum").cpu().numpy()
+        return reduce(torch.from_numpy(values).to(self.processes.device), "sum").cpu().numpy()
 
     def solve(self, steps: int) -> Solution:
         solver, states, predictions = long_solver(self.base, steps), [self.noise], []
@@ -234,34 +236,32 @@ class _Fit:
     def fitted(self, solution: Solution, places: list[int]) -> tuple[dict[str, list], float]:
         """The sampler at these places of the grid, and its RMSE."""
         targets = [solution.states[place] for place in (*places[1:], len(solution.timesteps))]
-        empty = {"coefficients": [[0.0] * (HISTORY + 1) for _ in places]}
 
         def solve(index: int, regressors: Tensor) -> list[float]:
-            used = [x[~self.held_out].flatten().cpu().double() for x in (*regressors, targets[index])]
-            products = self.summed(torch.stack([torch.stack([a @ b for b in used]) for a in used]).numpy())
+            used = torch.stack([x[~self.held_out].flatten().cpu().double() for x in (*regressors, targets[index])])
+            products = self.summed((used @ used.T).numpy())
             return [float(f"{value:.{DIGITS}g}") for value in least_squares(products[:-1, :-1], products[:-1, -1])]
 
-        steps, sampler = len(places), {"timesteps": [solution.timesteps[place] for place in places], **empty}
+        steps, timesteps = len(places), [solution.timesteps[place] for place in places]
+        sampler = {"timesteps": timesteps, "coefficients": np.zeros((steps, HISTORY + 1))}
         scheduler = _Fitting.from_config(self.base.config, fitted_samplers={str(steps): sampler})
         scheduler.solve = solve
         images = self.sample(scheduler, steps)
-        return scheduler.fitted_samplers[str(steps)], self.rmse(images[self.held_out], solution.images)
+        return scheduler.fitted_samplers[str(steps)], self.rmse(images[self.held_out], solution.states[-1])
 
     def rmse(self, images: Tensor | None, solved: Tensor) -> float:
         """Of held-out images, as they are shown; infinite for none."""
         expected = solved[self.held_out].clamp(-1, 1)
-        squares = np.inf if images is None else (images.clamp(-1, 1) - expected).double().square().sum().item()
+        squares = np.inf if images is None else (images.clamp(-1, 1) - expected).cpu().double().square().sum().item()
         total, count = self.summed(np.array([squares, float(expected.numel())]))
         return float(np.sqrt(total / count))
 
     def best_stock(self, steps: int, solved: Tensor) -> tuple[str, float]:
-        """The solver of diffusers' that comes nearest, and its RMSE. One that fails is infinitely far."""
-        from .stock import STOCK  # imports scipy, which training needs at its end only
-
+        """The nearest of diffusers' solvers, and its RMSE, which is infinite for one that fails."""
         distances = {}
         for name, (kind, options) in STOCK.items():
             try:
-                images = self.sample(kind.from_config(self.base.config, **options), steps, held_out=True)
+                images = self.sample(stock_scheduler(kind, self.base, **options), steps, held_out=True)
             except (ValueError, FloatingPointError, IndexError):  # in some numbers of steps
                 images = None
             distances[name] = self.rmse(images, solved)
@@ -275,9 +275,8 @@ def _borrowed(pipe: Any, batch_size: int) -> Iterator[None]:
     own, whole = vars(unet).get("forward"), unet.forward
 
     def forward(sample: Tensor, timestep: Tensor, **kwargs: Tensor) -> UNet2DOutput:
-        batches = [slice(start, start + batch_size) for start in range(0, len(sample), batch_size)]
-        rows = [{name: value[batch] for name, value in kwargs.items()} for batch in batches]
-        outputs = [whole(sample[batch], timestep, **given).sample for batch, given in zip(batches, rows, strict=True)]
+        batches = zip(*(values.split(batch_size) for values in (sample, *kwargs.values())), strict=True)
+        outputs = [whole(x, timestep, **dict(zip(kwargs, given, strict=True))).sample for x, *given in batches]
         return UNet2DOutput(torch.cat(outputs))
 
     unet.forward = forward

@@ -95,8 +95,7 @@ def sample_uint8(
 
     Raises ConfigError if the sampler cannot run that many steps, or produces NaN or infinite values.
     """
-    images = _reported(pipe, numbers, seed, num_inference_steps, request, **options)
-    return images.mul(255).round().to(torch.uint8)
+    return _reported(pipe, numbers, seed, num_inference_steps, request, **options).mul(255).round().to(torch.uint8)
 
 
 def sample_values(pipe: Any, numbers: Sequence[int], *how: Any, **options: Any) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Pipelines to sample from, loaded from a folder or the Hub, and their samplers. Imports diffusers and the pipelines."""
 
+from inspect import signature
 from typing import Any
 
 import diffusers
@@ -71,9 +72,24 @@ def scheduler_for(pipe: Pipeline, name: str) -> Any:
     """The sampler of this name in `SCHEDULERS`, with the configuration of the pipeline's own, which is called "keep"."""
     if name == "keep":
         return pipe.scheduler
+    if name == "ddpm":
+        return AlphaDDPMScheduler.from_config(pipe.scheduler.config)
     class_name, options = SCHEDULERS[name]
-    scheduler_class = AlphaDDPMScheduler if name == "ddpm" else getattr(diffusers, class_name)
-    return scheduler_class.from_config(pipe.scheduler.config, **options)
+    return stock_scheduler(class_name, pipe.scheduler, **options)
+
+
+def stock_scheduler(class_name: str, scheduler: Any, **options: Any) -> Any:
+    """diffusers' scheduler of this class with the configuration of another, and with its betas if few know their schedule."""
+    if scheduler.config.get("beta_schedule") in ("sigmoid", "laplace"):
+        options["trained_betas"] = AlphaDDPMScheduler.from_config(scheduler.config).betas.tolist()
+    return getattr(diffusers, class_name).from_config(scheduler.config, **options)
+
+
+def sampler_name(scheduler: Any) -> str:
+    """The class of a scheduler, and its algorithm if not the default: "DPMSolverMultistepScheduler, sde-dpmsolver++"."""
+    name, algorithm = type(scheduler).__name__, signature(type(scheduler).__init__).parameters.get("algorithm_type")
+    chosen = scheduler.config.get("algorithm_type")
+    return name if algorithm is None or chosen in (None, algorithm.default) else f"{name}, {chosen}"
 
 
 def steps_of(scheduler: Any, num_inference_steps: int | None) -> int:

@@ -100,7 +100,8 @@ def _settings(pipe: Pipeline, seed: int, steps: int) -> dict[str, Any]:
     """What the bytes of the images depend on, besides what is asked for, as it is kept beside them."""
     settings = {
         "weights": weights_digest(pipe.unet),
-        "scheduler": json.loads(pipe.scheduler.to_json_string()),
+        # with the name of its own class, where what we save names stock's
+        "scheduler": json.loads(pipe.scheduler.to_json_string()) | {"_class_name": type(pipe.scheduler).__name__},
         "num_inference_steps": steps,
         "seed": seed,
     }

@@ -116,6 +116,7 @@ def facts_of(model: "DiffusionPipeline | Path") -> ModelFacts:
 def _facts(index: Mapping[str, Any], unet: Mapping[str, Any], schedule: Mapping[str, Any]) -> ModelFacts:
     own, size, kind = unet.get(OWN_KEY) or {}, unet.get("sample_size"), UNCONDITIONAL
     channels, image, values = int(unet.get("in_channels", 3)), own.get("condition_image"), own.get("value_range")
+    sampler = (index.get("scheduler") or ("", "DDPMScheduler"))[1]
     if "text_encoder" in index:
         kind = TEXT if schedule.get("variance_type") in ("learned", "learned_range") else FIXED_TEXT
     elif vector := own.get("condition_vector"):
@@ -124,14 +125,15 @@ def _facts(index: Mapping[str, Any], unet: Mapping[str, Any], schedule: Mapping[
         kind = Kind(" conditional", example, why_plain_cannot_sample=NOT_TOLD.format("numbers"), condition=condition)
     elif unet.get("num_class_embeds") or unet.get("class_embed_type"):
         kind = CLASS
-    elif not (sampler := (index.get("scheduler") or ("", "DDPM"))[1]).startswith(OF_PLAIN):
+    elif not sampler.startswith(OF_PLAIN):
         kind = replace(UNCONDITIONAL, why_plain_cannot_sample=NO_SAMPLER.format(sampler))
     if image:
         kind, channels = _with_image(kind, image), channels - _encoded_channels(image)
     if "text_encoder" not in index and not _guidable(own, unet):
         kind = replace(kind, example=kind.example.removesuffix("guidance_scale=2.0").removesuffix(", "))
     total, (height, width) = schedule.get("num_train_timesteps", 1000), size if isinstance(size, list | tuple) else (size, size)
-    fitted = sorted(map(int, (schedule.get(OWN_KEY) or {}).get("fitted_samplers") or ()))
+    of_ours = (schedule.get(OWN_KEY) or {}) if sampler == "DDPMScheduler" else {}  # other schedulers only keep it
+    fitted = sorted(map(int, of_ours.get("fitted_samplers") or ()))
     return ModelFacts(kind, schedule, int(total), (height, width), channels, _values(values, "Their") if values else "", fitted)
 
 

@@ -16,8 +16,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..encoding_alpha_ddpm import numbers_in_own_precision
 from ..scheduling_alpha_ddpm import AlphaDDPMScheduler, Moments, ReverseMoments
-from ..tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, Generators, Timesteps, check_generators
+from ..tables_alpha_ddpm import LEARNED_VARIANCE_TYPES, Generators, Timesteps, check_generators, check_integer
 from .densities import NumBins, gaussian_kl, gaussian_log_density, levels_of, log_decoder, nats_to_bits_per_dim
 
 NoiseSource = Callable[[int, torch.Size], Tensor]
@@ -111,7 +112,7 @@ def bits_per_dim(
     """
     bound = BoundOptions(**options)
     chain = own_scheduler(scheduler, bound.num_inference_steps, bound.timesteps)
-    check_images(unet, images, bound.num_bins, generator)
+    check_images(unet, images, bound.num_bins, generator, bound.batch_size)
     strata = _strata(chain, bound, noise)
     calls = len(chain.timesteps) if strata is None else bound.num_evaluated
     total = -(-len(images) // bound.batch_size) * calls
@@ -229,8 +230,10 @@ def evaluating(unet: Callable) -> Iterator["Network"]:
     was_training = isinstance(unet, torch.nn.Module) and unet.training
     if was_training:
         unet.eval()
+    inner = getattr(unet, "unet", unet)
+    numbers = numbers_in_own_precision(inner) if hasattr(inner, "class_embedding") else contextlib.nullcontext()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), numbers:
             yield Network(unet)
     finally:
         if was_training:
@@ -309,8 +312,9 @@ def own_scheduler(
     return chain
 
 
-def check_images(unet: Any, images: Tensor, num_bins: NumBins | None, generator: Generators) -> None:
-    """Raise ValueError if shape, dtype, number of levels or number of generators do not fit."""
+def check_images(unet: Any, images: Tensor, num_bins: NumBins | None, generator: Generators, batch_size: int) -> None:
+    """Raise ValueError if shape, dtype, levels or number of generators do not fit, or batches would be empty."""
+    check_integer("batch_size", batch_size, 1)
     of_pictures = isinstance(unet, UNet2DModel | UNet2DConditionModel)
     fits = images.ndim == 4 and images.shape[1] == unet.config.in_channels if of_pictures else images.ndim >= 2
     if not fits or not len(images) or not images.is_floating_point():
@@ -322,6 +326,8 @@ def check_images(unet: Any, images: Tensor, num_bins: NumBins | None, generator:
         if len(counts) != images.shape[1] or min(counts) < 2:
             allowed = f"at least 2, {images.shape[1]} such numbers, one per channel, or None for continuous values"
             raise ValueError(f"num_bins={num_bins} must be {allowed}.")
+    for some in images.split(1024):  # at a time, for the memory
+        _on_levels(some, num_bins)
     check_generators(generator, len(images))
 
 

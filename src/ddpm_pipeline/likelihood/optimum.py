@@ -57,7 +57,7 @@ def estimate_analytic_variance(
     The arguments are those of `bits_per_dim`. `with_analytic_variance` turns the result into a scheduler.
     """
     full = own_scheduler(scheduler)
-    check_images(unet, images, num_bins, generator)
+    check_images(unet, images, num_bins, generator, batch_size)
     total, count = len(full), len(images)
     sums = torch.zeros(4, total, dtype=torch.float64)  # of ‖ε‖²/d, its square, ‖z̃ - ε‖²/d, its square
     x0_sums, data_sum = torch.zeros(total, dtype=torch.float64), 0.0
