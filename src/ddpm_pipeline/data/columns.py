@@ -178,8 +178,12 @@ def kept_columns(features: Features) -> Features:
 
 
 def occurring_classes(column: pa.ChunkedArray, name: str) -> pa.Array:
-    """The values of a label column that is no ClassLabel, sorted: its classes. Raises DataError for none, or for too many."""
+    """The values of a label column that is no ClassLabel, sorted: its classes. An empty text is no label. Raises DataError for
+    none, or for too many.
+    """
     values = pc.unique(column).drop_null()
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        values = values.filter(pc.not_equal(values, ""))
     if len(values) == 0:
         raise DataError(f"The label column {name!r} holds no label. Labels are whole numbers, booleans, strings or times.")
     if len(values) > MAX_CLASSES:

@@ -35,6 +35,7 @@ from .splits import SPLIT_COLUMNS, Picture, may_divide, pictures_in_splits, spli
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 CAPTIONS = (".txt", ".caption")
 TABLES = (".parquet", ".arrow")
+CODE = r"^\s*-?0\d"  # of a number with a leading zero
 MAX_TEXT_BYTES = 2**20  # of a file of captions beside an image
 BOXES = re.compile(r"\d+(\s+[-+.\deE]+){4,}\s*")  # a line of YOLO's annotations: a class, and coordinates
 
@@ -354,7 +355,9 @@ def _metadata_table(file: File) -> pa.Table:
 
 
 def _csv_table(content: str) -> pa.Table:
-    """File names and texts as they stand, also where they look like numbers; a label that is empty is missing."""
+    """File names and texts as they stand, also where they look like numbers; columns with numbers such as 01, which are codes,
+    too.
+    """
     head = content.partition("\n")[0]
     try:
         delimiter = csv.Sniffer().sniff(head, ",;\t").delimiter
@@ -363,11 +366,16 @@ def _csv_table(content: str) -> pa.Table:
     names = [name.strip('" \r') for name in head.split(delimiter)]
     words = [name for name in names if name.endswith(("file_name", "text"))]
     parsing = pa.csv.ParseOptions(newlines_in_values=True, delimiter=delimiter)
-    converting = pa.csv.ConvertOptions(column_types=dict.fromkeys(words, pa.string()))
-    table = pa.csv.read_csv(io.BytesIO(content.encode()), parse_options=parsing, convert_options=converting)
-    if "label" in names and pa.types.is_string(table["label"].type):
-        labels = pc.if_else(pc.equal(table["label"], ""), None, table["label"])
-        table = table.set_column(names.index("label"), "label", labels)
+
+    def read(words: list[str]) -> pa.Table:
+        converting = pa.csv.ConvertOptions(column_types=dict.fromkeys(words, pa.string()))
+        return pa.csv.read_csv(io.BytesIO(content.encode()), parse_options=parsing, convert_options=converting)
+
+    table = read(words)
+    if integers := [field.name for field in table.schema if pa.types.is_integer(field.type)]:
+        written = read([*words, *integers])
+        codes = [name for name in integers if pc.any(pc.match_substring_regex(written[name], CODE)).as_py()]
+        return read([*words, *codes]) if codes else table
     return table
 
 

@@ -205,7 +205,7 @@ def _bits_per_dim(
         "num_inference_steps": likelihood.likelihood_steps, "num_evaluated": likelihood.likelihood_calls,
         "two_term": likelihood.two_term, "num_bins": num_bins, "batch_size": batch_size, "progress": main,
     }  # fmt: skip
-    for batch in tqdm(my_batches(count, batch_size, accelerator), disable=not main, desc="likelihood"):
+    for batch in tqdm(my_batches(count, batch_size, accelerator), disable=not main or None, desc="likelihood"):
         images = data.pixels(chosen[batch]), data.value_range
         how["model_kwargs"] = subject.conditions.inputs(chosen[batch])
         try:

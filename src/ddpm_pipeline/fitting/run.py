@@ -10,16 +10,19 @@ from accelerate import Accelerator
 from ..generation.pipelines import load_pipeline
 from ..generation.requests import request_of
 from ..stock_format import INDEX
-from ..support.atomic import write_text
+from ..support.atomic import check_writable, write_text
 from ..support.errors import ConfigError
 from .options import FittingOptions
 from .samplers import SamplerFit, fit_sampler
+
+SCHEDULER = "scheduler/scheduler_config.json"
 
 
 def fit(options: FittingOptions) -> SamplerFit:
     """Fit the samplers, write them into the folder's scheduler config, and print what they reach.
 
-    Raises ConfigError for a model or a request that cannot be used, and if no sampler is better than diffusers' best.
+    Raises ConfigError for a model or a request that cannot be used, and if no sampler is better than diffusers' best; OSError,
+    before the fit, if the folder cannot be written to.
     """
     began, accelerator, sampling = time.monotonic(), Accelerator(), options.sampling
     if sampling.num_cpu_threads:
@@ -29,6 +32,9 @@ def fit(options: FittingOptions) -> SamplerFit:
         raise ConfigError(f"--model {folder} is no folder of a pipeline; download or save it first: the fit is written there.")
     pipe = load_pipeline(sampling.model).to(accelerator.device)
     pipe.set_progress_bar_config()  # shown
+    if accelerator.is_main_process:
+        for name in (*pipe.shipped_files(), SCHEDULER, INDEX):
+            check_writable(folder / name)
     with accelerator.main_process_first():  # the others find its cache of condition images
         request, _ = request_of(pipe, options)
     how = {"num_noises": sampling.num_noises, "long_steps": sampling.long_steps}
@@ -56,5 +62,5 @@ def _write(pipe, folder: Path) -> None:
     """The scheduler's config, the code that reads it, and the index, which may have named another scheduler."""
     for name, code in pipe.shipped_code().items():
         write_text(folder / name, code)
-    write_text(folder / "scheduler" / "scheduler_config.json", pipe.scheduler.to_json_string())
+    write_text(folder / SCHEDULER, pipe.scheduler.to_json_string())
     write_text(folder / INDEX, pipe.to_json_string())
