@@ -352,7 +352,7 @@ def draw_samples(run: Run) -> None:
         path = run.folder / "samples.png"
         run.telemetry.show("samples", path, save_grid(run, run.pipe, watching.num_samples, steps, path), run.total)
     with not_essential("process.png"):
-        request, columns = run.condition.preview(PROCESS_ROWS)
-        path, names = run.folder / "process.png", run.condition.row_names(request, columns)
+        request, _ = run.condition.preview(PROCESS_ROWS)
+        path, names = run.folder / "process.png", run.condition.row_names(request, 1)  # each image has a row
         save_picture(sample_process(run.pipe, seed, request, run.display, names), path)
         run.telemetry.show("process", path, "from noise to images\n" + _rows(names), run.total)
