@@ -80,7 +80,7 @@ def check_destinations(options: EvaluationOptions) -> None:
     """Raises ConfigError if the figures could not be written."""
     path, folder = json_file(options), card_folder(options)
     for file in [path, picture_file(options)][: 2 if options.data.validation_split else 1]:
-        _try_to_write(file, "name another file with --output")
+        _try_to_write(file, "or name another with --output")
     if folder is None:
         return
     advice = "or leave the card as it is with --update_card false"
