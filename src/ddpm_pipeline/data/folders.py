@@ -344,19 +344,34 @@ def _metadata_table(file: File) -> pa.Table:
         content = read_bytes(file.path).decode("utf-8-sig")
         if file.suffix == ".csv":
             return _csv_table(content)
-        rows = [json.loads(line) for line in content.split("\n") if line.strip()]
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError('each line must be an object such as {"file_name": "1.png"}')
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
+        return _json_table(content)
     except (OSError, ValueError, TypeError, DataError) as error:  # pyarrow's are one of these
         fix = " Save it as UTF-8, with quotes around texts that hold commas." if file.suffix == ".csv" else ""
         raise DataError(f"The metadata file {file.path!r} cannot be read: {describe_exception(error)}.{fix}") from error
 
 
+def _json_table(content: str) -> pa.Table:
+    rows = []
+    for number, line in enumerate(content.split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+            if not isinstance(rows[-1], dict):
+                raise ValueError(f'line {number} must be an object such as {{"file_name": "1.png"}}')
+    columns = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        try:
+            columns[name] = pa.array([row.get(name) for row in rows])
+        except pa.ArrowException as error:
+            raise ValueError(f"the column {name!r} must have values of one type: {error}") from error
+    return pa.table(columns)
+
+
 def _csv_table(content: str) -> pa.Table:
-    """File names and texts as they stand, also where they look like numbers; columns with numbers such as 01, which are codes,
-    too.
+    """File names and texts as they stand, also where they look like numbers, and so columns with numbers such as 01, which are
+    codes; a label that is empty is missing.
     """
     head = content.partition("\n")[0]
     try:
@@ -375,7 +390,10 @@ def _csv_table(content: str) -> pa.Table:
     if integers := [field.name for field in table.schema if pa.types.is_integer(field.type)]:
         written = read([*words, *integers])
         codes = [name for name in integers if pc.any(pc.match_substring_regex(written[name], CODE)).as_py()]
-        return read([*words, *codes]) if codes else table
+        table = read([*words, *codes]) if codes else table
+    if "label" in names and pa.types.is_string(table["label"].type):
+        labels = pc.if_else(pc.equal(table["label"], ""), None, table["label"])
+        table = table.set_column(names.index("label"), "label", labels)
     return table
 
 

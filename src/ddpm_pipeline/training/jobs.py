@@ -272,7 +272,7 @@ def start_tracker(run: Run) -> None:
     try:
         run.accelerator.init_trackers(TRACKER_PROJECT, options, init_kwargs=settings(run.folder, run.first))
     except Exception as error:  # each tracker has its own
-        tracker = run.options.watching.report_to
+        tracker, run.accelerator.trackers = run.options.watching.report_to, []  # there is none to end
         raise ConfigError(f"--report_to {tracker} cannot be started: {describe_exception(error)}") from error
 
 
