@@ -164,13 +164,14 @@ def test_a_picture_a_figure_or_a_tracker_that_fails_does_not_end_the_run(run, tm
     assert log.count("the tracker failed") == log.count("No space left on device") == 1
 
 
-def test_a_tracker_that_cannot_start_is_an_error_before_training(run, tmp_path, monkeypatch):
+def test_a_tracker_that_cannot_start_is_an_error_before_training(run, tmp_path, monkeypatch, caplog):
     def fail(*_, **__):
         raise RuntimeError("no account")
 
-    monkeypatch.setattr(Accelerator, "init_trackers", fail)
+    monkeypatch.setattr(TensorBoardTracker, "start", fail)
     with pytest.raises(ConfigError, match=r"--report_to tensorboard.*no account"):
         run(tmp_path / "model", report_to="tensorboard")
+    assert "the tracker failed" not in caplog.text  # to end what has not begun
 
 
 # ---- stops ------------------------------------------------------------------------------------------
