@@ -310,13 +310,21 @@ def test_rows_of_the_hub_may_name_the_web_and_the_cache_only(tmp_path, service):
 
 
 @pytest.mark.parametrize(
-    "content", ["file_name,text\n1.png,Käse\n".encode("latin-1"), b"file_name,text\n1.png,a cat, asleep\n"]
+    ("content", "named"),
+    [
+        ("file_name,text\n1.png,Käse\n".encode("latin-1"), "Save it as UTF-8, with quotes around texts"),
+        (b"file_name,text\n1.png,a cat, asleep\n", "Save it as UTF-8, with quotes around texts"),
+        (b"file_name,label\n1.png,1.0\n", r"'label' has the type Value\('float64'\)\. Labels must be"),
+        (b'{"file_name": "1.png"}\n\n{"file_name', "line 3: Unterminated"),
+        (b'{"file_name": "1.png"}\n[]', "line 2 must be an object"),
+        (b'{"file_name": "1.png", "label": 1}\n{"label": "1"}', "column 'label' must have values of one type"),
+    ],
 )
-def test_a_table_as_other_programs_save_it_is_an_error_with_what_to_do(load, tmp_path, content):
+def test_a_table_that_cannot_be_read_is_an_error_with_what_to_do(load, tmp_path, content, named):
     write_image(tmp_path / "x" / "1.png", rgb(0))
-    (tmp_path / "x" / "metadata.csv").write_bytes(content)
-    with pytest.raises(DataError, match="Save it as UTF-8, with quotes around texts"):
-        load(tmp_path / "x")
+    (tmp_path / "x" / ("metadata.csv" if content[:1] == b"f" else "metadata.jsonl")).write_bytes(content)
+    with pytest.raises(DataError, match=named):
+        load(tmp_path / "x", condition="class")
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error(load, tmp_path, monkeypatch):

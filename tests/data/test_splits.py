@@ -129,6 +129,15 @@ def test_empty_cells_and_lines_that_are_no_rows(tmp_path):
             splits(tmp_path / str(number), "a.png", "metadata.jsonl", metadata_jsonl=content)
 
 
+def test_codes_in_csv_files_stay_as_they_are(tmp_path):
+    rows = "file_name,label,age\na.png,01,7\nb.png,1,-8\nc.png,,0\n"
+    splits(tmp_path / "x", *(f"{name}.png" for name in "abc"), "metadata.csv", metadata_csv=rows)
+    found = read_folder(tmp_path / "x").splits["train"]
+    assert found["label"][:] == ["01", "1", None] and found["age"][:] == [7, -8, 0]
+    data = load(tmp_path / "x", condition="class", max_bad_fraction=0.5, cache_dir=str(tmp_path / "cache"))
+    assert data.class_names == ["01", "1"] and len(data) == 2
+
+
 def test_tables(tmp_path, caplog):
     for folder, names in {"x": ("trainset", "holdout"), "y": ("train", "train-val")}.items():
         (tmp_path / folder).mkdir()

@@ -37,7 +37,7 @@ def launched(folder: Path, options: list[str], processes: int) -> Path:
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]  # `accelerate` need not be on the PATH
     command = [*launcher, "--multi_gpu", "--num_processes", str(processes), "training/train.py", *options]
     done = run_command(*command, "--output_dir", str(folder), ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "\r" not in done.stderr, done.stderr
     return folder
 
 

@@ -509,8 +509,10 @@ def test_command_prints_the_results_and_errors_in_one_line(model, cache, tmp_pat
 
     flags = ["--model", f"{model}/unet/..", "--split", SPLIT, "--cache_dir", cache, "--num_images", "0", "--no_update_card"]
     command(*flags, "--num_likelihood_images", "2", "--likelihood_steps", "2", "--output", str(tmp_path / "found.json"))
-    printed = json.loads(capsys.readouterr().out)
+    printed, told = capsys.readouterr()
+    printed = json.loads(printed)
     assert printed == json.loads((tmp_path / "found.json").read_text()) and "quality" not in printed
+    assert not re.search("(likelihood|bits/dim): ", told)  # no bars in files
     assert printed["model"] == model.name
     with pytest.raises(SystemExit, match=r"^error: --model .* cannot be loaded"):
         command("--model", str(tmp_path / "no"))

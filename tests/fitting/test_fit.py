@@ -202,8 +202,8 @@ def test_command_writes_into_the_folder_and_says_what_it_reached(tmp_path, monke
     folder = saved(tmp_path / "model")
     monkeypatch.setattr("sys.argv", ["fit_sampler.py", *(f"--{name}={value}" for name, value in flags(folder).items())])
     runpy.run_path(str(ROOT / "training/fit_sampler.py"), run_name="__main__")
-    printed = capsys.readouterr().out
-    assert "| 2 |" in printed and "| 4 |" in printed
+    printed, told = capsys.readouterr()
+    assert "| 2 |" in printed and "| 4 |" in printed and "fitting samplers:" not in told
     assert {len(sampler["timesteps"]) for sampler in samplers_in(folder).values()} == {2, 4}
     pipe = AlphaDDPMPipeline.from_pretrained(folder)
     assert isinstance(pipe.scheduler, AlphaDDPMFittedScheduler)
@@ -220,6 +220,13 @@ def test_mistakes_and_samplers_that_are_not_better_leave_the_folder_as_it_is(tmp
         fit(FittingOptions(model="org/ddpm"))
     with pytest.raises(ConfigError, match=r"exceeds the 10 steps .* Options: --num_inference_steps"):
         fit(FittingOptions(**flags(folder) | {"num_inference_steps": "12"}))
+    (folder / "pipeline.py").rename(tmp_path / "pipeline.py")
+    (folder / "pipeline.py").mkdir()
+    with pytest.raises(FileExistsError, match=r"pipeline\.py"), monkeypatch.context() as patched:
+        patched.setattr("ddpm_pipeline.fitting.run.fit_sampler", None)  # is not reached
+        fit(FittingOptions(**flags(folder)))
+    (folder / "pipeline.py").rmdir()
+    (tmp_path / "pipeline.py").rename(folder / "pipeline.py")
     monkeypatch.setattr(_Fit, "best_stock", lambda self, steps, solved: ("a solver", 1e-9))
     with pytest.raises(ConfigError, match="no fitted sampler is better"):
         fit(FittingOptions(**flags(folder)))

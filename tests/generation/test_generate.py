@@ -222,13 +222,13 @@ def test_every_sampler_has_the_configuration_of_the_model_s_own(model):
             torch.testing.assert_close(scheduler_for(pipe, name).betas, pipe.scheduler.betas)
 
 
-def test_command_samples_and_reports_mistakes_in_one_line(options, expected, text_model, tmp_path, monkeypatch):
+def test_command_samples_and_reports_mistakes_in_one_line(options, expected, text_model, tmp_path, monkeypatch, capsys):
     def run(*flags: str) -> None:
         monkeypatch.setattr("sys.argv", ["generate.py", *flags])
         runpy.run_path(str(ROOT / "training" / "generate.py"), run_name="__main__")
 
     run(*(f"--{name}={value}" for name, value in options.flat().items() if value))
-    assert files(Path(options.output.output_dir)) == expected
+    assert files(Path(options.output.output_dir)) == expected and "sampling:" not in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"^error: unknown option --output_dri\. Did you mean --output_dir\?"):
         run("--model", "m", "--output_dri", "x")
     with pytest.raises(SystemExit, match=r"^error: --output_dir is required"):

@@ -14,6 +14,8 @@ def test_an_exception_is_one_line_with_its_cause():
     error.__cause__ = KeyError("inner")
     assert describe_exception(error) == "ValueError: two lines; KeyError: 'inner'"
     assert describe_exception(TimeoutError()) == "TimeoutError"
+    error.__cause__ = OSError("lines")
+    assert describe_exception(error) == "ValueError: two lines"
 
 
 def test_what_the_hub_answered_is_its_status_and_words():

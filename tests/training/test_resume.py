@@ -85,6 +85,10 @@ def refused(options: dict, *named: str, **changed) -> None:
         assert word in str(error.value)
 
 
+def test_a_model_of_two_classes_has_its_pictures(runs, tmp_path):
+    assert {"samples.png", "process.png"} <= {path.name for path in runs("class", tmp_path)[1].iterdir()}
+
+
 # ---- data, names, words, models ---------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Event
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from accelerate.tracking import TensorBoardTracker
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ddpm_pipeline import AlphaDDPMPipeline
-from ddpm_pipeline.generation import drawing
 from ddpm_pipeline.support.errors import STOPPED_STATUS, ConfigError, PushError, Stopped
 from ddpm_pipeline.training import TrainingOptions, evaluations, jobs, loop, pusher, stop, telemetry, train
 from ddpm_pipeline.training.checkpoints import list_checkpoints
@@ -164,13 +164,14 @@ def test_a_picture_a_figure_or_a_tracker_that_fails_does_not_end_the_run(run, tm
     assert log.count("the tracker failed") == log.count("No space left on device") == 1
 
 
-def test_a_tracker_that_cannot_start_is_an_error_before_training(run, tmp_path, monkeypatch):
+def test_a_tracker_that_cannot_start_is_an_error_before_training(run, tmp_path, monkeypatch, caplog):
     def fail(*_, **__):
         raise RuntimeError("no account")
 
-    monkeypatch.setattr(Accelerator, "init_trackers", fail)
+    monkeypatch.setattr(TensorBoardTracker, "start", fail)
     with pytest.raises(ConfigError, match=r"--report_to tensorboard.*no account"):
         run(tmp_path / "model", report_to="tensorboard")
+    assert "the tracker failed" not in caplog.text  # to end what has not begun
 
 
 # ---- stops ------------------------------------------------------------------------------------------
@@ -215,6 +216,13 @@ def test_a_run_whose_push_stalls_ends_soon_after_a_signal(when, run, tmp_path, m
     assert list_checkpoints(tmp_path / "model") or (tmp_path / "model/model_index.json").is_file()
 
 
+def test_a_stop_after_the_last_update_keeps_the_model(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "fit_sampler", Mock(side_effect=Stopped("SIGTERM")))
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM after the last update: the model is in .*pictures$"):
+        run(tmp_path / "model", fit_noises=3)
+    assert weights(tmp_path / "model") and (tmp_path / "model/model_index.json").is_file()
+
+
 def test_a_process_that_asked_to_end_does_so_whatever_its_threads_do(monkeypatch):
     monkeypatch.setattr(stop, "LONGEST_END", 0.2)
     child = os.fork()
@@ -231,8 +239,7 @@ def test_a_process_that_asked_to_end_does_so_whatever_its_threads_do(monkeypatch
 @pytest.mark.parametrize("seen", [True, False])
 def test_the_log_and_the_bar_tell_losses_and_the_time_to_go(seen, run, tmp_path, capsys, monkeypatch):
     """In place of a bar a log file gets lines, now and then, without carriage returns."""
-    for module in (jobs, telemetry, drawing):
-        monkeypatch.setattr(module, "bars_are_seen", lambda: seen)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: seen)
     monkeypatch.setattr(telemetry, "LINES_APART", 0.0)
     log = (run(tmp_path / "model", max_train_steps=14, log_every=7) / "train.log").read_text()
     assert len(re.findall(r"about .* to go at .* updates/s, until .*\d\d:\d\d, with previews", log)) == 1

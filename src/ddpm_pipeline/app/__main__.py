@@ -1,6 +1,7 @@
 """A model in the browser: `python -m ddpm_pipeline.app MODEL`, or written as a Hugging Face Space."""
 
 import sys
+from pathlib import Path
 
 from ..support.errors import only_errors_of, reported_errors
 from .options import parse_options
@@ -14,7 +15,8 @@ def main() -> None:
             from .space import push_space, write_space  # needs no gradio
 
             folder = write_space(source.model, publishing.space)
-            print(f"{folder} holds the Space.", file=sys.stderr)
+            source_of_model = "with the model" if Path(source.model).is_dir() else f"which loads {source.model} from the Hub"
+            print(f"{folder} holds the Space, {source_of_model}.", file=sys.stderr)
             if publishing.push_space is not None:
                 print(push_space(folder, publishing.push_space, publishing.private))
             return

@@ -57,13 +57,15 @@ def find_roles(features: Features, image_column: str | None, asked: ConditionCol
         _check_condition("--text_column", text, features, _is_text, "Captions must be strings or lists of strings.")
     elif "text" in asked.kinds and label is None and not asked.from_labels and _is_text(features.get("text")):
         text = "text"
+    words = "Labels must be a ClassLabel, whole numbers, booleans, strings or times."
     if label is not None:
-        words = "Labels must be a ClassLabel, whole numbers, booleans, strings or times."
         _check_condition("--label_column", label, features, _is_label, words)
     else:
         labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
         label = labels[0] if len(labels) == 1 else None
-        if not labels and {"class", "text"} & set(asked.kinds) and _is_label(features.get("label")):
+        by_name = "label" in features and ("class" in asked.kinds or _is_label(features["label"]))
+        if by_name and not labels and {"class", "text"} & set(asked.kinds):
+            _check_condition("the column", "label", features, _is_label, words)
             label = "label"
     needed = {"class": label, "text": text or label}.get(asked.kinds[0])
     partner_kind = None if partner is None else _image_kind(features[partner])
@@ -83,7 +85,10 @@ def _find_beside(features: Features, asked: ConditionColumns) -> tuple[str | Non
         needs = " and ".join(words for kind, words in wanted.items() if kind in asked.kinds)
         raise DataError(f"--condition {asked.condition} needs {needs} in --condition_column, which names {types}.")
     for name in numbers:
-        words = "Numbers must be whole numbers, floats, booleans, or lists of labels; for a single label, --condition class."
+        words = (
+            "Numbers must be whole numbers (without leading zeros), floats, booleans, or lists of labels; for a single label, "
+            "--condition class."
+        )
         _check_condition("--condition_column", name, features, _is_numbers, words)
     return (found[images[0]] if images else None), numbers
 

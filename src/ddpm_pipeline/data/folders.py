@@ -35,6 +35,7 @@ from .splits import SPLIT_COLUMNS, Picture, may_divide, pictures_in_splits, spli
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 CAPTIONS = (".txt", ".caption")
 TABLES = (".parquet", ".arrow")
+CODE = r"^\s*-?0\d"  # of a number with a leading zero
 MAX_TEXT_BYTES = 2**20  # of a file of captions beside an image
 BOXES = re.compile(r"\d+(\s+[-+.\deE]+){4,}\s*")  # a line of YOLO's annotations: a class, and coordinates
 
@@ -343,18 +344,35 @@ def _metadata_table(file: File) -> pa.Table:
         content = read_bytes(file.path).decode("utf-8-sig")
         if file.suffix == ".csv":
             return _csv_table(content)
-        rows = [json.loads(line) for line in content.split("\n") if line.strip()]
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError('each line must be an object such as {"file_name": "1.png"}')
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
+        return _json_table(content)
     except (OSError, ValueError, TypeError, DataError) as error:  # pyarrow's are one of these
         fix = " Save it as UTF-8, with quotes around texts that hold commas." if file.suffix == ".csv" else ""
         raise DataError(f"The metadata file {file.path!r} cannot be read: {describe_exception(error)}.{fix}") from error
 
 
+def _json_table(content: str) -> pa.Table:
+    rows = []
+    for number, line in enumerate(content.split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+            if not isinstance(rows[-1], dict):
+                raise ValueError(f'line {number} must be an object such as {{"file_name": "1.png"}}')
+    columns = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        try:
+            columns[name] = pa.array([row.get(name) for row in rows])
+        except pa.ArrowException as error:
+            raise ValueError(f"the column {name!r} must have values of one type: {error}") from error
+    return pa.table(columns)
+
+
 def _csv_table(content: str) -> pa.Table:
-    """File names and texts as they stand, also where they look like numbers; a label that is empty is missing."""
+    """File names and texts as they stand, also where they look like numbers, and so columns with numbers such as 01, which are
+    codes; a label that is empty is missing.
+    """
     head = content.partition("\n")[0]
     try:
         delimiter = csv.Sniffer().sniff(head, ",;\t").delimiter
@@ -363,8 +381,16 @@ def _csv_table(content: str) -> pa.Table:
     names = [name.strip('" \r') for name in head.split(delimiter)]
     words = [name for name in names if name.endswith(("file_name", "text"))]
     parsing = pa.csv.ParseOptions(newlines_in_values=True, delimiter=delimiter)
-    converting = pa.csv.ConvertOptions(column_types=dict.fromkeys(words, pa.string()))
-    table = pa.csv.read_csv(io.BytesIO(content.encode()), parse_options=parsing, convert_options=converting)
+
+    def read(words: list[str]) -> pa.Table:
+        converting = pa.csv.ConvertOptions(column_types=dict.fromkeys(words, pa.string()))
+        return pa.csv.read_csv(io.BytesIO(content.encode()), parse_options=parsing, convert_options=converting)
+
+    table = read(words)
+    if integers := [field.name for field in table.schema if pa.types.is_integer(field.type)]:
+        written = read([*words, *integers])
+        codes = [name for name in integers if pc.any(pc.match_substring_regex(written[name], CODE)).as_py()]
+        table = read([*words, *codes]) if codes else table
     if "label" in names and pa.types.is_string(table["label"].type):
         labels = pc.if_else(pc.equal(table["label"], ""), None, table["label"])
         table = table.set_column(names.index("label"), "label", labels)

@@ -11,11 +11,11 @@ from .options import parse_options
 def main() -> None:
     with reported_errors():
         options = parse_options(sys.argv[1:])
-        from accelerate import Accelerator
-
         from . import evaluate  # after parsing, so that --help and mistakes take no seconds
 
         only_errors_of("diffusers")
+        from accelerate import Accelerator  # after the above, which names the extra that brings it
+
         logging.basicConfig(format="%(message)s")
         if main_process := Accelerator().is_main_process:  # PartialState would miss the other processes on CPUs
             logging.getLogger("ddpm_pipeline").setLevel(logging.INFO)

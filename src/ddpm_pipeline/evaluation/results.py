@@ -12,7 +12,7 @@ from ..data.bundled import BUNDLED
 from ..data.options import RESIZE, DataOptions
 from ..data.splits import split_word
 from ..hub.card import CARD, CLOSEST_PAIRS, card_of_folder, read_card, record_evaluation
-from ..support.atomic import temporary_beside, write_text
+from ..support.atomic import check_writable, write_text
 from ..support.errors import ConfigError
 from ..support.exceptions import describe_exception
 from ..support.pictures import save_picture
@@ -80,7 +80,7 @@ def check_destinations(options: EvaluationOptions) -> None:
     """Raises ConfigError if the figures could not be written."""
     path, folder = json_file(options), card_folder(options)
     for file in [path, picture_file(options)][: 2 if options.data.validation_split else 1]:
-        _try_to_write(file, "name another file with --output")
+        _try_to_write(file, "or name another with --output")
     if folder is None:
         return
     advice = "or leave the card as it is with --update_card false"
@@ -92,13 +92,8 @@ def check_destinations(options: EvaluationOptions) -> None:
 
 
 def _try_to_write(path: Path, advice: str) -> None:
-    temporary = temporary_beside(path)
     try:
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"{path} is a folder, a device or a pipe; {advice}.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        temporary.unlink()
+        check_writable(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}; make its folder writable, {advice}.") from error
 

@@ -158,7 +158,7 @@ def _extractor(pipe: Pipeline, options: EvaluationOptions, accelerator: Accelera
     except ConfigError as error:
         in_pairs, divided = image_condition(pipe.unet) is not None, options.data.validation_split
         if quality.features != "auto" or not (options.likelihood.num_likelihood_images or in_pairs or divided):
-            raise ConfigError(f"{error} Or evaluate the likelihood alone, with --num_images 0.") from error
+            raise ConfigError(f"{str(error).rstrip('.')}; or evaluate the likelihood alone, with --num_images 0.") from error
         alone = "only the likelihood is evaluated (as with --num_images 0), and no samples"
         compared = "in pixels" if divided else "with their own images"
         _tell(f"warning: {f'samples are only compared {compared}' if in_pairs or divided else alone}: {error}", accelerator)
@@ -208,7 +208,7 @@ def _bits_per_dim(
         "num_inference_steps": likelihood.likelihood_steps, "num_evaluated": likelihood.likelihood_calls,
         "two_term": likelihood.two_term, "num_bins": num_bins, "batch_size": batch_size, "progress": main,
     }  # fmt: skip
-    for batch in tqdm(my_batches(count, batch_size, accelerator), disable=not main, desc="likelihood"):
+    for batch in tqdm(my_batches(count, batch_size, accelerator), disable=not main or None, desc="likelihood"):
         images = data.pixels(chosen[batch]), data.value_range
         how["model_kwargs"] = subject.conditions.inputs(chosen[batch])
         try:

@@ -106,7 +106,7 @@ def fit_sampler(
     if lengths[-1] > long_steps:
         raise ValueError(f"num_inference_steps={lengths[-1]} exceeds the {long_steps} steps of the long solution.")
     total = long_steps + (len(EXPONENTS) + len(STOCK)) * sum(lengths)
-    hidden = not fit.processes.is_main_process or getattr(pipe, "_progress_bar_config", {}).get("disable", False)
+    hidden = not fit.processes.is_main_process or getattr(pipe, "_progress_bar_config", {}).get("disable") or None
     with _borrowed(pipe, int(batch_size)), tqdm(total=total, desc="fitting samplers", disable=hidden, leave=False) as fit.bar:
         solution = fit.solve(long_steps)
         fitted = fit.best_samplers(solution, lengths)

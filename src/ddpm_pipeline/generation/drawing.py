@@ -19,7 +19,6 @@ from ..samplers_alpha_ddpm import default_steps
 from ..support.draws import RandomStream, seeds
 from ..support.errors import ConfigError
 from ..support.pictures import BY_DEFAULT, Display, strip
-from ..support.progress import bars_are_seen
 
 PROCESS_ROWS, PROCESS_MOMENTS = 4, 10
 PROCESS_STEPS = 100  # a trajectory of more would only take memory
@@ -69,23 +68,25 @@ def sample(
 def sample_in_batches(
     pipe: Any, count: int, batch_size: int, seed: int, num_inference_steps: int, request: Request = UNCONDITIONAL
 ) -> torch.Tensor:
-    """Images 0..count-1 in [0, 1], [count, C, H, W] on the CPU. A bar, if it is seen, goes at the end."""
+    """Images 0..count-1 in [0, 1], [count, C, H, W] on the CPU. The bar goes at the end."""
     batches = [range(count)[start : start + batch_size] for start in range(0, count, batch_size)]
-    with step_bar(len(batches), num_inference_steps, bars_are_seen(), leave=False) as shown:
+    with step_bar(len(batches), num_inference_steps, leave=False) as shown:
         drawn = [sample(pipe, batch, seed, num_inference_steps, request, **shown).images.cpu() for batch in batches]
     return torch.cat(drawn)
 
 
 @contextlib.contextmanager
 def step_bar(num_batches: int, num_inference_steps: int, show: bool = True, leave: bool = True) -> Iterator[dict[str, Any]]:
-    """A progress bar of the reverse steps of several batches, as options of `sample` and `sample_uint8`."""
+    """A progress bar of the reverse steps of several batches, on a terminal or in a notebook, as options of `sample` and
+    `sample_uint8`.
+    """
     steps = num_batches * num_inference_steps
-    with tqdm(total=steps, desc="sampling", unit="step", disable=not show, leave=leave) as bar:
+    with tqdm(total=steps, desc="sampling", unit="step", disable=not show or None, leave=leave) as bar:
 
         def update(*_: Any) -> None:
             bar.update()
 
-        yield {"callback_on_step_end": update} if show else {}
+        yield {} if bar.disable else {"callback_on_step_end": update}
 
 
 def sample_uint8(
@@ -121,6 +122,6 @@ def sample_process(
     most. `rows` are their names.
     """
     images, steps = range(min(PROCESS_ROWS, len(request) or PROCESS_ROWS)), min(PROCESS_STEPS, default_steps(pipe.scheduler))
-    with step_bar(1, steps, bars_are_seen(), leave=False) as shown:
+    with step_bar(1, steps, leave=False) as shown:
         trajectory = sample(pipe, images, seed, steps, request, output_trajectory=True, **shown).trajectory
     return strip(trajectory, PROCESS_MOMENTS, display=display, rows=rows[: len(images)])

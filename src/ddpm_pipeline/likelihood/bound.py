@@ -106,7 +106,7 @@ def bits_per_dim(
             x_0 -> x_1 -> ... -> x_T; otherwise noise is independent at every timestep, mostly with less variance.
         num_bins: levels of a value, 256 (the default) for 8-bit images, or one number per channel; None for the density of
             continuous values, which are in [-1, 1] (likelihood.md says what it is in other units).
-        batch_size, progress: images per network call, 64 by default; whether to show a progress bar.
+        batch_size, progress: images per network call, 64 by default; whether to show a progress bar, except in a log file.
 
     Raises ValueError for images off the levels, and arguments outside these ranges.
     """
@@ -117,7 +117,7 @@ def bits_per_dim(
     calls = len(chain.timesteps) if strata is None else bound.num_evaluated
     total = -(-len(images) // bound.batch_size) * calls
     parts = []
-    with evaluating(unet) as network, tqdm(total=total, disable=not progress, desc="bits/dim") as bar:
+    with evaluating(unet) as network, tqdm(total=total, disable=not progress or None, desc="bits/dim") as bar:
         evaluation = _Evaluation(network, chain, bound.num_bins, bar)
         for batch in batches(network, images, bound.batch_size, bound.num_bins, generator, model_kwargs):
             if strata is None:

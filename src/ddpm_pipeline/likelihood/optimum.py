@@ -63,7 +63,7 @@ def estimate_analytic_variance(
     x0_sums, data_sum = torch.zeros(total, dtype=torch.float64), 0.0
     residuals = torch.zeros(total, 2, len(_RESIDUAL_CENTRES), dtype=torch.float64)
     calls = -(-count // batch_size) * total
-    with evaluating(unet) as network, tqdm(total=calls, disable=not progress, desc="noise") as bar:
+    with evaluating(unet) as network, tqdm(total=calls, disable=not progress or None, desc="noise") as bar:
         for batch in batches(network, images, batch_size, num_bins, generator, model_kwargs):
             x_0 = batch.x_0
             data_sum += float(_mean_squares(x_0).sum())

@@ -30,10 +30,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     the place of `path`. Raises OSError if that is a folder, a device or a pipe, which a file must not replace.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise FileExistsError(errno.EEXIST, "not a regular file", str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(path)
+    temporary = _place_for(path)
     try:
         yield temporary
         sync(temporary)
@@ -42,6 +39,21 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError, before anything that takes long, where `atomic_file` would. Makes the folder if it is missing."""
+    temporary = _place_for(path)
+    temporary.touch()
+    temporary.unlink()
+
+
+def _place_for(path: Path) -> Path:
+    """Where to write what is to take the place of `path`, in a folder that exists."""
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "not a regular file", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return temporary_beside(path)
 
 
 def write_text(path: str | Path, text: str) -> None:

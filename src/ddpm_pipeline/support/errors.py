@@ -3,11 +3,15 @@
 import contextlib
 import errno
 import logging
+import os
 import sys
 from collections.abc import Iterator
 
 PUSH_FAILED_STATUS = 3  # the run is complete on disk, and could not be pushed
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command with --resume latest goes on
+
+# Variables for tqdm's users without one of their own, such as diffusers; for datasets; for the Hub's client and transformers
+LIBRARY_BARS_OFF = ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS")
 
 
 class ConfigError(ValueError):
@@ -47,8 +51,10 @@ def only_errors_of(library: str) -> None:
 @contextlib.contextmanager
 def reported_errors(interrupted: str = "interrupted") -> Iterator[None]:
     """For commands: the errors above end the process with one line on standard error and their exit status. `interrupted` is
-    the line for Ctrl-C.
+    the line for Ctrl-C. Libraries imported within draw no progress bars into files; ours do not anyway.
     """
+    if not sys.stderr.isatty():
+        os.environ |= dict.fromkeys(LIBRARY_BARS_OFF, "1")
     try:
         yield
     except (ConfigError, DataError, CheckpointError, NumericalError, MissingExtraError) as error:

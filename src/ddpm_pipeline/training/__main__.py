@@ -1,18 +1,14 @@
 """Train a diffusion model: the command behind `python training/train.py`."""
 
-import os
 import sys
 
 from ..support.errors import PUSH_FAILED_STATUS, STOPPED_STATUS, PushError, Stopped, reported_errors
-from ..support.progress import bars_are_seen
 from .options import parse_options
 
 
 def main() -> None:
     with reported_errors("interrupted before the first update"):
         options = parse_options(sys.argv[1:])
-        if not bars_are_seen():
-            os.environ |= dict.fromkeys(("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"), "1")
         from . import train  # after parsing, so that --help and mistakes take no seconds
         from .stop import end_soon
 

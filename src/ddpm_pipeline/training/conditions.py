@@ -23,8 +23,8 @@ class ClassCondition(Condition):
     def __init__(self, options: ConditionOptions, data: ImageSet):
         if data.label_column is None:
             raise ConfigError(
-                f"--condition {options.condition}: {data.name} has no label column that is found automatically; name one of "
-                f"{data.columns} with --label_column."
+                f"--condition {options.condition}: {data.name} has no label column that is found automatically; name it with "
+                f"--label_column. Its columns besides images: {', '.join(data.columns) or 'none'}."
             )
         self.options, self.column, self.names = options, data.label_column, data.class_names
 

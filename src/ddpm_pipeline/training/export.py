@@ -28,13 +28,16 @@ from ..scheduling_alpha_ddpm import AlphaDDPMScheduler
 from ..stock_format import build_within
 from ..support.errors import ConfigError, reported_errors
 from ..support.exceptions import describe_exception
+from ..support.extras import needs_extra
 from ..support.provenance import weights_digest
-from .augmentation import AugmentedNetwork
-from .checkpoints import EMA_FILE, IDENTITY_FILE, STATE_FILE, WEIGHTS_FILE, damage_of, stored_options
-from .identity import identity_of
-from .output_folder import OPTIONS_FILE
-from .record import model_card
-from .text_encoders import load_text_encoder
+
+with needs_extra("train", __package__):
+    from .augmentation import AugmentedNetwork
+    from .checkpoints import EMA_FILE, IDENTITY_FILE, STATE_FILE, WEIGHTS_FILE, damage_of, stored_options
+    from .identity import identity_of
+    from .output_folder import OPTIONS_FILE
+    from .record import model_card
+    from .text_encoders import load_text_encoder
 
 if TYPE_CHECKING:
     from .jobs import Run

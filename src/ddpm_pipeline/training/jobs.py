@@ -28,7 +28,6 @@ from ..support.atomic import write_text
 from ..support.errors import ConfigError, NumericalError, Stopped
 from ..support.exceptions import describe_exception
 from ..support.pictures import Display, grid, save_picture
-from ..support.progress import bars_are_seen
 from .batches import BatchLoader
 from .checkpoints import Checkpoints, export_command
 from .conditions import Condition
@@ -151,7 +150,8 @@ def stopped(run: Run, done: int) -> Stopped:
     if run.pusher is not None:
         run.pusher.abandon(run.stop, urgent=True)
     why, model = run.stop.reason or "another process", export_command(run.checkpoints.last)
-    return Stopped(f"stopped by {why} after update {done}; for a model as of now, {model}")
+    again = "repeat the command with --resume latest to continue from there"
+    return Stopped(f"stopped by {why} after update {done}; for a model as of now, {model}; {again}")
 
 
 def report(run: Run, done: int) -> None:
@@ -272,7 +272,7 @@ def start_tracker(run: Run) -> None:
     try:
         run.accelerator.init_trackers(TRACKER_PROJECT, options, init_kwargs=settings(run.folder, run.first))
     except Exception as error:  # each tracker has its own
-        tracker = run.options.watching.report_to
+        tracker, run.accelerator.trackers = run.options.watching.report_to, []  # there is none to end
         raise ConfigError(f"--report_to {tracker} cannot be started: {describe_exception(error)}") from error
 
 
@@ -297,10 +297,17 @@ def finish(run: Run) -> None:
     run.accelerator.unwrap_model(run.state.model, keep_fp32_wrapper=False)  # samples show what the saved weights make
     if run.output is not None:
         run.output.check()
-        with run.state.ema_weights(), run.stop.interrupts(run.state.unet):
-            fit_few_steps(run)
-            draw_samples(run)
-            export(run.pipe, run.folder, model_card(run, run.folder, run.total))
+        with run.state.ema_weights():
+            try:
+                with run.stop.interrupts(run.state.unet):
+                    fit_few_steps(run)
+                    draw_samples(run)
+            except Stopped as asked:
+                again = "" if run.checkpoints.last == "none" else "; repeat the command with --resume latest for these"
+                what = f"the model is in {run.folder}, without some of its samplers and pictures"
+                raise Stopped(f"stopped by {asked} after the last update: {what}{again}") from None
+            finally:  # there may be no checkpoint
+                export(run.pipe, run.folder, model_card(run, run.folder, run.total))
         run.output.check()  # what was written before it was removed is gone
         seconds = time.monotonic() - run.began
         logger.info("done in %.0f s: the model and its card are in %s", seconds, run.folder)
@@ -316,7 +323,7 @@ def fit_few_steps(run: Run) -> None:
     with not_essential("fitting samplers of few steps"):
         request, _ = run.condition.preview(noises)
         how = {"num_noises": noises, "batch_size": run.batch_size, "seed": run.options.run.seed}
-        run.pipe.set_progress_bar_config(disable=not bars_are_seen())
+        run.pipe.set_progress_bar_config()
         found = fit_sampler(run.pipe, steps, request, **how, alone=True)
         if found.scheduler.fitted_samplers:
             run.pipe.scheduler = found.scheduler
@@ -345,7 +352,7 @@ def draw_samples(run: Run) -> None:
         path = run.folder / "samples.png"
         run.telemetry.show("samples", path, save_grid(run, run.pipe, watching.num_samples, steps, path), run.total)
     with not_essential("process.png"):
-        request, columns = run.condition.preview(PROCESS_ROWS)
-        path, names = run.folder / "process.png", run.condition.row_names(request, columns)
+        request, _ = run.condition.preview(PROCESS_ROWS)
+        path, names = run.folder / "process.png", run.condition.row_names(request, 1)  # each image has a row
         save_picture(sample_process(run.pipe, seed, request, run.display, names), path)
         run.telemetry.show("process", path, "from noise to images\n" + _rows(names), run.total)

@@ -45,16 +45,14 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, signals are requests, and Stopped says how to continue. Earlier handlers are restored at the end. A hang-up
-        that is ignored, as by `nohup`, still is.
+        """Within, signals are requests. Earlier handlers are restored at the end. A hang-up that is ignored, as by `nohup`,
+        still is.
         """
         heard = SIGNALS if threading.current_thread() is threading.main_thread() else ()  # Python allows no other
         ignored = [each for each in heard if each.name == "SIGHUP" and signal.getsignal(each) == signal.SIG_IGN]
         before = {each: signal.signal(each, self._on_signal) for each in heard if each not in ignored}
         try:
             yield
-        except Stopped as stopped:
-            raise Stopped(f"{stopped}; repeat the command with --resume latest to continue from there") from None
         finally:
             for each, handler in before.items():
                 signal.signal(each, handler)

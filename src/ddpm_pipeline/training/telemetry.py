@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from ..data.skipped import SkippedLog, SkippedRow
 from ..support.atomic import write_text
 from ..support.exceptions import describe_exception
-from ..support.progress import bars_are_seen
 from .forecast import Forecast, duration, time_of_day
 from .state import Updater
 from .trackers import SHOW
@@ -144,8 +143,7 @@ class Telemetry:
             keep_lines(self.path, first_step)
         self.skipped = SkippedLog(folder) if main else None  # rows of the data
         self.timer = StepTimer(accelerator.device)
-        seen = main and bars_are_seen()
-        self.bar = tqdm(total=total, initial=first_step, disable=not seen, desc="training", bar_format=BAR)
+        self.bar = tqdm(total=total, initial=first_step, disable=not main or None, desc="training", bar_format=BAR)
         self._losses: list[torch.Tensor] = []  # one per update since the last report
         self._grad_norm = float("nan")  # of the last update
         self._spent: Counter[str] = Counter()  # seconds by part of an update
