@@ -61,7 +61,7 @@ class SearchBoth(SearchEnglish):
 def prepare_source(app: Sphinx, page: str, source: list[str]) -> None:
     """Links that lead out of docs/, such as ../src/file.py, lead to the repository's page of that file; where the repository is
     unknown, their text stays. Anchors of notebooks, in which Jupyter keeps capitals, become those of the site.
-    Chinese punctuation stays on the line of the formula before it. Links named after a file show its title instead.
+    Punctuation stays on the line of the formula before it. Links named after a file show its title instead.
     """
 
     def address(link: re.Match) -> str:
@@ -71,7 +71,7 @@ def prepare_source(app: Sphinx, page: str, source: list[str]) -> None:
             return link[0]
         return f"[{text}]({REPOSITORY}/blob/main/{file.relative_to(ROOT).as_posix()}{anchor})" if REPOSITORY else text
 
-    source[0] = re.sub(r"\$(?! )[^$\n]+(?<! )\$[，。；：、）]", r"<span class=nowrap>\g<0></span>", source[0])
+    source[0] = re.sub(r"(?<!\")\$(?! )[^$\n]+(?<! )\$[，。；：、）,.;:)]", r"<span class=nowrap>\g<0></span>", source[0])
     source[0] = re.sub(r"\]\(#[^)]*", lambda link: link[0].lower(), source[0])
     source[0] = re.sub(r"(?<!!)\[([^][]*)\]\((\.\./[^)#]*)([^)]*)\)", address, source[0])
     source[0] = re.sub(r"\[[\w./-]+\.md\](?=\([\w./-]+\.md)", "[]", source[0])
