@@ -31,10 +31,12 @@ extensions = [
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"  # notebooks keep the outputs that they were committed with
+nb_render_markdown_format = "myst"  # of outputs: with tables
 highlight_language = "none"  # of blocks that name no language
 suppress_warnings = ["misc.highlighting_failure"]  # of languages without colours, such as csv
 
 default_role = "code"  # docstrings mark code by single backticks
+smartquotes_action = "qe"  # quotes and ellipses: the dashes of --options stay
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_class_signature = "mixed"
@@ -56,9 +58,10 @@ class SearchBoth(SearchEnglish):
         return [*super().split(text), *(a + b for run in runs for a, b in pairwise(run))]
 
 
-def link_to_repository(app: Sphinx, page: str, source: list[str]) -> None:
+def prepare_source(app: Sphinx, page: str, source: list[str]) -> None:
     """Links that lead out of docs/, such as ../src/file.py, lead to the repository's page of that file; where the repository is
     unknown, their text stays. Anchors of notebooks, in which Jupyter keeps capitals, become those of the site.
+    Punctuation stays on the line of the formula before it. Links named after a file show its title instead.
     """
 
     def address(link: re.Match) -> str:
@@ -68,8 +71,10 @@ def link_to_repository(app: Sphinx, page: str, source: list[str]) -> None:
             return link[0]
         return f"[{text}]({REPOSITORY}/blob/main/{file.relative_to(ROOT).as_posix()}{anchor})" if REPOSITORY else text
 
+    source[0] = re.sub(r"(?<!\")\$(?! )[^$\n]+(?<! )\$[，。；：、）,.;:)]", r"<span class=nowrap>\g<0></span>", source[0])
     source[0] = re.sub(r"\]\(#[^)]*", lambda link: link[0].lower(), source[0])
     source[0] = re.sub(r"(?<!!)\[([^][]*)\]\((\.\./[^)#]*)([^)]*)\)", address, source[0])
+    source[0] = re.sub(r"\[[\w./-]+\.md\](?=\([\w./-]+\.md)", "[]", source[0])
 
 
 def name_language(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
@@ -79,5 +84,5 @@ def name_language(app: Sphinx, page: str, template: str, context: dict[str, Any]
 
 def setup(app: Sphinx) -> None:
     sphinx.search.languages["en"] = SearchBoth
-    app.connect("source-read", link_to_repository)
+    app.connect("source-read", prepare_source)
     app.connect("html-page-context", name_language)

@@ -135,8 +135,8 @@ def test_results_are_in_json_and_card(model, results):
     assert "| bits/dim |" in card.text and "from_pretrained" in card.text and card.data.library_name == "diffusers"
 
 
-def test_each_figure_in_the_card_goes_by_its_own_name_and_says_what_it_is_an_estimate_from():
-    quality = {"fid": 1.0, "kid": 2.0, "kid_std": 0.5, "precision": 0.3, "recall": 0.4, "num_generated": 5, "steps": 6}
+def test_each_figure_in_the_card_goes_by_its_own_name_and_says_what_it_is_an_estimate_from(tmp_path, capsys):
+    quality = {"fid": 12.345678, "kid": 2.0, "kid_std": 0.5, "precision": 0.3, "recall": 0.4, "num_generated": 5, "steps": 6}
     bits = {"total": 8.0, "num_images": 9, "steps": 1000, "network_calls": 20, "total_standard_error": 0.21}
     results = {
         "dataset": "d", "split": "s", "seed": 7, "bits_per_dim": bits,
@@ -144,11 +144,14 @@ def test_each_figure_in_the_card_goes_by_its_own_name_and_says_what_it_is_an_est
     }  # fmt: skip
     measured = {one.metric: one for one in measurements(results)}
     values = {name: one.value for name, one in measured.items()}
-    assert values == {"bits/dim": 8.0, "FID": 1.0, "KID": 2.0, "precision": 0.3, "recall": 0.4}
+    assert values == {"bits/dim": 8.0, "FID": 12.345678, "KID": 2.0, "precision": 0.3, "recall": 0.4}
     assert {(one.dataset, one.split) for one in measured.values()} == {("d", "s")}
     bound = measured.pop("bits/dim")
     assert (bound.num_images, bound.standard_error, bound.settings["network_calls"]) == (9, 0.21, "20 of 1000 per image")
     assert {(one.num_images, one.settings["real_images"], one.settings["steps"]) for one in measured.values()} == {(5, 11, 6)}
+    write_results(EvaluationOptions(model=str(tmp_path), dataset="d"), results)  # and says those of samples, in few digits
+    assert capsys.readouterr().err.splitlines()[:2] == ["FID 12.35, of 5 images", "KID 2, of 5 images"]
+    assert str(bound) == "bits/dim 8 ± 0.21, of 9 images"
     bits["network_calls"] = 1000
     assert "network_calls" not in measurements(results)[0].settings
 

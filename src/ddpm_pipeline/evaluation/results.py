@@ -1,7 +1,8 @@
-"""Where the figures of an evaluation go: a JSON file and the model card, both tried before anything is computed."""
+"""Where the figures of an evaluation go: the terminal, a JSON file and the model card. Files are tried before it begins."""
 
 import glob
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,13 @@ def _try_to_write(path: Path, advice: str) -> None:
 
 
 def write_results(options: EvaluationOptions, results: Mapping[str, Any], pairs: Image.Image | None = None) -> None:
-    """Write the figures and the picture of the closest pairs; if that fails in spite of all, print the figures and raise
-    ConfigError.
+    """Print the figures of samples (those of likelihoods were printed before), and write all figures and the picture of the
+    closest pairs; if that fails in spite of all, print the results as JSON and raise ConfigError.
     """
+    measured = measurements(results)
+    for one in measured:
+        if not one.metric.startswith("bits/dim"):
+            print(one, file=sys.stderr, flush=True)
     text, path, folder = json.dumps(results, indent=2), json_file(options), card_folder(options)
     try:
         write_text(path, text + "\n")
@@ -111,7 +116,7 @@ def write_results(options: EvaluationOptions, results: Mapping[str, Any], pairs:
         if folder is not None:
             pictures = {path.name: PAIRS} if pairs is not None and path.resolve().parent == folder.resolve() else {}
             path = folder / CARD
-            record_evaluation(folder, measurements(results), pictures)
+            record_evaluation(folder, measured, pictures)
     except Exception as error:
         print(text, flush=True)
         raise ConfigError(f"{path} cannot be written: {describe_exception(error)}. The figures are printed above.") from error

@@ -43,6 +43,14 @@ class Measurement:
     standard_error: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)  #: steps, network calls, scheduler, features, seed, ...
 
+    @property
+    def shown(self) -> str:
+        """The value to as many digits as are read: '5.824 ± 0.38', ± being one standard error."""
+        return f"{self.value:.4g}" + ("" if self.standard_error is None else f" ± {self.standard_error:.2g}")
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.shown}, of {self.num_images:,} images"
+
     def as_eval_result(self, task_type: str = "unconditional-image-generation") -> EvalResult:
         task = {"task_type": task_type, "task_name": "Image generation"}
         name = _shown(self.dataset, "the name of the data") or "unnamed data"
@@ -225,11 +233,10 @@ def _evaluation_text(evaluation: Sequence[Measurement] | None, closest_pairs: st
         return "" if evaluation is None else "Not measured yet."
     lines = ["| metric | value | images | data | how |", "|---|---|---|---|---|"]
     for one in evaluation:
-        error = "" if one.standard_error is None else f" ± {one.standard_error:.2g}"
         how = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in one.how.items())
         split = _prose(_shown(one.split, "the split"))
         data = _prose(_shown(one.dataset, "the name of the data")) + (f" ({split})" if split else "")
-        figure = f"| {_prose(one.metric)} | {one.value:.4g}{error} | {one.num_images:,} |"
+        figure = f"| {_prose(one.metric)} | {one.shown} | {one.num_images:,} |"
         lines.append(f"{figure} {data} | {_prose(how)} |")
     if any(one.standard_error is not None for one in evaluation):
         lines += ["", "± is one standard error."]

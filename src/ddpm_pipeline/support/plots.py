@@ -26,10 +26,14 @@ def plot_schedule(*schedulers: Any) -> "Figure":
         ours = scheduler if isinstance(scheduler, AlphaDDPMScheduler) else AlphaDDPMScheduler.from_config(scheduler.config)
         found, name, color = ours.schedule, _name(ours), f"C{number}"
         share.plot(found.timesteps, found.alphas_cumprod, color, label=name)
-        variance.semilogy(found.timesteps, found.betas, color, label=f"β, {name}")
-        variance.semilogy(found.timesteps[1:], found.posterior_variance[1:], color, linestyle="--", label=f"β̃, {name}")
+        variance.semilogy(found.timesteps, found.betas, color, label=rf"$\beta$, {name}")
+        variance.semilogy(found.timesteps[1:], found.posterior_variance[1:], f"{color}--", label=rf"$\tilde\beta$, {name}")
         ratio.plot(found.timesteps, found.log_snr, color, label=name)
-    titles = {share: "share of x_0 left: ᾱ", variance: "variance of a step: β, and β̃ dashed", ratio: "log SNR"}
+    titles = {
+        share: r"share of $x_0$ left: $\bar\alpha$",
+        variance: r"variance of a step: $\beta$, and $\tilde\beta$ dashed",
+        ratio: "log SNR",
+    }
     for axes, title in titles.items():
         axes.set(title=title, xlabel="timestep")
         axes.grid(alpha=0.3)
