@@ -37,7 +37,7 @@ def test_memorisation():
 
 def test_cats():
     page, samplers = words_of("docs/results.md"), {"dpm-solver++": "DPM-Solver++", "sde-dpm-solver++": "SDE-DPM-Solver++"}
-    for found in measured("cats_quality_50_steps")["results"] + measured("cats_quality")["results"]:
+    for found in measured("cats_quality")["results"]:
         shares = [(found[name], found[f"{name}_standard_error"]) for name in ("valid", "new", "copies")]
         cells = " | ".join(f"{100 * share:.1f} ± {100 * error:.1f} %" for share, error in shares)
         by_chance = f"{100 * found['valid'] * found['copies_by_chance']:.1f} %"
@@ -51,9 +51,10 @@ def test_ablations():
     for name in ("ablations_recipe", "ablations_architecture"):
         rows = table(measured(name)).splitlines()
         assert "\n".join(row for row in rows if row.startswith("|")) in page
-    (found,), weighted = measured("cats_unweighted")["results"], measured("cats_quality")["results"][0]
-    for row in (found, weighted):
-        assert f"{100 * row['valid']:.1f} ± {100 * row['valid_standard_error']:.1f} %" in page and f"{row['fid']:.1f}" in page
+    for name, weighting in {"cats_quality": "Min-SNR", "cats_shifted": "Min-SNR", "cats_unweighted": "none"}.items():
+        row = measured(name)["results"][0]
+        valid = f"{100 * row['valid']:.1f} ± {100 * row['valid_standard_error']:.1f} %"
+        assert f"/{name}.json) | {weighting} | {valid} | {row['fid']:.1f} |" in page
 
 
 def test_cats_from_words():
@@ -67,6 +68,15 @@ def test_cats_from_words():
         assert " | ".join(f"{100 * share:.1f} ± {100 * error:.1f} %" for share, error in shares) in page
         if found["asked"] in ("held-out cats", "unseen wordings"):
             assert f"| {100 * shares[0][0]:.1f} ± {100 * shares[0][1]:.1f} % |" in words_of("README.md")
+
+
+@pytest.mark.parametrize("name", ["cats_text_second_seed", "cats_text_second_seed_sde"])
+def test_a_second_run_of_cats_from_words(name):
+    found, page = measured(name)["results"], words_of("docs/results.md")
+    *first, last = (f"{100 * row['attributes']['all']['accuracy']:.1f}" for row in found)
+    assert f"{', '.join(first)} and {last} %" in page
+    valid = [100 * row["valid"] for row in found]
+    assert f"{min(valid):.1f} to {max(valid):.1f} %" in page
 
 
 @pytest.mark.parametrize("name", ["cats_text_one_sentence", "cats_text_word_dropout", "cats_text_quality"])

@@ -34,13 +34,14 @@ def _blocks(*channels: int, attention: int | None = None, **config: Any) -> dict
     }
 
 
-# Largest resolution that each preset is meant for, and its UNet2DModel. `small` and `medium` are for people without a GPU
-# (docs/training.md has what was tried). The presets from 32 on are the networks of Ho et al. 2020 (appendix B), the 64-pixel
-# one between its neighbours.
+# Largest resolution that each preset is meant for, and its UNet2DModel. `small` and `medium` are for people without a GPU;
+# timesteps scale their features and shift them (docs/training.md has what was tried). The presets from 32 on are the networks
+# of Ho et al. 2020 (appendix B), the 64-pixel one between its neighbours.
+_FOR_CPUS: dict[str, Any] = {"layers_per_block": 1, "norm_num_groups": 8, "resnet_time_scale_shift": "scale_shift"}
 PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "tiny": (16, _blocks(32, 64, layers_per_block=1, norm_num_groups=8, add_attention=False)),
-    "small": (32, _blocks(32, 64, 128, layers_per_block=1, norm_num_groups=8, attention=2)),
-    "medium": (64, _blocks(64, 128, 256, layers_per_block=1, norm_num_groups=8, attention=2)),
+    "small": (32, _blocks(32, 64, 128, attention=2, **_FOR_CPUS)),
+    "medium": (64, _blocks(64, 128, 256, attention=2, **_FOR_CPUS)),
     "32": (32, _blocks(128, 256, 256, 256, attention=1, dropout=0.1)),
     "64": (64, _blocks(128, 256, 256, 256, attention=2)),
     "128": (128, _blocks(128, 128, 256, 256, 512, attention=3)),
