@@ -51,8 +51,8 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "architecture": {
         "32-64 (tiny)": {"model": unet(32, 64)},
         "32-64-128": {"model": unet(32, 64, 128)},
-        "32-64-128, attention (small)": {"model": unet(32, 64, 128, attention=2)},
-        "32-64-128, attention, scale and shift": {
+        "32-64-128, attention": {"model": unet(32, 64, 128, attention=2)},
+        "32-64-128, attention, scale and shift (small)": {
             "model": unet(32, 64, 128, attention=2, resnet_time_scale_shift="scale_shift")
         },
         "32-128-128": {"model": unet(32, 128, 128)},
