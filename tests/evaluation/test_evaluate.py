@@ -217,7 +217,7 @@ def test_first_images_of_a_stream(model, cache, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "no/such"}, "cannot be loaded"),
+        ({"model": "no/such"}, "no/such is no folder here, and so was looked for on the Hub; it cannot be loaded"),
         ({"features": "nonsense:f"}, "MODULE:FUNCTION"),
         ({"num_images": 3}, "--num_images 3 must be 0 or at least 5"),
         ({"num_images": 0, "num_likelihood_images": 0}, "nothing"),

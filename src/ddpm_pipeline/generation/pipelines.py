@@ -1,6 +1,7 @@
 """Pipelines to sample from, loaded from a folder or the Hub, and their samplers. Imports diffusers and the pipelines."""
 
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -31,7 +32,8 @@ def load_pipeline(model: str, option: str = "--model") -> Pipeline:
         text = (index.get("text_encoder") or [None])[0] is not None
         pipe = (AlphaDDPMTextToImagePipeline if text else _class_without_text(model)).from_pretrained(model)
     except Exception as error:  # the loaders of three libraries raise many types
-        raise ConfigError(f"{named} cannot be loaded as a DDPM pipeline: {describe_exception(error)}") from error
+        sought = "" if Path(model).is_dir() else " is no folder here, and so was looked for on the Hub; it"
+        raise ConfigError(f"{named}{sought} cannot be loaded as a DDPM pipeline: {describe_exception(error)}") from error
     config = pipe.unet.config
     try:
         general_sampler_of(pipe.scheduler)
